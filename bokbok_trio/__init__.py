@@ -1,0 +1,50 @@
+"""Requests between two Trio programs, either way, over one connection, encrypted with one shared key.
+
+`open_connection` dials, `serve` and `open_server` accept; a `Connection` makes requests and its
+handler answers them. The exceptions are drawn in ``bokbok_trio._errors``::
+
+    BokbokError
+     ├── AddressError            (a ValueError)
+     ├── HandshakeError
+     │    ├── AuthenticationError
+     │    └── ConnectionRefused
+     ├── ConnectionClosed        (a trio.ClosedResourceError)
+     ├── ConnectionLost          (a trio.BrokenResourceError)
+     ├── ProtocolError
+     ├── MessageTooLarge
+     ├── RemoteError
+     └── RequestError
+"""
+
+from ._addresses import Address as Address, TCPAddress as TCPAddress, UnixAddress as UnixAddress
+from ._client import open_connection as open_connection
+from ._connection import (
+    Connection as Connection,
+    ConnectionHandler as ConnectionHandler,
+    RequestHandler as RequestHandler,
+)
+from ._errors import (
+    AddressError as AddressError,
+    AuthenticationError as AuthenticationError,
+    BokbokError as BokbokError,
+    ConnectionClosed as ConnectionClosed,
+    ConnectionLost as ConnectionLost,
+    ConnectionRefused as ConnectionRefused,
+    HandshakeError as HandshakeError,
+    MessageTooLarge as MessageTooLarge,
+    ProtocolError as ProtocolError,
+    RemoteError as RemoteError,
+    RequestError as RequestError,
+)
+from ._keys import Key as Key, passphrase_to_key as passphrase_to_key
+from ._opening import UserKey as UserKey
+from ._packets import Field as Field
+from ._server import Server as Server, open_server as open_server, serve as serve
+from ._settings import Settings as Settings
+
+__version__ = "0.1.0"
+
+# Tracebacks, reprs and pickles show the public name, not the file.
+for _public in list(globals().values()):
+    if getattr(_public, "__module__", "").startswith("bokbok_trio."):
+        _public.__module__ = "bokbok_trio"

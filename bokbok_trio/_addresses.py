@@ -1,0 +1,341 @@
+"""Addresses: parsing them, dialling them, listening on them.
+
+A TCP address is a host (a name, an IPv4 or an IPv6 address, or empty: all interfaces) and a port; a
+UNIX address is a path. As strings::
+
+    HOST:PORT   [V6]:PORT   :PORT   tcp:HOST:PORT        TCP
+    PATH/WITH/A/SLASH   unix:PATH                        UNIX
+
+The file of a UNIX socket is made under a lock on its directory, so that of two servers that start
+together one wins, and it has its mode before anyone can connect.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import re
+import socket
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, TypeAlias, final
+
+import trio
+
+from ._errors import AddressError
+
+MAX_PORT: Final = 2**16 - 1
+
+MAX_PATH_SIZE: Final = 107
+"""Bytes of a UNIX socket's path on Linux: ``sun_path`` less its final zero. Fewer on some systems."""
+
+_PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
+_HOST = re.compile(r"[^\s\x00-\x1f\x7f:\[\]/@,]+")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TCPAddress:
+    """A TCP address.
+
+    Arguments:
+        host: a name, an IPv4 address, an IPv6 address (without brackets, a zone allowed), or empty
+            to listen on all interfaces.
+        port: 0 to 65,535; 0, when listening, lets the system choose.
+
+    Raises:
+        TypeError: `host` is no str or `port` no int.
+        AddressError: either is none that can be.
+    """
+
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, str) or not isinstance(self.port, int):
+            raise TypeError("a TCP address takes a str and an int")
+        if not 0 <= self.port <= MAX_PORT:
+            raise AddressError(f"a port is 0 to {MAX_PORT}, and not {self.port}")
+        if ":" in self.host:
+            _parse_ip(self.host)
+        elif self.host and _HOST.fullmatch(self.host) is None:
+            raise AddressError(f"no host: {self.host!r}")
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """The address of a UNIX-domain socket.
+
+    Arguments:
+        path: the file's path, 1 to 107 bytes.
+
+    Raises:
+        TypeError: `path` is no str.
+        AddressError: it is empty, too long, or has a zero in it.
+    """
+
+    path: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str):
+            raise TypeError(f"a UNIX address takes a str, not {type(self.path).__name__}")
+        if not 1 <= len(os.fsencode(self.path)) <= MAX_PATH_SIZE or "\0" in self.path:
+            raise AddressError(f"the path of a UNIX socket is 1 to {MAX_PATH_SIZE} bytes: {self.path!r}")
+
+    def __str__(self) -> str:
+        return self.path if "/" in self.path else f"unix:{self.path}"
+
+
+Address: TypeAlias = TCPAddress | UnixAddress
+
+
+def _parse_ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        raise AddressError(
+            f"no IP address: {host!r}; an IPv6 address with a port is [ADDRESS]:PORT"
+        ) from None
+
+
+def parse_address(text: str) -> Address:
+    """Parse an address.
+
+    Raises:
+        AddressError: it is none.
+    """
+    if text.startswith("unix:"):
+        return UnixAddress(text.removeprefix("unix:"))
+    if text.startswith("tcp:"):
+        return _parse_tcp(text.removeprefix("tcp:"))
+    if "/" in text:
+        return UnixAddress(text)
+    return _parse_tcp(text)
+
+
+def _parse_tcp(text: str) -> TCPAddress:
+    host, colon, port = text.rpartition(":")
+    if not colon or _PORT.fullmatch(port) is None:
+        raise AddressError(f"{text!r} is no address: HOST:PORT, [V6]:PORT, :PORT or a path with a / are")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        if _parse_ip(host).version != 6:  # noqa: PLR2004  (IPv6)
+            raise AddressError(f"brackets are for IPv6: {text!r}")
+    elif ":" in host:
+        raise AddressError(f"which of it is the port? An IPv6 address goes in brackets: {text!r}")
+    return TCPAddress(host, int(port))
+
+
+def as_address(value: object) -> Address:
+    """Take an address, or a str that is one.
+
+    Raises:
+        TypeError: it is neither.
+        AddressError: it is a str that is none.
+    """
+    if isinstance(value, str):
+        return parse_address(value)
+    if isinstance(value, TCPAddress | UnixAddress):
+        return value
+    raise TypeError(f"an address is a str, a TCPAddress or a UnixAddress, not {type(value).__name__}")
+
+
+# ---- plain TCP stays at home ----
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a numeric address is of this machine only."""
+    ip = ipaddress.ip_address(host)
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return (mapped or ip).is_loopback
+
+
+def _refuse_insecure(where: object) -> AddressError:
+    return AddressError(f"plain TCP with {where}, which is not loopback, needs insecure=True (or a key)")
+
+
+async def _check_stays_home(address: TCPAddress) -> None:
+    """Refuse a host that is, or may be, elsewhere, before anything is dialled or opened."""
+    if not address.host:
+        raise _refuse_insecure("all interfaces")
+    found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    for *_, name in found:
+        if not _is_loopback(str(name[0])):
+            raise _refuse_insecure(name[0])
+
+
+def require_loopback(address: Address | None) -> None:
+    """Refuse the TCP address of an open socket, ours or its peer's, that is not loopback.
+
+    Raises:
+        AddressError: so it is.
+    """
+    if isinstance(address, TCPAddress) and not _is_loopback(address.host):
+        raise _refuse_insecure(address.host)
+
+
+# ---- dialling ----
+
+
+async def dial(address: Address, *, insecure: bool) -> trio.SocketStream:
+    """Connect to an address.
+
+    Arguments:
+        address: where to; of several addresses of a host name the first that answers.
+        insecure: whether a TCP address that is not loopback will do.
+
+    Raises:
+        AddressError: the address cannot be dialled.
+        OSError: nobody answers there.
+    """
+    if isinstance(address, UnixAddress):
+        return await trio.open_unix_socket(address.path)
+    if not address.host or not address.port:
+        raise AddressError(f"{address} says where to listen, not whom to dial")
+    if not insecure:
+        await _check_stays_home(address)
+    return await trio.open_tcp_stream(address.host, address.port)
+
+
+def stream_address(stream: trio.abc.Stream) -> Address | None:
+    """The address of the peer at the other end of a socket; of a UNIX socket, the path it is on.
+
+    None for other streams, and where a UNIX socket has no path on either end.
+    """
+    if not isinstance(stream, trio.SocketStream):
+        return None
+    try:
+        names = [stream.socket.getpeername(), stream.socket.getsockname()]
+    except OSError:
+        return None  # the peer is gone already
+    if stream.socket.family == socket.AF_UNIX:
+        paths = [name for name in names if isinstance(name, str) and name]
+        return UnixAddress(paths[0]) if paths else None
+    return _socket_address(names[0])
+
+
+def _socket_address(name: Sequence[object]) -> TCPAddress:
+    return TCPAddress(str(name[0]), int(str(name[1])))
+
+
+# ---- listening ----
+
+
+@final
+class UnixListener(trio.abc.Listener[trio.SocketStream]):
+    """A listener that unlinks its file when it closes, if the file is still its own."""
+
+    def __init__(self, sock: trio.socket.SocketType, path: str, inode: tuple[int, int]) -> None:
+        self._listener = trio.SocketListener(sock)
+        self.address = UnixAddress(path)
+        self._inode = inode
+
+    async def accept(self) -> trio.SocketStream:
+        return await self._listener.accept()
+
+    async def aclose(self) -> None:
+        if _inode(self.address.path) == self._inode:
+            os.unlink(self.address.path)
+        await self._listener.aclose()
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+async def listen(
+    address: Address, *, backlog: int | None, mode: int, insecure: bool
+) -> Sequence[trio.abc.Listener[trio.SocketStream]]:
+    """Listen on an address: on all the addresses of a host name.
+
+    Arguments:
+        address: where.
+        backlog: connections that may wait to be accepted, or None for the system's choice.
+        mode: the permissions of a UNIX socket's file.
+        insecure: whether a TCP address that is not loopback will do.
+
+    Raises:
+        AddressError: it is in use, or cannot be listened on.
+        OSError: the system says no.
+    """
+    if isinstance(address, UnixAddress):
+        return [await _listen_unix(address.path, backlog, mode)]
+    if not insecure:
+        await _check_stays_home(address)
+    try:
+        return await trio.open_tcp_listeners(address.port, host=address.host or None, backlog=backlog)
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise AddressError(f"{address} is in use") from exc
+        raise
+
+
+async def _listen_unix(path: str, backlog: int | None, mode: int) -> UnixListener:
+    # In a thread, as the lock may have to be waited for; it is held for a few system calls only.
+    sock, inode = await trio.to_thread.run_sync(_bind_unix, path, backlog, mode)
+    return UnixListener(trio.socket.from_stdlib_socket(sock), path, inode)
+
+
+def _bind_unix(path: str, backlog: int | None, mode: int) -> tuple[socket.socket, tuple[int, int]]:
+    import fcntl  # noqa: PLC0415  (not on Windows, where there are no UNIX sockets either)
+
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = -1
+    try:
+        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        _remove_stale(path)
+        sock.bind(path)
+        # Nobody can connect before listen(), so no one gets in under another mode.
+        os.chmod(path, mode)
+        if backlog is None:
+            sock.listen()
+        else:
+            sock.listen(backlog)
+        status = os.lstat(path)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        if directory >= 0:
+            os.close(directory)
+    return sock, (status.st_dev, status.st_ino)
+
+
+def _remove_stale(path: str) -> None:
+    """Make room at a path, if what is there is a socket that nobody listens on."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise AddressError(f"{path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        result = probe.connect_ex(path)
+    if result != errno.ECONNREFUSED:
+        # Accepted, or a full backlog, or no permission to ask: somebody may be there.
+        raise AddressError(f"{path} is in use ({errno.errorcode.get(result, 'it answers')})")
+    os.unlink(path)
+
+
+def listener_address(listener: trio.abc.Listener[trio.abc.Stream]) -> Address | None:
+    """The address a listener is on, the port resolved; None where it is no socket's."""
+    if isinstance(listener, UnixListener):
+        return listener.address
+    if not isinstance(listener, trio.SocketListener):
+        return None
+    name = listener.socket.getsockname()
+    if listener.socket.family == socket.AF_UNIX:
+        return UnixAddress(name) if name else None
+    return _socket_address(name)

@@ -1,0 +1,101 @@
+"""`open_connection`: dial, shake hands, and be connected for as long as a block."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import trio
+
+from ._addresses import Address, as_address, dial, require_loopback, stream_address
+from ._connection import Connection, ConnectionHandler, RequestHandler
+from ._handshake import encode_service
+from ._keys import Key, encode_user
+from ._nursery import bare_nursery
+from ._opening import open_as_client
+from ._settings import Settings
+
+
+@asynccontextmanager
+async def open_connection(
+    to: str | Address | trio.abc.Stream,
+    *,
+    user: str | None = None,
+    key: Key | None = None,
+    service: str = "",
+    insecure: bool = False,
+    request_handler: RequestHandler | None = None,
+    close_handler: ConnectionHandler | None = None,
+    settings: Settings = Settings(),  # noqa: B008  (immutable)
+) -> AsyncGenerator[Connection]:
+    """Open a connection; it is closed when the block is left.
+
+    ::
+
+        async with open_connection("localhost:12345", user="myuser", key=key) as connection:
+            answer = await connection.request(["ping", "12345"])
+
+    What the block raises comes out as itself. Losing the connection raises nothing by itself: the
+    requests that wait for an answer fail, and the block goes on.
+
+    Arguments:
+        to: an address, as a str or parsed, or an open stream, which is then the connection's.
+        user, key: the user's name (1 to 255 bytes of UTF-8) and pre-shared key. With both, the
+            connection is encrypted and authenticated both ways, or is not opened; with neither, it
+            is plain. Nothing ever falls back.
+        service: names what is meant to be reached, at most 255 bytes of UTF-8; never sent. A server
+            with another one looks like one with another key.
+        insecure: allow plain TCP to another machine.
+        request_handler: handles requests from the other side, each in a task of its own.
+        close_handler: called once, after the connection and all its handlers have ended.
+        settings: the bounds of this side.
+
+    Raises:
+        TypeError: `user` without `key`, `key` without `user`, or an argument of the wrong type.
+        ValueError: the user name or the service cannot be one, or `service` comes without a key,
+            when nothing could check it.
+        AddressError: no address, or plain TCP to another machine without `insecure`.
+        OSError: nobody answers there.
+        HandshakeError: the peer is not one, or did not keep to the rules or to the time.
+        AuthenticationError: the server refused the user and key, or could not prove that it has it.
+        ConnectionRefused: the server has no room, or is stopping.
+    """
+    check_key_arguments(user, key, service)
+    if isinstance(to, trio.abc.Stream):
+        stream = to
+    else:
+        stream = await dial(as_address(to), insecure=insecure or key is not None)
+    try:
+        address = stream_address(stream)
+        if key is None and not insecure:
+            require_loopback(address)
+        opened = await open_as_client(stream, user=user, key=key, service=service, settings=settings)
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    connection = Connection(
+        opened,
+        side="client",
+        address=address,
+        settings=settings,
+        request_handler=request_handler,
+        close_handler=close_handler,
+    )
+    async with bare_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        try:
+            yield connection
+        finally:
+            connection.end("this side closed the connection")
+
+
+def check_key_arguments(user: str | None, key: Key | None, service: str) -> None:
+    """Check what `open_connection` is told of a key, before anything is dialled."""
+    if (user is None) != (key is None):
+        raise TypeError("user and key go together: give both, or neither for a plain connection")
+    if user is not None:
+        encode_user(user)
+    if key is not None and not isinstance(key, Key):
+        raise TypeError(f"key must be a Key, not {type(key).__name__}")
+    if encode_service(service) and key is None:
+        raise ValueError("a service needs a key: a plain handshake has nothing to check it with")

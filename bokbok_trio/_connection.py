@@ -1,0 +1,440 @@
+"""`Connection`: a session over a stream, in a nursery.
+
+Theory
+======
+
+`Connection.run` is the connection's whole life, in a task of its own. Its nursery holds
+
+- the **reader**, which decodes what arrives, hands answers to waiters and starts a task per request;
+  it never waits for user code, for a slot, or for room to send;
+- the **sender**, which alone writes to the stream, and closes it. Everything that was queued while
+  one send was under way leaves in the next. As no other task ever writes, no cancelled task can
+  leave half a packet behind, and closing needs no lock to come after the last packet;
+- a task per incoming request, each in a cancel scope of its own.
+
+`request` queues a packet, wakes the sender and sleeps until the reader or `_end` wakes it.
+
+Ending
+======
+
+`_end` is called once, by whoever first sees that it is over: `aclose`, the reader, the sender, or
+the nursery being cancelled. It is synchronous: it sets the reason, cancels the reader and the
+handlers, fails the waiters, and gives the sender `CLOSE_TIMEOUT` to say goodbye. Whatever happens
+after that cannot be seen by a waiter. The handlers may take their time to end; `close_handler` runs
+after the last of them.
+
+Invariants
+==========
+
+- No task of the connection raises into anybody's nursery, except ``KeyboardInterrupt``,
+  ``SystemExit`` and the like, which end the program; and ``Cancelled``, which comes from outside.
+- A waiter is woken exactly once: by its answer, by `_end`, or by its own cancellation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
+
+import trio
+
+from ._errors import (
+    BokbokError,
+    ConnectionClosed,
+    ConnectionLost,
+    MessageTooLarge,
+    ProtocolError,
+    RemoteError,
+    RequestError,
+)
+from ._nursery import bare_nursery, split_exception
+from ._session import Answer, Cancel, Event, Failure, Request, Session
+
+if TYPE_CHECKING:
+    from ._addresses import Address
+    from ._handshake import Side
+    from ._opening import Opened
+    from ._packets import Field
+    from ._server import Server
+    from ._settings import Settings
+
+CLOSE_TIMEOUT: Final = 1.0
+"""Seconds that a send under way and the end record may take when the connection is closed, and
+that a connection which can no longer send goes on receiving."""
+
+RECEIVE_SIZE: Final = 2**16
+"""Bytes asked of a plain transport at once; a sealed one gives a record at a time."""
+
+RequestHandler: TypeAlias = "Callable[[Connection, list[bytes]], Awaitable[Sequence[Field] | None]]"
+"""``async def handler(connection, request)``; returns the fields of the answer; None means none."""
+
+ConnectionHandler: TypeAlias = "Callable[[Connection], Awaitable[object]]"
+"""``async def handler(connection)``: an open or a close handler."""
+
+logger = logging.getLogger("bokbok_trio")
+
+
+@final
+class _Waiter:
+    """A task asleep in `Connection.request`, and what it is woken with."""
+
+    __slots__ = ("outcome", "task")
+
+    def __init__(self) -> None:
+        self.task = trio.lowlevel.current_task()
+        self.outcome: list[bytes] | BokbokError | None = None
+
+    def wake(self, outcome: list[bytes] | BokbokError) -> None:
+        self.outcome = outcome
+        trio.lowlevel.reschedule(self.task)
+
+
+@final
+class Connection:
+    """A two-way connection to a peer, made by `open_connection` or by a server.
+
+    Attributes:
+        data: the application's own; None at first.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        *,
+        side: Side,
+        address: Address | None,
+        settings: Settings,
+        request_handler: RequestHandler | None,
+        close_handler: ConnectionHandler | None,
+        server: Server | None = None,
+    ) -> None:
+        self.data: Any = None
+        self._opened = opened
+        self._stream = opened.stream
+        self._side: Side = side
+        self._address = address
+        self._settings = settings
+        self._request_handler = request_handler
+        self._close_handler = close_handler
+        self._server = server
+        self._session = Session(
+            side,
+            max_message_size=opened.max_message_size,
+            max_requests=settings.max_requests,
+            slots=opened.peer_max_requests,
+        )
+        self._waiters: dict[int, _Waiter] = {}
+        self._handlers: dict[int, trio.CancelScope] = {}
+        self._ready = trio.Event()  # set once requests of the peer's may be handled
+        self._work = trio.lowlevel.ParkingLot()  # where the sender sleeps
+        self._draining = False
+        self._make_error: Callable[[bool], BokbokError] | None = None  # set: it is over
+        self._send_failure = ""
+        self._graceful = False
+        self._opening = trio.CancelScope()
+        self._receiving = trio.CancelScope()
+        self._sending = trio.CancelScope()
+        self._stream_closed = trio.Event()
+        self._done = trio.Event()
+        self._task: trio.lowlevel.Task | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        return f"<bokbok_trio.Connection {self._side} {self._address} user={self.user!r} {state}>"
+
+    # ---- what it is ----
+
+    @property
+    def side(self) -> Side:
+        """``"client"`` where this side dialled, ``"server"`` where it accepted."""
+        return self._side
+
+    @property
+    def user(self) -> str | None:
+        """The user that both sides authenticated; None on a plain connection."""
+        return self._opened.user
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the connection is encrypted and authenticated."""
+        return self._opened.encrypted
+
+    @property
+    def address(self) -> Address | None:
+        """The peer's address; of a UNIX socket its path; None of a stream that is no socket."""
+        return self._address
+
+    @property
+    def server(self) -> Server | None:
+        """The server that accepted this connection, if it was one here."""
+        return self._server
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is over: no request can be made any more. `wait_closed` waits for the rest."""
+        return self._make_error is not None
+
+    # ---- what it does ----
+
+    async def request(self, fields: Sequence[Field]) -> list[bytes]:
+        """Send a request and wait for its answer.
+
+        Where the peer already has as many requests in flight as it takes, this waits its turn.
+        Cancelled, it returns at once, and the handler over there is cancelled too; the connection
+        and all other requests go on undisturbed.
+
+        Arguments:
+            fields: 0 to 255 of bytes or str (sent as UTF-8).
+
+        Returns:
+            The fields of the answer.
+
+        Raises:
+            TypeError, ValueError: `fields` is no such list. Nothing was sent.
+            MessageTooLarge: it is larger than the two sides agreed on. Nothing was sent.
+            RemoteError: the other side answered with an error.
+            ConnectionClosed: this side closed the connection.
+            ConnectionLost: the connection was lost; see its `may_have_run`.
+        """
+        if self._make_error is not None:
+            await trio.lowlevel.checkpoint()
+            raise self._make_error(False)
+        id = self._session.request(fields)
+        waiter = self._waiters[id] = _Waiter()
+        self._work.unpark()
+
+        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+            del self._waiters[id]
+            self._session.cancel(id)
+            self._work.unpark()
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+        if isinstance(waiter.outcome, list):
+            return waiter.outcome
+        assert waiter.outcome is not None
+        raise waiter.outcome
+
+    async def aclose(self) -> None:
+        """Close the connection, and wait until the transport is closed, for at most a second or so.
+
+        Requests of this side that wait for an answer fail with `ConnectionClosed`, handlers are
+        cancelled, but not waited for, so a handler may call this; being cancelled, it does not
+        return to it. Again, or after the connection was lost, it does nothing. Cancelled, it
+        returns at once, and the closing goes on.
+        """
+        self.end("this side closed the connection")
+        await self._stream_closed.wait()
+
+    async def wait_closed(self) -> None:
+        """Wait until all of it has ended: transport, handlers and close handler.
+
+        Raises:
+            RuntimeError: called from one of the connection's own tasks (a handler, or a task it
+                started), which would wait for itself.
+        """
+        task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
+        while task is not None:
+            if task is self._task:
+                raise RuntimeError("a task of the connection cannot wait until it has ended")
+            task = task.parent_nursery.parent_task if task.parent_nursery is not None else None
+        await self._done.wait()
+
+    # ---- its life ----
+
+    async def run(self, open_handler: ConnectionHandler | None = None) -> None:
+        """Live, in this task, until the connection is over and all its tasks have ended."""
+        self._task = trio.lowlevel.current_task()
+        try:
+            try:
+                async with bare_nursery() as nursery:
+                    nursery.start_soon(self._send)
+                    nursery.start_soon(self._receive, nursery)
+                    if open_handler is None or await self._run_open_handler(open_handler):
+                        self._ready.set()
+                        self._work.unpark()
+            finally:
+                if self._ready.is_set() and self._close_handler is not None:
+                    # Under a cancellation from outside, it gets that at its first checkpoint.
+                    await self._run_quietly(self._close_handler, "close")
+        finally:
+            self._done.set()
+
+    async def _run_open_handler(self, open_handler: ConnectionHandler) -> bool:
+        """Run the user's open handler. Returns whether it returned; if not, the connection ends."""
+        returned = False
+        try:
+            with self._opening:
+                returned = await self._run_quietly(open_handler, "open")
+        finally:
+            if not returned:
+                self._end(lambda _: ConnectionClosed("the open handler failed"), graceful=True)
+        return returned
+
+    async def _run_quietly(self, handler: ConnectionHandler, name: str) -> bool:
+        """Run an open or close handler and log what it raises. Returns whether it returned."""
+        try:
+            await handler(self)
+        except BaseException as exc:
+            error, rest = split_exception(exc)
+            if error is not None:
+                logger.error("the %s handler of %r failed", name, self, exc_info=error)
+            if rest is not None:
+                raise rest from None
+            return False
+        return True
+
+    def end(self, reason: str) -> None:
+        """Close from this side; `aclose` without the waiting."""
+        self._end(lambda _: ConnectionClosed(reason), graceful=True)
+
+    def _lose(self, reason: str) -> None:
+        self._end(lambda may_have_run: ConnectionLost(reason, may_have_run), graceful=False)
+
+    def _end(self, make_error: Callable[[bool], BokbokError], *, graceful: bool) -> None:
+        """It is over. `make_error` makes a waiter's exception, given whether its request may have run."""
+        if self._make_error is not None:
+            return
+        self._make_error = make_error
+        self._graceful = graceful
+        if graceful:
+            self._sending.deadline = trio.current_time() + CLOSE_TIMEOUT
+            self._work.unpark()
+        else:
+            self._sending.cancel()
+        self._receiving.cancel()
+        self._opening.cancel()
+        # Handlers first: one that waits for an answer here is to end by its cancellation.
+        for scope in list(self._handlers.values()):
+            scope.cancel()
+        waiters, self._waiters = self._waiters, {}
+        for id, waiter in waiters.items():
+            waiter.wake(make_error(not self._session.is_unsent(id)))
+
+    def drain(self) -> None:
+        """Handle no new request, finish those being handled, and close."""
+        self._draining = True
+        self._work.unpark()
+
+    # ---- the sender ----
+
+    async def _send(self) -> None:
+        try:
+            with self._sending:
+                await self._send_queued()
+                if self._graceful:
+                    await self._stream.aclose()  # which writes the end record
+        finally:
+            self._end(lambda _: ConnectionClosed("the connection was cancelled"), graceful=False)
+            # Nothing to wait for here, and closing twice does no harm.
+            await trio.aclose_forcefully(self._stream)
+            self._stream_closed.set()
+
+    async def _send_queued(self) -> None:
+        """Send what is queued, as it comes, until it is over."""
+        try:
+            while self._make_error is None:
+                if batch := self._session.take():
+                    await self._stream.send_all(batch)
+                elif self._draining and self._ready.is_set() and not self._session.handling:
+                    self.end("this side drained the connection")
+                else:
+                    await self._work.park()
+        except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
+            # Answers that came before it broke are still good: the reader gets a moment for them.
+            self._send_failure = f"sending failed: {exc!r}"
+            self._receiving.deadline = trio.current_time() + CLOSE_TIMEOUT
+            while self._make_error is None:
+                await self._work.park()
+
+    # ---- the reader ----
+
+    async def _receive(self, nursery: trio.Nursery) -> None:
+        reason = ""
+        try:
+            with self._receiving:
+                await self._receive_events(nursery)
+                cut = self._session.is_mid_packet
+                reason = "the peer cut a packet short" if cut else "the peer closed the connection"
+        except ProtocolError as exc:
+            reason = f"the peer broke the protocol: {exc}"
+            logger.warning("%r: %s", self, reason)
+        except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
+            reason = f"receiving failed: {exc}"
+        self._lose(self._send_failure or reason)
+
+    async def _receive_events(self, nursery: trio.Nursery) -> None:
+        """Do what arrives until the stream ends, or it is over."""
+        while data := await self._stream.receive_some(RECEIVE_SIZE):
+            for event in self._session.receive(data):
+                if self._make_error is not None:
+                    return
+                self._on_event(event, nursery)
+            self._work.unpark()
+
+    def _on_event(self, event: Event, nursery: trio.Nursery) -> None:
+        match event:
+            case Request():
+                self._on_request(event, nursery)
+            case Answer(id, fields):
+                self._waiters.pop(id).wake(fields)
+            case Failure(id, "closing", message):
+                self._waiters.pop(id).wake(ConnectionLost(message, may_have_run=False))
+            case Failure(id, code, message):
+                self._waiters.pop(id).wake(RemoteError(message, code))
+            case Cancel(id):
+                if id in self._handlers:
+                    self._handlers[id].cancel()
+
+    def _on_request(self, request: Request, nursery: trio.Nursery) -> None:
+        if self._draining:
+            self._session.fail(request.id, "closing", "the peer is closing the connection")
+        elif self._request_handler is None:
+            self._session.fail(request.id, "no-handler", "this side handles no requests")
+        else:
+            self._handlers[request.id] = scope = trio.CancelScope()
+            nursery.start_soon(self._handle, request, self._request_handler, scope)
+
+    # ---- a task per request ----
+
+    async def _handle(self, request: Request, handler: RequestHandler, scope: trio.CancelScope) -> None:
+        """Handle a request and queue its one answer."""
+        try:
+            with scope:
+                if not self._ready.is_set():
+                    await self._ready.wait()
+                fields = await handler(self, request.fields)
+                self._answer(request.id, () if fields is None else fields)
+            if scope.cancelled_caught:
+                self._session.fail(request.id, "cancelled", "the handler was cancelled")
+        except BaseException as exc:  # noqa: BLE001  (what is not ours to keep is raised on)
+            error, rest = split_exception(exc)
+            if error is not None:
+                self._fail(request.id, error)
+            if rest is not None:
+                raise rest from None
+        finally:
+            del self._handlers[request.id]
+            self._work.unpark()
+
+    def _answer(self, id: int, fields: Sequence[Field]) -> None:
+        try:
+            self._session.answer(id, fields)
+        except MessageTooLarge as exc:
+            logger.error("%r: the answer to request %d is too large: %s", self, id, exc)
+            self._session.fail(id, "too-large", str(exc))
+
+    def _fail(self, id: int, error: BaseException) -> None:
+        """Queue the answer to a request whose handler raised."""
+        if isinstance(error, RequestError):
+            self._session.fail(id, error.code, error.message)
+            return
+        logger.error("%r: the handler of request %d failed", self, id, exc_info=error)
+        try:
+            describe = self._settings.describe_error
+            text = str(describe(error)) if describe else f"{type(error).__name__}: {error}"
+        except Exception:
+            logger.exception("%r: describing that failed", self)
+            text = type(error).__name__
+        self._session.fail(id, "handler-error", text)

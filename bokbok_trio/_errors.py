@@ -1,0 +1,164 @@
+"""The exceptions of bokbok_trio, one tree:
+
+::
+
+    BokbokError
+     ├── AddressError            (a ValueError)
+     ├── HandshakeError
+     │    ├── AuthenticationError
+     │    └── ConnectionRefused
+     ├── ConnectionClosed        (a trio.ClosedResourceError)
+     ├── ConnectionLost          (a trio.BrokenResourceError)
+     ├── ProtocolError
+     ├── MessageTooLarge
+     ├── RemoteError
+     └── RequestError
+
+"You misused me" is a ``TypeError``, a ``ValueError``, `AddressError`, `MessageTooLarge` or
+`ConnectionClosed`; "the peer misbehaved, or is gone" is `HandshakeError`, `ConnectionLost` or
+`ProtocolError`. `RequestError` is the only one a handler is meant to raise, and `RemoteError` is
+what the asker then sees.
+"""
+
+from typing import Final, final
+
+import trio
+
+MAX_CODE_SIZE: Final = 64
+"""Bytes of an error code in UTF-8. A code is a word for programs to compare, not a text."""
+
+MAX_ERROR_TEXT_SIZE: Final = 2048
+"""Bytes of an error's message in UTF-8, on the wire. With the code and the packet's head it
+fits the smallest ``max_message_size`` there is, so an error can always be told."""
+
+
+class BokbokError(Exception):
+    """The root of every exception that is ours."""
+
+
+@final
+class AddressError(BokbokError, ValueError):
+    """An address that cannot be parsed, cannot be used here, or is in use."""
+
+
+class HandshakeError(BokbokError):
+    """The connection could not be opened: the peer is gone, is no peer of ours, or broke the rules."""
+
+
+@final
+class AuthenticationError(HandshakeError):
+    """One side could not prove that it holds the user's key.
+
+    On a client: the server refused the user and key, or did not prove that it has the key itself.
+    """
+
+
+@final
+class ConnectionRefused(HandshakeError):  # noqa: N818  (the contract's name)
+    """The server will not take this connection now.
+
+    Attributes:
+        code: ``"busy"`` (the server has all the connections it allows) or ``"stopping"``.
+    """
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message, code)
+        self.message = message
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.code}]"
+
+
+@final
+class ConnectionClosed(BokbokError, trio.ClosedResourceError):  # noqa: N818  (the contract's name)
+    """Our own side has closed the connection."""
+
+
+@final
+class ConnectionLost(BokbokError, trio.BrokenResourceError):  # noqa: N818  (the contract's name)
+    """The peer closed the connection, vanished, or broke the protocol.
+
+    Attributes:
+        reason: why, in words.
+        may_have_run: whether a handler over there may have seen the request. False only where it
+            is certain that none did, so that the request may safely be sent again elsewhere.
+    """
+
+    def __init__(self, reason: str, may_have_run: bool = True) -> None:  # noqa: FBT001, FBT002  (pickles)
+        super().__init__(reason, may_have_run)
+        self.reason = reason
+        self.may_have_run = may_have_run
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@final
+class ProtocolError(BokbokError):
+    """The peer sent what the protocol does not allow. Decoders raise it; a connection ends by it."""
+
+
+@final
+class MessageTooLarge(BokbokError):  # noqa: N818  (the contract's name)
+    """A message is larger than both sides agreed to take. Nothing of it was sent.
+
+    Attributes:
+        size: the encoded size of the message, in bytes.
+        limit: the largest size allowed on this connection, in bytes.
+    """
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(size, limit)
+        self.size = size
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"the message takes {self.size} bytes, and this connection allows {self.limit}"
+
+
+@final
+class RemoteError(BokbokError):
+    """The other side answered the request with an error.
+
+    Attributes:
+        message: for people.
+        code: for programs, such as ``"handler-error"`` or the code of the `RequestError` raised there.
+    """
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message, code)
+        self.message = message
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.code}]"
+
+
+@final
+class RequestError(BokbokError):
+    """Raised by a handler to answer a request with exactly this error.
+
+    Arguments:
+        message: for people; what is over 2,048 bytes of UTF-8 is cut off when it is sent.
+        code: for programs: 1 to 64 bytes of UTF-8. The code ``"closing"`` is the connection's own,
+            because the asker takes it to mean that no handler saw the request.
+
+    Raises:
+        TypeError: either is not a ``str``.
+        ValueError: the code is empty, too long, or ``"closing"``.
+    """
+
+    def __init__(self, message: str, code: str = "request-error") -> None:
+        if not isinstance(message, str) or not isinstance(code, str):
+            raise TypeError("a RequestError takes a message and a code, both str")
+        if not 1 <= len(code.encode()) <= MAX_CODE_SIZE:
+            raise ValueError(f"a code is 1 to {MAX_CODE_SIZE} bytes of UTF-8, and not {code!r}")
+        if code == "closing":
+            raise ValueError("the code 'closing' is the connection's own")
+        super().__init__(message, code)
+        self.message = message
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.code}]"

@@ -1,0 +1,429 @@
+"""The handshake's messages and key schedule: bytes in, bytes out, no Trio, no I/O.
+
+`ClientHandshake` and `ServerHandshake` are the two sides. Each has a method per message, to be
+called in the order of the messages, once; what is wrong with a message is a `HandshakeError`, after
+which the handshake is of no more use. ``_opening.py`` moves the bytes; ``docs/protocol.rst`` is the
+normative text. In short, for mode "sealed"::
+
+    client -> server   hello       an ephemeral X25519 key
+    server -> client   hello       an ephemeral X25519 key
+                       -- from here on inside an anonymous private channel, keys `hs` --
+    client -> server   open        user, limits, a session key sealed under the user's key
+    server -> client   accepted    limits, a proof that the server knows the user's key
+                       -- from here on under the final keys `fk` --
+
+Invariants
+==========
+
+- Every message binds the ones before it by hash; an attacker who changes a bit of any ends up with
+  a different hash on each side, and neither a box nor a proof that fits.
+- The user's key keys BLAKE2b under a label of its own for each use, and nothing else.
+- A client believes nothing of `accepted`, and a server nothing of `open`, before the box or the
+  proof in it has been checked, in constant time.
+- A user that is unknown, a name that cannot be one, and a wrong key take the same path through
+  `ServerHandshake.accept`.
+
+The design follows Noise (the running hash, Noise protocol framework, revision 34, section 5) and
+WireGuard (a pre-shared key beside an ephemeral exchange); secretbox and X25519 are NaCl's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias, final
+
+from nacl.bindings import (
+    crypto_scalarmult,
+    crypto_scalarmult_base,
+    crypto_secretbox,
+    crypto_secretbox_open,
+)
+from nacl.exceptions import CryptoError, RuntimeError as SodiumError
+
+from ._errors import AuthenticationError, ConnectionRefused, HandshakeError, ProtocolError
+from ._keys import KEY_SIZE, Key, encode_user
+from ._packets import LENGTH_SIZE, decode_body, decode_number, encode_head, encode_number
+from ._settings import MAX_REQUESTS, MIN_MESSAGE_SIZE
+
+Side: TypeAlias = Literal["client", "server"]
+
+MAGIC: Final = b"bokbok1\n"
+
+EPHEMERAL_SIZE: Final = 32
+"""Bytes of an X25519 public key, and of a secret one."""
+
+NONCE_SIZE: Final = 24
+"""Bytes of a secretbox nonce."""
+
+OPEN_SIZE: Final = 512
+"""Bytes of a sealed `open` packet, length included, whatever the length of the user's name."""
+
+BOX_SIZE: Final = 16 + KEY_SIZE + 32
+"""Bytes of the box in `open`: the seal, the session key, and the hash h1."""
+
+MAX_REASON_SIZE: Final = 256
+"""Bytes of the message in `refused`."""
+
+MAX_KEYS: Final = 16
+"""Keys of one user that a server tries, so that rotation cannot turn into a cost per stranger."""
+
+Randomness: TypeAlias = Callable[[int], bytes]
+
+
+def keyed_hash(size: int, key: bytes, label: bytes, data: bytes) -> bytes:
+    """The protocol's ``B``: BLAKE2b of so many bytes, personalised by a zero-padded label."""
+    return hashlib.blake2b(data, digest_size=size, key=key, person=label).digest()
+
+
+def encode_service(service: str) -> bytes:
+    """Check a service name and encode it.
+
+    Raises:
+        TypeError: it is not a str.
+        ValueError: it takes more than 255 bytes of UTF-8.
+    """
+    if not isinstance(service, str):
+        raise TypeError(f"a service is a str, not {type(service).__name__}")
+    encoded = service.encode()
+    if len(encoded) > 255:  # noqa: PLR2004  (a u8)
+        raise ValueError(f"a service is at most 255 bytes of UTF-8, and not {len(encoded)}")
+    return encoded
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one side declares: bytes of a packet, and incoming requests in flight."""
+
+    max_message_size: int
+    max_requests: int
+
+    def fields(self) -> tuple[bytes, bytes]:
+        return encode_number(self.max_message_size), encode_number(self.max_requests)
+
+    @classmethod
+    def parse(cls, max_message_size: bytes, max_requests: bytes) -> Limits:
+        limits = cls(decode_number(max_message_size), decode_number(max_requests))
+        if limits.max_message_size < MIN_MESSAGE_SIZE:
+            raise HandshakeError(f"the peer takes only {limits.max_message_size} bytes a message")
+        if not 1 <= limits.max_requests <= MAX_REQUESTS:
+            raise HandshakeError(f"the peer declares {limits.max_requests} requests at once")
+        return limits
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class DirectionKeys:
+    """A key for each direction of the record stream."""
+
+    c2s: bytes
+    s2c: bytes
+
+    @classmethod
+    def split(cls, derived: bytes) -> DirectionKeys:
+        return cls(derived[:KEY_SIZE], derived[KEY_SIZE:])
+
+    def __repr__(self) -> str:
+        return "<DirectionKeys>"
+
+    def for_side(self, side: Side) -> dict[str, bytes]:
+        """The keyword arguments of a `SecretboxStream` on that side."""
+        client = side == "client"
+        return {
+            "send_key": self.c2s if client else self.s2c,
+            "receive_key": self.s2c if client else self.c2s,
+        }
+
+
+class _Handshake:
+    """What both sides do alike: hello, and the anonymous channel's keys."""
+
+    side: Side
+
+    def __init__(self, *, sealed: bool, service: str, limits: Limits, randomness: Randomness) -> None:
+        self.sealed = sealed
+        self._service = encode_service(service)
+        self._limits = limits
+        self._randomness = randomness
+        self._secret = randomness(EPHEMERAL_SIZE) if sealed else b""
+        self._public = crypto_scalarmult_base(self._secret) if sealed else b""
+        self.hello: Final = encode_hello(self.side, self._public)
+        self._ee = b""
+        self._h0 = b""
+
+    @property
+    def hello_size(self) -> int:
+        """Bytes of the other side's hello, exactly."""
+        return len(self.hello)
+
+    def check_hello(self, start: bytes) -> None:
+        """Check the first bytes of the other side's hello, as soon as they are there.
+
+        Raises:
+            HandshakeError: they begin no hello that may come here.
+        """
+        peer: Side = "server" if self.side == "client" else "client"
+        expected = encode_hello(peer, bytes(len(self._public)))
+        fixed = len(expected) - len(self._public)
+        if start[:fixed] != expected[: min(len(start), fixed)]:
+            raise HandshakeError(self._describe_hello(start))
+
+    def _describe_hello(self, start: bytes) -> str:
+        if not MAGIC.startswith(start[: len(MAGIC)]):
+            return f"no bokbok peer: it began with {start[: len(MAGIC)]!r}"
+        if start == self.hello[: len(start)]:
+            return "our own hello came back"
+        ours, other = ("sealed", "plain") if self.sealed else ("plain", "sealed")
+        return f"a hello that does not fit: we are {ours}, and the peer may be {other}"
+
+    def receive_hello(self, hello: bytes) -> None:
+        """Take in the other side's hello, whole.
+
+        Raises:
+            HandshakeError: it is none that may come here, or its key is no usable one.
+        """
+        if len(hello) != self.hello_size:
+            raise HandshakeError(f"a hello of {len(hello)} bytes instead of {self.hello_size}")
+        self.check_hello(hello)
+        if not self.sealed:
+            return
+        theirs = hello[-EPHEMERAL_SIZE:]
+        if theirs == self._public:
+            raise HandshakeError("our own key came back")
+        try:
+            self._ee = crypto_scalarmult(self._secret, theirs)
+        except SodiumError:
+            raise HandshakeError("the peer's key gives an all-zero secret") from None
+        first, second = (self.hello, hello) if self.side == "client" else (hello, self.hello)
+        self._h0 = keyed_hash(32, b"", b"bokbok1 hello", first + second)
+
+    def channel_keys(self) -> DirectionKeys:
+        """The keys of the anonymous channel: ``hs``."""
+        return DirectionKeys.split(keyed_hash(64, self._ee, b"bokbok1 shake", self._h0))
+
+    def _hash_open(self, fields: Sequence[bytes]) -> bytes:
+        service = bytes((len(self._service),)) + self._service
+        return keyed_hash(32, b"", b"bokbok1 open", self._h0 + service + encode_head(*fields))
+
+    def _final_keys(self, key: Key, session_key: bytes, h2: bytes) -> DirectionKeys:
+        derived = keyed_hash(64, key.raw, b"bokbok1 final", session_key + self._ee + h2)
+        return DirectionKeys.split(derived)
+
+
+def encode_hello(side: Side, public: bytes) -> bytes:
+    """A side's first message; `public` is its ephemeral key, or empty in mode plain."""
+    mode = b"sealed" if public else b"plain"
+    return MAGIC + encode_head(b"hello", side.encode(), mode, public)
+
+
+def _box_key(key: Key, h1: bytes) -> bytes:
+    return keyed_hash(32, key.raw, b"bokbok1 box", h1)
+
+
+def _hash_accepted(h1: bytes, box: bytes, accepted: bytes) -> bytes:
+    return keyed_hash(32, b"", b"bokbok1 accept", h1 + box + accepted)
+
+
+def _proof(key: Key, h2: bytes) -> bytes:
+    return keyed_hash(32, key.raw, b"bokbok1 server", h2)
+
+
+def _decode(packet: bytes) -> list[bytes]:
+    """The fields of exactly one packet, its length included."""
+    if int.from_bytes(packet[:LENGTH_SIZE], "big") != len(packet) - LENGTH_SIZE:
+        raise HandshakeError("not exactly one packet")
+    try:
+        return decode_body(packet[LENGTH_SIZE:])
+    except ProtocolError as exc:
+        raise HandshakeError(str(exc)) from None
+
+
+@final
+class ClientHandshake(_Handshake):
+    """The side that dialled.
+
+    Arguments:
+        user, key: both, for mode sealed, or neither, for mode plain.
+        service: what the client means to reach; part of the hash.
+        limits: what this side declares.
+        randomness: where random bytes come from; for test vectors.
+    """
+
+    side: Side = "client"
+
+    def __init__(
+        self,
+        *,
+        user: str | None,
+        key: Key | None,
+        service: str,
+        limits: Limits,
+        randomness: Randomness = secrets.token_bytes,
+    ) -> None:
+        super().__init__(sealed=key is not None, service=service, limits=limits, randomness=randomness)
+        self._user = b"" if user is None else encode_user(user)
+        self._key = key
+        self._session_key = b""
+        self._h1 = b""
+        self._box = b""
+        self.peer_limits = limits
+        self.final_keys: DirectionKeys | None = None
+
+    def open(self) -> bytes:
+        """Make the `open` packet."""
+        fields = [b"open", self._user, *self._limits.fields(), b""]
+        if self._key is None:
+            return encode_head(*fields, b"")
+        fields[-1] = bytes(OPEN_SIZE - len(encode_head(*fields, bytes(BOX_SIZE))))
+        self._h1 = self._hash_open(fields)
+        self._session_key = self._randomness(KEY_SIZE)
+        self._box = crypto_secretbox(
+            self._session_key + self._h1, self._h1[:NONCE_SIZE], _box_key(self._key, self._h1)
+        )
+        return encode_head(*fields, self._box)
+
+    def receive_reply(self, packet: bytes) -> None:
+        """Take in `accepted` or `refused`. Then `peer_limits` and `final_keys` are right.
+
+        Raises:
+            AuthenticationError: refused for it, or the server's proof does not hold.
+            ConnectionRefused: refused for another reason.
+            HandshakeError: it is neither.
+        """
+        match _decode(packet):
+            case [b"accepted", max_message_size, max_requests, proof]:
+                self._check_proof(max_message_size, max_requests, proof)
+            case [b"refused", code, message]:
+                raise _refusal(code, message)
+            case fields:
+                raise HandshakeError(f"no answer to open: {fields[:1]!r}, {len(fields)} fields")
+
+    def _check_proof(self, max_message_size: bytes, max_requests: bytes, proof: bytes) -> None:
+        if self._key is None:
+            if proof:
+                raise HandshakeError("a proof in mode plain")
+        else:
+            accepted = encode_head(b"accepted", max_message_size, max_requests)
+            h2 = _hash_accepted(self._h1, self._box, accepted)
+            if not hmac.compare_digest(proof, _proof(self._key, h2)):
+                raise AuthenticationError("the server did not prove that it knows the key")
+            self.final_keys = self._final_keys(self._key, self._session_key, h2)
+        try:
+            self.peer_limits = Limits.parse(max_message_size, max_requests)
+        except ProtocolError as exc:
+            raise HandshakeError(str(exc)) from None
+
+
+def _refusal(code: bytes, message: bytes) -> HandshakeError:
+    if len(message) > MAX_REASON_SIZE:
+        return HandshakeError("a refusal that is too long")
+    text = message.decode(errors="replace")
+    match code:
+        case b"authentication":
+            return AuthenticationError(f"the server refused: {text!r}")
+        case b"busy" | b"stopping":
+            return ConnectionRefused(f"the server refused: {text!r}", code.decode())
+        case _:
+            return HandshakeError(f"a refusal with the unknown code {code[:20]!r}")
+
+
+@final
+class ServerHandshake(_Handshake):
+    """The side that accepted.
+
+    Arguments:
+        sealed: the mode this server speaks; there is no other way in.
+        service, limits, randomness: as for the client.
+    """
+
+    side: Side = "server"
+
+    def __init__(
+        self,
+        *,
+        sealed: bool,
+        service: str,
+        limits: Limits,
+        randomness: Randomness = secrets.token_bytes,
+    ) -> None:
+        super().__init__(sealed=sealed, service=service, limits=limits, randomness=randomness)
+        self._h1 = b""
+        self._box = b""
+        self.user: str | None = None
+        self.peer_limits = limits
+        self.final_keys: DirectionKeys | None = None
+
+    def receive_open(self, packet: bytes) -> None:
+        """Take in `open`. Then `user` is the name it claims, or None where it cannot be one.
+
+        Nothing of it is believed before `accept`.
+
+        Raises:
+            HandshakeError: it is no `open` of this mode.
+        """
+        try:
+            tag, user, max_message_size, max_requests, pad, box = _decode(packet)
+        except ValueError:
+            raise HandshakeError("no open: it has six fields") from None
+        if tag != b"open":
+            raise HandshakeError(f"no open: {tag[:20]!r}")
+        if self.sealed:
+            if len(packet) != OPEN_SIZE or len(box) != BOX_SIZE or pad.strip(b"\0"):
+                raise HandshakeError("an open that is not padded as it must be")
+        elif user or pad or box:
+            raise HandshakeError("an open with a user or a box in mode plain")
+        try:
+            self.peer_limits = Limits.parse(max_message_size, max_requests)
+        except ProtocolError as exc:
+            raise HandshakeError(str(exc)) from None
+        self.user = _decode_user(user)
+        self._box = box
+        self._h1 = self._hash_open([tag, user, max_message_size, max_requests, pad])
+
+    def accept(self, keys: Sequence[Key]) -> bytes:
+        """Make the `accepted` packet. Then `final_keys` is right.
+
+        Arguments:
+            keys: the keys the user may have; none where there is no such user. In mode plain there
+                are none either.
+
+        Raises:
+            AuthenticationError: none of them opens the box. That of an unknown user is tried with a
+                random key, to take the same path.
+        """
+        accepted = encode_head(b"accepted", *self._limits.fields())
+        proof = b""
+        if self.sealed:
+            key, session_key = self._open_box(keys or [Key(self._randomness(KEY_SIZE))])
+            h2 = _hash_accepted(self._h1, self._box, accepted)
+            proof = _proof(key, h2)
+            self.final_keys = self._final_keys(key, session_key, h2)
+        return encode_head(b"accepted", *self._limits.fields(), proof)
+
+    def _open_box(self, keys: Sequence[Key]) -> tuple[Key, bytes]:
+        for key in keys[:MAX_KEYS]:
+            try:
+                opened = crypto_secretbox_open(self._box, self._h1[:NONCE_SIZE], _box_key(key, self._h1))
+            except CryptoError:
+                continue
+            if hmac.compare_digest(opened[KEY_SIZE:], self._h1):
+                return key, opened[:KEY_SIZE]
+        raise AuthenticationError(f"user {self.user!r} has no key that fits")
+
+
+def encode_refused(code: Literal["authentication", "busy", "stopping"], message: str) -> bytes:
+    """Make a `refused` packet; the message must fit 256 bytes."""
+    return encode_head(b"refused", code.encode(), message.encode())
+
+
+def _decode_user(user: bytes) -> str | None:
+    try:
+        text = user.decode()
+        encode_user(text)
+    except ValueError:
+        return None
+    return text

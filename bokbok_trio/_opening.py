@@ -1,0 +1,208 @@
+"""The handshake over a stream: its reads and writes, its timeout, its refusals.
+
+Until the connection is open a stranger may be at the other end. So reads ask for no more than the
+message that must come, every message has a bound, and all of it is done within
+``handshake_timeout``. Whoever calls closes the stream when these raise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias, cast, final
+
+import trio
+
+from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
+from ._handshake import ClientHandshake, Limits, ServerHandshake, encode_refused
+from ._keys import Key
+from ._packets import LENGTH_SIZE
+from ._secretbox_stream import MAC_SIZE, SecretboxStream
+from ._settings import Settings
+
+MAX_PACKET_SIZE: Final = 4096
+"""Bytes of a packet before the connection is open."""
+
+MAX_EARLY_RECORD_SIZE: Final = MAX_PACKET_SIZE + MAC_SIZE
+"""Bytes of a record before the connection is open."""
+
+REFUSAL_DELAY: Final = 0.5
+"""Seconds from hello to the refusal of a user or key, so that its time does not tell which it was,
+and guessing keys over the network is slow."""
+
+UserKeys: TypeAlias = Key | Sequence[Key] | None
+UserKey: TypeAlias = Callable[[str], Awaitable[UserKeys]] | Mapping[str, Key | Sequence[Key]]
+"""How a server finds a user's key: a mapping, or an async function; None for an unknown user."""
+
+logger = logging.getLogger("bokbok_trio")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An open connection's stream, and what the handshake settled."""
+
+    stream: trio.abc.Stream
+    user: str | None
+    encrypted: bool
+    max_message_size: int
+    peer_max_requests: int
+
+
+@contextmanager
+def _handshake_errors(timeout: float) -> Generator[None]:
+    """Turn a broken stream and the passing of the time into `HandshakeError`."""
+    with trio.move_on_after(timeout) as scope:
+        try:
+            yield
+        except trio.BrokenResourceError as exc:
+            raise HandshakeError(f"the connection broke during the handshake: {exc}") from exc
+    if scope.cancelled_caught:
+        raise HandshakeError(f"the handshake was not done within {timeout:g} seconds")
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(settings.max_message_size, settings.max_requests)
+
+
+def _opened(
+    stream: trio.abc.Stream,
+    user: str | None,
+    handshake: ClientHandshake | ServerHandshake,
+    settings: Settings,
+) -> Opened:
+    if isinstance(stream, SecretboxStream) and handshake.final_keys is not None:
+        stream.rekey(**handshake.final_keys.for_side(handshake.side))
+    return Opened(
+        stream,
+        user,
+        handshake.sealed,
+        min(settings.max_message_size, handshake.peer_limits.max_message_size),
+        handshake.peer_limits.max_requests,
+    )
+
+
+async def open_as_client(
+    transport: trio.abc.Stream, *, user: str | None, key: Key | None, service: str, settings: Settings
+) -> Opened:
+    """Do the client's part.
+
+    Raises:
+        HandshakeError: or one of its subclasses; then nothing of ours was answered.
+    """
+    handshake = ClientHandshake(user=user, key=key, service=service, limits=_limits(settings))
+    opened: Opened | None = None
+    with _handshake_errors(settings.handshake_timeout):
+        await transport.send_all(handshake.hello)
+        stream = await _exchange_hello(transport, handshake)
+        await stream.send_all(handshake.open())
+        handshake.receive_reply(await _receive_packet(stream))
+        opened = _opened(stream, user, handshake, settings)
+    assert opened is not None
+    return opened
+
+
+async def open_as_server(
+    transport: trio.abc.Stream,
+    *,
+    user_key: UserKey | None,
+    service: str,
+    settings: Settings,
+    admit: Callable[[], Literal["busy", "stopping"] | None],
+) -> Opened:
+    """Do the server's part.
+
+    Arguments:
+        user_key: how to find the key of a user; None for mode plain.
+        admit: called once the client is authenticated; returns why it cannot stay nevertheless.
+
+    Raises:
+        HandshakeError: or one of its subclasses; the client has been told what it may know.
+    """
+    handshake = ServerHandshake(sealed=user_key is not None, service=service, limits=_limits(settings))
+    opened: Opened | None = None
+    with _handshake_errors(settings.handshake_timeout):
+        stream = await _exchange_hello(transport, handshake)
+        refuse_at = trio.current_time() + REFUSAL_DELAY
+        handshake.receive_open(await _receive_packet(stream))
+        keys = () if user_key is None else await _look_up(user_key, handshake.user)
+        try:
+            accepted = handshake.accept(keys)
+        except AuthenticationError:
+            await trio.sleep_until(refuse_at)
+            await stream.send_all(encode_refused("authentication", "authentication failed"))
+            raise
+        refusal = admit()
+        if refusal is not None:
+            await stream.send_all(encode_refused(refusal, f"the server is {refusal}"))
+            raise ConnectionRefused("the client was refused", refusal)
+        await stream.send_all(accepted)
+        opened = _opened(stream, handshake.user or None, handshake, settings)
+    assert opened is not None
+    return opened
+
+
+async def _exchange_hello(
+    transport: trio.abc.Stream, handshake: ClientHandshake | ServerHandshake
+) -> trio.abc.Stream:
+    """Receive the other side's hello, answer it where we are the server, and enter the channel."""
+    hello = b""
+    while len(hello) < handshake.hello_size:
+        hello += await _receive(transport, handshake.hello_size - len(hello))
+        handshake.check_hello(hello)
+    handshake.receive_hello(hello)
+    if handshake.side == "server":
+        await transport.send_all(handshake.hello)
+    if not handshake.sealed:
+        return transport
+    keys = handshake.channel_keys().for_side(handshake.side)
+    return SecretboxStream(transport, **keys, max_record_size=MAX_EARLY_RECORD_SIZE)
+
+
+async def _receive_packet(stream: trio.abc.Stream) -> bytes:
+    """Receive what must be exactly one packet: a record's worth, or, in the clear, by its length."""
+    if isinstance(stream, SecretboxStream):
+        return await _receive(stream, None)
+    packet = b""
+    size = LENGTH_SIZE
+    while len(packet) < size:
+        packet += await _receive(stream, size - len(packet))
+        if len(packet) == LENGTH_SIZE:
+            size += int.from_bytes(packet, "big")
+            if size > LENGTH_SIZE + MAX_PACKET_SIZE:
+                raise HandshakeError(f"a packet of {size - LENGTH_SIZE} bytes in the handshake")
+    return packet
+
+
+async def _receive(stream: trio.abc.Stream, most: int | None) -> bytes:
+    data = await stream.receive_some(most)
+    if not data:
+        raise HandshakeError(
+            "the peer closed the connection during the handshake;"
+            " does it expect a key, or none, and another service?"
+        )
+    return bytes(data)
+
+
+async def _look_up(user_key: UserKey, user: str | None) -> Sequence[Key]:
+    """The keys a user may have. A failing look-up finds none, like that of an unknown user."""
+    if user is None:
+        return ()
+    try:
+        return _check_keys(user_key.get(user) if isinstance(user_key, Mapping) else await user_key(user))
+    except Exception:
+        logger.exception("looking up the key of user %r failed", user)
+        return ()
+
+
+def _check_keys(found: object) -> Sequence[Key]:
+    if found is None:
+        return ()
+    keys: list[Key] = []
+    for key in cast("Sequence[object]", found if isinstance(found, list | tuple) else [found]):
+        if not isinstance(key, Key):
+            raise TypeError(f"user_key found {type(key).__name__}, not a Key")
+        keys.append(key)
+    return keys

@@ -1,0 +1,195 @@
+"""Packets to bytes and back: no Trio, no I/O.
+
+A *packet* is a list of 0 to 255 byte strings, its *fields*. On the wire, all integers big-endian::
+
+    u32 length | body               the body is `length` bytes long
+    body = u8 count | count x field
+    field = u32 size | bytes
+
+Invariants: the sizes use up the length exactly, so every byte string is the encoding of at most one
+list; a length over the limit in force is refused as soon as its four bytes are there; a decoder
+holds at most one unfinished packet, so 4 + limit bytes.
+
+What our own user gets wrong is a ``TypeError``, a ``ValueError`` or `MessageTooLarge`, raised before
+anything is sent; what the peer gets wrong is a `ProtocolError`.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Final, TypeAlias
+
+from ._errors import MessageTooLarge, ProtocolError
+
+MAX_FIELDS: Final = 255
+"""Fields of a packet: the count is a u8."""
+
+LENGTH_SIZE: Final = 4
+"""Bytes of the length before a body."""
+
+Field: TypeAlias = bytes | bytearray | memoryview | str
+"""What a user may give as a field. A str is sent as UTF-8; bytes is what arrives."""
+
+Chunks: TypeAlias = list[bytes]
+"""Bytes in pieces, to be joined once, when they are sent: a big field is not copied before that."""
+
+_U32 = struct.Struct(">I")
+_NUMBER = re.compile(rb"0|[1-9][0-9]{0,17}")
+
+
+def encode_body(fields: Sequence[Field], limit: int) -> tuple[Chunks, int]:
+    """Encode a user's list as a body.
+
+    Arguments:
+        fields: 0 to 255 of them. A bytearray or memoryview is copied here, so that the caller may
+            go on to change it.
+        limit: the most bytes the body may take.
+
+    Returns:
+        The body in chunks, and its size in bytes.
+
+    Raises:
+        TypeError: `fields` is not a list or other sequence, or one of them is no bytes and no str.
+        ValueError: more than 255 fields, or a str that has no UTF-8 (a lone surrogate).
+        MessageTooLarge: the body would be larger than `limit`.
+    """
+    if isinstance(fields, str | bytes | bytearray | memoryview) or not isinstance(fields, Sequence):
+        raise TypeError(f"a packet is a list of fields, not {type(fields).__name__}")
+    if len(fields) > MAX_FIELDS:
+        raise ValueError(f"a packet has at most {MAX_FIELDS} fields, and not {len(fields)}")
+    encoded = [field if type(field) is bytes else _encode_field(field) for field in fields]
+    size = 1 + sum(map(len, encoded)) + LENGTH_SIZE * len(encoded)
+    if size > limit:
+        raise MessageTooLarge(size, limit)
+    chunks = [bytes((len(encoded),))]
+    for field in encoded:
+        chunks += (_U32.pack(len(field)), field)
+    return chunks, size
+
+
+def _encode_field(field: Field) -> bytes:
+    if isinstance(field, str):
+        return field.encode()
+    if isinstance(field, bytes | bytearray | memoryview):
+        return bytes(field)
+    raise TypeError(f"a field is bytes or str, not {type(field).__name__}")
+
+
+def encode_head(*fields: bytes, body_size: int | None = None) -> bytes:
+    """Encode a packet of our own, or all but the last field's bytes of one.
+
+    Arguments:
+        fields: the fields, few and small.
+        body_size: where given, one more field follows, of so many bytes, which the caller appends.
+    """
+    parts = [part for field in fields for part in (_U32.pack(len(field)), field)]
+    count = len(fields)
+    rest = 0
+    if body_size is not None:
+        parts.append(_U32.pack(body_size))
+        count += 1
+        rest = body_size
+    content = b"".join(parts)
+    return _U32.pack(1 + len(content) + rest) + bytes((count,)) + content
+
+
+def decode_body(body: bytes) -> list[bytes]:
+    """Decode the bytes of a body into fields.
+
+    Raises:
+        ProtocolError: the sizes do not use up the bytes exactly.
+    """
+    end = len(body)
+    if not end:
+        raise ProtocolError("a body without a count")
+    fields: list[bytes] = []
+    position = 1
+    for _ in range(body[0]):
+        start = position + LENGTH_SIZE
+        if start > end:
+            raise ProtocolError("a packet that ends inside a field's size")
+        position = start + _U32.unpack_from(body, position)[0]
+        if position > end:
+            raise ProtocolError("a field that is larger than its packet")
+        fields.append(body[start:position])
+    if position != end:
+        raise ProtocolError(f"{end - position} bytes after the last field of a packet")
+    return fields
+
+
+def encode_number(number: int) -> bytes:
+    """Encode a number inside a packet: decimal text, at most 18 digits."""
+    return b"%d" % number
+
+
+def decode_number(field: bytes) -> int:
+    """Decode a number inside a packet.
+
+    Raises:
+        ProtocolError: it does not match ``0|[1-9][0-9]{0,17}``. ``int()`` alone would take more.
+    """
+    if _NUMBER.fullmatch(field) is None:
+        raise ProtocolError(f"no number: {field[:20]!r}")
+    return int(field)
+
+
+def decode_text(field: bytes) -> str:
+    """Decode a text inside a packet of ours.
+
+    Raises:
+        ProtocolError: it is not UTF-8.
+    """
+    try:
+        return field.decode()
+    except UnicodeDecodeError as exc:
+        raise ProtocolError(f"a text that is not UTF-8: {exc}") from None
+
+
+class PacketDecoder:
+    """Cuts a stream of bytes into packets, however it is chunked.
+
+    Arguments:
+        limit: the most bytes a packet's length may be.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._buffer = bytearray()
+
+    @property
+    def buffered(self) -> int:
+        """How many bytes of an unfinished packet are held."""
+        return len(self._buffer)
+
+    def decode(self, data: bytes | bytearray) -> Iterator[list[bytes]]:
+        """Take in more bytes; yield each packet that they complete, as fields.
+
+        The packets before a bad one are yielded before it raises. After that the decoder is of no
+        use: where the next packet begins is not known.
+
+        Raises:
+            ProtocolError: a length over the limit, or a packet that is not one.
+        """
+        buffer = self._buffer
+        buffer += data
+        position = 0
+        try:
+            while len(buffer) - position >= LENGTH_SIZE:
+                length = _U32.unpack_from(buffer, position)[0]
+                if length > self._limit:
+                    raise ProtocolError(f"a packet of {length} bytes, and {self._limit} are allowed")
+                start = position + LENGTH_SIZE
+                end = start + length
+                if end > len(buffer):
+                    break
+                with memoryview(buffer) as view:
+                    body = bytes(view[start:end])
+                position = end
+                yield decode_body(body)
+        except ProtocolError:
+            buffer.clear()
+            raise
+        finally:
+            del buffer[:position]

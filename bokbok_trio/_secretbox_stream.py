@@ -1,0 +1,277 @@
+"""`SecretboxStream`: a `trio.abc.Stream` adapter that seals everything it sends.
+
+Theory of operation
+===================
+
+What is sent leaves as *records*::
+
+    u16 length, big-endian | secretbox(key, nonce, plaintext)       length of the box, 16 to 65,535
+
+Each direction has a key of its own and counts its records from 0; the count, as 24 big-endian
+bytes, is the nonce, and is never sent. So a record opens only as the very next one of its direction
+under its key: one that was altered, repeated, left out, moved, or reflected does not open, and that
+is the end of receiving. An empty plaintext (length 16) is the *end record*: the sender says, and
+the seal proves, that nothing follows. The end of the transport anywhere else is truncation.
+
+The keys must be used for this one stream only, or nonces repeat; hence the class is not exported.
+
+Invariants
+==========
+
+- Sending and receiving share nothing but the transport. Either can break, and the other goes on.
+- Once a record's sealing has begun, its nonce is spent. If the transport's ``send_all`` then raises
+  anything, cancellation included, how much of it left is not known, so sending is broken for good.
+- Ciphertext is opened one record at a time, when it is asked for, and what was read and not yet
+  opened stays in ``_ciphertext``: cancelling `receive_some` loses nothing, and after `rekey` it is
+  opened under the new key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from operator import index
+from typing import Final, NoReturn, final
+
+import trio
+from nacl.bindings import crypto_secretbox, crypto_secretbox_open
+from nacl.exceptions import CryptoError
+
+HEADER_SIZE: Final = 2
+"""Bytes of a record's length."""
+
+MAC_SIZE: Final = 16
+"""Bytes that secretbox adds to a plaintext. A record of just that is the end record."""
+
+MAX_RECORD_SIZE: Final = 2**16 - 1
+"""Bytes of a record without its header: the length is a u16."""
+
+MAX_PLAINTEXT_SIZE: Final = MAX_RECORD_SIZE - MAC_SIZE
+"""Bytes of plaintext in one record."""
+
+RECORDS_PER_SEND: Final = 4
+"""Records sealed and handed to the transport at once, so that a big send is few system calls and
+is never held in memory a second time as a whole."""
+
+_NONCE_SIZE: Final = 24
+
+
+class _Direction:
+    """The key and the record counter of one direction."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._counter = 0
+
+    def _nonce(self) -> bytes:
+        nonce = self._counter.to_bytes(_NONCE_SIZE, "big")
+        self._counter += 1
+        return nonce
+
+    def seal(self, plaintext: bytes | memoryview) -> bytes:
+        box = crypto_secretbox(plaintext, self._nonce(), self._key)  # type: ignore[arg-type]  # any buffer
+        return len(box).to_bytes(HEADER_SIZE, "big") + box
+
+    def open(self, box: bytes) -> bytes:
+        return crypto_secretbox_open(box, self._nonce(), self._key)
+
+
+@final
+class SecretboxStream(trio.abc.HalfCloseableStream):
+    """An encrypted, authenticated stream over another stream.
+
+    Arguments:
+        transport: the stream to send records over. Closed with this one.
+        send_key, receive_key: 32 bytes each, used for this stream only.
+        max_record_size: bytes of a record, without its header, that will be accepted; reads ask the
+            transport for no more than a header and so many bytes.
+    """
+
+    def __init__(
+        self,
+        transport: trio.abc.Stream,
+        *,
+        send_key: bytes,
+        receive_key: bytes,
+        max_record_size: int = MAX_RECORD_SIZE,
+    ) -> None:
+        self._transport = transport
+        self._closed = False
+        self._sealer = _Direction(send_key)
+        self._send_busy = False
+        self._send_broken = False
+        self._send_ended = False
+        self._opener = _Direction(receive_key)
+        self._max_record_size = max_record_size
+        self._receive_busy = False
+        self._receive_failure: str | None = None
+        self._receive_ended = False
+        self._ciphertext = bytearray()
+        self._plaintext = b""
+
+    def rekey(self, *, send_key: bytes, receive_key: bytes) -> None:
+        """Go on under new keys, from the next record on, in both directions.
+
+        Counters start again at 0, and full-sized records are accepted. To be called between two
+        records, when the other side does the same.
+        """
+        self._sealer = _Direction(send_key)
+        self._opener = _Direction(receive_key)
+        self._max_record_size = MAX_RECORD_SIZE
+
+    # ---- sending ----
+
+    @contextmanager
+    def _sending(self) -> Generator[None]:
+        """Let one task at a time send, and none after the end."""
+        if self._send_busy:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._check_open()
+        if self._send_broken:
+            raise trio.BrokenResourceError("sending failed before, and part of a record may have left")
+        self._send_busy = True
+        try:
+            yield
+        finally:
+            self._send_busy = False
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Seal and send. See `trio.abc.SendStream.send_all`; empty data sends nothing.
+
+        Raises:
+            trio.BusyResourceError: another task is sending.
+            trio.ClosedResourceError: this side was closed or half-closed.
+            trio.BrokenResourceError: the transport is broken, or an earlier `send_all` did not end
+                well, cancellation included.
+        """
+        with self._sending():
+            if self._send_ended:
+                raise trio.ClosedResourceError("the end of this direction was already sent")
+            await trio.lowlevel.checkpoint_if_cancelled()
+            with memoryview(data) as view, view.cast("B") as plaintext:
+                if not plaintext:
+                    await trio.lowlevel.checkpoint()
+                step = RECORDS_PER_SEND * MAX_PLAINTEXT_SIZE
+                for start in range(0, len(plaintext), step):
+                    records = [
+                        self._sealer.seal(plaintext[at : at + MAX_PLAINTEXT_SIZE])
+                        for at in range(start, min(start + step, len(plaintext)), MAX_PLAINTEXT_SIZE)
+                    ]
+                    await self._transmit(b"".join(records))
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See `trio.abc.SendStream.wait_send_all_might_not_block`. Raises as `send_all` does."""
+        with self._sending():
+            await self._transport.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        """Send the end record: nothing follows in this direction. Again does nothing.
+
+        Raises as `send_all` does.
+        """
+        with self._sending():
+            if self._send_ended:
+                await trio.lowlevel.checkpoint()
+                return
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._send_ended = True
+            await self._transmit(self._sealer.seal(b""))
+
+    async def _transmit(self, records: bytes) -> None:
+        try:
+            await self._transport.send_all(records)
+        except BaseException:
+            # How much of the records left is not known, so nothing can follow them.
+            self._send_broken = True
+            raise
+
+    # ---- receiving ----
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Receive the plaintext of one record, or the rest of one.
+
+        Arguments:
+            max_bytes: at least 1; what is over it is kept for the next call.
+
+        Returns:
+            At least one byte, or ``b""`` for ever once the end record has come.
+
+        Raises:
+            trio.BusyResourceError: another task is receiving.
+            trio.ClosedResourceError: this side was closed.
+            trio.BrokenResourceError: the transport is broken or ended without an end record, or
+                a record does not open. Receiving stays broken.
+        """
+        if max_bytes is not None and index(max_bytes) < 1:
+            raise ValueError("max_bytes must be at least 1")
+        if self._receive_busy:
+            raise trio.BusyResourceError("another task is receiving from this stream")
+        self._check_open()
+        self._receive_busy = True
+        try:
+            await self._fill()
+        finally:
+            self._receive_busy = False
+        received = self._plaintext if max_bytes is None else self._plaintext[:max_bytes]
+        self._plaintext = self._plaintext[len(received) :]
+        return received
+
+    async def _fill(self) -> None:
+        """Have some plaintext, or the end, or raise. One checkpoint at least."""
+        if self._receive_failure is not None:
+            raise trio.BrokenResourceError(self._receive_failure)
+        if self._plaintext or self._receive_ended or self._open_next():
+            await trio.lowlevel.checkpoint()
+            return
+        while not self._open_next():
+            data = await self._transport.receive_some(HEADER_SIZE + self._max_record_size)
+            if not data:
+                self._fail("the stream was cut short: it ended without an end record")
+            self._ciphertext += data
+
+    def _open_next(self) -> bool:
+        """Open the next record, if all of it is here. True: there is plaintext, or the end."""
+        if len(self._ciphertext) < HEADER_SIZE:
+            return False
+        size = int.from_bytes(self._ciphertext[:HEADER_SIZE], "big")
+        if size < MAC_SIZE or size > self._max_record_size:
+            self._fail(f"a record of {size} bytes, and {MAC_SIZE} to {self._max_record_size} are allowed")
+        end = HEADER_SIZE + size
+        if len(self._ciphertext) < end:
+            return False
+        with memoryview(self._ciphertext) as view:
+            box = bytes(view[HEADER_SIZE:end])
+        del self._ciphertext[:end]
+        try:
+            self._plaintext = self._opener.open(box)
+        except CryptoError:
+            self._fail("a record did not open: it was not sealed as the next one under our key")
+        self._receive_ended = not self._plaintext
+        return True
+
+    def _fail(self, reason: str) -> NoReturn:
+        self._receive_failure = reason
+        self._ciphertext.clear()
+        raise trio.BrokenResourceError(reason)
+
+    # ---- closing ----
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this stream was closed")
+
+    async def aclose(self) -> None:
+        """Send the end record, if nothing stands in the way, and close the transport.
+
+        Waits for the transport to take the end record; cancelled, it closes the transport at once.
+        """
+        must_end = not (self._closed or self._send_ended or self._send_broken or self._send_busy)
+        self._closed = True
+        try:
+            if must_end:
+                self._send_ended = True
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await self._transmit(self._sealer.seal(b""))
+        finally:
+            # A cancelled aclose() of a transport closes it and raises Cancelled, as we then do.
+            await self._transport.aclose()

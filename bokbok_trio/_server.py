@@ -1,0 +1,371 @@
+"""`serve` and `open_server`: accept connections until told to stop.
+
+Theory
+======
+
+`trio.serve_listeners` accepts, in a cancel scope of its own, so that accepting can stop while the
+connections, each a task in another nursery, go on. After `Server.stop` the accepting ends; every
+connection drains: it takes no new request, finishes those it is handling, and closes; what is left
+when the grace is over is closed, which cancels the handlers; and the server has stopped when the
+last task has ended.
+
+A connection's task never fails: what goes wrong in it is logged, and is over with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from typing import Final, Literal, TypeAlias, final
+
+import trio
+
+from ._addresses import (
+    Address,
+    as_address,
+    listen,
+    listener_address,
+    require_loopback,
+    stream_address,
+)
+from ._connection import Connection, ConnectionHandler, RequestHandler
+from ._errors import HandshakeError
+from ._handshake import encode_service
+from ._nursery import bare_nursery, split_exception
+from ._opening import Opened, UserKey, open_as_server
+from ._settings import Settings
+
+DEFAULT_GRACE: Final = 5.0
+"""Seconds that requests in flight may take when a server stops."""
+
+Listeners: TypeAlias = Sequence[trio.abc.Listener[trio.abc.Stream]]
+
+logger = logging.getLogger("bokbok_trio")
+
+
+@final
+class Server:
+    """A running server, made by `serve` or `open_server`."""
+
+    def __init__(
+        self,
+        listeners: Listeners,
+        *,
+        request_handler: RequestHandler | None,
+        open_handler: ConnectionHandler | None,
+        close_handler: ConnectionHandler | None,
+        user_key: UserKey | None,
+        service: str,
+        settings: Settings,
+    ) -> None:
+        self._listeners = list(listeners)
+        found = map(listener_address, listeners)
+        self._addresses = tuple(address for address in found if address is not None)
+        self._request_handler = request_handler
+        self._open_handler = open_handler
+        self._close_handler = close_handler
+        self._user_key = user_key
+        self._service = service
+        self._settings = settings
+        self._handshakes: dict[trio.CancelScope, None] = {}  # oldest first
+        self._connections: set[Connection] = set()
+        self._admitted = 0
+        self._accepting = trio.CancelScope()
+        self._grace = trio.CancelScope()
+        self._stopping = False
+        self._idle = trio.Event()  # set when stopping and no connection is left
+        self._stopped = trio.Event()
+
+    def __repr__(self) -> str:
+        return f"<bokbok_trio.Server on {', '.join(map(str, self._addresses)) or 'listeners'}>"
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """Where it listens: real addresses, port 0 resolved. None of listeners that are no sockets."""
+        return self._addresses
+
+    @property
+    def connections(self) -> frozenset[Connection]:
+        """The open connections, as of now."""
+        return frozenset(self._connections)
+
+    def stop(self, grace: float = DEFAULT_GRACE) -> None:
+        """Stop: accept nothing more, let the requests in flight finish, then cancel. Returns at once.
+
+        New requests are answered as not run. A connection closes when its last handler has ended.
+        May be called from a handler, whose own request is then in flight. Calling it again may
+        shorten the grace, and never lengthens it.
+
+        Arguments:
+            grace: seconds that the requests in flight may take; 0 cancels them at once.
+
+        Raises:
+            ValueError: `grace` is negative, or no number.
+        """
+        if math.isnan(grace) or grace < 0:
+            raise ValueError(f"grace must be at least 0 seconds, not {grace}")
+        self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace)
+        if self._stopping:
+            return
+        self._stopping = True
+        self._accepting.cancel()
+        for connection in self._connections:
+            connection.drain()
+        self._note_idle()
+
+    async def wait_stopped(self) -> None:
+        """Wait until it has stopped: all connections closed, all handlers ended.
+
+        In a handler this waits for that handler too, so it lasts until the grace is over and the
+        handler is cancelled.
+        """
+        await self._stopped.wait()
+
+    # ---- its life ----
+
+    async def run(self, task_status: trio.TaskStatus[Server]) -> None:
+        """Accept and serve until stopped, in this task."""
+        try:
+            async with bare_nursery() as nursery:
+                try:
+                    with self._accepting:
+                        await self._accept(nursery, task_status)
+                    with self._grace:
+                        await self._idle.wait()
+                finally:
+                    # Stopped, cancelled, or unable to accept: nobody may be left behind.
+                    self._stopping = True
+                    for scope in self._handshakes:
+                        scope.cancel()
+                    for connection in self._connections:
+                        connection.end("the server stopped")
+        finally:
+            self._stopped.set()
+
+    async def _accept(self, nursery: trio.Nursery, task_status: trio.TaskStatus[Server]) -> None:
+        task_status.started(self)  # the listeners listen already
+        try:
+            await trio.serve_listeners(self._serve_stream, self._listeners, handler_nursery=nursery)
+        except ExceptionGroup as group:
+            first, *others = group.exceptions
+            if others:
+                raise
+            raise first from None
+
+    async def _serve_stream(self, stream: trio.abc.Stream) -> None:
+        """Serve one connection, in a task of its own, and keep what goes wrong to it."""
+        address = stream_address(stream)
+        try:
+            await self._serve_peer(stream, address)
+        except BaseException as exc:
+            error, rest = split_exception(exc)
+            if isinstance(error, HandshakeError):
+                logger.warning("%r: no connection with %s: %s", self, address, error)
+            elif error is not None:
+                logger.error("%r: the connection with %s failed", self, address, exc_info=error)
+            if rest is not None:
+                raise rest from None
+
+    async def _serve_peer(self, stream: trio.abc.Stream, address: Address | None) -> None:
+        admitted = False
+
+        def admit() -> Literal["busy", "stopping"] | None:
+            nonlocal admitted
+            if self._stopping:
+                return "stopping"
+            if self._admitted >= self._settings.max_connections:
+                return "busy"
+            self._admitted += 1
+            admitted = True
+            return None
+
+        try:
+            opened: Opened | None = None
+            with trio.CancelScope() as scope, self._count_handshake(scope):
+                opened = await open_as_server(
+                    stream,
+                    user_key=self._user_key,
+                    service=self._service,
+                    settings=self._settings,
+                    admit=admit,
+                )
+            if opened is None:
+                raise HandshakeError("the handshake had to make room, or the server stopped")
+            await self._run_connection(opened, address)
+        finally:
+            if admitted:
+                self._admitted -= 1
+                self._note_idle()
+
+    @contextmanager
+    def _count_handshake(self, scope: trio.CancelScope) -> Generator[None]:
+        """Bound the handshakes: one too many cancels the oldest."""
+        if len(self._handshakes) >= self._settings.max_handshakes:
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            oldest.cancel()
+        self._handshakes[scope] = None
+        try:
+            yield
+        finally:
+            self._handshakes.pop(scope, None)
+
+    async def _run_connection(self, opened: Opened, address: Address | None) -> None:
+        connection = Connection(
+            opened,
+            side="server",
+            address=address,
+            settings=self._settings,
+            request_handler=self._request_handler,
+            close_handler=self._close_handler,
+            server=self,
+        )
+        self._connections.add(connection)
+        if self._stopping:
+            connection.drain()
+        try:
+            await connection.run(self._open_handler)
+        finally:
+            self._connections.discard(connection)
+
+    def _note_idle(self) -> None:
+        if self._stopping and not self._admitted:
+            self._idle.set()
+
+
+async def serve(
+    on: str | Address | Listeners,
+    request_handler: RequestHandler | None = None,
+    *,
+    user_key: UserKey | None = None,
+    open_handler: ConnectionHandler | None = None,
+    close_handler: ConnectionHandler | None = None,
+    service: str = "",
+    insecure: bool = False,
+    backlog: int | None = None,
+    unix_mode: int = 0o600,
+    settings: Settings = Settings(),  # noqa: B008  (immutable)
+    task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve connections until `Server.stop` is called, or this is cancelled.
+
+    ::
+
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(serve, "localhost:0", handler)
+
+    No failure of a handler, and nothing a peer does, comes out of it; see the ``bokbok_trio``
+    logger. ``KeyboardInterrupt`` and ``SystemExit`` of a handler end it, and come out bare.
+
+    Arguments:
+        on: an address to listen on, as a str or parsed (all the addresses of a host name), or a
+            sequence of listeners, which are then the server's to close.
+        request_handler: handles requests, each in a task of its own.
+        user_key: how to find the pre-shared key of a user: an async function from the name to a
+            `Key`, a sequence of keys (the old and the new, while one replaces the other; 16 at
+            most are tried) or None; or a mapping. With it, connections are encrypted and
+            authenticated; without, they are plain. Nothing ever falls back.
+        open_handler: called when a connection is open, before any request on it is handled. What it
+            raises closes the connection.
+        close_handler: called once after a connection and all its handlers have ended, if the open
+            handler returned. What it raises is logged.
+        service: names what is served, at most 255 bytes of UTF-8; see `open_connection`.
+        insecure: allow plain TCP on other interfaces than loopback.
+        backlog: connections that may wait to be accepted; None for the system's choice.
+        unix_mode: permissions of the file of a UNIX socket.
+        settings: the bounds of each connection, and of their number.
+
+    Returns:
+        Through ``nursery.start``, the `Server`, as soon as it listens.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+        AddressError: no address, or one in use, or plain TCP elsewhere without `insecure`.
+        OSError: the system does not let it listen or accept.
+    """
+    check_user_key(user_key, service)
+    listeners = await _open_listeners(
+        on, backlog=backlog, mode=unix_mode, insecure=insecure or user_key is not None
+    )
+    server = Server(
+        listeners,
+        request_handler=request_handler,
+        open_handler=open_handler,
+        close_handler=close_handler,
+        user_key=user_key,
+        service=service,
+        settings=settings,
+    )
+    await server.run(task_status)
+
+
+@asynccontextmanager
+async def open_server(
+    on: str | Address | Listeners,
+    request_handler: RequestHandler | None = None,
+    *,
+    user_key: UserKey | None = None,
+    open_handler: ConnectionHandler | None = None,
+    close_handler: ConnectionHandler | None = None,
+    service: str = "",
+    insecure: bool = False,
+    backlog: int | None = None,
+    unix_mode: int = 0o600,
+    settings: Settings = Settings(),  # noqa: B008  (immutable)
+) -> AsyncGenerator[Server]:
+    """Serve for as long as a block; the arguments and what is raised are those of `serve`.
+
+    ::
+
+        async with open_server("/run/app.sock", handler) as server:
+            await server.wait_stopped()
+
+    Leaving the block stops the server with the default grace of 5 s; by an exception, with none.
+    What the block raises comes out as itself.
+    """
+    async with bare_nursery() as nursery:
+        server = await nursery.start(
+            partial(
+                serve,
+                on,
+                request_handler,
+                user_key=user_key,
+                open_handler=open_handler,
+                close_handler=close_handler,
+                service=service,
+                insecure=insecure,
+                backlog=backlog,
+                unix_mode=unix_mode,
+                settings=settings,
+            )
+        )
+        try:
+            yield server
+        except BaseException:
+            server.stop(grace=0)
+            raise
+        server.stop()
+
+
+def check_user_key(user_key: object, service: str) -> None:
+    """Check what `serve` is told of keys, before anything is opened."""
+    if user_key is not None and not callable(user_key) and not isinstance(user_key, Mapping):
+        raise TypeError("user_key must be an async function from user name to key, or a mapping")
+    if encode_service(service) and user_key is None:
+        raise ValueError("a service needs user_key: a plain handshake has nothing to check it with")
+
+
+async def _open_listeners(
+    on: str | Address | Listeners, *, backlog: int | None, mode: int, insecure: bool
+) -> Listeners:
+    if isinstance(on, Sequence) and not isinstance(on, str):
+        if not on or not all(isinstance(listener, trio.abc.Listener) for listener in on):
+            raise TypeError("serve takes an address, or a sequence of at least one trio.abc.Listener")
+        if not insecure:
+            for listener in on:
+                require_loopback(listener_address(listener))
+        return on
+    return await listen(as_address(on), backlog=backlog, mode=mode, insecure=insecure)

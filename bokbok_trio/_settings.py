@@ -1,0 +1,66 @@
+"""The bounds of a connection and of a server that a user may choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, final
+
+MIN_MESSAGE_SIZE: Final = 4096
+"""Bytes. Every packet of the handshake, and every error, must fit."""
+
+MAX_MESSAGE_SIZE: Final = 2**32 - 1
+"""Bytes. The packet's length is a u32."""
+
+MAX_REQUESTS: Final = 10**6
+"""Requests. A declared number above it is a mistake; it also keeps slot counts small integers."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The bounds of one connection, or of all the connections of a server.
+
+    Arguments:
+        max_message_size: bytes of one packet, 4 KiB to 4 GiB - 1. The smaller of what both sides
+            declare holds for both. The user's fields may take up all but 96 bytes of it.
+        max_requests: incoming requests in flight at once, 1 to 1,000,000. The other side waits
+            before it sends more.
+        handshake_timeout: seconds for all of the handshake, more than 0; `math.inf` for no limit.
+        describe_error: a function from an exception of a handler to the text its asker is sent,
+            for applications that do not want to show their insides. By default ``Type: message``.
+        max_connections: open connections of a server at once; the next is refused as ``busy``.
+        max_handshakes: unfinished handshakes of a server at once; one more closes the oldest.
+
+    Raises:
+        TypeError: a number is not a number, or `describe_error` cannot be called.
+        ValueError: a number is out of range.
+    """
+
+    max_message_size: int = 4 * 2**20
+    max_requests: int = 100
+    handshake_timeout: float = 10.0
+    describe_error: Callable[[BaseException], str] | None = None
+    max_connections: int = 1000
+    max_handshakes: int = 64
+
+    def __post_init__(self) -> None:
+        _check_whole("max_message_size", self.max_message_size, MIN_MESSAGE_SIZE, MAX_MESSAGE_SIZE)
+        _check_whole("max_requests", self.max_requests, 1, MAX_REQUESTS)
+        _check_whole("max_connections", self.max_connections, 1, None)
+        _check_whole("max_handshakes", self.max_handshakes, 1, None)
+        if not isinstance(self.handshake_timeout, int | float):
+            raise TypeError("handshake_timeout must be a number of seconds")
+        if math.isnan(self.handshake_timeout) or self.handshake_timeout <= 0:
+            raise ValueError("handshake_timeout must be more than 0 seconds")
+        if self.describe_error is not None and not callable(self.describe_error):
+            raise TypeError("describe_error must be a function from an exception to a str")
+
+
+def _check_whole(name: str, value: int, lowest: int, highest: int | None) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if value < lowest or (highest is not None and value > highest):
+        upper = "" if highest is None else f" and at most {highest}"
+        raise ValueError(f"{name} must be at least {lowest}{upper}, not {value}")

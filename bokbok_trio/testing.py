@@ -1,0 +1,162 @@
+"""For the tests of applications: connections in memory, and streams that fail on purpose.
+
+Nothing here touches a socket or the clock by itself, so all of it works, in no time, under
+`trio.testing.MockClock`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import final
+
+import trio
+import trio.testing
+
+from ._client import open_connection
+from ._connection import Connection, ConnectionHandler, RequestHandler
+from ._keys import Key
+from ._server import open_server
+from ._settings import Settings
+
+__all__ = ["FaultyStream", "MemoryListener", "open_connection_pair"]
+
+
+@final
+class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
+    """A listener without a network: what `connect` returns is the other end of what it accepts."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[trio.abc.Stream](math.inf)
+
+    def connect(self) -> trio.abc.Stream:
+        """Make a connection and return the client's end.
+
+        Raises:
+            trio.BrokenResourceError: the listener was closed.
+        """
+        ours, theirs = trio.testing.memory_stream_pair()
+        self._send.send_nowait(theirs)
+        return ours
+
+    async def accept(self) -> trio.abc.Stream:
+        """See `trio.abc.Listener.accept`."""
+        return await self._receive.receive()
+
+    async def aclose(self) -> None:
+        """Accept nothing more."""
+        await self._receive.aclose()
+
+
+@asynccontextmanager
+async def open_connection_pair(
+    client_handler: RequestHandler | None = None,
+    server_handler: RequestHandler | None = None,
+    *,
+    sealed: bool = True,
+    client_close_handler: ConnectionHandler | None = None,
+    server_close_handler: ConnectionHandler | None = None,
+    client_settings: Settings = Settings(),  # noqa: B008  (immutable)
+    server_settings: Settings = Settings(),  # noqa: B008  (immutable)
+    wrap: Callable[[trio.abc.Stream], trio.abc.Stream] = lambda stream: stream,
+) -> AsyncGenerator[tuple[Connection, Connection]]:
+    """Open both ends of a connection in memory, through the whole of handshake and server.
+
+    ::
+
+        async with open_connection_pair(server_handler=handler) as (client, server):
+            assert await client.request(["ping", "1"]) == [b"pong", b"1"]
+
+    Arguments:
+        client_handler, server_handler: the request handlers of the two sides.
+        sealed: whether it is encrypted, for the user ``"user"``, or plain.
+        client_close_handler, server_close_handler: their close handlers.
+        client_settings, server_settings: the bounds of the two sides.
+        wrap: what to put around the client's stream, such as a `FaultyStream`.
+
+    What the block raises comes out as itself.
+    """
+    key = Key.generate()
+    listener = MemoryListener()
+    accepted: list[Connection] = []
+    has_accepted = trio.Event()
+
+    async def open_handler(connection: Connection) -> None:
+        accepted.append(connection)
+        has_accepted.set()
+        await trio.lowlevel.checkpoint()
+
+    async with (
+        open_server(
+            [listener],
+            server_handler,
+            user_key={"user": key} if sealed else None,
+            open_handler=open_handler,
+            close_handler=server_close_handler,
+            settings=server_settings,
+        ),
+        open_connection(
+            wrap(listener.connect()),
+            user="user" if sealed else None,
+            key=key if sealed else None,
+            request_handler=client_handler,
+            close_handler=client_close_handler,
+            settings=client_settings,
+        ) as client,
+    ):
+        await has_accepted.wait()
+        yield client, accepted[0]
+
+
+@final
+class FaultyStream(trio.abc.Stream):
+    """A stream around another that fails as it is told, at any time.
+
+    Arguments:
+        transport: the stream to pass things on to.
+
+    Attributes:
+        most: bytes that one `receive_some` returns at most; None for no such limit.
+        alter: a function that what is received passes through.
+        stalled: whether sending waits, as to a peer that has stopped reading, until it is cancelled
+            or the stream is closed.
+        broken: whether sending and receiving raise `trio.BrokenResourceError` from the next call on.
+    """
+
+    def __init__(self, transport: trio.abc.Stream) -> None:
+        self._transport = transport
+        self._stalled = trio.Event()
+        self.most: int | None = None
+        self.alter: Callable[[bytes], bytes] | None = None
+        self.stalled = False
+        self.broken = False
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See `trio.abc.SendStream.send_all`."""
+        await self.wait_send_all_might_not_block()
+        await self._transport.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See `trio.abc.SendStream.wait_send_all_might_not_block`."""
+        self._check()
+        if self.stalled:
+            await self._stalled.wait()
+        await self._transport.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """See `trio.abc.ReceiveStream.receive_some`."""
+        self._check()
+        if self.most is not None:
+            max_bytes = min(self.most, max_bytes or self.most)
+        data = await self._transport.receive_some(max_bytes)
+        return data if self.alter is None else self.alter(bytes(data))
+
+    async def aclose(self) -> None:
+        """See `trio.abc.AsyncResource.aclose`."""
+        self._stalled.set()
+        await self._transport.aclose()
+
+    def _check(self) -> None:
+        if self.broken:
+            raise trio.BrokenResourceError("this stream was told to break")
