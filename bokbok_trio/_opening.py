@@ -191,7 +191,7 @@ async def _look_up(user_key: UserKey, user: str | None) -> Sequence[Key]:
     if user is None:
         return ()
     try:
-        return _check_keys(user_key.get(user) if isinstance(user_key, Mapping) else await user_key(user))
+        return _check_keys(await user_key(user) if callable(user_key) else user_key.get(user))
     except Exception:
         logger.exception("looking up the key of user %r failed", user)
         return ()
