@@ -49,7 +49,7 @@ from ._errors import (
     RequestError,
 )
 from ._nursery import bare_nursery, split_exception
-from ._session import Answer, Cancel, Event, Failure, Request, Session
+from ._session import Answer, Event, Failure, Request, Session
 
 if TYPE_CHECKING:
     from ._addresses import Address
@@ -131,7 +131,6 @@ class Connection:
         self._draining = False
         self._make_error: Callable[[bool], BokbokError] | None = None  # set: it is over
         self._send_failure = ""
-        self._graceful = False
         self._opening = trio.CancelScope()
         self._receiving = trio.CancelScope()
         self._sending = trio.CancelScope()
@@ -297,7 +296,6 @@ class Connection:
         if self._make_error is not None:
             return
         self._make_error = make_error
-        self._graceful = graceful
         if graceful:
             self._sending.deadline = trio.current_time() + CLOSE_TIMEOUT
             self._work.unpark()
@@ -323,8 +321,8 @@ class Connection:
         try:
             with self._sending:
                 await self._send_queued()
-                if self._graceful:
-                    await self._stream.aclose()  # which writes the end record
+                # Writes the end record, unless it is cancelled: `_end` does that if not graceful.
+                await self._stream.aclose()
         finally:
             self._end(lambda _: ConnectionClosed("the connection was cancelled"), graceful=False)
             # Nothing to wait for here, and closing twice does no harm.
@@ -362,7 +360,7 @@ class Connection:
             logger.warning("%r: %s", self, reason)
         except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
             reason = f"receiving failed: {exc}"
-        self._lose(self._send_failure or reason)
+        self._lose(reason or self._send_failure)
 
     async def _receive_events(self, nursery: trio.Nursery) -> None:
         """Do what arrives until the stream ends, or it is over."""
@@ -374,18 +372,14 @@ class Connection:
             self._work.unpark()
 
     def _on_event(self, event: Event, nursery: trio.Nursery) -> None:
-        match event:
-            case Request():
-                self._on_request(event, nursery)
-            case Answer(id, fields):
-                self._waiters.pop(id).wake(fields)
-            case Failure(id, "closing", message):
-                self._waiters.pop(id).wake(ConnectionLost(message, may_have_run=False))
-            case Failure(id, code, message):
-                self._waiters.pop(id).wake(RemoteError(message, code))
-            case Cancel(id):
-                if id in self._handlers:
-                    self._handlers[id].cancel()
+        if isinstance(event, Request):
+            self._on_request(event, nursery)
+        elif isinstance(event, Answer):
+            self._waiters.pop(event.id).wake(event.fields)
+        elif isinstance(event, Failure):
+            self._waiters.pop(event.id).wake(_as_error(event))
+        elif event.id in self._handlers:  # a Cancel, and its handler has not ended
+            self._handlers[event.id].cancel()
 
     def _on_request(self, request: Request, nursery: trio.Nursery) -> None:
         if self._draining:
@@ -438,3 +432,10 @@ class Connection:
             logger.exception("%r: describing that failed", self)
             text = type(error).__name__
         self._session.fail(id, "handler-error", text)
+
+
+def _as_error(failure: Failure) -> BokbokError:
+    """What the asker of a request that failed sees."""
+    if failure.code == "closing":
+        return ConnectionLost(failure.message, may_have_run=False)
+    return RemoteError(failure.message, failure.code)

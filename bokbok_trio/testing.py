@@ -118,30 +118,34 @@ class FaultyStream(trio.abc.Stream):
 
     Attributes:
         most: bytes that one `receive_some` returns at most; None for no such limit.
-        alter: a function that what is received passes through.
-        stalled: whether sending waits, as to a peer that has stopped reading, until it is cancelled
-            or the stream is closed.
+        alter: a function that what is received passes through; returning ``b""`` ends the stream.
         broken: whether sending and receiving raise `trio.BrokenResourceError` from the next call on.
     """
 
     def __init__(self, transport: trio.abc.Stream) -> None:
         self._transport = transport
-        self._stalled = trio.Event()
+        self._flowing = trio.Event()
+        self._flowing.set()
         self.most: int | None = None
         self.alter: Callable[[bytes], bytes] | None = None
-        self.stalled = False
         self.broken = False
+
+    def stall(self) -> None:
+        """Let sending wait from now on, as to a peer that has stopped reading."""
+        self._flowing = trio.Event()
+
+    def resume(self) -> None:
+        """Let sending go on."""
+        self._flowing.set()
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream.send_all`."""
-        await self.wait_send_all_might_not_block()
+        await self._may_send()
         await self._transport.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         """See `trio.abc.SendStream.wait_send_all_might_not_block`."""
-        self._check()
-        if self.stalled:
-            await self._stalled.wait()
+        await self._may_send()
         await self._transport.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
@@ -154,8 +158,13 @@ class FaultyStream(trio.abc.Stream):
 
     async def aclose(self) -> None:
         """See `trio.abc.AsyncResource.aclose`."""
-        self._stalled.set()
+        self._flowing.set()
         await self._transport.aclose()
+
+    async def _may_send(self) -> None:
+        self._check()
+        await self._flowing.wait()
+        self._check()
 
     def _check(self) -> None:
         if self.broken:

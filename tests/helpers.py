@@ -1,0 +1,93 @@
+"""What several test files use: handlers, and a peer that is made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import trio
+import trio.testing
+
+from bokbok_trio import Connection, RequestError, RequestHandler, Settings, open_connection
+from bokbok_trio._packets import PacketDecoder, encode_body, encode_head
+
+MAGIC = b"bokbok1\n"
+
+
+async def echo(connection: Connection, request: list[bytes]) -> list[bytes]:
+    await trio.lowlevel.checkpoint()
+    return request
+
+
+async def busy_handler(connection: Connection, request: list[bytes]) -> list[bytes | str]:
+    """One of everything."""
+    match request:
+        case [b"ping", text]:
+            await trio.lowlevel.checkpoint()
+            return [b"pong", text]
+        case [b"sleep", seconds]:
+            await trio.sleep(float(seconds))
+            return ["slept"]
+        case [b"back", *rest]:
+            return list(await connection.request(rest))
+        case _:
+            raise RequestError("unknown request", code="unknown-request")
+
+
+def packet(*fields: bytes, body: list[bytes] | None = None) -> bytes:
+    """A packet, with a body as its last field where one is given."""
+    if body is None:
+        return encode_head(*fields)
+    chunks, size = encode_body(body, 2**32)
+    return encode_head(*fields, body_size=size) + b"".join(chunks)
+
+
+class RawPeer:
+    """The server's end of a plain connection, made by hand."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self._decoder = PacketDecoder(2**32)
+        self._packets: list[list[bytes]] = []
+
+    async def send(self, *fields: bytes, body: list[bytes] | None = None) -> None:
+        await self.stream.send_all(packet(*fields, body=body))
+
+    async def receive(self) -> list[bytes]:
+        while not self._packets:
+            data = await self.stream.receive_some()
+            assert data, "the connection was closed"
+            self._packets += self._decoder.decode(data)
+        return self._packets.pop(0)
+
+    async def shake_hands(self, max_message_size: int = 2**20, max_requests: int = 3) -> None:
+        hello = MAGIC + packet(b"hello", b"client", b"plain", b"")
+        received = b""
+        while len(received) < len(hello):
+            received += await self.stream.receive_some(len(hello) - len(received))
+        assert received == hello
+        await self.stream.send_all(MAGIC + packet(b"hello", b"server", b"plain", b""))
+        assert (await self.receive())[0] == b"open"
+        await self.send(b"accepted", b"%d" % max_message_size, b"%d" % max_requests, b"")
+
+
+@asynccontextmanager
+async def raw_peer(
+    request_handler: RequestHandler | None = None,
+    settings: Settings = Settings(),  # noqa: B008
+    *,
+    max_message_size: int = 2**20,
+    max_requests: int = 3,
+) -> AsyncGenerator[tuple[Connection, RawPeer]]:
+    """An open connection of ours, and a peer made by hand at its other end."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    peer = RawPeer(theirs)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(peer.shake_hands, max_message_size, max_requests)
+        async with open_connection(ours, request_handler=request_handler, settings=settings) as connection:
+            yield connection, peer
+
+
+async def settle() -> None:
+    """Let every other task go as far as it can."""
+    await trio.testing.wait_all_tasks_blocked()

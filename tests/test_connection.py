@@ -1,0 +1,881 @@
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+import bokbok_trio
+from bokbok_trio import (
+    Connection,
+    ConnectionClosed,
+    ConnectionLost,
+    MessageTooLarge,
+    RemoteError,
+    RequestError,
+    Settings,
+)
+from bokbok_trio._connection import CLOSE_TIMEOUT
+from bokbok_trio.testing import FaultyStream, open_connection_pair
+from tests.helpers import busy_handler, echo, packet, raw_peer, settle
+
+
+def faulty(into: list[FaultyStream]) -> Callable[[trio.abc.Stream], trio.abc.Stream]:
+    """For `open_connection_pair(wrap=...)`."""
+
+    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+        into.append(FaultyStream(stream))
+        return into[-1]
+
+    return wrap
+
+
+# ---- requests ----
+
+
+async def test_requests_go_both_ways(sealed: bool) -> None:
+    async with open_connection_pair(busy_handler, busy_handler, sealed=sealed) as (client, server):
+        assert await client.request(["ping", "1"]) == [b"pong", b"1"]
+        assert await server.request((b"ping", bytearray(b"2"))) == [b"pong", b"2"]
+
+
+async def test_a_handler_calls_back_and_is_called_back(sealed: bool) -> None:
+    async with open_connection_pair(busy_handler, busy_handler, sealed=sealed) as (client, _):
+        assert await client.request(["back", "back", "back", "ping", "x"]) == [b"pong", b"x"]
+
+
+async def test_a_handler_answers_while_its_background_callbacks_go_on(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    heard: list[list[bytes]] = []
+
+    async def hear(connection: Connection, request: list[bytes]) -> None:
+        await trio.lowlevel.checkpoint()
+        heard.append(request)
+
+    async def call_back(connection: Connection) -> None:
+        for n in range(4):
+            await trio.sleep(1)
+            await connection.request(["called back", str(n)])
+
+    async with trio.open_nursery() as nursery:
+
+        async def handler(connection: Connection, request: list[bytes]) -> list[str]:
+            await trio.lowlevel.checkpoint()
+            nursery.start_soon(call_back, connection)
+            return ["later"]
+
+        async with open_connection_pair(hear, handler) as (client, _):
+            assert await client.request(["asynch"]) == [b"later"]
+            assert heard == []
+            await trio.sleep(4.5)
+    assert heard == [[b"called back", b"%d" % n] for n in range(4)]
+
+
+async def test_many_requests_at_once_both_ways_with_few_slots(sealed: bool) -> None:
+    few = Settings(max_requests=3)
+    done: list[bytes] = []
+
+    async def ask(connection: Connection, n: int) -> None:
+        # Each asks back: with all slots of both sides taken, answers must still get through.
+        [_, text] = await connection.request(["ping", str(n)])
+        done.append(text)
+
+    async with (
+        open_connection_pair(
+            busy_handler, busy_handler, sealed=sealed, client_settings=few, server_settings=few
+        ) as pair,
+        trio.open_nursery() as nursery,
+    ):
+        for n in range(100):
+            nursery.start_soon(ask, pair[n % 2], n)
+    assert sorted(done, key=int) == [b"%d" % n for n in range(100)]
+
+
+async def test_fields_are_bytes_or_str_and_an_answer_may_be_none() -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> list[str | bytes] | None:
+        await trio.lowlevel.checkpoint()
+        return ["é", b"\xff"] if request else None
+
+    async with open_connection_pair(server_handler=handler) as (client, _):
+        assert await client.request(["x"]) == ["é".encode(), b"\xff"]
+        assert await client.request([]) == []
+        full = [b"x"] * 255
+    async with open_connection_pair(server_handler=echo) as (client, _):
+        assert await client.request(full) == full
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ("abc", TypeError),
+        (b"abc", TypeError),
+        (None, TypeError),
+        ({"a"}, TypeError),
+        (iter(["a"]), TypeError),
+        ([1], TypeError),
+        ([None], TypeError),
+        (["a", ["b"]], TypeError),
+        (["a"] * 256, ValueError),
+        (["\ud800"], ValueError),
+        ([bytes(5000)], MessageTooLarge),
+    ],
+)
+async def test_a_bad_call_raises_and_sends_nothing(fields: Any, error: type[Exception]) -> None:
+    small = Settings(max_message_size=4096)
+    async with open_connection_pair(server_handler=echo, client_settings=small) as (client, server):
+        server_session = server._session
+        with pytest.raises(error):
+            await client.request(fields)
+        assert await client.request(["still"]) == [b"still"]
+        assert server_session._max_body_size == client._session._max_body_size == 4000
+
+
+async def test_an_answer_that_is_too_large_is_an_error_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
+        await trio.lowlevel.checkpoint()
+        return [bytes(10000)]
+
+    small = Settings(max_message_size=8192)
+    async with open_connection_pair(server_handler=handler, client_settings=small) as (client, _):
+        with pytest.raises(RemoteError, match="10005 bytes.* 8096") as caught:
+            await client.request([])
+        assert caught.value.code == "too-large"
+    assert "the answer to request 0 is too large" in caplog.text
+
+
+# ---- handlers that fail ----
+
+
+async def crash_while_cancelled() -> None:
+    async def crash() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise KeyError("crashed")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(crash)
+        nursery.start_soon(trio.sleep_forever)
+        await settle()
+        nursery.cancel_scope.cancel()
+
+
+async def raise_group() -> None:
+    async with trio.open_nursery():
+        raise ValueError("in a nursery")
+
+
+def returning(value: object) -> Callable[[], Awaitable[Any]]:
+    async def return_it() -> object:
+        await trio.lowlevel.checkpoint()
+        return value
+
+    return return_it
+
+
+def raising(error: BaseException) -> Callable[[], Awaitable[Any]]:
+    async def raise_it() -> None:
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    return raise_it
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        (raising(ValueError("bad")), "ValueError: bad"),
+        (raising(trio.TooSlowError()), "TooSlowError: "),
+        (raising(MessageTooLarge(2, 1)), "MessageTooLarge: the message takes 2 bytes"),
+        (raising(Unprintable()), "Unprintable"),
+        (raise_group, "ExceptionGroup: "),
+        (crash_while_cancelled, "ExceptionGroup: "),
+        (returning(7), "TypeError: a packet is a list of fields, not int"),
+        (returning("text"), "TypeError: a packet is a list of fields, not str"),
+        (returning([7]), "TypeError: a field is bytes or str, not int"),
+        (returning(["x"] * 256), "ValueError: a packet has at most 255 fields"),
+        (lambda: 7, "TypeError: object int can't be used in 'await' expression"),
+    ],
+)
+async def test_a_failing_handler_is_one_error_and_harms_nobody(
+    behaviour: Callable[[], Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> Any:
+        return (await behaviour()) if request == [b"fail"] else request
+
+    async with open_connection_pair(server_handler=handler) as (client, server):
+        with pytest.raises(RemoteError) as caught:
+            await client.request(["fail"])
+        assert caught.value.message.startswith(message)
+        assert caught.value.code == "handler-error"
+        assert await client.request(["alive"]) == [b"alive"]
+        assert server._session.handling == 0
+    failures = [record for record in caplog.records if "the handler of request 0 failed" in record.message]
+    assert len(failures) == 1
+    assert failures[0].exc_info is not None
+
+
+async def test_a_request_error_is_the_answer_and_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    async with open_connection_pair(server_handler=busy_handler) as (client, _):
+        with pytest.raises(RemoteError, match="unknown request") as caught:
+            await client.request(["what?"])
+    assert (caught.value.message, caught.value.code) == ("unknown request", "unknown-request")
+    assert caplog.records == []
+
+
+async def test_without_a_handler_the_answer_is_no_handler() -> None:
+    async with open_connection_pair() as pair:
+        for connection in pair:
+            with pytest.raises(RemoteError) as caught:
+                await connection.request([])
+            assert caught.value.code == "no-handler"
+
+
+async def test_describe_error_chooses_what_the_peer_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def describe(error: BaseException) -> str:
+        if isinstance(error, KeyError):
+            raise RuntimeError("cannot describe")
+        return f"ref {type(error).__name__[0]}"
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await trio.lowlevel.checkpoint()
+        raise KeyError("secret") if request else ValueError("secret")
+
+    discreet = Settings(describe_error=describe)
+    async with open_connection_pair(server_handler=handler, server_settings=discreet) as (client, _):
+        with pytest.raises(RemoteError, match="^ref V"):
+            await client.request([])
+        with pytest.raises(RemoteError, match=r"^KeyError \[handler-error\]"):
+            await client.request(["x"])
+    assert "describing that failed" in caplog.text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("side", ["client", "server"])
+@pytest.mark.parametrize("nested", [False, True])
+async def test_what_ends_the_program_comes_out_bare(
+    error: type[BaseException], side: str, nested: bool
+) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        if nested:
+            async with trio.open_nursery():
+                raise error
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    handlers = (handler, None) if side == "client" else (None, handler)
+    with pytest.raises(error) as caught:
+        async with open_connection_pair(*handlers) as (client, server):
+            # The body may be told of the loss, or be cancelled for it; the error wins.
+            await (server if side == "client" else client).request([])
+            await trio.sleep_forever()
+    assert type(caught.value) is error
+
+
+# ---- cancelling ----
+
+
+async def test_a_cancelled_request_cancels_the_handler(sealed: bool) -> None:
+    seen: list[str] = []
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            seen.append("cancelled")
+
+    async with open_connection_pair(server_handler=handler, sealed=sealed) as (client, server):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.request, [])
+                await settle()
+                scope.cancel()
+        assert seen == []
+        await settle()
+        assert seen == ["cancelled"]
+        assert server._session.handling == 0
+        assert client._session._asked == set()
+
+
+async def test_a_handler_may_answer_though_it_was_cancelled() -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        with trio.CancelScope() as inner:
+            inner.cancel()
+            await trio.sleep_forever()
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            return  # it swallows its cancellation  # noqa: TRY203, RUF100
+
+    async with open_connection_pair(server_handler=handler) as (client, server):
+        with trio.move_on_after(0):
+            await client.request([])
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.request, [])
+                await settle()
+                scope.cancel()
+        await settle()
+        assert server._session.handling == 0
+        assert client._session._asked == set()
+
+
+async def test_a_crash_while_being_cancelled_is_logged_and_answered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def crash() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise KeyError("crashed")
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(crash)
+
+    async with open_connection_pair(server_handler=handler) as (client, server):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.request, [])
+                await settle()
+                scope.cancel()
+        await settle()
+        assert server._session.handling == 0
+        assert client._session._asked == set()
+    assert "the handler of request 0 failed" in caplog.text
+
+
+@pytest.mark.parametrize("stalled", [False, True], ids=["", "peer stopped reading"])
+@pytest.mark.parametrize("slots", [10, 3], ids=["slots free", "slots taken"])
+async def test_a_request_cancelled_at_any_step_comes_back_at_once_and_disturbs_nobody(
+    sealed: bool, stalled: bool, slots: int
+) -> None:
+    """The request is cancelled after so many steps of the scheduler, from 0 until it would be done."""
+    streams: list[FaultyStream] = []
+    others: list[list[bytes]] = []
+    answers = 0
+    async with open_connection_pair(
+        server_handler=busy_handler,
+        sealed=sealed,
+        server_settings=Settings(max_requests=slots),
+        wrap=faulty(streams),
+    ) as (client, server):
+
+        async def other() -> None:
+            others.append(await client.request(["ping", "other"]))
+
+        async def cancel(scope: trio.CancelScope, steps: int, ended: list[bool]) -> None:
+            for _ in range(steps):
+                await trio.lowlevel.checkpoint()
+            scope.cancel()
+            for _ in range(2):
+                await trio.lowlevel.checkpoint()
+            assert ended, "it did not come back at once"
+            streams[0].resume()
+
+        for steps in range(30):
+            ended: list[bool] = []
+            if stalled:
+                streams[0].stall()
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(other)
+                await settle() if slots == 3 else None
+                with trio.CancelScope() as scope:
+                    nursery.start_soon(cancel, scope, steps, ended)
+                    assert await client.request(["ping", "mine"]) == [b"pong", b"mine"]
+                    answers += 1
+                ended.append(scope.cancelled_caught)
+            assert others == [[b"pong", b"other"]] * 3
+            others.clear()
+            assert await client.request(["ping", "after"]) == [b"pong", b"after"]
+            await settle()
+            assert client._session._asked == client._session._cancelled == set()
+            assert server._session.handling == 0
+    assert (answers == 0) if stalled else (0 < answers < 30)
+
+
+# ---- closing from this side ----
+
+
+async def start_waiting(nursery: trio.Nursery, connection: Connection, into: list[BaseException]) -> None:
+    """Make a request that waits, and collect what it raises."""
+
+    async def wait() -> None:
+        try:
+            await connection.request(["sleep", "inf"])
+        except (ConnectionClosed, ConnectionLost) as exc:
+            into.append(exc)
+
+    nursery.start_soon(wait)
+    await settle()
+
+
+async def test_closing_fails_every_waiter_on_both_sides_at_once(sealed: bool) -> None:
+    ours: list[BaseException] = []
+    theirs: list[BaseException] = []
+    slots = Settings(max_requests=2)
+    async with open_connection_pair(
+        busy_handler, busy_handler, sealed=sealed, client_settings=slots, server_settings=slots
+    ) as (client, server):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                await start_waiting(nursery, client, ours)
+                await start_waiting(nursery, server, theirs)
+            await client.aclose()
+            await settle()
+            assert [type(exc) for exc in ours] == [ConnectionClosed] * 3
+            assert [type(exc) for exc in theirs] == [ConnectionLost] * 3
+        lost = [exc for exc in theirs if isinstance(exc, ConnectionLost)]
+        assert sorted(exc.may_have_run for exc in lost) == [False, True, True]
+        assert {exc.reason for exc in lost} == {"the peer closed the connection"}
+        assert client.closed
+        assert server.closed
+        await client.wait_closed()
+        await server.wait_closed()
+        for connection, error in ((client, ConnectionClosed), (server, ConnectionLost)):
+            with pytest.raises(error) as caught:
+                await connection.request([])
+            assert getattr(caught.value, "may_have_run", False) is False
+
+
+async def test_leaving_the_block_closes_and_waits_for_handlers_and_close_handler() -> None:
+    story: list[str] = []
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            story.append("handler ended")
+
+    async def on_close(connection: Connection) -> None:
+        await trio.lowlevel.checkpoint()
+        story.append(f"closed {connection.closed}")
+
+    async with trio.open_nursery() as nursery:
+        async with open_connection_pair(handler, client_close_handler=on_close) as (client, server):
+            nursery.start_soon(ignore_loss, server)
+            await settle()
+        assert story == ["handler ended", "closed True"]
+        assert client.closed
+
+
+async def ignore_loss(connection: Connection) -> None:
+    with pytest.raises((ConnectionClosed, ConnectionLost)):
+        await connection.request([])
+
+
+async def test_aclose_from_a_handler_ends_the_handler_and_the_connection(sealed: bool) -> None:
+    story: list[str] = []
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        try:
+            await connection.aclose()
+        except trio.Cancelled:
+            story.append("cancelled")
+            raise
+
+    async with open_connection_pair(server_handler=handler, sealed=sealed) as (client, server):
+        with pytest.raises(ConnectionLost, match="the peer closed the connection"):
+            await client.request([])
+        await server.wait_closed()
+    assert story == ["cancelled"]
+
+
+async def test_aclose_waits_for_no_handler_but_wait_closed_does(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 100):
+            await trio.sleep(50)
+
+    async with open_connection_pair(server_handler=handler) as (client, server):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ignore_loss, client)
+            await settle()
+            await server.aclose()
+        assert trio.current_time() == 0
+        await server.wait_closed()
+        assert trio.current_time() == 50
+        await server.aclose()
+
+
+async def test_a_late_answer_is_dropped() -> None:
+    release = trio.Event()
+
+    async def handler(connection: Connection, request: list[bytes]) -> list[str]:
+        with trio.CancelScope(shield=True):
+            await release.wait()
+        return ["late"]
+
+    async with open_connection_pair(server_handler=handler) as (client, server):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ignore_loss, client)
+            await settle()
+            await server.aclose()
+        release.set()
+        await server.wait_closed()
+
+
+async def test_closing_takes_a_second_at_most_when_the_peer_does_not_read(
+    sealed: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    streams: list[FaultyStream] = []
+    async with open_connection_pair(server_handler=echo, sealed=sealed, wrap=faulty(streams)) as (client, _):
+        streams[0].stall()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ignore_loss, client)
+            await settle()
+            await client.aclose()
+        assert trio.current_time() == (CLOSE_TIMEOUT)
+        await client.wait_closed()
+        assert trio.current_time() == (CLOSE_TIMEOUT)
+
+
+async def test_a_cancelled_aclose_returns_at_once_and_closes_nevertheless(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    streams: list[FaultyStream] = []
+    async with open_connection_pair(server_handler=echo, wrap=faulty(streams)) as (client, server):
+        streams[0].stall()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.aclose()
+        assert scope.cancelled_caught
+        assert client.closed
+        assert trio.current_time() == 0
+        await client.wait_closed()
+        await server.wait_closed()
+
+
+async def test_a_transport_that_breaks_while_closing_does_no_harm() -> None:
+    streams: list[FaultyStream] = []
+    async with open_connection_pair(server_handler=echo, wrap=faulty(streams)) as (client, _):
+        streams[0].stall()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ignore_loss, client)
+            await settle()
+            nursery.start_soon(client.aclose)
+            await settle()
+            streams[0].broken = True
+            streams[0].resume()
+        await client.wait_closed()
+
+
+async def test_the_end_is_authenticated_when_sealed() -> None:
+    """A peer that closes says so with an end record; one that vanishes does not."""
+    streams: list[FaultyStream] = []
+    async with open_connection_pair(wrap=faulty(streams)) as (client, server):
+        streams[0].alter = lambda _: b""
+        await server.aclose()
+        await client.wait_closed()
+        with pytest.raises(ConnectionLost, match="cut short"):
+            await client.request([])
+
+
+async def test_wait_closed_from_a_task_of_its_own_is_an_error() -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> list[str]:
+        if request == [b"nested"]:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.wait_closed)
+        await connection.wait_closed()
+        raise AssertionError
+
+    async with open_connection_pair(server_handler=handler) as (client, _):
+        with pytest.raises(RemoteError, match="RuntimeError"):
+            await client.request([])
+        with pytest.raises(RemoteError, match="ExceptionGroup"):
+            await client.request(["nested"])
+
+
+async def test_a_handler_may_wait_for_another_connection_to_close() -> None:
+    async with open_connection_pair(busy_handler) as (other, _):
+
+        async def handler(connection: Connection, request: list[bytes]) -> list[str]:
+            await other.wait_closed()
+            return ["closed"]
+
+        async with open_connection_pair(server_handler=handler) as (client, _):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.request, [])
+                await settle()
+                await other.aclose()
+
+
+async def test_when_the_block_is_cancelled_all_ends_and_waiters_elsewhere_are_told() -> None:
+    caught: list[BaseException] = []
+    story: list[str] = []
+
+    async def on_close(connection: Connection) -> None:
+        story.append("close handler")
+        await trio.lowlevel.checkpoint()
+        raise AssertionError("it is cancelled, like the block")
+
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            async with open_connection_pair(
+                server_handler=busy_handler, client_close_handler=on_close
+            ) as (client, _):
+                await start_waiting(nursery, client, caught)
+                scope.cancel()
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+    assert [type(exc) for exc in caught] == [ConnectionClosed]
+    assert story == ["close handler"]
+
+
+class Oops(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error", [Oops(), ExceptionGroup("mine", [Oops()]), KeyboardInterrupt(), StopAsyncIteration()]
+)
+async def test_what_the_block_raises_comes_out_as_itself(error: BaseException) -> None:
+    story: list[str] = []
+
+    async def on_close(connection: Connection) -> None:
+        await trio.lowlevel.checkpoint()
+        story.append("closed")
+
+    with pytest.raises(type(error)) as caught:
+        async with open_connection_pair(client_close_handler=on_close, server_close_handler=on_close):
+            raise error
+    assert caught.value is error
+    assert story == ["closed", "closed"]
+
+
+# ---- losing the peer ----
+
+
+async def test_losing_the_peer_raises_nothing_by_itself(sealed: bool) -> None:
+    closed: list[Connection] = []
+
+    async def on_close(connection: Connection) -> None:
+        await trio.lowlevel.checkpoint()
+        closed.append(connection)
+
+    async with open_connection_pair(sealed=sealed, client_close_handler=on_close) as (client, server):
+        await trio.aclose_forcefully(server._stream)
+        await client.wait_closed()
+        assert closed == [client]
+        assert client.closed
+    assert closed == [client]
+
+
+@pytest.mark.parametrize("how", ["sending", "receiving", "oddly"])
+async def test_a_broken_transport_fails_the_waiters(how: str, sealed: bool) -> None:
+    caught: list[BaseException] = []
+    streams: list[FaultyStream] = []
+    async with open_connection_pair(server_handler=busy_handler, sealed=sealed, wrap=faulty(streams)) as (
+        client,
+        server,
+    ):
+        async with trio.open_nursery() as nursery:
+            await start_waiting(nursery, client, caught)
+            if how == "receiving":
+                streams[0].alter = lambda data: bytes(65) if sealed else b"\xff" * 5
+                nursery.start_soon(ignore_any_loss, server)
+            elif how == "oddly":
+                streams[0].alter = odd_failure
+                nursery.start_soon(ignore_any_loss, server)
+            else:
+                streams[0].broken = True
+                nursery.start_soon(ignore_any_loss, client)
+    assert [type(exc) for exc in caught] == [ConnectionLost]
+
+
+def odd_failure(data: bytes) -> bytes:
+    raise OSError("odd")
+
+
+async def ignore_any_loss(connection: Connection) -> None:
+    with pytest.raises((ConnectionClosed, ConnectionLost, RemoteError)):
+        await connection.request([])
+
+
+async def test_answers_that_came_before_sending_broke_are_delivered() -> None:
+    """The peer answered and closed; our next send breaks before we have read the answer."""
+    async with raw_peer() as (connection, peer):
+        answers: list[list[bytes]] = []
+
+        async def ask() -> None:
+            answers.append(await connection.request(["first"]))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            assert (await peer.receive())[0] == b"req"
+            # All at once: the answer and the end are on their way, and our sending side is broken.
+            await peer.send(b"ok", b"0", body=[b"in time"])
+            await peer.stream.aclose()
+            nursery.start_soon(ignore_loss, connection)
+        assert answers == [[b"in time"]]
+
+
+async def test_when_only_sending_is_broken_the_connection_ends_soon(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with raw_peer() as (connection, peer):
+
+        async def break_it() -> None:
+            raise trio.BrokenResourceError("cable")
+
+        connection._stream.send_stream.send_all_hook = break_it  # type: ignore[attr-defined]
+        with pytest.raises(ConnectionLost, match="sending failed.*cable") as caught:
+            await connection.request([])
+        assert caught.value.may_have_run, "how much of it left is not known"
+        assert trio.current_time() == CLOSE_TIMEOUT
+
+
+async def test_a_request_that_nobody_saw_says_so(autojump_clock: trio.testing.MockClock) -> None:
+    async with raw_peer(max_requests=1) as (connection, peer):
+        caught: list[BaseException] = []
+        async with trio.open_nursery() as nursery:
+            await start_waiting(nursery, connection, caught)
+            await start_waiting(nursery, connection, caught)  # waits for a slot
+            await peer.stream.aclose()
+        assert sorted(getattr(exc, "may_have_run", None) or False for exc in caught) == [False, True]
+
+
+async def test_a_request_answered_as_closing_did_not_run() -> None:
+    async with raw_peer() as (connection, peer), trio.open_nursery() as nursery:
+        caught: list[BaseException] = []
+        await start_waiting(nursery, connection, caught)
+        await peer.receive()
+        await peer.send(b"err", b"0", b"closing", b"going away")
+        await settle()
+        [exc] = caught
+        assert isinstance(exc, ConnectionLost)
+        assert (exc.reason, exc.may_have_run) == ("going away", False)
+        assert not connection.closed
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (packet(b"nonsense"), "the peer broke the protocol: no packet of ours"),
+        (packet(b"ok", b"0", body=[]), "the peer broke the protocol: an answer to 0"),
+        (b"\xff\xff\xff\xff", "the peer broke the protocol: a packet of 4294967295 bytes"),
+        (b"HTTP/1.1 400 Bad Request", "the peer broke the protocol: a packet of 1213486160 bytes"),
+    ],
+)
+async def test_a_peer_that_lies_ends_its_own_connection_only(
+    data: bytes, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with raw_peer(echo) as (connection, peer), raw_peer(echo) as (_, other):
+        await peer.stream.send_all(data)
+        await connection.wait_closed()
+        with pytest.raises(ConnectionLost) as caught:
+            await connection.request([])
+        assert caught.value.reason.startswith(reason)
+        assert await peer.stream.receive_some() == b"", "the peer is told nothing"
+        await other.send(b"req", b"1", b"", body=[b"alive?"])
+        assert await other.receive() == [b"ok", b"1", b"\x01\x00\x00\x00\x06alive?"]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert reason in caplog.text
+
+
+async def test_a_packet_cut_short_is_told() -> None:
+    async with raw_peer(echo) as (connection, peer):
+        await peer.stream.send_all(packet(b"req", b"1", b"", body=[])[:-1])
+        await peer.stream.aclose()
+        await connection.wait_closed()
+        with pytest.raises(ConnectionLost, match="the peer cut a packet short"):
+            await connection.request([])
+
+
+async def test_a_flood_of_requests_and_cancels_is_handled_within_the_slots() -> None:
+    started: list[bytes] = []
+
+    async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
+        started.append(request[0])
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with raw_peer(handler, Settings(max_requests=5)) as (connection, peer):
+        for n in range(1, 11, 2):
+            await peer.send(b"req", b"%d" % n, b"", body=[b"%d" % n])
+        for n in range(1, 7, 2):
+            await peer.send(b"cancel", b"%d" % n)
+            await peer.send(b"cancel", b"%d" % n)
+        answers = sorted([await peer.receive() for _ in range(3)])
+        assert [fields[:3] for fields in answers] == [[b"err", b"%d" % n, b"cancelled"] for n in (1, 3, 5)]
+        assert connection._session.handling == 2
+        for n in range(11, 19, 2):
+            await peer.send(b"req", b"%d" % n, b"", body=[b"x"])
+        await connection.wait_closed()
+        with pytest.raises(ConnectionLost, match="more than 5 requests in flight"):
+            await connection.request([])
+
+
+async def test_what_arrives_with_the_end_is_not_handled() -> None:
+    """A request in the same chunk as what ended the connection must not start a handler."""
+    started: list[list[bytes]] = []
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        started.append(request)
+        await trio.lowlevel.checkpoint()
+
+    async with raw_peer(handler) as (connection, _):
+        await settle()
+        # The reader is woken by these bytes, and before it runs the connection is closed.
+        connection._stream.receive_stream.put_data(packet(b"req", b"1", b"", body=[]))  # type: ignore[attr-defined]
+        connection.end("too late")
+        await connection.wait_closed()
+    assert started == []
+
+
+# ---- what it is ----
+
+
+async def test_what_a_connection_tells_of_itself() -> None:
+    async with open_connection_pair() as (client, server):
+        assert (client.side, server.side) == ("client", "server")
+        assert client.user == server.user == "user"
+        assert client.encrypted
+        assert server.encrypted
+        assert client.address is server.address is None
+        assert client.server is None
+        assert isinstance(server.server, bokbok_trio.Server)
+        assert isinstance(client, Connection)
+        assert client.data is server.data is None
+        client.data = {"mine": 1}
+        assert repr(client) == "<bokbok_trio.Connection client None user='user' open>"
+    assert repr(client) == "<bokbok_trio.Connection client None user='user' closed>"
+    async with open_connection_pair(sealed=False) as (client, server):
+        assert client.user is server.user is None
+        assert not client.encrypted
+        assert not server.encrypted
+
+
+async def test_a_closed_connection_leaves_no_reference_cycle_to_a_waiter() -> None:
+    async with open_connection_pair(server_handler=echo) as (client, _):
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(10):
+                await client.request(["x"])
+            assert not [thing for thing in gc.get_objects() if type(thing).__name__ == "_Waiter"]
+        finally:
+            gc.enable()
+
+
+async def test_a_request_error_is_the_same_for_every_waiter_but_not_the_same_object() -> None:
+    caught: list[BaseException] = []
+    async with open_connection_pair(server_handler=busy_handler) as (client, _):
+        async with trio.open_nursery() as nursery:
+            await start_waiting(nursery, client, caught)
+            await start_waiting(nursery, client, caught)
+            await client.aclose()
+    assert str(caught[0]) == str(caught[1])
+    assert caught[0] is not caught[1]

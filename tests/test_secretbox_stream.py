@@ -1,0 +1,853 @@
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from itertools import cycle
+from typing import Any, TypeVar, final
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import assume, given, settings, strategies as st
+from nacl.bindings import crypto_secretbox, crypto_secretbox_open
+from trio.testing import (
+    MockClock,
+    check_half_closeable_stream,
+    check_two_way_stream,
+    lockstep_stream_pair,
+    memory_stream_pair,
+)
+
+from bokbok_trio import _secretbox_stream
+from bokbok_trio._secretbox_stream import (
+    HEADER_SIZE,
+    MAC_SIZE,
+    MAX_PLAINTEXT_SIZE,
+    MAX_RECORD_SIZE,
+    RECORDS_PER_SEND,
+    SecretboxStream,
+)
+
+T = TypeVar("T")
+
+OUT = b"o" * 32
+IN = b"i" * 32
+NEXT_OUT = b"O" * 32
+NEXT_IN = b"I" * 32
+
+BATCH = RECORDS_PER_SEND * MAX_PLAINTEXT_SIZE
+
+Tamper = Callable[[list[bytes]], bytes]
+
+
+def seal(key: bytes, counter: int, plaintext: bytes) -> bytes:
+    """One record, made from the specification alone."""
+    box = crypto_secretbox(plaintext, counter.to_bytes(24, "big"), key)
+    return len(box).to_bytes(2, "big") + box
+
+
+def run(main: Callable[[], Awaitable[T]]) -> T:
+    """Run what a Hypothesis test tries, where a hang is a failure at once."""
+
+    async def bounded() -> T:
+        with trio.fail_after(60):
+            return await main()
+
+    return trio.run(bounded, clock=MockClock(autojump_threshold=0))
+
+
+@final
+class Transport(trio.abc.Stream):
+    """A transport that receives what it was told to, and notes what is asked of it and sent."""
+
+    def __init__(self, incoming: bytes = b"", most: int = 2**20) -> None:
+        self.incoming = incoming
+        self.most = most
+        self.asked: list[int | None] = []
+        self.sent: list[bytes] = []
+        self.send_gate = trio.Event()
+        self.send_gate.set()
+        self.failure: BaseException | None = None
+        self.closed = 0
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self.wait_send_all_might_not_block()
+        self.sent.append(bytes(data))
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+        await self.send_gate.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(max_bytes)
+        assert max_bytes is not None
+        end = min(self.most, max_bytes)
+        received, self.incoming = self.incoming[:end], self.incoming[end:]
+        return received
+
+    async def aclose(self) -> None:
+        self.closed += 1
+        await trio.lowlevel.checkpoint()
+
+
+def over(transport: trio.abc.Stream, **options: int) -> SecretboxStream:
+    return SecretboxStream(transport, send_key=OUT, receive_key=IN, **options)
+
+
+def facing(transport: trio.abc.Stream) -> SecretboxStream:
+    """The other end of `over`."""
+    return SecretboxStream(transport, send_key=IN, receive_key=OUT)
+
+
+async def receive_rest(stream: SecretboxStream) -> tuple[bytes, bool]:
+    """All the plaintext there is, and whether it came to a proper end."""
+    received = b""
+    try:
+        while data := await stream.receive_some():
+            received += data
+    except trio.BrokenResourceError:
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some()
+        return received, False
+    assert await stream.receive_some() == b""
+    return received, True
+
+
+async def cancel_when_blocked(call: Callable[[], Awaitable[object]]) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+
+
+async def cancelled_from_the_start(call: Callable[[], Awaitable[object]]) -> None:
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await call()
+    assert scope.cancelled_caught
+
+
+# ---- a stream as trio defines it ----
+
+
+async def make_pair() -> tuple[SecretboxStream, SecretboxStream]:
+    left, right = memory_stream_pair()
+    return over(left), facing(right)
+
+
+async def make_clogged_pair() -> tuple[SecretboxStream, SecretboxStream]:
+    left, right = lockstep_stream_pair()
+    return over(left), facing(right)
+
+
+@pytest.mark.parametrize("check", [check_two_way_stream, check_half_closeable_stream])
+@pytest.mark.usefixtures("autojump_clock")
+async def test_is_a_stream_by_the_checks_of_trio(check: Any) -> None:
+    with trio.fail_after(60):
+        await check(make_pair, make_clogged_pair)
+
+
+# ---- records ----
+
+
+async def test_records_are_as_specified() -> None:
+    transport = Transport()
+    stream = over(transport)
+    await stream.send_all(b"a")
+    await stream.send_all(bytes(MAX_PLAINTEXT_SIZE + 1))
+    await stream.send_eof()
+    assert transport.sent == [
+        seal(OUT, 0, b"a"),
+        seal(OUT, 1, bytes(65519)) + seal(OUT, 2, b"\0"),
+        seal(OUT, 3, b""),
+    ]
+
+
+async def test_a_big_send_leaves_in_batches() -> None:
+    transport = Transport()
+    await over(transport).send_all(bytes(2 * BATCH + 1))
+    full = RECORDS_PER_SEND * (HEADER_SIZE + MAX_RECORD_SIZE)
+    assert [len(sent) for sent in transport.sent] == [full, full, HEADER_SIZE + MAC_SIZE + 1]
+
+
+@settings(deadline=None)
+@given(
+    sends=st.lists(st.binary(max_size=50)),
+    receives=st.lists(st.none() | st.integers(1, 60), min_size=1),
+    most=st.integers(1, 200),
+)
+def test_any_sends_are_received_by_any_receives(
+    sends: list[bytes], receives: list[int | None], most: int
+) -> None:
+    async def main() -> None:
+        sending = Transport()
+        stream = over(sending)
+        for data in sends:
+            await stream.send_all(data)
+        await stream.aclose()
+        receiver = facing(Transport(b"".join(sending.sent), most))
+        received = b""
+        for max_bytes in cycle(receives):
+            data = await receiver.receive_some(max_bytes)
+            assert max_bytes is None or len(data) <= max_bytes
+            received += data
+            if not data:
+                break
+        assert received == b"".join(sends)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "size", [MAX_PLAINTEXT_SIZE, MAX_PLAINTEXT_SIZE + 1, BATCH, BATCH + 1, 2 * BATCH + 7]
+)
+@pytest.mark.parametrize("most", [999, 2**20])
+async def test_round_trip_over_several_records_and_batches(size: int, most: int) -> None:
+    sending = Transport()
+    sent = bytes(range(256)) * (size // 256 + 1)
+    async with over(sending) as stream:
+        await stream.send_all(memoryview(sent)[:size])
+    receiver = facing(Transport(b"".join(sending.sent), most))
+    assert await receive_rest(receiver) == (sent[:size], True)
+
+
+async def test_received_byte_by_byte() -> None:
+    receiver = over(Transport(seal(IN, 0, b"abc") + seal(IN, 1, b"d") + seal(IN, 2, b""), most=1))
+    assert [await receiver.receive_some(1) for _ in range(6)] == [b"a", b"b", b"c", b"d", b"", b""]
+
+
+async def test_items_that_are_not_bytes_are_counted_in_bytes() -> None:
+    transport = Transport()
+    await over(transport).send_all(memoryview(b"abcdefgh").cast("I"))
+    assert transport.sent == [seal(OUT, 0, b"abcdefgh")]
+
+
+async def test_an_empty_send_sends_nothing() -> None:
+    transport = Transport()
+    stream = over(transport)
+    with trio.testing.assert_checkpoints():
+        await stream.send_all(b"")
+    assert transport.sent == []
+    await stream.send_all(b"x")
+    assert transport.sent == [seal(OUT, 0, b"x")]
+
+
+async def test_the_transport_is_not_read_after_the_end_record() -> None:
+    transport = Transport(seal(IN, 0, b"") + b"left")
+    stream = over(transport)
+    assert await stream.receive_some() == b""
+    asked = list(transport.asked)
+    with trio.testing.assert_checkpoints():
+        assert await stream.receive_some() == b""
+    assert transport.asked == asked
+
+
+# ---- nothing goes unnoticed ----
+
+
+def change(record: int, position: int, mask: int) -> Tamper:
+    def tamper(records: list[bytes]) -> bytes:
+        changed = bytearray(records[record % len(records)])
+        changed[position % len(changed)] ^= mask
+        records[record % len(records)] = bytes(changed)
+        return b"".join(records)
+
+    return tamper
+
+
+def swap(first: int, second: int) -> Tamper:
+    def tamper(records: list[bytes]) -> bytes:
+        a, b = first % len(records), second % len(records)
+        records[a], records[b] = records[b], records[a]
+        return b"".join(records)
+
+    return tamper
+
+
+def repeat(record: int, at: int) -> Tamper:
+    def tamper(records: list[bytes]) -> bytes:
+        records.insert(at % (len(records) + 1), records[record % len(records)])
+        return b"".join(records)
+
+    return tamper
+
+
+def drop(record: int) -> Tamper:
+    def tamper(records: list[bytes]) -> bytes:
+        del records[record % len(records)]
+        return b"".join(records)
+
+    return tamper
+
+
+def cut(at: int) -> Tamper:
+    def tamper(records: list[bytes]) -> bytes:
+        whole = b"".join(records)
+        return whole[: at % len(whole)]
+
+    return tamper
+
+
+def reflect(at: int, *, instead: bool) -> Tamper:
+    """Put in a record that the receiver itself sent, with the very number that is awaited there."""
+
+    def tamper(records: list[bytes]) -> bytes:
+        place = at % len(records)
+        records[place : place + instead] = [seal(IN, place, b"reflected")]
+        return b"".join(records)
+
+    return tamper
+
+
+numbers = st.integers(0, 200)
+tampers = st.one_of(
+    st.builds(change, numbers, numbers, st.integers(1, 255)),
+    st.builds(swap, numbers, numbers),
+    st.builds(repeat, numbers, numbers),
+    st.builds(drop, numbers),
+    st.builds(cut, numbers),
+    st.builds(reflect, numbers, instead=st.booleans()),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    sends=st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=6),
+    ended=st.booleans(),
+    tamper=tampers,
+    most=st.integers(1, 100),
+)
+def test_no_tampering_goes_unnoticed(*, sends: list[bytes], ended: bool, tamper: Tamper, most: int) -> None:
+    async def main() -> None:
+        sending = Transport()
+        stream = over(sending)
+        for data in sends:
+            await stream.send_all(data)
+        if ended:
+            await stream.send_eof()
+        records = sending.sent
+        original = b"".join(records)
+        tampered = tamper(list(records))
+        assume(tampered != original)
+
+        received, at_end = await receive_rest(facing(Transport(tampered, most)))
+
+        intact = [n for n in range(len(records)) if tampered.startswith(b"".join(records[: n + 1]))]
+        assert received == b"".join(sends[: len(intact)])
+        assert at_end == (ended and len(intact) == len(records))
+
+    run(main)
+
+
+async def test_truncation_at_every_byte_is_noticed() -> None:
+    ends = {0: b""}
+    whole = b""
+    for counter, plaintext in enumerate([b"a", b"bcd", b""]):
+        whole += seal(IN, counter, plaintext)
+        ends[len(whole)] = ends[max(ends)] + plaintext
+    for size in range(len(whole)):
+        received, at_end = await receive_rest(over(Transport(whole[:size])))
+        assert not at_end
+        assert received == ends[max(end for end in ends if end <= size)]
+    assert await receive_rest(over(Transport(whole))) == (b"abcd", True)
+
+
+async def test_a_failed_record_ends_receiving_though_good_ones_follow() -> None:
+    stream = over(Transport(seal(OUT, 0, b"reflected") + seal(IN, 0, b"x") + seal(IN, 1, b"y")))
+    assert await receive_rest(stream) == (b"", False)
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize("limit", [64, 4112, MAX_RECORD_SIZE])
+async def test_a_record_of_the_limit_is_received(limit: int) -> None:
+    plaintext = bytes(limit - MAC_SIZE)
+    stream = over(Transport(seal(IN, 0, plaintext)), max_record_size=limit)
+    assert await stream.receive_some() == plaintext
+
+
+@pytest.mark.parametrize("size", [0, MAC_SIZE - 1, 65, MAX_RECORD_SIZE])
+async def test_a_record_size_that_is_not_allowed_is_refused_by_the_header(size: int) -> None:
+    transport = Transport(size.to_bytes(2, "big") + bytes(size), most=HEADER_SIZE)
+    stream = over(transport, max_record_size=64)
+    with pytest.raises(trio.BrokenResourceError, match=f"a record of {size} bytes, and 16 to 64 are"):
+        await stream.receive_some()
+    assert len(transport.asked) == 1
+
+
+async def test_an_empty_record_must_be_sealed_to_be_an_end() -> None:
+    assert await receive_rest(over(Transport(seal(IN, 0, b"")))) == (b"", True)
+    assert await receive_rest(over(Transport(b"\0\x10" + bytes(MAC_SIZE)))) == (b"", False)
+
+
+async def test_reads_ask_for_no_more_than_a_record_of_the_limit() -> None:
+    limit = 64
+    incoming = seal(IN, 0, bytes(48)) + seal(IN, 1, b"x") + seal(IN, 2, bytes(48))
+    transport = Transport(incoming, most=50)
+    received, _ = await receive_rest(over(transport, max_record_size=limit))
+    assert len(received) == 97
+    assert len(transport.asked) > 3
+    assert all(asked is not None and asked <= HEADER_SIZE + limit for asked in transport.asked)
+
+
+@pytest.mark.parametrize("max_bytes", [0, -1])
+async def test_max_bytes_is_at_least_one(max_bytes: int) -> None:
+    with pytest.raises(ValueError, match="max_bytes"):
+        await over(Transport()).receive_some(max_bytes)
+
+
+# ---- cancelled, broken, busy ----
+
+CALLS_TO_SEND: dict[str, Callable[[SecretboxStream], Awaitable[object]]] = {
+    "send_all": lambda stream: stream.send_all(b"other"),
+    "empty send_all": lambda stream: stream.send_all(b""),
+    "send_eof": lambda stream: stream.send_eof(),
+    "wait": lambda stream: stream.wait_send_all_might_not_block(),
+}
+SENDS: dict[str, Callable[[SecretboxStream], Awaitable[None]]] = {
+    "send_all": lambda stream: stream.send_all(b"data"),
+    "several batches": lambda stream: stream.send_all(bytes(BATCH + 1)),
+    "send_eof": lambda stream: stream.send_eof(),
+}
+sends_something = pytest.mark.parametrize("send", SENDS.values(), ids=SENDS.keys())
+
+
+async def check_sending_is_broken(stream: SecretboxStream, transport: Transport) -> None:
+    sent = list(transport.sent)
+    for call in CALLS_TO_SEND.values():
+        with pytest.raises(trio.BrokenResourceError):
+            await call(stream)
+    stream.rekey(send_key=NEXT_OUT, receive_key=IN)
+    with pytest.raises(trio.BrokenResourceError):
+        await stream.send_all(b"x")
+    await stream.aclose()
+    assert transport.sent == sent
+    assert transport.closed == 1
+
+
+@sends_something
+async def test_a_cancelled_send_that_had_begun_breaks_sending_for_good(
+    send: Callable[[SecretboxStream], Awaitable[None]],
+) -> None:
+    transport = Transport()
+    stream = over(transport)
+    transport.send_gate = trio.Event()
+    await cancel_when_blocked(lambda: send(stream))
+    transport.send_gate.set()
+    await check_sending_is_broken(stream, transport)
+
+
+async def test_a_send_cancelled_between_its_batches_breaks_sending() -> None:
+    transport = Transport()
+    stream = over(transport)
+
+    async def send() -> None:
+        await stream.send_all(bytes(3 * BATCH))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        while not transport.sent:
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert len(transport.sent) < 3
+    await check_sending_is_broken(stream, transport)
+
+
+class CrashError(BaseException):
+    pass
+
+
+@sends_something
+@pytest.mark.parametrize(
+    "failure", [trio.BrokenResourceError(), OSError(), trio.ClosedResourceError(), CrashError()], ids=repr
+)
+async def test_any_exception_of_the_transport_breaks_sending_for_good(
+    send: Callable[[SecretboxStream], Awaitable[None]], failure: BaseException
+) -> None:
+    transport = Transport()
+    stream = over(transport)
+    transport.failure = failure
+    with pytest.raises(type(failure)):
+        await send(stream)
+    transport.failure = None
+    await check_sending_is_broken(stream, transport)
+
+
+@sends_something
+async def test_a_send_cancelled_before_it_began_leaves_sending_usable(
+    send: Callable[[SecretboxStream], Awaitable[None]],
+) -> None:
+    transport = Transport()
+    stream = over(transport)
+    await cancelled_from_the_start(lambda: send(stream))
+    assert transport.sent == []
+    await stream.send_all(b"x")
+    assert transport.sent == [seal(OUT, 0, b"x")]
+
+
+async def test_a_cancelled_wait_to_send_leaves_sending_usable() -> None:
+    transport = Transport()
+    stream = over(transport)
+    transport.send_gate = trio.Event()
+    await cancel_when_blocked(stream.wait_send_all_might_not_block)
+    transport.send_gate.set()
+    await stream.wait_send_all_might_not_block()
+    await stream.send_all(b"x")
+    assert transport.sent == [seal(OUT, 0, b"x")]
+
+
+async def test_receiving_goes_on_when_sending_is_broken() -> None:
+    transport = Transport(seal(IN, 0, b"x") + seal(IN, 1, b""))
+    stream = over(transport)
+    transport.failure = OSError()
+    with pytest.raises(OSError):  # noqa: PT011  (the very one)
+        await stream.send_all(b"x")
+    assert await receive_rest(stream) == (b"x", True)
+
+
+async def test_sending_goes_on_when_receiving_is_broken() -> None:
+    transport = Transport(b"\0\x10" + bytes(16))
+    stream = over(transport)
+    assert await receive_rest(stream) == (b"", False)
+    await stream.send_all(b"x")
+    await stream.aclose()
+    assert transport.sent == [seal(OUT, 0, b"x"), seal(OUT, 1, b"")]
+
+
+async def test_a_cancelled_receive_loses_nothing_wherever_it_was() -> None:
+    incoming = seal(IN, 0, b"abc") + seal(IN, 1, b"d") + seal(IN, 2, b"ef") + seal(IN, 3, b"")
+    for size in range(len(incoming) + 1):
+        left, right = memory_stream_pair()
+        stream = over(left)
+        await right.send_all(incoming[:size])
+        received = b""
+
+        async def receive(stream: SecretboxStream = stream) -> None:
+            nonlocal received
+            while data := await stream.receive_some(2):
+                received += data
+
+        await cancel_when_blocked(receive)
+        await cancelled_from_the_start(stream.receive_some)
+        await right.send_all(incoming[size:])
+        await receive()
+        assert received == b"abcdef"
+
+
+async def test_a_receive_cancelled_from_the_start_leaves_what_was_read() -> None:
+    transport = Transport(seal(IN, 0, b"abc") + seal(IN, 1, b"d") + seal(IN, 2, b""))
+    stream = over(transport)
+    for expected in (b"a", b"b", b"c", b"d", b"", b""):
+        await cancelled_from_the_start(lambda: stream.receive_some(1))
+        assert await stream.receive_some(1) == expected
+
+
+@pytest.mark.parametrize("second", CALLS_TO_SEND.values(), ids=CALLS_TO_SEND.keys())
+@pytest.mark.parametrize("first", [name for name in CALLS_TO_SEND if name != "empty send_all"])
+async def test_a_second_sender_is_told_busy_and_harms_nothing(
+    first: str, second: Callable[[SecretboxStream], Awaitable[object]]
+) -> None:
+    transport = Transport()
+    stream = over(transport)
+    transport.send_gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(CALLS_TO_SEND[first], stream)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            await second(stream)
+        transport.send_gate.set()
+    expected = {"send_all": [seal(OUT, 0, b"other")], "send_eof": [seal(OUT, 0, b"")], "wait": []}[first]
+    assert transport.sent == expected
+
+
+async def test_a_second_receiver_is_told_busy_and_harms_nothing() -> None:
+    left, right = memory_stream_pair()
+    stream = over(left)
+    received: list[bytes] = []
+
+    async def receive() -> None:
+        received.append(await stream.receive_some())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            await stream.receive_some()
+        await right.send_all(seal(IN, 0, b"x") + seal(IN, 1, b"y"))
+    assert received == [b"x"]
+    assert await stream.receive_some() == b"y"
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_sending_and_receiving_at_once_is_no_conflict() -> None:
+    left, right = lockstep_stream_pair()
+    stream, peer = over(left), facing(right)
+
+    async def exchange(stream: SecretboxStream) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send_all, b"x")
+            assert await stream.receive_some() == b"x"
+
+    with trio.fail_after(1):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(exchange, stream)
+            nursery.start_soon(exchange, peer)
+
+
+# ---- closing ----
+
+CALLS: dict[str, Callable[[SecretboxStream], Awaitable[object]]] = {
+    **CALLS_TO_SEND,
+    "receive_some": lambda stream: stream.receive_some(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("broken", [False, True])
+async def test_after_our_own_close_every_call_is_told_closed(
+    call: Callable[[SecretboxStream], Awaitable[object]], *, broken: bool
+) -> None:
+    transport = Transport(seal(IN, 0, b"x"))
+    stream = over(transport)
+    if broken:
+        transport.failure = OSError()
+        with pytest.raises(OSError):  # noqa: PT011  (the very one)
+            await stream.send_all(b"x")
+    await stream.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await call(stream)
+
+
+@pytest.mark.parametrize("call", [name for name in CALLS_TO_SEND if name != "send_eof"])
+async def test_after_send_eof_every_send_is_told_closed(call: str) -> None:
+    transport = Transport()
+    stream = over(transport)
+    await stream.send_eof()
+    with pytest.raises(trio.ClosedResourceError):
+        await CALLS_TO_SEND[call](stream)
+    with trio.testing.assert_checkpoints():
+        await stream.send_eof()
+    assert transport.sent == [seal(OUT, 0, b"")]
+
+
+async def test_a_waiting_receive_is_told_that_our_side_closed() -> None:
+    left, _right = memory_stream_pair()
+    stream = over(left)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream.aclose)
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.receive_some()
+
+
+async def test_the_close_of_the_peer_is_an_end_here_and_breaks_sending() -> None:
+    left, right = memory_stream_pair()
+    stream, peer = over(left), facing(right)
+    await peer.send_all(b"x")
+    await peer.aclose()
+    assert await receive_rest(stream) == (b"x", True)
+    with pytest.raises(trio.BrokenResourceError):
+        await stream.send_all(b"x")
+
+
+async def test_the_end_of_the_transport_alone_is_no_end() -> None:
+    left, right = memory_stream_pair()
+    stream = over(left)
+    await right.send_eof()
+    with pytest.raises(trio.BrokenResourceError, match="cut short"):
+        await stream.receive_some()
+
+
+async def test_aclose_again_only_closes_the_transport_again() -> None:
+    transport = Transport()
+    stream = over(transport)
+    for times in (1, 2, 3):
+        with trio.testing.assert_checkpoints():
+            await stream.aclose()
+        assert transport.closed == times
+    assert transport.sent == [seal(OUT, 0, b"")]
+
+
+async def test_aclose_after_send_eof_sends_no_second_end() -> None:
+    transport = Transport()
+    stream = over(transport)
+    await stream.send_eof()
+    await stream.aclose()
+    assert transport.sent == [seal(OUT, 0, b"")]
+    assert transport.closed == 1
+
+
+@pytest.mark.parametrize("cancel", [cancelled_from_the_start, cancel_when_blocked])
+async def test_a_cancelled_aclose_closes_the_transport(
+    cancel: Callable[[Callable[[], Awaitable[object]]], Awaitable[None]],
+) -> None:
+    transport = Transport()
+    stream = over(transport)
+    transport.send_gate = trio.Event()
+    await cancel(stream.aclose)
+    assert transport.closed == 1
+    assert transport.sent == []
+
+
+async def test_aclose_sends_no_end_record_into_a_send_that_is_under_way() -> None:
+    transport = Transport()
+    stream = over(transport)
+    transport.send_gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream.send_all, b"x")
+        await trio.testing.wait_all_tasks_blocked()
+        await stream.aclose()
+        assert transport.closed == 1
+        transport.send_gate.set()
+    assert transport.sent == [seal(OUT, 0, b"x")]
+
+
+@pytest.mark.parametrize("failure", [trio.BrokenResourceError(), trio.ClosedResourceError()], ids=repr)
+async def test_aclose_over_a_broken_transport_says_nothing(failure: BaseException) -> None:
+    transport = Transport()
+    transport.failure = failure
+    await over(transport).aclose()
+    assert transport.closed == 1
+
+
+async def test_aclose_closes_the_transport_whatever_the_end_record_raises() -> None:
+    transport = Transport()
+    transport.failure = CrashError()
+    with pytest.raises(CrashError):
+        await over(transport).aclose()
+    assert transport.closed == 1
+
+
+# ---- new keys ----
+
+
+async def test_ciphertext_read_before_rekey_is_opened_under_the_new_key() -> None:
+    transport = Transport(seal(IN, 0, b"old") + seal(NEXT_IN, 0, b"new") + seal(NEXT_IN, 1, b""))
+    stream = over(transport)
+    assert await stream.receive_some() == b"old"
+    assert transport.incoming == b""
+    stream.rekey(send_key=NEXT_OUT, receive_key=NEXT_IN)
+    assert await receive_rest(stream) == (b"new", True)
+
+
+async def test_a_record_under_the_old_key_does_not_open_after_rekey() -> None:
+    stream = over(Transport(seal(IN, 0, b"old") + seal(IN, 1, b"old") + seal(NEXT_IN, 0, b"new")))
+    assert await stream.receive_some() == b"old"
+    stream.rekey(send_key=NEXT_OUT, receive_key=NEXT_IN)
+    assert await receive_rest(stream) == (b"", False)
+
+
+async def test_sent_records_are_counted_anew_after_rekey() -> None:
+    transport = Transport()
+    stream = over(transport)
+    await stream.send_all(b"a")
+    await stream.send_all(b"b")
+    stream.rekey(send_key=NEXT_OUT, receive_key=NEXT_IN)
+    await stream.send_all(b"c")
+    await stream.send_all(b"d")
+    assert transport.sent == [
+        seal(OUT, 0, b"a"),
+        seal(OUT, 1, b"b"),
+        seal(NEXT_OUT, 0, b"c"),
+        seal(NEXT_OUT, 1, b"d"),
+    ]
+
+
+async def test_both_sides_rekey_at_the_same_place_and_go_on() -> None:
+    left, right = memory_stream_pair()
+    sides = (
+        (over(left), {"send_key": NEXT_OUT, "receive_key": NEXT_IN}),
+        (facing(right), {"send_key": NEXT_IN, "receive_key": NEXT_OUT}),
+    )
+    for stream, _ in sides:
+        await stream.send_all(b"last under the old keys")
+    for stream, keys in sides:
+        assert await stream.receive_some() == b"last under the old keys"
+        stream.rekey(**keys)
+        await stream.send_all(b"first under the new ones")
+    for stream, _ in sides:
+        assert await stream.receive_some() == b"first under the new ones"
+
+
+async def test_rekey_raises_the_limit_of_a_record() -> None:
+    plaintext = bytes(MAX_PLAINTEXT_SIZE)
+    transport = Transport(seal(IN, 0, b"old") + seal(NEXT_IN, 0, plaintext), most=50)
+    stream = over(transport, max_record_size=64)
+    assert await stream.receive_some() == b"old"
+    stream.rekey(send_key=NEXT_OUT, receive_key=NEXT_IN)
+    assert await stream.receive_some() == plaintext
+    assert max(asked or 0 for asked in transport.asked) == HEADER_SIZE + MAX_RECORD_SIZE
+
+
+# ---- nonces ----
+
+ACTIONS: dict[str, Callable[[SecretboxStream], Awaitable[object]]] = {
+    **SENDS,
+    "empty": lambda stream: stream.send_all(b""),
+    "receive": lambda stream: stream.receive_some(),
+    "aclose": lambda stream: stream.aclose(),
+}
+
+
+async def act(stream: SecretboxStream, transport: Transport, action: str, how: str) -> None:
+    """Do it, and let it fail as it may."""
+    if how == "failed":
+        transport.failure = OSError()
+    elif how == "blocked":
+        transport.send_gate = trio.Event()
+    with (
+        trio.move_on_after(0 if how == "cancelled" else 1),
+        suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
+    ):
+        await ACTIONS[action](stream)
+    transport.failure = None
+    transport.send_gate.set()
+
+
+@settings(deadline=None)
+@given(
+    actions=st.lists(
+        st.tuples(
+            st.sampled_from(sorted(ACTIONS)), st.sampled_from(["done", "cancelled", "blocked", "failed"])
+        ),
+        max_size=12,
+    ),
+    rekey_at=st.integers(0, 12),
+)
+def test_no_nonce_is_used_twice_under_a_key(actions: list[tuple[str, str]], rekey_at: int) -> None:
+    used: list[tuple[str, bytes, bytes]] = []
+
+    def spy_seal(message: bytes, nonce: bytes, key: bytes) -> bytes:
+        used.append(("seal", key, nonce))
+        return crypto_secretbox(message, nonce, key)
+
+    def spy_open(box: bytes, nonce: bytes, key: bytes) -> bytes:
+        used.append(("open", key, nonce))
+        return crypto_secretbox_open(box, nonce, key)
+
+    async def main() -> None:
+        transport = Transport(seal(IN, 0, b"x") + seal(IN, 1, b"y") + seal(NEXT_IN, 0, b"z"))
+        stream = over(transport)
+        for number, (action, how) in enumerate(actions):
+            if number == rekey_at:
+                stream.rekey(send_key=NEXT_OUT, receive_key=NEXT_IN)
+            await act(stream, transport, action, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_secretbox_stream, "crypto_secretbox", spy_seal)
+        patch.setattr(_secretbox_stream, "crypto_secretbox_open", spy_open)
+        run(main)
+    assert len(set(used)) == len(used)
+    assert {key for call, key, _ in used if call == "seal"} <= {OUT, NEXT_OUT}
+    assert all(len(nonce) == 24 for _, _, nonce in used)
+
+
+def test_no_key_shows_in_a_repr() -> None:
+    key = bytes(range(32))
+    stream = SecretboxStream(Transport(), send_key=key, receive_key=key)
+    for shown in (repr(stream), repr(stream._sealer), str(stream)):
+        assert repr(key)[2:-1] not in shown
+        assert key.hex() not in shown

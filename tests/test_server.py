@@ -1,0 +1,604 @@
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from bokbok_trio import (
+    AddressError,
+    AuthenticationError,
+    Connection,
+    ConnectionClosed,
+    ConnectionLost,
+    ConnectionRefused,
+    HandshakeError,
+    Key,
+    RemoteError,
+    Server,
+    Settings,
+    TCPAddress,
+    open_connection,
+    open_server,
+    serve,
+)
+from bokbok_trio.testing import MemoryListener, open_connection_pair
+from tests.helpers import busy_handler, echo, settle
+
+KEY = Key(bytes(range(32)))
+
+
+@asynccontextmanager
+async def client_of(listener: MemoryListener, **kwargs: Any) -> AsyncGenerator[Connection]:
+    async with open_connection(listener.connect(), **kwargs) as connection:
+        yield connection
+
+
+# ---- serving ----
+
+
+async def test_serve_in_a_nursery_gives_the_server_and_ends_when_stopped() -> None:
+    listener = MemoryListener()
+    async with trio.open_nursery() as nursery:
+        server = await nursery.start(partial(serve, [listener], echo))
+        assert isinstance(server, Server)
+        async with client_of(listener) as client:
+            assert await client.request(["x"]) == [b"x"]
+            assert [connection.side for connection in server.connections] == ["server"]
+            assert next(iter(server.connections)).server is server
+        server.stop()
+        await server.wait_stopped()
+        assert server.connections == frozenset()
+        with pytest.raises(trio.BrokenResourceError):
+            listener.connect()
+
+
+async def test_serve_without_a_nursery_start_serves_too() -> None:
+    listener = MemoryListener()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve, [listener], echo)
+        async with client_of(listener) as client:
+            assert await client.request(["x"]) == [b"x"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_many_listeners() -> None:
+    listeners = [MemoryListener(), MemoryListener()]
+    async with open_server(listeners, echo) as server:
+        assert server.addresses == ()
+        assert repr(server) == "<bokbok_trio.Server on listeners>"
+        for listener in listeners:
+            async with client_of(listener) as client:
+                assert await client.request(["x"]) == [b"x"]
+
+
+class Oops(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Oops(), ExceptionGroup("mine", [Oops()]), SystemExit()])
+async def test_what_the_block_raises_comes_out_as_itself(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught:
+        async with open_server([MemoryListener()], echo):
+            raise error
+    assert caught.value is error
+
+
+async def test_an_error_at_the_start_comes_out_bare() -> None:
+    with pytest.raises(AddressError):
+        async with open_server("nonsense", echo):
+            raise AssertionError
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(AddressError):
+            await nursery.start(serve, "nonsense", echo)
+
+
+class BrokenListener(trio.abc.Listener[trio.abc.Stream]):
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+        self.accepted = 0
+
+    async def accept(self) -> trio.abc.Stream:
+        self.accepted += 1
+        if self.accepted > 2 and self.error.errno == errno.EMFILE:
+            await trio.sleep_forever()
+        raise self.error
+
+    async def aclose(self) -> None: ...
+
+
+async def test_a_listener_that_fails_ends_the_server_with_its_error_bare() -> None:
+    good, bad = MemoryListener(), BrokenListener(OSError(errno.EBADF, "bad"))
+    with pytest.raises(OSError, match="bad"):
+        await serve([good, bad], echo)
+    with pytest.raises(trio.BrokenResourceError):
+        good.connect()
+
+
+async def test_listeners_that_fail_together_come_out_together() -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        await serve([BrokenListener(OSError(errno.EBADF, str(n))) for n in range(2)], echo)
+    assert len(caught.value.exceptions) == 2
+
+
+async def test_a_lack_of_file_descriptors_is_survived(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = BrokenListener(OSError(errno.EMFILE, "too many"))
+    async with open_server([listener], echo):
+        await trio.sleep(10)
+        assert listener.accepted == 3
+    assert "EMFILE" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"on": 7}, TypeError),
+        ({"on": []}, TypeError),
+        ({"on": [7]}, TypeError),
+        ({"on": "nonsense"}, AddressError),
+        ({"on": "0.0.0.0:0"}, AddressError),
+        ({"on": ":0"}, AddressError),
+        ({"on": "127.0.0.1:0", "user_key": 7}, TypeError),
+        ({"on": "127.0.0.1:0", "service": "x"}, ValueError),
+        ({"on": "127.0.0.1:0", "service": "x" * 256, "user_key": {}}, ValueError),
+        ({"on": "127.0.0.1:0", "service": 7, "user_key": {}}, TypeError),
+    ],
+)
+async def test_bad_arguments(arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        await serve(request_handler=echo, **arguments)
+
+
+# ---- the handlers of a connection ----
+
+
+async def test_the_open_handler_comes_before_requests_and_may_make_some() -> None:
+    story: list[object] = []
+    listener = MemoryListener()
+
+    async def on_open(connection: Connection) -> None:
+        connection.data = "set"
+        story.append(await connection.request(["who?"]))
+        await settle()
+        story.append("open")
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await trio.lowlevel.checkpoint()
+        story.append((connection.data, request))
+
+    async def on_close(connection: Connection) -> None:
+        await trio.lowlevel.checkpoint()
+        story.append("close")
+
+    async with open_server([listener], handler, open_handler=on_open, close_handler=on_close):
+        async with client_of(listener, request_handler=echo) as client:
+            await client.request(["early"])
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await client.request(["cancelled early"])
+    assert story == [[b"who?"], "open", ("set", [b"early"]), "close"]
+
+
+async def test_a_request_cancelled_before_the_open_handler_is_done_is_not_handled() -> None:
+    handled: list[list[bytes]] = []
+    listener = MemoryListener()
+    may_open = trio.Event()
+
+    async def on_open(connection: Connection) -> None:
+        await may_open.wait()
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await trio.lowlevel.checkpoint()
+        handled.append(request)
+
+    async with open_server([listener], handler, open_handler=on_open):
+        async with client_of(listener) as client, trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                nursery.start_soon(cancel_when_settled, scope)
+                await client.request(["cancelled"])
+            nursery.start_soon(client.request, ["wanted"])
+            await settle()
+            may_open.set()
+    assert handled == [[b"wanted"]]
+
+
+async def cancel_when_settled(scope: trio.CancelScope) -> None:
+    await settle()
+    scope.cancel()
+
+
+async def fail(connection: Connection) -> None:
+    await trio.lowlevel.checkpoint()
+    raise Oops("on purpose")
+
+
+async def close_own(connection: Connection) -> None:
+    await connection.aclose()
+
+
+@pytest.mark.parametrize(("on_open", "logs"), [(fail, 1), (close_own, 0)])
+async def test_an_open_handler_that_does_not_return_closes_the_connection(
+    on_open: Callable[[Connection], Awaitable[object]], logs: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed: list[Connection] = []
+
+    async def on_close(connection: Connection) -> None:
+        closed.append(connection)
+
+    listener = MemoryListener()
+    async with open_server([listener], echo, open_handler=on_open, close_handler=on_close):
+        for _ in range(2):
+            async with client_of(listener) as client:
+                with pytest.raises(ConnectionLost, match="the peer closed the connection"):
+                    await client.request([])
+    assert closed == []
+    assert caplog.text.count("the open handler of") == 2 * logs
+
+
+async def test_an_open_handler_is_cancelled_when_the_peer_goes() -> None:
+    story: list[str] = []
+    listener = MemoryListener()
+
+    async def on_open(connection: Connection) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            story.append("cancelled")
+
+    async with open_server([listener], echo, open_handler=on_open):
+        async with client_of(listener):
+            await settle()
+        await settle()
+        assert story == ["cancelled"]
+
+
+async def test_a_failing_close_handler_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async with open_connection_pair(client_close_handler=fail, server_close_handler=fail):
+        pass
+    assert caplog.text.count("the close handler of") == 2
+    assert caplog.text.count("Oops: on purpose") == 2
+
+
+@pytest.mark.parametrize("where", ["open", "close", "request", "user_key"])
+async def test_what_ends_the_program_ends_the_server_and_comes_out_bare(where: str) -> None:
+    async def leave(*args: object) -> Any:
+        await trio.lowlevel.checkpoint()
+        raise SystemExit(3)
+
+    listener = MemoryListener()
+    handlers: dict[str, Any] = {
+        "open": {"open_handler": leave},
+        "close": {"close_handler": leave},
+        "request": {},
+        "user_key": {"user_key": leave},
+    }[where]
+
+    async def connect() -> None:
+        keys: dict[str, Any] = {"user": "user", "key": KEY} if where == "user_key" else {}
+        with pytest.raises((HandshakeError, ConnectionLost)):
+            async with client_of(listener, **keys) as client:
+                await client.request([])
+                await client.aclose()
+                await client.request([]) if where != "close" else None
+                raise ConnectionLost("closed as it should")
+
+    with pytest.raises(SystemExit) as caught:
+        async with open_server([listener], leave if where == "request" else echo, **handlers):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connect)
+            await trio.sleep_forever()
+    assert caught.value.code == 3
+
+
+# ---- who gets in ----
+
+
+async def lookup(user: str) -> Key | list[Key] | None:
+    await trio.lowlevel.checkpoint()
+    return {"one": KEY, "rotating": [Key(bytes(32)), KEY]}.get(user)
+
+
+@pytest.mark.parametrize("user_key", [lookup, {"one": KEY, "rotating": (Key(bytes(32)), KEY)}])
+async def test_users_get_in_with_a_key_of_theirs_only(
+    user_key: Any, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = MemoryListener()
+    async with open_server([listener], echo, user_key=user_key) as server:
+        for user in ("one", "rotating"):
+            async with client_of(listener, user=user, key=KEY) as client:
+                assert client.user == user
+                assert await client.request(["x"]) == [b"x"]
+                assert next(iter(server.connections)).user == user
+        for user, key in (("one", Key(bytes(32))), ("nobody", KEY)):
+            with pytest.raises(AuthenticationError):
+                async with client_of(listener, user=user, key=key):
+                    raise AssertionError
+            assert f"user '{user}' has no key that fits" in caplog.text
+
+
+async def test_services_must_agree(autojump_clock: trio.testing.MockClock) -> None:
+    listener = MemoryListener()
+    async with open_server([listener], echo, user_key={"u": KEY}, service="mail"):
+        async with client_of(listener, user="u", key=KEY, service="mail") as client:
+            assert await client.request(["x"]) == [b"x"]
+        for service in ("", "post", "mailmail"):
+            with pytest.raises(AuthenticationError):
+                async with client_of(listener, user="u", key=KEY, service=service):
+                    raise AssertionError
+
+
+@pytest.mark.parametrize("keyed_server", [True, False])
+async def test_nothing_falls_back(keyed_server: bool) -> None:
+    listener = MemoryListener()
+    client: dict[str, Any] = {} if keyed_server else {"user": "u", "key": KEY}
+    async with open_server([listener], echo, user_key={"u": KEY} if keyed_server else None):
+        with pytest.raises(HandshakeError):
+            async with client_of(listener, **client):
+                raise AssertionError
+
+
+async def test_one_connection_too_many_is_busy_until_another_closes() -> None:
+    listener = MemoryListener()
+    async with open_server([listener], echo, settings=Settings(max_connections=2)):
+        async with client_of(listener):
+            async with client_of(listener):
+                with pytest.raises(ConnectionRefused) as caught:
+                    async with client_of(listener):
+                        raise AssertionError
+                assert caught.value.code == "busy"
+            await settle()
+            async with client_of(listener) as client:
+                assert await client.request(["x"]) == [b"x"]
+
+
+async def test_one_handshake_too_many_closes_the_oldest(caplog: pytest.LogCaptureFixture) -> None:
+    listener = MemoryListener()
+    async with open_server([listener], echo, settings=Settings(max_handshakes=2)):
+        strangers = []
+        for _ in range(4):
+            strangers.append(listener.connect())
+            await settle()
+        for stranger in strangers[:2]:
+            assert await stranger.receive_some() == b""
+        async with client_of(listener) as client:
+            assert await client.request(["x"]) == [b"x"]
+        assert await strangers[2].receive_some() == b""
+        await strangers[3].send_all(b"GET / HTTP/1.1")
+        assert await strangers[3].receive_some() == b""
+    assert caplog.text.count("had to make room") == 3
+    assert caplog.text.count("no bokbok peer: it began with b'GET / HT'") == 1
+
+
+async def test_a_connection_that_fails_oddly_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    class OddStream(trio.abc.Stream):
+        async def send_all(self, data: object) -> None: ...
+        async def wait_send_all_might_not_block(self) -> None: ...
+        async def receive_some(self, max_bytes: int | None = None) -> bytes:
+            await trio.lowlevel.checkpoint()
+            raise Oops("odd")
+
+        async def aclose(self) -> None:
+            await trio.lowlevel.checkpoint()
+
+    listener = MemoryListener()
+    async with open_server([listener], echo):
+        listener._send.send_nowait(OddStream())
+        async with client_of(listener) as client:
+            assert await client.request(["x"]) == [b"x"]
+    assert "the connection with None failed" in caplog.text
+
+
+# ---- stopping ----
+
+
+async def ask(connection: Connection, fields: list[str], into: list[object]) -> None:
+    try:
+        into.append(await connection.request(fields))
+    except (RemoteError, ConnectionLost, ConnectionClosed) as exc:
+        into.append(exc)
+
+
+async def test_stop_lets_what_is_in_flight_finish_and_runs_nothing_new(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    listener = MemoryListener()
+    answers: list[object] = []
+    async with open_server([listener], busy_handler) as server:
+        async with client_of(listener, request_handler=echo) as client, client_of(listener) as idle:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, client, ["sleep", "3"], answers)
+                await settle()
+                server.stop(grace=5)
+                await idle.wait_closed()
+                assert trio.current_time() == 0
+                await ask(client, ["ping", "late"], answers)
+                [refused] = answers
+                assert isinstance(refused, ConnectionLost)
+                assert not refused.may_have_run
+                with pytest.raises(trio.BrokenResourceError):
+                    listener.connect()
+            assert answers[1:] == [[b"slept"]]
+            await client.wait_closed()
+            await server.wait_stopped()
+            assert trio.current_time() == 3
+
+
+async def test_a_handler_in_flight_may_call_back_while_stopping(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    listener = MemoryListener()
+
+    async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
+        assert connection.server is not None
+        connection.server.stop()
+        await trio.sleep(1)
+        return await connection.request(["still there?"])
+
+    async with open_server([listener], handler) as server:
+        async with client_of(listener, request_handler=echo) as client:
+            assert await client.request([]) == [b"still there?"]
+        await server.wait_stopped()
+        assert trio.current_time() == 1
+
+
+@pytest.mark.parametrize(("graces", "end"), [((5,), 5), ((0,), 0), ((5, 2), 2), ((2, 5), 2)])
+async def test_what_does_not_finish_in_the_grace_is_cancelled(
+    graces: tuple[int, ...], end: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    listener = MemoryListener()
+    answers: list[object] = []
+    async with open_server([listener], busy_handler) as server:
+        async with client_of(listener) as client, trio.open_nursery() as nursery:
+            nursery.start_soon(ask, client, ["sleep", "100"], answers)
+            await settle()
+            for grace in graces:
+                server.stop(grace)
+            await server.wait_stopped()
+            assert trio.current_time() == end
+    [lost] = answers
+    assert isinstance(lost, ConnectionLost)
+    assert lost.reason == "the peer closed the connection"
+
+
+async def test_wait_stopped_from_a_handler_ends_with_the_grace(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    listener = MemoryListener()
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        assert connection.server is not None
+        connection.server.stop(grace=2)
+        await connection.server.wait_stopped()
+
+    async with open_server([listener], handler):
+        async with client_of(listener) as client:
+            with pytest.raises(ConnectionLost):
+                await client.request([])
+            assert trio.current_time() == 2
+
+
+@pytest.mark.parametrize("grace", [-1, float("nan")])
+async def test_a_grace_that_is_none(grace: float) -> None:
+    async with open_server([MemoryListener()], echo) as server:
+        with pytest.raises(ValueError, match="grace"):
+            server.stop(grace)
+
+
+async def test_stopping_does_not_wait_for_strangers(autojump_clock: trio.testing.MockClock) -> None:
+    listener = MemoryListener()
+    async with open_server([listener], echo) as server:
+        stranger = listener.connect()
+        await settle()
+        server.stop()
+        await server.wait_stopped()
+        assert await stranger.receive_some() == b""
+    assert trio.current_time() == 0
+
+
+async def test_whoever_comes_to_the_end_of_the_handshake_while_stopping_is_refused(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    listener = MemoryListener()
+
+    async def slow(user: str) -> Key:
+        await trio.sleep(1)
+        return KEY
+
+    async with open_server([listener], busy_handler, user_key=slow) as server:
+        async with client_of(listener, user="u", key=KEY) as client, trio.open_nursery() as nursery:
+            nursery.start_soon(client.request, ["sleep", "3"])
+            await settle()
+
+            async def connect() -> None:
+                with pytest.raises(ConnectionRefused) as caught:
+                    async with client_of(listener, user="u", key=KEY):
+                        raise AssertionError
+                assert caught.value.code == "stopping"
+
+            nursery.start_soon(connect)
+            await settle()
+            server.stop()
+
+
+async def test_a_connection_that_opens_as_the_server_stops_is_drained() -> None:
+    """It was admitted, and `accepted` is on its way, when stop() is called."""
+    listener = MemoryListener()
+    async with open_server([listener], echo) as server:
+        stream = listener.connect()
+        async with trio.open_nursery() as nursery:
+
+            async def stop_when_admitted() -> None:
+                while not server._admitted:
+                    await trio.lowlevel.checkpoint()
+                server.stop()
+
+            nursery.start_soon(stop_when_admitted)
+            with pytest.raises((ConnectionLost, HandshakeError)):
+                async with open_connection(stream) as client:
+                    await client.wait_closed()
+                    await client.request([])
+        await server.wait_stopped()
+
+
+async def test_cancelling_serve_ends_all_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    listener = MemoryListener()
+    answers: list[object] = []
+    closed: list[Connection] = []
+
+    async def on_close(connection: Connection) -> None:
+        closed.append(connection)
+
+    async with trio.open_nursery() as outer, trio.open_nursery() as nursery:
+        server: Server = await nursery.start(
+            partial(serve, [listener], busy_handler, close_handler=on_close)
+        )
+        async with client_of(listener) as client:
+            outer.start_soon(ask, client, ["sleep", "100"], answers)
+            await settle()
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await server.wait_stopped()
+                assert len(closed) == 1
+    assert trio.current_time() == 0
+    assert len(answers) == 1
+
+
+async def test_leaving_the_block_by_an_exception_gives_no_grace(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    listener = MemoryListener()
+    answers: list[object] = []
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(Oops):
+            async with open_server([listener], busy_handler):
+                client = await nursery.start(hold_open, listener)
+                nursery.start_soon(ask, client, ["sleep", "100"], answers)
+                await settle()
+                raise Oops
+        assert trio.current_time() == 0
+        nursery.cancel_scope.cancel()
+    assert len(answers) == 1
+
+
+async def hold_open(
+    listener: MemoryListener, task_status: trio.TaskStatus[Connection] = trio.TASK_STATUS_IGNORED
+) -> None:
+    async with client_of(listener) as client:
+        task_status.started(client)
+        await trio.sleep_forever()
+
+
+async def test_addresses_are_real() -> None:
+    async with open_server("127.0.0.1:0", echo) as server:
+        [address] = server.addresses
+        assert isinstance(address, TCPAddress)
+        assert address.host == "127.0.0.1"
+        assert address.port > 0
+        assert repr(server) == f"<bokbok_trio.Server on 127.0.0.1:{address.port}>"

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import pytest
+
+from bokbok_trio import Settings
+from bokbok_trio._settings import MAX_MESSAGE_SIZE, MAX_REQUESTS, MIN_MESSAGE_SIZE
+
+
+def test_the_defaults() -> None:
+    assert dataclasses.asdict(Settings()) == {
+        "max_message_size": 4 * 1024 * 1024,
+        "max_requests": 100,
+        "handshake_timeout": 10.0,
+        "describe_error": None,
+        "max_connections": 1000,
+        "max_handshakes": 64,
+    }
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().max_requests = 1  # type: ignore[misc]
+
+
+def test_settings_go_by_name() -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        Settings(4096)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_message_size": MIN_MESSAGE_SIZE, "max_requests": 1, "max_connections": 1, "max_handshakes": 1},
+        {"max_message_size": MAX_MESSAGE_SIZE, "max_requests": MAX_REQUESTS, "max_connections": 10**9},
+        {"handshake_timeout": 1e-9},
+        {"handshake_timeout": 5},
+        {"handshake_timeout": math.inf},
+        {"describe_error": repr},
+    ],
+)
+def test_what_is_in_range(values: dict[str, Any]) -> None:
+    settings = Settings(**values)
+    assert {name: getattr(settings, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_message_size", 4095, "max_message_size must be at least 4096 and at most 4294967295, not 4095"),
+        ("max_message_size", 2**32, "max_message_size must be at least 4096 and at most 4294967295"),
+        ("max_requests", 0, "max_requests must be at least 1 and at most 1000000, not 0"),
+        ("max_requests", 10**6 + 1, "max_requests must be at least 1 and at most 1000000, not 1000001"),
+        ("max_connections", 0, "max_connections must be at least 1, not 0"),
+        ("max_handshakes", -1, "max_handshakes must be at least 1, not -1"),
+        ("handshake_timeout", 0, "handshake_timeout must be more than 0 seconds"),
+        ("handshake_timeout", -1.0, "handshake_timeout must be more than 0 seconds"),
+        ("handshake_timeout", -math.inf, "handshake_timeout must be more than 0 seconds"),
+        ("handshake_timeout", math.nan, "handshake_timeout must be more than 0 seconds"),
+    ],
+)
+def test_what_is_out_of_range(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *(
+            (name, value, f"{name} must be an int, not {type(value).__name__}")
+            for name in ("max_message_size", "max_requests", "max_connections", "max_handshakes")
+            for value in (4096.0, "4096", None)
+        ),
+        ("handshake_timeout", "10", "handshake_timeout must be a number of seconds"),
+        ("handshake_timeout", None, "handshake_timeout must be a number of seconds"),
+        ("describe_error", "text", "describe_error must be a function from an exception to a str"),
+    ],
+)
+def test_what_is_no_such_thing(name: str, value: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        Settings(**{name: value})
