@@ -4,7 +4,7 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio import AuthenticationError, Connection, Key, open_connection, open_server
+from bokbok_trio import Connection, open_connection, open_server
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import echo, settle
 
@@ -83,12 +83,3 @@ async def test_a_stalled_stream_sends_when_it_is_resumed_and_wakes_when_it_is_cl
         nursery.start_soon(stream.aclose)
         with pytest.raises(trio.ClosedResourceError):
             await send(b"two")
-
-
-async def test_a_tampered_connection_does_not_open(autojump_clock: trio.testing.MockClock) -> None:
-    listener = MemoryListener()
-    key = Key.generate()
-    async with open_server([listener], echo, user_key={"u": Key.generate()}):
-        with pytest.raises(AuthenticationError):
-            async with open_connection(listener.connect(), user="u", key=key):
-                raise AssertionError

@@ -1,0 +1,43 @@
+"""A client of examples/server.py: pings it, is called back, and may shut it down.
+
+    python examples/client.py localhost:12345                          plain
+    python examples/client.py localhost:12345 users.txt NAME           encrypted, with that user's key
+    python examples/client.py localhost:12345 users.txt NAME shutdown  and shut the server down
+"""
+
+import sys
+
+import trio
+from server import read_keys
+
+from bokbok_trio import Connection, RemoteError, open_connection
+
+
+async def main(address: str, users: str | None = None, user: str | None = None, *what: str) -> None:
+    """Talk to the server for some five seconds."""
+    called = trio.Event()
+
+    async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
+        print(f"the server calls: {request}")
+        await trio.lowlevel.checkpoint()
+        if request == [b"callback", b"4"]:
+            called.set()
+        return [b"thank you"]
+
+    key = read_keys(users)[user] if users and user else None
+    async with open_connection(address, user=user, key=key, request_handler=handler) as connection:
+        print("connected:", connection)
+        print("ping is answered", await connection.request(["ping", "12345"]))
+        try:
+            await connection.request(["nonsense"])
+        except RemoteError as exc:
+            print("nonsense is answered by an error:", exc)
+        print("asynch is answered", await connection.request(["asynch"]))
+        with trio.move_on_after(10):
+            await called.wait()
+        if "shutdown" in what:
+            print("shutdown-server is answered", await connection.request(["shutdown-server"]))
+
+
+if __name__ == "__main__":
+    trio.run(main, *sys.argv[1:])

@@ -1,0 +1,73 @@
+"""The workshop: `nox` runs what must pass; `nox -l` lists all."""
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests", "lowest", "docs", "demo", "build"]
+nox.options.default_venv_backend = "venv"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, and what ruff knows of mistakes."""
+    session.install("-e", ".[lint]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Both type checkers, strict."""
+    session.install("-e", ".[types]", "nox")
+    session.run("mypy")
+    session.run("pyright")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests, with coverage of lines and branches."""
+    session.install("-e", ".[test]")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("coverage", "report")
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def pythons(session: nox.Session) -> None:
+    """All tests under each Python that is at hand."""
+    session.install("-e", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """All tests with the oldest dependencies we allow."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    oldest = [requirement.replace(">=", "==") for requirement in project["dependencies"]]
+    session.install(*oldest, "-e", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Every text is valid reStructuredText."""
+    session.install("-e", ".[docs]")
+    for text in ("README.rst", "CHANGELOG.rst", "docs/protocol.rst", "docs/security.rst"):
+        session.run("docutils", "--strict", text, "--writer=null")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The demo, as a newcomer runs it."""
+    session.install("-e", ".")
+    session.run("python", "examples/demo.py")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheel, install it alone, and use it."""
+    session.install("build")
+    wheels = session.create_tmp()
+    session.run("python", "-m", "build", "--outdir", wheels, ".")
+    session.install("--force-reinstall", "--find-links", wheels, "--no-index", "--no-deps", "bokbok-trio")
+    session.install("trio", "pynacl")
+    session.chdir(wheels)
+    session.run("python", "-c", "import bokbok_trio.testing; print(bokbok_trio.__version__)")

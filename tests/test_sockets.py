@@ -1,0 +1,291 @@
+"""On real sockets, where the socket is the point; some between real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from bokbok_trio import (
+    AddressError,
+    Connection,
+    ConnectionLost,
+    Key,
+    TCPAddress,
+    UnixAddress,
+    open_connection,
+    open_server,
+)
+from tests.helpers import MAGIC, busy_handler, echo, packet
+
+KEY = Key(bytes(range(32)))
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(params=["127.0.0.1:0", "[::1]:0", "localhost:0", "unix"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "sock") if request.param == "unix" else request.param
+
+
+async def test_requests_both_ways(where: str, sealed: bool) -> None:
+    keys: dict[str, Any] = {"user": "u", "key": KEY} if sealed else {}
+    async with open_server(where, busy_handler, user_key={"u": KEY} if sealed else None) as server:
+        assert str(server.addresses[0]).split(":", maxsplit=1)[0] in where or where.startswith("localhost")
+        for address in (server.addresses[0], str(server.addresses[0])):
+            async with open_connection(address, request_handler=busy_handler, **keys) as client:
+                assert await client.request(["back", "back", "ping", "x"]) == [b"pong", b"x"]
+                assert client.address == server.addresses[0]
+                [other] = server.connections
+                if isinstance(client.address, TCPAddress):
+                    assert isinstance(other.address, TCPAddress)
+                    assert other.address.host == client.address.host
+                else:
+                    assert other.address == client.address == UnixAddress(where)
+    if not where.endswith(":0"):
+        assert not os.path.exists(where)
+
+
+async def test_over_streams_and_listeners_of_the_users_own(tmp_path: Path) -> None:
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with open_server(listeners, echo) as server:
+        [address] = server.addresses
+        assert isinstance(address, TCPAddress)
+        stream = await trio.open_tcp_stream("127.0.0.1", address.port)
+        async with open_connection(stream) as client:
+            assert client.address == address
+            assert await client.request(["x"]) == [b"x"]
+
+
+async def test_plain_tcp_on_other_interfaces_needs_insecure() -> None:
+    listeners = await trio.open_tcp_listeners(0, host="0.0.0.0")
+    with pytest.raises(AddressError, match="insecure"):
+        async with open_server(listeners, echo):
+            raise AssertionError
+    async with open_server(listeners, echo, insecure=True) as server:
+        with pytest.raises(AddressError, match="insecure"):
+            async with open_connection(server.addresses[0]):
+                raise AssertionError
+        async with open_connection(server.addresses[0], insecure=True) as client:
+            assert await client.request(["x"]) == [b"x"]
+    async with open_server(":0", echo, user_key={"u": KEY}) as server:
+        port = next(a.port for a in server.addresses if isinstance(a, TCPAddress) and a.host == "0.0.0.0")
+        async with open_connection(f"127.0.0.1:{port}", user="u", key=KEY) as client:
+            assert await client.request(["x"]) == [b"x"]
+
+
+async def test_a_plain_stream_to_elsewhere_needs_insecure(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_server("127.0.0.1:0", echo) as server:
+        [address] = server.addresses
+        assert isinstance(address, TCPAddress)
+        stream = await trio.open_tcp_stream("127.0.0.1", address.port)
+        monkeypatch.setattr("bokbok_trio._addresses._is_loopback", lambda host: False)
+        with pytest.raises(AddressError, match="insecure"):
+            async with open_connection(stream):
+                raise AssertionError
+        assert stream.socket.fileno() == -1, "it is closed"
+
+
+async def test_a_name_with_several_addresses_is_tried_in_turn() -> None:
+    """Of two addresses of a name only one is served, and it is found, as it must be for localhost."""
+
+    class Resolver(trio.abc.HostnameResolver):
+        async def getaddrinfo(self, host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
+            await trio.lowlevel.checkpoint()
+            assert host == b"twofold.example"
+            tcp = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+            return [
+                (socket.AF_INET6, *tcp, ("::1", port, 0, 0)),
+                (socket.AF_INET, *tcp, ("127.0.0.1", port)),
+            ]
+
+        async def getnameinfo(self, sockaddr: Any, flags: int) -> Any:
+            raise AssertionError
+
+    async with open_server("127.0.0.1:0", echo) as server:
+        [address] = server.addresses
+        assert isinstance(address, TCPAddress)
+        trio.socket.set_custom_hostname_resolver(Resolver())
+        async with open_connection(f"twofold.example:{address.port}") as client:
+            assert await client.request(["x"]) == [b"x"]
+            assert client.address == address
+
+
+async def test_a_thousand_requests_at_once(sealed: bool) -> None:
+    keys: dict[str, Any] = {"user": "u", "key": KEY} if sealed else {}
+    answers: list[bytes] = []
+
+    async def ask(client: Connection, n: int) -> None:
+        answers.extend(await client.request([str(n)]))
+
+    async with (
+        open_server("127.0.0.1:0", echo, user_key={"u": KEY} if sealed else None) as server,
+        open_connection(server.addresses[0], **keys) as client,
+        trio.open_nursery() as nursery,
+    ):
+        for n in range(1000):
+            nursery.start_soon(ask, client, n)
+    assert sorted(answers, key=int) == [b"%d" % n for n in range(1000)]
+
+
+async def test_two_hundred_connections() -> None:
+    answers: list[bytes] = []
+    all_open = trio.Event()
+
+    async def connect(address: Any, n: int) -> None:
+        async with open_connection(address, user="u", key=KEY) as client:
+            answers.extend(await client.request([str(n)]))
+            if len(answers) == 200:
+                all_open.set()
+            await all_open.wait()
+
+    # More than wait in the backlog at once are retried by the kernel, a second later.
+    async with open_server("127.0.0.1:0", echo, user_key={"u": KEY}, backlog=200) as server:
+        async with trio.open_nursery() as nursery:
+            for n in range(200):
+                nursery.start_soon(connect, server.addresses[0], n)
+            await all_open.wait()
+            assert len(server.connections) == 200
+    assert sorted(answers, key=int) == [b"%d" % n for n in range(200)]
+
+
+async def test_a_cancelled_request_to_a_peer_that_stopped_reading_leaves_no_half_packet() -> None:
+    """The send of a large request is under way, and stuck in the kernel, when it is cancelled."""
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listeners[0].socket.getsockname()[1]
+    big = bytes(2**21)
+    async with trio.open_nursery() as nursery:
+        accepted: list[trio.SocketStream] = []
+
+        async def accept() -> None:
+            accepted.append(await listeners[0].accept())
+            stream = accepted[0]
+            hello = MAGIC + packet(b"hello", b"client", b"plain", b"")
+            while len(hello) > 0:
+                hello = hello[len(await stream.receive_some(len(hello))) :]
+            await stream.send_all(
+                MAGIC
+                + packet(b"hello", b"server", b"plain", b"")
+                + packet(b"accepted", b"4194304", b"9", b"")
+            )
+
+        nursery.start_soon(accept)
+        async with open_connection(f"127.0.0.1:{port}") as client:
+            with trio.move_on_after(0.2) as scope:
+                await client.request([b"stuck", big])
+            assert scope.cancelled_caught
+            assert trio.current_time() - scope.deadline < 0.5
+            answers: list[list[bytes]] = []
+
+            async def ask() -> None:
+                answers.append(await client.request(["after"]))
+
+            nursery.start_soon(ask)
+            received = bytearray()
+            end = packet(b"cancel", b"0") + packet(b"req", b"2", b"", body=[b"after"])
+            while not received.endswith(end):
+                received += await accepted[0].receive_some()
+            request = packet(b"req", b"0", b"", body=[b"stuck", big])
+            assert received.index(request) + len(request) + len(end) == len(received)
+            await accepted[0].send_all(packet(b"ok", b"2", body=[b"well"]))
+            while not answers:
+                await trio.lowlevel.checkpoint()
+            assert answers == [[b"well"]]
+        await accepted[0].aclose()
+    await listeners[0].aclose()
+
+
+async def test_nothing_is_left_open(where: str) -> None:
+    """File descriptors, after connections that ended well and badly."""
+    before = len(os.listdir("/proc/self/fd"))
+    async with open_server(where, echo, user_key={"u": KEY}) as server:
+        for _ in range(3):
+            async with open_connection(server.addresses[0], user="u", key=KEY):
+                pass
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                async with open_connection(server.addresses[0], user="u", key=KEY):
+                    pass
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+# ---- two processes ----
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> str:
+    path = tmp_path / "users.txt"
+    path.write_text(f"alice {KEY.raw.hex()}\n")
+    return str(path)
+
+
+def run_example(name: str, *args: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", str(EXAMPLES / name), *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def server_process(users: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """examples/server.py in a process of its own, and its address."""
+    with run_example("server.py", "127.0.0.1:0", users) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        match = re.fullmatch(r"serving sealed on (127\.0\.0\.1:\d+)\n", line)
+        assert match, line
+        try:
+            yield process, match[1]
+        finally:
+            process.kill()
+
+
+def test_the_example_client_and_server_in_two_processes(
+    server_process: tuple[subprocess.Popen[str], str], users: str
+) -> None:
+    process, address = server_process
+    with run_example("client.py", address, users, "alice", "shutdown") as client:
+        story, errors = client.communicate(timeout=30)
+    assert client.returncode == 0, errors
+    assert "ping is answered [b'pong', b'12345']" in story
+    assert "nonsense is answered by an error: unknown request [unknown-request]" in story
+    assert [line[-3] for line in story.splitlines() if "calls" in line] == ["1", "2", "3", "4"]
+    assert story.endswith("shutdown-server is answered [b'stopping']\n")
+    story, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert story.count("was answered [b'thank you']") == 4
+    assert story.endswith("stopped\n")
+
+
+async def test_a_killed_process_is_noticed_by_its_peers(
+    server_process: tuple[subprocess.Popen[str], str],
+) -> None:
+    process, address = server_process
+    async with open_connection(address, user="alice", key=KEY) as client:
+        assert await client.request(["ping", "1"]) == [b"pong", b"1"]
+        process.send_signal(signal.SIGKILL)
+        await client.wait_closed()
+        with pytest.raises(ConnectionLost):
+            await client.request(["ping", "2"])
+
+
+def test_the_demo_tells_its_story() -> None:
+    with run_example("demo.py") as demo:
+        story, errors = demo.communicate(timeout=30)
+    assert demo.returncode == 0, errors
+    assert errors == ""
+    for part in (
+        "the answer is [b'hello, server']",
+        "client sees the error of the other side: I do not know [b'make me coffee'] [unknown-request]",
+        "the answer is [b'good to see you, a demo']",
+        "server asked ['are you sure?']",
+        "the answer is [b'1', b'2', b'3', b'4', b'5']",
+        "the answer is [b'as you wish']\nstopped\nand nobody is there any more",
+    ):
+        assert part in story
