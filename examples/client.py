@@ -1,11 +1,12 @@
 """A client of examples/server.py: pings it, is called back, and may shut it down.
 
-    python examples/client.py localhost:12345                          plain
-    python examples/client.py localhost:12345 users.txt NAME           encrypted, with that user's key
-    python examples/client.py localhost:12345 users.txt NAME shutdown  and shut the server down
+python examples/client.py localhost:12345                          plain
+python examples/client.py localhost:12345 users.txt NAME           encrypted, with that user's key
+python examples/client.py localhost:12345 users.txt NAME shutdown  and shut the server down
 """
 
 import sys
+from functools import partial
 
 import trio
 from server import read_keys
@@ -40,4 +41,4 @@ async def main(address: str, users: str | None = None, user: str | None = None, 
 
 
 if __name__ == "__main__":
-    trio.run(main, *sys.argv[1:])
+    trio.run(partial(main, *sys.argv[1:]))

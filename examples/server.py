@@ -1,8 +1,8 @@
 """A server with three requests: ping, asynch and shutdown-server.
 
-    python examples/server.py localhost:12345               plain
-    python examples/server.py localhost:12345 users.txt     encrypted; lines of "NAME KEY-IN-HEX"
-    python examples/server.py /tmp/demo.sock                on a UNIX socket
+python examples/server.py localhost:12345               plain
+python examples/server.py localhost:12345 users.txt     encrypted; lines of "NAME KEY-IN-HEX"
+python examples/server.py /tmp/demo.sock                on a UNIX socket
 """
 
 import sys
@@ -59,4 +59,4 @@ async def main(address: str, users: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, *sys.argv[1:])
+    trio.run(partial(main, *sys.argv[1:]))

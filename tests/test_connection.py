@@ -16,7 +16,6 @@ from bokbok_trio import (
     ConnectionLost,
     MessageTooLarge,
     RemoteError,
-    RequestError,
     Settings,
 )
 from bokbok_trio._connection import CLOSE_TIMEOUT
@@ -142,7 +141,7 @@ async def test_an_answer_that_is_too_large_is_an_error_and_logged(caplog: pytest
 
     small = Settings(max_message_size=8192)
     async with open_connection_pair(server_handler=handler, client_settings=small) as (client, _):
-        with pytest.raises(RemoteError, match="10005 bytes.* 8096") as caught:
+        with pytest.raises(RemoteError, match=r"10005 bytes.* 8096") as caught:
             await client.request([])
         assert caught.value.code == "too-large"
     assert "the answer to request 0 is too large" in caplog.text
@@ -253,7 +252,7 @@ async def test_describe_error_chooses_what_the_peer_is_told(caplog: pytest.LogCa
 
     discreet = Settings(describe_error=describe)
     async with open_connection_pair(server_handler=handler, server_settings=discreet) as (client, _):
-        with pytest.raises(RemoteError, match="^ref V"):
+        with pytest.raises(RemoteError, match=r"^ref V"):
             await client.request([])
         with pytest.raises(RemoteError, match=r"^KeyError \[handler-error\]"):
             await client.request(["x"])
@@ -623,9 +622,10 @@ async def test_when_the_block_is_cancelled_all_ends_and_waiters_elsewhere_are_to
 
     async with trio.open_nursery() as nursery:
         with trio.CancelScope() as scope:
-            async with open_connection_pair(
-                server_handler=busy_handler, client_close_handler=on_close
-            ) as (client, _):
+            async with open_connection_pair(server_handler=busy_handler, client_close_handler=on_close) as (
+                client,
+                _,
+            ):
                 await start_waiting(nursery, client, caught)
                 scope.cancel()
                 await trio.sleep_forever()
@@ -677,21 +677,23 @@ async def test_losing_the_peer_raises_nothing_by_itself(sealed: bool) -> None:
 async def test_a_broken_transport_fails_the_waiters(how: str, sealed: bool) -> None:
     caught: list[BaseException] = []
     streams: list[FaultyStream] = []
-    async with open_connection_pair(server_handler=busy_handler, sealed=sealed, wrap=faulty(streams)) as (
-        client,
-        server,
+    async with (
+        open_connection_pair(server_handler=busy_handler, sealed=sealed, wrap=faulty(streams)) as (
+            client,
+            server,
+        ),
+        trio.open_nursery() as nursery,
     ):
-        async with trio.open_nursery() as nursery:
-            await start_waiting(nursery, client, caught)
-            if how == "receiving":
-                streams[0].alter = lambda data: bytes(65) if sealed else b"\xff" * 5
-                nursery.start_soon(ignore_any_loss, server)
-            elif how == "oddly":
-                streams[0].alter = odd_failure
-                nursery.start_soon(ignore_any_loss, server)
-            else:
-                streams[0].broken = True
-                nursery.start_soon(ignore_any_loss, client)
+        await start_waiting(nursery, client, caught)
+        if how == "receiving":
+            streams[0].alter = lambda data: bytes(65) if sealed else b"\xff" * 5
+            nursery.start_soon(ignore_any_loss, server)
+        elif how == "oddly":
+            streams[0].alter = odd_failure
+            nursery.start_soon(ignore_any_loss, server)
+        else:
+            streams[0].broken = True
+            nursery.start_soon(ignore_any_loss, client)
     assert [type(exc) for exc in caught] == [ConnectionLost]
 
 
@@ -725,13 +727,13 @@ async def test_answers_that_came_before_sending_broke_are_delivered() -> None:
 async def test_when_only_sending_is_broken_the_connection_ends_soon(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with raw_peer() as (connection, peer):
+    async with raw_peer() as (connection, _):
 
         async def break_it() -> None:
             raise trio.BrokenResourceError("cable")
 
         connection._stream.send_stream.send_all_hook = break_it  # type: ignore[attr-defined]
-        with pytest.raises(ConnectionLost, match="sending failed.*cable") as caught:
+        with pytest.raises(ConnectionLost, match=r"sending failed.*cable") as caught:
             await connection.request([])
         assert caught.value.may_have_run, "how much of it left is not known"
         assert trio.current_time() == CLOSE_TIMEOUT

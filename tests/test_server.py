@@ -302,7 +302,8 @@ async def test_what_ends_the_program_ends_the_server_and_comes_out_bare(where: s
 
 async def lookup(user: str) -> Key | list[Key] | None:
     await trio.lowlevel.checkpoint()
-    return {"one": KEY, "rotating": [Key(bytes(32)), KEY]}.get(user)
+    keys: dict[str, Key | list[Key]] = {"one": KEY, "rotating": [Key(bytes(32)), KEY]}
+    return keys.get(user)
 
 
 @pytest.mark.parametrize("user_key", [lookup, {"one": KEY, "rotating": (Key(bytes(32)), KEY)}])
@@ -346,16 +347,15 @@ async def test_nothing_falls_back(keyed_server: bool) -> None:
 
 async def test_one_connection_too_many_is_busy_until_another_closes() -> None:
     listener = MemoryListener()
-    async with open_server([listener], echo, settings=Settings(max_connections=2)):
+    async with open_server([listener], echo, settings=Settings(max_connections=2)), client_of(listener):
         async with client_of(listener):
-            async with client_of(listener):
-                with pytest.raises(ConnectionRefused) as caught:
-                    async with client_of(listener):
-                        raise AssertionError
-                assert caught.value.code == "busy"
-            await settle()
-            async with client_of(listener) as client:
-                assert await client.request(["x"]) == [b"x"]
+            with pytest.raises(ConnectionRefused) as caught:
+                async with client_of(listener):
+                    raise AssertionError
+            assert caught.value.code == "busy"
+        await settle()
+        async with client_of(listener) as client:
+            assert await client.request(["x"]) == [b"x"]
 
 
 async def test_one_handshake_too_many_closes_the_oldest(caplog: pytest.LogCaptureFixture) -> None:
@@ -477,11 +477,10 @@ async def test_wait_stopped_from_a_handler_ends_with_the_grace(
         connection.server.stop(grace=2)
         await connection.server.wait_stopped()
 
-    async with open_server([listener], handler):
-        async with client_of(listener) as client:
-            with pytest.raises(ConnectionLost):
-                await client.request([])
-            assert trio.current_time() == 2
+    async with open_server([listener], handler), client_of(listener) as client:
+        with pytest.raises(ConnectionLost):
+            await client.request([])
+        assert trio.current_time() == 2
 
 
 @pytest.mark.parametrize("grace", [-1, float("nan")])
@@ -556,9 +555,7 @@ async def test_cancelling_serve_ends_all_at_once(autojump_clock: trio.testing.Mo
         closed.append(connection)
 
     async with trio.open_nursery() as outer, trio.open_nursery() as nursery:
-        server: Server = await nursery.start(
-            partial(serve, [listener], busy_handler, close_handler=on_close)
-        )
+        server: Server = await nursery.start(partial(serve, [listener], busy_handler, close_handler=on_close))
         async with client_of(listener) as client:
             outer.start_soon(ask, client, ["sleep", "100"], answers)
             await settle()

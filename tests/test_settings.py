@@ -29,7 +29,7 @@ def test_settings_cannot_be_changed() -> None:
 
 def test_settings_go_by_name() -> None:
     with pytest.raises(TypeError, match="positional argument"):
-        Settings(4096)  # type: ignore[misc]
+        Settings(4096)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
