@@ -18,7 +18,8 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias, final
 
@@ -30,6 +31,13 @@ MAX_PORT: Final = 2**16 - 1
 
 MAX_PATH_SIZE: Final = 107
 """Bytes of a UNIX socket's path on Linux: ``sun_path`` less its final zero. Fewer on some systems."""
+
+LOCK_POLL: Final = 0.02
+"""Seconds between attempts at the lock on a directory. It is held for some system calls only, by us;
+but anyone who can open the directory can hold it for as long as they like, so waiting for it must be
+possible to cancel."""
+
+_PREFIXES: Final = ("unix:", "tcp:")
 
 _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 _HOST = re.compile(r"[^\s\x00-\x1f\x7f:\[\]/@,]+")
@@ -60,11 +68,12 @@ class TCPAddress:
             raise AddressError(f"a port is 0 to {MAX_PORT}, and not {self.port}")
         if ":" in self.host:
             _parse_ip(self.host)
-        elif self.host and _HOST.fullmatch(self.host) is None:
+        if self.host and _HOST.fullmatch(self.host.replace(":", ".")) is None:
             raise AddressError(f"no host: {self.host!r}")
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        text = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return f"tcp:{text}" if text.startswith(_PREFIXES) else text
 
 
 @final
@@ -85,11 +94,16 @@ class UnixAddress:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str):
             raise TypeError(f"a UNIX address takes a str, not {type(self.path).__name__}")
-        if not 1 <= len(os.fsencode(self.path)) <= MAX_PATH_SIZE or "\0" in self.path:
+        try:
+            size = len(os.fsencode(self.path))
+        except UnicodeEncodeError:
+            raise AddressError(f"no path: {self.path!r}") from None
+        if not 1 <= size <= MAX_PATH_SIZE or "\0" in self.path:
             raise AddressError(f"the path of a UNIX socket is 1 to {MAX_PATH_SIZE} bytes: {self.path!r}")
 
     def __str__(self) -> str:
-        return self.path if "/" in self.path else f"unix:{self.path}"
+        plain = "/" in self.path and not self.path.startswith(_PREFIXES)
+        return self.path if plain else f"unix:{self.path}"
 
 
 Address: TypeAlias = TCPAddress | UnixAddress
@@ -160,11 +174,21 @@ def _refuse_insecure(where: object) -> AddressError:
     return AddressError(f"plain TCP with {where}, which is not loopback, needs insecure=True (or a key)")
 
 
+@contextmanager
+def _name_errors(address: TCPAddress) -> Generator[None]:
+    """A name that DNS cannot have is a UnicodeError of the look-up."""
+    try:
+        yield
+    except UnicodeError as exc:
+        raise AddressError(f"no host name: {address.host!r}: {exc}") from exc
+
+
 async def _check_stays_home(address: TCPAddress) -> None:
     """Refuse a host that is, or may be, elsewhere, before anything is dialled or opened."""
     if not address.host:
         raise _refuse_insecure("all interfaces")
-    found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    with _name_errors(address):
+        found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     for *_, name in found:
         if not _is_loopback(str(name[0])):
             raise _refuse_insecure(name[0])
@@ -200,7 +224,8 @@ async def dial(address: Address, *, insecure: bool) -> trio.SocketStream:
         raise AddressError(f"{address} says where to listen, not whom to dial")
     if not insecure:
         await _check_stays_home(address)
-    return await trio.open_tcp_stream(address.host, address.port)
+    with _name_errors(address):
+        return await trio.open_tcp_stream(address.host, address.port)
 
 
 def stream_address(stream: trio.abc.Stream) -> Address | None:
@@ -234,15 +259,18 @@ class UnixListener(trio.abc.Listener[trio.SocketStream]):
     def __init__(self, sock: trio.socket.SocketType, path: str, inode: tuple[int, int]) -> None:
         self._listener = trio.SocketListener(sock)
         self.address = UnixAddress(path)
-        self._inode = inode
+        self._inode: tuple[int, int] | None = inode
 
     async def accept(self) -> trio.SocketStream:
         return await self._listener.accept()
 
     async def aclose(self) -> None:
-        if _inode(self.address.path) == self._inode:
-            os.unlink(self.address.path)
-        await self._listener.aclose()
+        inode, self._inode = self._inode, None  # the next file may get the same
+        try:
+            if inode is not None and _inode(self.address.path) == inode:
+                os.unlink(self.address.path)
+        finally:
+            await self._listener.aclose()
 
 
 def _inode(path: str) -> tuple[int, int] | None:
@@ -273,42 +301,62 @@ async def listen(
     if not insecure:
         await _check_stays_home(address)
     try:
-        return await trio.open_tcp_listeners(address.port, host=address.host or None, backlog=backlog)
+        with _name_errors(address):
+            listeners = await trio.open_tcp_listeners(
+                address.port, host=address.host or None, backlog=backlog
+            )
     except OSError as exc:
         if exc.errno == errno.EADDRINUSE:
             raise AddressError(f"{address} is in use") from exc
         raise
+    if not insecure:
+        try:
+            for listener in listeners:
+                require_loopback(listener_address(listener))  # a name may have moved in between
+        except AddressError:
+            for listener in listeners:
+                listener.socket.close()
+            raise
+    return listeners
 
 
 async def _listen_unix(path: str, backlog: int | None, mode: int) -> UnixListener:
-    # In a thread, as the lock may have to be waited for; it is held for a few system calls only.
-    sock, inode = await trio.to_thread.run_sync(_bind_unix, path, backlog, mode)
+    import fcntl  # noqa: PLC0415  (not on Windows, where there are no UNIX sockets either)
+
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await trio.sleep(LOCK_POLL)
+        sock, inode = _bind_unix(path, backlog, mode)
+    finally:
+        os.close(directory)
     return UnixListener(trio.socket.from_stdlib_socket(sock), path, inode)
 
 
 def _bind_unix(path: str, backlog: int | None, mode: int) -> tuple[socket.socket, tuple[int, int]]:
-    import fcntl  # noqa: PLC0415  (not on Windows, where there are no UNIX sockets either)
-
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    directory = -1
     try:
-        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(directory, fcntl.LOCK_EX)
         _remove_stale(path)
         sock.bind(path)
-        # Nobody can connect before listen(), so no one gets in under another mode.
-        os.chmod(path, mode)
-        if backlog is None:
-            sock.listen()
-        else:
-            sock.listen(backlog)
-        status = os.lstat(path)
+        try:
+            # Nobody can connect before listen(), so no one gets in under another mode.
+            os.chmod(path, mode)
+            if backlog is None:
+                sock.listen()
+            else:
+                sock.listen(backlog)
+            status = os.lstat(path)
+        except BaseException:
+            os.unlink(path)
+            raise
     except BaseException:
         sock.close()
         raise
-    finally:
-        if directory >= 0:
-            os.close(directory)
     return sock, (status.st_dev, status.st_ino)
 
 
@@ -337,5 +385,5 @@ def listener_address(listener: trio.abc.Listener[trio.abc.Stream]) -> Address | 
         return None
     name = listener.socket.getsockname()
     if listener.socket.family == socket.AF_UNIX:
-        return UnixAddress(name) if name else None
+        return UnixAddress(name) if isinstance(name, str) and name else None
     return _socket_address(name)

@@ -82,11 +82,11 @@ async def open_connection(
         close_handler=close_handler,
     )
     async with bare_nursery() as nursery:
-        nursery.start_soon(connection.run)
+        nursery.start_soon(connection._run)
         try:
             yield connection
         finally:
-            connection.end("this side closed the connection")
+            connection._close("this side closed the connection")
 
 
 def check_key_arguments(user: str | None, key: Key | None, service: str) -> None:

@@ -3,7 +3,7 @@
 Theory
 ======
 
-`Connection.run` is the connection's whole life, in a task of its own. Its nursery holds
+`Connection._run` is the connection's whole life, in a task of its own. Its nursery holds
 
 - the **reader**, which decodes what arrives, hands answers to waiters and starts a task per request;
   it never waits for user code, for a slot, or for room to send;
@@ -223,7 +223,7 @@ class Connection:
         return to it. Again, or after the connection was lost, it does nothing. Cancelled, it
         returns at once, and the closing goes on.
         """
-        self.end("this side closed the connection")
+        self._close("this side closed the connection")
         await self._stream_closed.wait()
 
     async def wait_closed(self) -> None:
@@ -242,7 +242,7 @@ class Connection:
 
     # ---- its life ----
 
-    async def run(self, open_handler: ConnectionHandler | None = None) -> None:
+    async def _run(self, open_handler: ConnectionHandler | None = None) -> None:
         """Live, in this task, until the connection is over and all its tasks have ended."""
         self._task = trio.lowlevel.current_task()
         try:
@@ -284,7 +284,7 @@ class Connection:
             return False
         return True
 
-    def end(self, reason: str) -> None:
+    def _close(self, reason: str) -> None:
         """Close from this side; `aclose` without the waiting."""
         self._end(lambda _: ConnectionClosed(reason), graceful=True)
 
@@ -310,7 +310,7 @@ class Connection:
         for id, waiter in waiters.items():
             waiter.wake(make_error(not self._session.is_unsent(id)))
 
-    def drain(self) -> None:
+    def _drain(self) -> None:
         """Handle no new request, finish those being handled, and close."""
         self._draining = True
         self._work.unpark()
@@ -336,7 +336,7 @@ class Connection:
                 if batch := self._session.take():
                     await self._stream.send_all(batch)
                 elif self._draining and self._ready.is_set() and not self._session.handling:
-                    self.end("this side drained the connection")
+                    self._close("this side drained the connection")
                 else:
                     await self._work.park()
         except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)

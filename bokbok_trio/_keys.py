@@ -112,9 +112,12 @@ async def passphrase_to_key(passphrase: str, user: str) -> Key:
     """
     if not isinstance(passphrase, str):
         raise TypeError(f"a passphrase is a str, not {type(passphrase).__name__}")
-    secret = unicodedata.normalize("NFC", passphrase).encode()
-    if not secret:
+    if not passphrase:
         raise ValueError("a passphrase must not be empty")
+    # Not by encode()'s own error, which would show the passphrase.
+    if any(unicodedata.category(character) == "Cs" for character in passphrase):
+        raise ValueError("a passphrase must be text that UTF-8 can encode")
+    secret = unicodedata.normalize("NFC", passphrase).encode()
     salt = hashlib.blake2b(encode_user(user), digest_size=16, person=b"bokbok1 argon2id").digest()
 
     def derive() -> bytes:

@@ -29,7 +29,7 @@ MAX_EARLY_RECORD_SIZE: Final = MAX_PACKET_SIZE + MAC_SIZE
 """Bytes of a record before the connection is open."""
 
 REFUSAL_DELAY: Final = 0.5
-"""Seconds from hello to the refusal of a user or key, so that its time does not tell which it was,
+"""Seconds from `open` to the refusal of a user or key, so that its time does not tell which it was,
 and guessing keys over the network is slow."""
 
 UserKeys: TypeAlias = Key | Sequence[Key] | None
@@ -125,8 +125,9 @@ async def open_as_server(
     opened: Opened | None = None
     with _handshake_errors(settings.handshake_timeout):
         stream = await _exchange_hello(transport, handshake)
-        refuse_at = trio.current_time() + REFUSAL_DELAY
         handshake.receive_open(await _receive_packet(stream))
+        # Counted from `open`: from hello, a client could let it pass first, and time the look-up.
+        refuse_at = trio.current_time() + REFUSAL_DELAY
         keys = () if user_key is None else await _look_up(user_key, handshake.user)
         try:
             accepted = handshake.accept(keys)

@@ -113,7 +113,7 @@ class Server:
         self._stopping = True
         self._accepting.cancel()
         for connection in self._connections:
-            connection.drain()
+            connection._drain()
         self._note_idle()
 
     async def wait_stopped(self) -> None:
@@ -126,7 +126,7 @@ class Server:
 
     # ---- its life ----
 
-    async def run(self, task_status: trio.TaskStatus[Server]) -> None:
+    async def _run(self, task_status: trio.TaskStatus[Server]) -> None:
         """Accept and serve until stopped, in this task."""
         try:
             async with bare_nursery() as nursery:
@@ -141,7 +141,7 @@ class Server:
                     for scope in self._handshakes:
                         scope.cancel()
                     for connection in self._connections:
-                        connection.end("the server stopped")
+                        connection._close("the server stopped")
         finally:
             self._stopped.set()
 
@@ -225,9 +225,9 @@ class Server:
         )
         self._connections.add(connection)
         if self._stopping:
-            connection.drain()
+            connection._drain()
         try:
-            await connection.run(self._open_handler)
+            await connection._run(self._open_handler)
         finally:
             self._connections.discard(connection)
 
@@ -299,7 +299,7 @@ async def serve(
         service=service,
         settings=settings,
     )
-    await server.run(task_status)
+    await server._run(task_status)
 
 
 @asynccontextmanager

@@ -124,5 +124,5 @@ async def test_losing_the_race_with_a_failing_block() -> None:
     """The block fails in the very moment in which the peer goes: the block's error comes out."""
     with pytest.raises(KeyError):
         async with open_connection_pair() as (_, server):
-            server.end("gone")
+            server._close("gone")
             raise KeyError

@@ -832,7 +832,7 @@ async def test_what_arrives_with_the_end_is_not_handled() -> None:
         await settle()
         # The reader is woken by these bytes, and before it runs the connection is closed.
         connection._stream.receive_stream.put_data(packet(b"req", b"1", b"", body=[]))  # type: ignore[attr-defined]
-        connection.end("too late")
+        connection._close("too late")
         await connection.wait_closed()
     assert started == []
 

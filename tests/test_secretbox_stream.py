@@ -144,8 +144,7 @@ async def make_clogged_pair() -> tuple[SecretboxStream, SecretboxStream]:
 
 
 @pytest.mark.parametrize("check", [check_two_way_stream, check_half_closeable_stream])
-@pytest.mark.usefixtures("autojump_clock")
-async def test_is_a_stream_by_the_checks_of_trio(check: Any) -> None:
+async def test_is_a_stream_by_the_checks_of_trio(check: Any, autojump_clock: MockClock) -> None:
     with trio.fail_after(60):
         await check(make_pair, make_clogged_pair)
 
@@ -582,8 +581,7 @@ async def test_a_second_receiver_is_told_busy_and_harms_nothing() -> None:
     assert await stream.receive_some() == b"y"
 
 
-@pytest.mark.usefixtures("autojump_clock")
-async def test_sending_and_receiving_at_once_is_no_conflict() -> None:
+async def test_sending_and_receiving_at_once_is_no_conflict(autojump_clock: MockClock) -> None:
     left, right = lockstep_stream_pair()
     stream, peer = over(left), facing(right)
 

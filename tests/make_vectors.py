@@ -1,0 +1,474 @@
+"""Makes ``tests/vectors.json``, the test vectors of ``docs/protocol.rst``, from the package.
+
+``python -m tests.make_vectors``; the same bytes every time, as all that is random is fixed here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import trio
+import trio.testing
+from nacl.bindings import crypto_secretbox
+
+from bokbok_trio._handshake import (
+    MAGIC,
+    ClientHandshake,
+    Limits,
+    ServerHandshake,
+    _box_key,
+    _hash_accepted,
+    _proof,
+    encode_hello,
+    encode_refused,
+    keyed_hash,
+)
+from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, Key, encode_user, passphrase_to_key
+from bokbok_trio._packets import decode_body, encode_body, encode_head, encode_number
+from bokbok_trio._secretbox_stream import SecretboxStream
+from bokbok_trio._session import Session
+
+Vectors: TypeAlias = dict[str, Any]
+
+PATH = Path(__file__).with_name("vectors.json")
+
+KEY = bytes(range(32))
+OTHER_KEY = bytes(range(1, 33))
+SESSION_KEY = bytes(range(0x40, 0x60))
+# The secrets of RFC 7748, section 6.1, whose shared secret is given there too.
+CLIENT_SECRET = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
+SERVER_SECRET = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
+USER = "zoë"
+SERVICE = "maps"
+CLIENT_LIMITS = Limits(4194304, 100)
+SERVER_LIMITS = Limits(65536, 7)
+
+
+def _packet(*fields: bytes, body: Sequence[bytes] | None = None) -> bytes:
+    if body is None:
+        return encode_head(*fields)
+    chunks, size = encode_body(body, 2**32)
+    return encode_head(*fields, body_size=size) + b"".join(chunks)
+
+
+def _flip(data: bytes) -> bytes:
+    """Change the last bit."""
+    return data[:-1] + bytes((data[-1] ^ 1,))
+
+
+def _client(key: bytes | None = KEY, service: str = SERVICE) -> ClientHandshake:
+    random = iter([CLIENT_SECRET, SESSION_KEY])
+    return ClientHandshake(
+        user=None if key is None else USER,
+        key=None if key is None else Key(key),
+        service="" if key is None else service,
+        limits=CLIENT_LIMITS,
+        randomness=lambda _: next(random),
+    )
+
+
+def _server(*, sealed: bool = True) -> ServerHandshake:
+    return ServerHandshake(
+        sealed=sealed,
+        service=SERVICE if sealed else "",
+        limits=SERVER_LIMITS,
+        randomness=lambda _: SERVER_SECRET,
+    )
+
+
+def _records(*steps: tuple[bytes, Sequence[bytes]]) -> list[str]:
+    """What a stream sends, by plaintext, under each key in turn; empty: the end record."""
+
+    async def run() -> list[str]:
+        sent = []
+        ours, theirs = trio.testing.memory_stream_pair()
+        stream = SecretboxStream(ours, send_key=steps[0][0], receive_key=KEY)
+        for key, plaintexts in steps:
+            if key != steps[0][0]:
+                stream.rekey(send_key=key, receive_key=KEY)
+            for plaintext in plaintexts:
+                await (stream.send_all(plaintext) if plaintext else stream.send_eof())
+                sent.append((await theirs.receive_some()).hex())
+        return sent
+
+    return trio.run(run)
+
+
+# ---- packets, numbers, user names ----
+
+
+def _packets() -> Vectors:
+    good = {
+        "no fields": [],
+        "one empty field": [b""],
+        "two fields": [b"ping", b"12345"],
+        "bytes of any value": [bytes((0, 255, 10)), b"", "ë".encode()],
+        "255 fields": [b""] * 255,
+    }
+    bad = {
+        "no count": "00000000",
+        "a count and no field": "0000000101",
+        "a field's size cut short": "0000000401000000",
+        "a field larger than the packet": "000000060100000002" + "61",
+        "a field of 4 GiB - 1": "0000000501ffffffff",
+        "a byte after the last field": "00000007010000000161" + "62",
+        "fewer fields than counted": "0000000602" + "0000000161",
+        "a length over the limit, nothing else": "00001001",
+    }
+    return {
+        "good": [
+            {"name": name, "fields": [field.hex() for field in fields], "packet": encode_head(*fields).hex()}
+            for name, fields in good.items()
+        ],
+        "bad": [{"name": name, "limit": 4096, "packet": packet} for name, packet in bad.items()],
+    }
+
+
+def _numbers() -> Vectors:
+    bad = [b"", b"00", b"01", b"+7", b"-1", b"1_0", b" 7", b"7 ", b"7\n", b"1.0", b"1e3", b"0x7", b"7\0"]
+    bad += [b"1000000000000000000", "\u0667".encode()]
+    return {
+        "good": [
+            {"number": number, "field": encode_number(number).hex()}
+            for number in (0, 7, 10, 4194304, 10**18 - 1)
+        ],
+        "bad": [field.hex() for field in bad],
+    }
+
+
+def _users() -> Vectors:
+    bad = {
+        "empty": b"",
+        "256 bytes": b"a" * 256,
+        "not in normal form C": "zoe\u0308".encode(),
+        "a zero": b"a\0b",
+        "a line feed": b"a\n",
+        "a control character over U+007F": "a\u0085".encode(),
+        "not UTF-8": b"zo\xeb",
+        "a surrogate": b"\xed\xa0\x80",
+        "an overlong form": b"\xc0\xaf",
+    }
+    return {
+        "good": [
+            {"user": user, "field": encode_user(user).hex()}
+            for user in ("a", USER, "two words", "\u65e5\u672c", "\u00e9" * 127 + "x")
+        ],
+        "bad": [{"name": name, "field": field.hex()} for name, field in bad.items()],
+    }
+
+
+# ---- the handshake ----
+
+
+def _sealed() -> Vectors:
+    client, server = _client(), _server()
+    server.receive_hello(client.hello)
+    client.receive_hello(server.hello)
+    open = client.open()
+    server.receive_open(open)
+    accepted = server.accept([Key(KEY)])
+    client.receive_reply(accepted)
+    h1, box = client._h1, client._box
+    head = encode_head(b"accepted", *SERVER_LIMITS.fields())
+    h2 = _hash_accepted(h1, box, head)
+    hs, fk = client.channel_keys(), client.final_keys
+    assert fk is not None
+    assert fk == server.final_keys
+    values = {
+        "client_secret": CLIENT_SECRET,
+        "server_secret": SERVER_SECRET,
+        "C": client.hello,
+        "S": server.hello,
+        "ee": client._ee,
+        "h0": client._h0,
+        "hs": hs.c2s + hs.s2c,
+        "O": encode_head(*_fields(open)[:5]),
+        "h1": h1,
+        "session_key": SESSION_KEY,
+        "box_key": _box_key(Key(KEY), h1),
+        "box": box,
+        "open": open,
+        "A": head,
+        "h2": h2,
+        "proof": _proof(Key(KEY), h2),
+        "accepted": accepted,
+        "fk": fk.c2s + fk.s2c,
+    }
+    return {
+        "user": USER,
+        "key": KEY.hex(),
+        "service": SERVICE,
+        "client_limits": [CLIENT_LIMITS.max_message_size, CLIENT_LIMITS.max_requests],
+        "server_limits": [SERVER_LIMITS.max_message_size, SERVER_LIMITS.max_requests],
+        **{name: value.hex() for name, value in values.items()},
+        "client_sends": client.hello.hex() + "".join(_records((hs.c2s, [open]))),
+        "server_sends": server.hello.hex() + "".join(_records((hs.s2c, [accepted]))),
+    }
+
+
+def _fields(packet: bytes) -> list[bytes]:
+    return decode_body(packet[4:])
+
+
+def _plain() -> Vectors:
+    client, server = _client(None), _server(sealed=False)
+    open = client.open()
+    server.receive_open(open)
+    accepted = server.accept([])
+    return {
+        "client_limits": [CLIENT_LIMITS.max_message_size, CLIENT_LIMITS.max_requests],
+        "server_limits": [SERVER_LIMITS.max_message_size, SERVER_LIMITS.max_requests],
+        "C": client.hello.hex(),
+        "S": server.hello.hex(),
+        "open": open.hex(),
+        "accepted": accepted.hex(),
+        "client_sends": (client.hello + open).hex(),
+        "server_sends": (server.hello + accepted).hex(),
+    }
+
+
+def _bad_hellos() -> list[Vectors]:
+    """What a side must refuse as the other's hello; its own secret is that of the good handshake."""
+    client, server = _client().hello, _server().hello
+    plain = encode_hello("client", b"")
+    own_key = encode_hello("client", _server()._public)
+    low_order = bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800")
+    table: list[tuple[str, str, str, bytes]] = [
+        ("server", "sealed", "another magic", b"bokbok2\n" + client[8:]),
+        ("server", "sealed", "another protocol", b"GET / HTTP/1.1\r\n".ljust(78, b"\n")),
+        ("server", "sealed", "its own hello", server),
+        ("server", "sealed", "its own key", own_key),
+        ("server", "sealed", "mode plain", plain),
+        (
+            "server",
+            "sealed",
+            "mode plain in 78 bytes",
+            MAGIC + encode_head(b"hello", b"client", b"plain", bytes(33)),
+        ),
+        ("server", "sealed", "a key of 31 bytes", encode_hello("client", bytes(range(31)))),
+        ("server", "sealed", "a key of zeros", encode_hello("client", bytes(32))),
+        ("server", "sealed", "a key of low order", encode_hello("client", low_order)),
+        ("server", "plain", "mode sealed", client),
+        ("server", "plain", "its own hello", encode_hello("server", b"")),
+        ("client", "sealed", "its own hello", client),
+        ("client", "sealed", "mode plain", encode_hello("server", b"")),
+        ("client", "sealed", "its own key", encode_hello("server", _client()._public)),
+        ("client", "plain", "its own hello", plain),
+        ("client", "plain", "mode sealed", server),
+    ]
+    return [{"to": to, "mode": mode, "name": name, "hello": hello.hex()} for to, mode, name, hello in table]
+
+
+def _open(*head: bytes, key: bytes = KEY, service: str = SERVICE) -> str:
+    """An `open` made of any first fields, its box right for them."""
+    client = _client(key, service)
+    client.receive_hello(_server().hello)
+    h1 = client._hash_open(head)
+    box = crypto_secretbox(SESSION_KEY + h1, h1[:24], _box_key(Key(key), h1))
+    return encode_head(*head, box).hex()
+
+
+def _bad_opens() -> list[Vectors]:
+    user, size, count = encode_user(USER), b"4194304", b"100"
+    good = [b"open", user, size, count, bytes(385)]
+    plain = [b"open", b"", size, count, b"", b""]
+    authentication = "authentication"
+    table: list[tuple[str, str, str | None, str]] = [
+        ("sealed", "another key", authentication, _open(*good, key=OTHER_KEY)),
+        ("sealed", "another service", authentication, _open(*good, service="mail")),
+        ("sealed", "a bit of the box changed", authentication, _flip(bytes.fromhex(_open(*good))).hex()),
+        ("sealed", "an unknown user", authentication, _open(b"open", b"zack", *good[2:])),
+        ("sealed", "a user that is no name", authentication, _open(b"open", b"zo\xeb\n", *good[2:])),
+        ("sealed", "no user", authentication, _open(b"open", b"", size, count, bytes(389))),
+        ("sealed", "511 bytes", None, _open(*good[:4], bytes(384))),
+        ("sealed", "513 bytes", None, _open(*good[:4], bytes(386))),
+        ("sealed", "a pad that is not zeros", None, _open(*good[:4], _flip(bytes(385)))),
+        ("sealed", "no box", None, encode_head(*good[:4], bytes(465), b"").hex()),
+        ("sealed", "another first field", None, _open(b"nope", *good[1:])),
+        ("sealed", "five fields", None, encode_head(*good[:4], bytes(469)).hex()),
+        ("sealed", "messages of 4,095 bytes", None, _open(*good[:2], b"4095", count, bytes(388))),
+        ("sealed", "no request at once", None, _open(*good[:3], b"0", bytes(387))),
+        ("sealed", "1,000,001 requests at once", None, _open(*good[:3], b"1000001", bytes(381))),
+        ("sealed", "a number with a leading zero", None, _open(*good[:3], b"0100", bytes(384))),
+        ("plain", "a user", None, encode_head(b"open", user, *plain[2:]).hex()),
+        ("plain", "a pad", None, encode_head(*plain[:4], b"\0", b"").hex()),
+        ("plain", "a box", None, encode_head(*plain[:5], bytes(80)).hex()),
+        ("plain", "messages of 4,095 bytes", None, encode_head(*plain[:2], b"4095", *plain[3:]).hex()),
+    ]
+    return [
+        {"mode": mode, "name": name, "refused": refused, "open": packet}
+        for mode, name, refused, packet in table
+    ]
+
+
+def _bad_replies(sealed: Vectors) -> list[Vectors]:
+    h1, box, accepted = (bytes.fromhex(sealed[name]) for name in ("h1", "box", "accepted"))
+
+    def accept(*head: bytes, key: bytes = KEY) -> bytes:
+        return encode_head(*head, _proof(Key(key), _hash_accepted(h1, box, encode_head(*head))))
+
+    size, count = SERVER_LIMITS.fields()
+    proof = _fields(accepted)[3]
+    table: list[tuple[str, str, bool, bytes]] = [
+        ("sealed", "another key", True, accept(b"accepted", size, count, key=OTHER_KEY)),
+        ("sealed", "a bit of the proof changed", True, _flip(accepted)),
+        ("sealed", "a limit changed", True, encode_head(b"accepted", b"65537", count, proof)),
+        ("sealed", "no proof", True, encode_head(b"accepted", size, count, b"")),
+        ("sealed", "half a proof", True, encode_head(b"accepted", size, count, proof[:16])),
+        ("sealed", "refused", True, encode_refused("authentication", "authentication failed")),
+        ("sealed", "messages of 4,095 bytes", False, accept(b"accepted", b"4095", count)),
+        ("sealed", "no request at once", False, accept(b"accepted", size, b"0")),
+        ("sealed", "three fields", False, encode_head(b"accepted", size, count)),
+        ("sealed", "a byte after the packet", False, accepted + b"\0"),
+        ("sealed", "an unknown code", False, encode_head(b"refused", b"perhaps", b"")),
+        ("sealed", "a message of 257 bytes", False, encode_head(b"refused", b"authentication", b"a" * 257)),
+        ("plain", "a proof", False, accepted),
+        ("plain", "refused", False, encode_refused("busy", "the server is busy")),
+    ]
+    return [
+        {"mode": mode, "name": name, "authentication": authentication, "reply": packet.hex()}
+        for mode, name, authentication, packet in table
+    ]
+
+
+def _refused(sealed: Vectors) -> list[Vectors]:
+    """Refusals: the packet, and the record it is on a sealed connection, where it is the first."""
+    key = bytes.fromhex(sealed["hs"])[32:]
+    reasons = [
+        encode_refused("authentication", "authentication failed"),
+        encode_refused("busy", "the server is busy"),
+        encode_refused("stopping", "the server is stopping"),
+    ]
+    return [{"packet": packet.hex(), "record": _records((key, [packet]))[0]} for packet in reasons]
+
+
+# ---- records ----
+
+
+def _record_vectors() -> Vectors:
+    first, second = keyed_hash(32, b"", b"first", b""), keyed_hash(32, b"", b"second", b"")
+    texts: list[tuple[bytes, list[bytes]]] = [(first, [b"a", b"bcd" * 20]), (second, [b"e", b"f", b""])]
+    a = _records((first, [b"a", b"b", b""]))
+    return {
+        "stream": [
+            {"key": key.hex(), "plaintexts": [text.hex() for text in plaintexts]} for key, plaintexts in texts
+        ],
+        "records": _records(*texts),
+        "bad": [
+            {"name": name, "key": first.hex(), "record": record}
+            for name, record in {
+                "a bit changed": _flip(bytes.fromhex(a[0])).hex(),
+                "the second record, as the first": a[1],
+                "the end record of another place": a[2],
+                "under another key": _records((second, [b"a"]))[0],
+                "a length of 15": "000f" + "00" * 15,
+                "a length of 0": "0000",
+            }.items()
+        ],
+    }
+
+
+# ---- an open connection ----
+
+
+def _connection_packets() -> Vectors:
+    """What a client sends first on an open connection, and what it must not."""
+
+    def session(**kwargs: int) -> Session:
+        return Session("client", **{"max_message_size": 65536, "max_requests": 3, "slots": 3, **kwargs})
+
+    asker, answerer = session(), session()
+    asker.request(["ping", "12345"])
+    req = asker.take()
+    asker.cancel(0)
+    answerer_events = list(answerer.receive(_packet(b"req", b"1", b"", body=[b"a"])))
+    assert len(answerer_events) == 1
+    answerer.answer(1, [b"pong", b"12345"])
+    ok = answerer.take()
+    list(answerer.receive(_packet(b"req", b"3", b"", body=[b"a"])))
+    answerer.fail(3, "unknown-request", "no such request")
+    good = {
+        "req": req,
+        "req with a timeout of 1.5 s": _packet(b"req", b"2", b"1500000", body=[b"ping", b"12345"]),
+        "req with no fields": _packet(b"req", b"999999999999999998", b"", body=[]),
+        "cancel": asker.take(),
+        "ok": ok,
+        "err": answerer.take(),
+    }
+    bad = {
+        "no fields": encode_head(),
+        "an unknown first field": encode_head(b"hello"),
+        "a reserved first field": encode_head(b"ping"),
+        "req of three fields": encode_head(b"req", b"0", b""),
+        "req with an id of the server's": _packet(b"req", b"1", b"", body=[]),
+        "req with an id that is no number": _packet(b"req", b"00", b"", body=[]),
+        "req with a timeout that is no number": _packet(b"req", b"0", b"1.5", body=[]),
+        "req with a body that is none": encode_head(b"req", b"0", b"", b""),
+        "ok to nothing": _packet(b"ok", b"1", body=[]),
+        "err to nothing": encode_head(b"err", b"1", b"handler-error", b""),
+        "cancel with an id of the server's": encode_head(b"cancel", b"1"),
+        "cancel of three fields": encode_head(b"cancel", b"0", b""),
+    }
+    return {
+        "good": [
+            {"name": name, "fields": [field.hex() for field in _fields(packet)], "packet": packet.hex()}
+            for name, packet in good.items()
+        ],
+        "bad": [{"name": name, "packet": packet.hex()} for name, packet in bad.items()],
+    }
+
+
+# ---- passphrases ----
+
+
+def _passphrases() -> list[Vectors]:
+    passphrase = "correct horse battery zoe\u0308"
+    salt = keyed_hash(16, b"", b"bokbok1 argon2id", encode_user(USER))
+    return [
+        {
+            "passphrase": passphrase,
+            "user": USER,
+            "passes": ARGON2ID_PASSES,
+            "memory": ARGON2ID_MEMORY,
+            "salt": salt.hex(),
+            "key": trio.run(passphrase_to_key, passphrase, USER).raw.hex(),
+        }
+    ]
+
+
+def make() -> Vectors:
+    sealed = _sealed()
+    return {
+        "about": "Test vectors of docs/protocol.rst, made by tests/make_vectors.py. Bytes are in hex.",
+        "magic": MAGIC.hex(),
+        "packets": _packets(),
+        "numbers": _numbers(),
+        "users": _users(),
+        "sealed": sealed,
+        "plain": _plain(),
+        "refused": _refused(sealed),
+        "bad_hellos": _bad_hellos(),
+        "bad_opens": _bad_opens(),
+        "bad_replies": _bad_replies(sealed),
+        "records": _record_vectors(),
+        "connection": _connection_packets(),
+        "passphrases": _passphrases(),
+    }
+
+
+def dump(value: object, indent: str = "") -> str:
+    """JSON, with a vector on one line or a few."""
+    if isinstance(value, dict) and (not indent or len(json.dumps(value)) > 1000):
+        items = [f"{json.dumps(key)}: {dump(item, indent + ' ')}" for key, item in value.items()]
+        return "{\n" + ",\n".join(f"{indent} {item}" for item in items) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = [dump(item, indent + " ") for item in value]
+        return "[\n" + ",\n".join(f"{indent} {item}" for item in items) + f"\n{indent}]"
+    return json.dumps(value)
+
+
+if __name__ == "__main__":
+    PATH.write_text(dump(make()) + "\n", encoding="ascii")

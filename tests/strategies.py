@@ -1,0 +1,33 @@
+"""Shared Hypothesis strategies: fields, packets, and bytes cut into chunks."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import strategies as st
+
+fields = st.binary(max_size=40)
+"""What arrives as one field."""
+
+user_fields = st.one_of(
+    fields,
+    fields.map(bytearray),
+    fields.map(lambda field: memoryview(field)),  # noqa: PLW0108  (mypy cannot infer the class)
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+)
+"""What a user may give as one field."""
+
+packets = st.lists(fields, max_size=8) | st.lists(st.binary(max_size=2), max_size=255)
+"""Packets, as lists of fields: mostly small ones."""
+
+
+def chunked(data: bytes) -> st.SearchStrategy[list[bytes]]:
+    """The same bytes in pieces, some perhaps empty."""
+    cuts = st.lists(st.integers(0, len(data)), max_size=12).map(sorted)
+    return cuts.map(lambda at: [data[i:j] for i, j in itertools.pairwise([0, *at, len(data)])])
+
+
+def packet_bytes(packet: list[bytes]) -> bytes:
+    """A packet on the wire, written down a second time, so that the tests have something to compare with."""
+    body = bytes([len(packet)]) + b"".join(len(field).to_bytes(4, "big") + field for field in packet)
+    return len(body).to_bytes(4, "big") + body

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import trio
+import trio.testing
+
+from bokbok_trio._nursery import bare_nursery, split_exception
+
+# ---- split_exception ----
+
+
+async def cancelled() -> trio.Cancelled:
+    """A Cancelled, which only Trio can make."""
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await trio.lowlevel.checkpoint()
+        except trio.Cancelled as exc:
+            return exc
+    raise AssertionError
+
+
+def shape(exc: BaseException | None) -> object:
+    """An exception as its type, a group as the list of what is in it."""
+    if isinstance(exc, BaseExceptionGroup):
+        return [shape(inner) for inner in exc.exceptions]
+    return None if exc is None else type(exc)
+
+
+def group(*exceptions: BaseException) -> BaseExceptionGroup[BaseException]:
+    return BaseExceptionGroup("", exceptions)
+
+
+# What user code raised, made with a Cancelled; what is to be logged; what is to be raised on.
+Split = tuple[Callable[[trio.Cancelled], BaseException], object, object]
+SPLITS: dict[str, Split] = {
+    "error": (lambda _: ValueError(), ValueError, None),
+    "errors": (lambda _: group(ValueError(), KeyError()), [ValueError, KeyError], None),
+    "nested errors": (lambda _: group(group(ValueError())), [[ValueError]], None),
+    "cancelled": (lambda c: c, None, trio.Cancelled),
+    "group of cancelled": (lambda c: group(c, c), None, [trio.Cancelled, trio.Cancelled]),
+    "nested cancelled": (lambda c: group(group(c)), None, [[trio.Cancelled]]),
+    "error and cancelled": (lambda c: group(ValueError(), c), [ValueError], [trio.Cancelled]),
+    "all over the place": (
+        lambda c: group(group(c, ValueError()), KeyError(), c),
+        [[ValueError], KeyError],
+        [[trio.Cancelled], trio.Cancelled],
+    ),
+    "fatal": (lambda _: KeyboardInterrupt(), None, KeyboardInterrupt),
+    "exit": (lambda _: SystemExit(3), None, SystemExit),
+    "generator exit": (lambda _: GeneratorExit(), None, GeneratorExit),
+    "fatal in a group": (lambda _: group(KeyboardInterrupt()), None, KeyboardInterrupt),
+    "fatal deep in": (
+        lambda c: group(ValueError(), group(c, group(KeyError(), SystemExit()))),
+        None,
+        SystemExit,
+    ),
+    "the first fatal": (lambda _: group(group(KeyboardInterrupt()), SystemExit()), None, KeyboardInterrupt),
+    "fatal and cancelled": (lambda c: group(c, KeyboardInterrupt()), None, KeyboardInterrupt),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+async def test_splitting(name: str) -> None:
+    make, error, rest = SPLITS[name]
+    assert tuple(map(shape, split_exception(make(await cancelled())))) == (error, rest)
+
+
+async def test_a_single_exception_is_not_copied() -> None:
+    error, interrupt, cancel = ValueError(), KeyboardInterrupt(), await cancelled()
+    assert split_exception(error)[0] is error
+    assert split_exception(group(interrupt))[1] is interrupt
+    assert split_exception(cancel)[1] is cancel
+    for part, inner in zip(split_exception(group(error, cancel)), (error, cancel), strict=True):
+        assert isinstance(part, BaseExceptionGroup)
+        assert part.exceptions[0] is inner
+
+
+# ---- bare_nursery ----
+
+BODY_EXCEPTIONS = [
+    ValueError("mine"),
+    StopIteration("mine"),
+    StopAsyncIteration("mine"),
+    GeneratorExit("mine"),
+    KeyboardInterrupt("mine"),
+    SystemExit(3),
+    RuntimeError("mine"),
+    ExceptionGroup("mine", [ValueError()]),
+    BaseExceptionGroup("mine", [KeyboardInterrupt()]),
+]
+
+
+async def sleep_and_note(ended: list[str]) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        ended.append("child")
+
+
+@pytest.mark.parametrize("error", BODY_EXCEPTIONS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("with_child", [False, True])
+async def test_what_the_body_raises_comes_out_as_itself(error: BaseException, with_child: bool) -> None:
+    ended: list[str] = []
+    caught: BaseException | None = None
+    try:
+        async with bare_nursery() as nursery:
+            if with_child:
+                nursery.start_soon(sleep_and_note, ended)
+                await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+            raise error
+    except BaseException as exc:
+        caught = exc
+    assert caught is error
+    assert caught.__cause__ is None
+    assert not caught.__suppress_context__
+    assert ended == ["child"] * with_child
+
+
+async def test_a_body_that_returns_waits_for_its_children() -> None:
+    ended = []
+
+    async def child() -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        ended.append("child")
+
+    async with bare_nursery() as nursery:
+        nursery.start_soon(child)
+    assert ended == ["child"]
+
+
+@pytest.mark.parametrize("with_child", [False, True])
+async def test_the_bodys_exception_beats_a_cancellation_from_outside(with_child: bool) -> None:
+    error = ValueError()
+    ended: list[str] = []
+    with trio.CancelScope() as scope:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011  (compared by identity)
+            async with bare_nursery() as nursery:
+                if with_child:
+                    nursery.start_soon(sleep_and_note, ended)
+                    await trio.testing.wait_all_tasks_blocked()
+                scope.cancel()
+                raise error
+        assert caught.value is error
+    assert not scope.cancelled_caught
+    assert ended == ["child"] * with_child
+
+
+@pytest.mark.parametrize("children", [0, 1, 2])
+@pytest.mark.parametrize("body_waits", [False, True])
+async def test_a_cancellation_passes_out_to_its_own_scope(children: int, body_waits: bool) -> None:
+    ended: list[str] = []
+    after = False
+    with trio.CancelScope() as outer:
+        with trio.CancelScope() as inner:
+            async with bare_nursery() as nursery:
+                for _ in range(children):
+                    nursery.start_soon(sleep_and_note, ended)
+                await trio.testing.wait_all_tasks_blocked()
+                outer.cancel()
+                if body_waits:
+                    await trio.sleep_forever()
+            if children or body_waits:
+                after = True  # not reached
+        assert not inner.cancelled_caught
+    assert outer.cancelled_caught == bool(children or body_waits)
+    assert not after
+    assert ended == ["child"] * children
+
+
+async def test_its_own_cancellation_stays_inside() -> None:
+    reached = False
+    async with bare_nursery() as nursery:
+        nursery.start_soon(trio.sleep_forever)
+        nursery.cancel_scope.cancel()
+        reached = True
+    assert reached
+    assert nursery.cancel_scope.cancelled_caught
+
+
+@pytest.mark.parametrize("fatal", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("body", ["waits", "raises", "returns"])
+async def test_what_is_fatal_in_a_child_comes_out_bare(fatal: BaseException, body: str) -> None:
+    raising = trio.Event()
+    body_was_cancelled = False
+
+    async def child() -> None:
+        await raising.wait()
+        raise fatal
+
+    caught: BaseException | None = None
+    try:
+        async with bare_nursery() as nursery:
+            nursery.start_soon(child)
+            nursery.start_soon(trio.sleep_forever)
+            raising.set()
+            match body:
+                case "waits":
+                    try:
+                        await trio.sleep_forever()
+                    except trio.Cancelled:
+                        body_was_cancelled = True
+                        raise
+                case "raises":
+                    raise ValueError
+    except BaseException as exc:
+        caught = exc
+    assert caught is fatal
+    assert caught.__suppress_context__
+    assert body_was_cancelled == (body == "waits")
+
+
+async def test_a_childs_error_that_should_not_be_is_not_hidden() -> None:
+    async def child() -> None:
+        await trio.lowlevel.checkpoint()
+        raise ValueError("a bug of ours")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with bare_nursery() as nursery:
+            nursery.start_soon(child)
+            await trio.sleep_forever()
+    assert shape(caught.value) == [ValueError]

@@ -1,0 +1,172 @@
+"""What the package shows, and which of its files may know which."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.resources
+import inspect
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import bokbok_trio
+import bokbok_trio.testing
+
+PUBLIC = {
+    "bokbok_trio": {
+        *("open_connection", "open_server", "serve", "passphrase_to_key"),
+        *("Connection", "Server", "Settings", "Key"),
+        *("Address", "TCPAddress", "UnixAddress"),
+        *("Field", "RequestHandler", "ConnectionHandler", "UserKey"),
+        *("BokbokError", "AddressError", "HandshakeError", "AuthenticationError", "ConnectionRefused"),
+        *("ConnectionClosed", "ConnectionLost", "ProtocolError", "MessageTooLarge"),
+        *("RemoteError", "RequestError"),
+    },
+    "bokbok_trio.testing": {"FaultyStream", "MemoryListener", "open_connection_pair"},
+}
+
+# Lower files never import higher ones.
+LAYERS = [
+    *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_packets", "_secretbox_stream"),
+    *("_handshake", "_opening", "_session", "_connection", "_client", "_server", "_reconnecting"),
+    *("interface", "testing", "_cli", "__main__"),
+]
+
+MAY_USE_TRIO = {"_errors", "_keys", "_addresses", "_secretbox_stream", "_opening", "_nursery"}
+"""Of those below the connection."""
+
+PACKAGE = Path(bokbok_trio.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def public_objects(module: str) -> Iterator[tuple[str, Any]]:
+    """Public classes and functions, by name, and with each class what it defines for users."""
+    for name in sorted(PUBLIC[module]):
+        value = getattr(importlib.import_module(module), name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            yield f"{module}.{name}", value
+        if inspect.isclass(value):
+            for member, attribute in vars(value).items():
+                # A slot's descriptor is a field of a dataclass, which its class describes.
+                if not member.startswith("_") and not inspect.ismemberdescriptor(attribute):
+                    yield f"{module}.{name}.{member}", attribute
+
+
+OBJECTS = {name: value for module in PUBLIC for name, value in public_objects(module)}
+
+
+def test_the_public_names_are_complete() -> None:
+    names = {
+        name
+        for name, value in vars(bokbok_trio).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert names == PUBLIC["bokbok_trio"]
+    assert set(bokbok_trio.testing.__all__) == PUBLIC["bokbok_trio.testing"]
+
+
+def test_modules_that_look_public_are() -> None:
+    assert {name for name in MODULES if not name.startswith("_")} <= {"interface", "testing"}
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (name.rpartition(".")[0], value.__name__)
+        for name, value in OBJECTS.items()
+        if name.rpartition(".")[0] in PUBLIC
+    ],
+)
+def test_what_is_public_looks_public(module: str, name: str) -> None:
+    value = getattr(importlib.import_module(module), name)
+    assert value.__module__ == module
+    assert value.__qualname__ == name
+    assert pickle.loads(pickle.dumps(value)) is value
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_what_is_public_has_a_docstring(name: str) -> None:
+    value = OBJECTS[name]
+    docstring = getattr(value, "__doc__", None)
+    assert docstring
+    # Not what a dataclass or a parent class would put there by itself.
+    assert not docstring.startswith(f"{name.rpartition('.')[2]}(")
+    if inspect.isclass(value):
+        assert all(docstring != parent.__doc__ for parent in value.__mro__[1:])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_is_for(name: str) -> None:
+    assert ast.get_docstring(ast.parse((PACKAGE / f"{name}.py").read_text()))
+
+
+def test_the_package_is_typed() -> None:
+    assert importlib.resources.files("bokbok_trio").joinpath("py.typed").is_file()
+
+
+# ---- layers ----
+
+
+class Imports(ast.NodeVisitor):
+    """The modules of the package that a file imports, and the packages; not those for type checkers only."""
+
+    def __init__(self, source: str) -> None:
+        self.ours: set[str] = set()
+        self.others: set[str] = set()
+        self.visit(ast.parse(source))
+
+    def visit_If(self, node: ast.If) -> None:
+        if ast.unparse(node.test) != "TYPE_CHECKING":
+            self.visit(node.test)
+            for child in node.body:
+                self.visit(child)
+        for child in node.orelse:
+            self.visit(child)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.others |= {alias.name.partition(".")[0] for alias in node.names}
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if not node.level:
+            assert node.module is not None
+            self.others.add(node.module.partition(".")[0])
+        elif node.module:
+            self.ours.add(node.module)
+        else:
+            self.ours |= {alias.name for alias in node.names}
+
+
+def imports_of(name: str) -> Imports:
+    return Imports((PACKAGE / f"{name}.py").read_text())
+
+
+def test_imports_are_found() -> None:
+    found = Imports(
+        "import a.b, c\n"
+        "from d.e import f\n"
+        "from ._g import h\n"
+        "from . import _i, _j\n"
+        "if TYPE_CHECKING:\n    from ._k import l\nelse:\n    import m\n"
+        "if n:\n    from ._o import p\n"
+        "def q():\n    from ._r import s\n    import t\n"
+    )
+    assert found.ours == {"_g", "_i", "_j", "_o", "_r"}
+    assert found.others == {"a", "c", "d", "m", "t"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_lower_files_never_import_higher_ones(name: str) -> None:
+    imports = imports_of(name)
+    assert "bokbok_trio" not in imports.others  # a file imports files, by their names
+    assert imports.ours <= set(LAYERS[: LAYERS.index(name)])
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS[: LAYERS.index("_connection")] if name in MODULES])
+def test_what_is_below_the_connection_has_no_trio(name: str) -> None:
+    others = imports_of(name).others
+    assert name in MAY_USE_TRIO or not others & {"trio", "asyncio", "outcome", "sniffio", "anyio"}

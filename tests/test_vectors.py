@@ -1,0 +1,614 @@
+"""The vectors, the package, the second implementation and the texts in ``docs``, against each other."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from bokbok_trio import (
+    AuthenticationError,
+    Connection,
+    ConnectionLost,
+    HandshakeError,
+    Key,
+    ProtocolError,
+    Settings,
+    open_connection,
+    open_server,
+)
+from bokbok_trio._handshake import ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._keys import encode_user
+from bokbok_trio._packets import PacketDecoder, decode_number
+from bokbok_trio._secretbox_stream import SecretboxStream
+from bokbok_trio._session import Cancel, Session
+from bokbok_trio.testing import MemoryListener
+
+from . import second_implementation as second
+from .make_vectors import PATH, dump, make
+
+TESTS = Path(__file__).parent
+DOCS = TESTS.parent / "docs"
+VECTORS: dict[str, Any] = json.loads(PATH.read_text(encoding="ascii"))
+SEALED = VECTORS["sealed"]
+PLAIN = VECTORS["plain"]
+HANDSHAKES: dict[str, Any] = {"sealed": SEALED, "plain": PLAIN}
+
+
+def unhex(vector: Mapping[str, Any], *names: str) -> list[bytes]:
+    return [bytes.fromhex(vector[name]) for name in names]
+
+
+def named(vectors: list[dict[str, Any]]) -> pytest.MarkDecorator:
+    """Run a test for each vector, with its name."""
+    ids = [
+        " ".join(str(vector[key]) for key in ("to", "mode", "name") if key in vector) for vector in vectors
+    ]
+    return pytest.mark.parametrize("vector", vectors, ids=ids)
+
+
+both_modes = pytest.mark.parametrize("mode", ["sealed", "plain"])
+
+
+# ---- the file ----
+
+
+def test_the_vectors_are_those_that_the_package_makes() -> None:
+    assert PATH.read_text(encoding="ascii") == dump(make()) + "\n"
+
+
+def test_the_shared_secret_is_that_of_the_rfc() -> None:
+    assert SEALED["ee"] == "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742"
+
+
+# ---- packets, numbers, user names ----
+
+
+def package_decode(packet: bytes, limit: int) -> list[bytes]:
+    decoder = PacketDecoder(limit)
+    packets = list(decoder.decode(packet))
+    assert len(packets) == 1
+    assert not decoder.buffered
+    return packets[0]
+
+
+decoders = pytest.mark.parametrize(
+    ("decode", "error"),
+    [(package_decode, ProtocolError), (second.unpack, second.Bad)],
+    ids=["package", "second"],
+)
+number_decoders = pytest.mark.parametrize(
+    ("decode", "error"),
+    [(decode_number, ProtocolError), (second.number, second.Bad)],
+    ids=["package", "second"],
+)
+
+
+@decoders
+@named(VECTORS["packets"]["good"])
+def test_good_packets(
+    vector: dict[str, Any], decode: Callable[[bytes, int], list[bytes]], error: type[Exception]
+) -> None:
+    fields = [bytes.fromhex(field) for field in vector["fields"]]
+    packet = bytes.fromhex(vector["packet"])
+    assert second.packet(fields) == packet
+    assert decode(packet, len(packet) - 4) == fields
+    with pytest.raises(error):
+        decode(packet, len(packet) - 5)
+
+
+@decoders
+@named(VECTORS["packets"]["bad"])
+def test_bad_packets(
+    vector: dict[str, Any], decode: Callable[[bytes, int], list[bytes]], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        decode(bytes.fromhex(vector["packet"]), vector["limit"])
+
+
+@number_decoders
+def test_numbers(decode: Callable[[bytes], int], error: type[Exception]) -> None:
+    for vector in VECTORS["numbers"]["good"]:
+        assert decode(bytes.fromhex(vector["field"])) == vector["number"]
+    for field in VECTORS["numbers"]["bad"]:
+        with pytest.raises(error):
+            decode(bytes.fromhex(field))
+
+
+def server_sees(user: bytes) -> str | None:
+    """The user name that a server takes from an `open` with these bytes."""
+    client = second.Client(user, bytes(32), b"", (4096, 1), bytes.fromhex(SEALED["client_secret"]))
+    server = package_server("sealed", service="")
+    server.receive_hello(client.own_hello)
+    client.take_hello(server.hello)
+    server.receive_open(client.open(bytes(32)))
+    return server.user
+
+
+def test_good_user_names() -> None:
+    for vector in VECTORS["users"]["good"]:
+        assert encode_user(vector["user"]).hex() == vector["field"]
+        assert server_sees(bytes.fromhex(vector["field"])) == vector["user"]
+
+
+@named(VECTORS["users"]["bad"])
+def test_bad_user_names(vector: dict[str, Any]) -> None:
+    assert server_sees(bytes.fromhex(vector["field"])) is None
+
+
+def test_bad_user_names_that_are_text() -> None:
+    texts = 0
+    for vector in VECTORS["users"]["bad"]:
+        try:
+            user = bytes.fromhex(vector["field"]).decode()
+        except UnicodeDecodeError:
+            continue
+        texts += 1
+        with pytest.raises(ValueError, match="user name"):
+            encode_user(user)
+    assert texts == 6
+
+
+# ---- the handshake ----
+
+
+def package_client(mode: str) -> ClientHandshake:
+    random = iter(unhex(SEALED, "client_secret", "session_key"))
+    return ClientHandshake(
+        user=SEALED["user"] if mode == "sealed" else None,
+        key=Key(bytes.fromhex(SEALED["key"])) if mode == "sealed" else None,
+        service=SEALED["service"] if mode == "sealed" else "",
+        limits=Limits(*HANDSHAKES[mode]["client_limits"]),
+        randomness=lambda _: next(random),
+    )
+
+
+def package_server(mode: str, service: str = SEALED["service"]) -> ServerHandshake:
+    random = iter([bytes.fromhex(SEALED["server_secret"]), bytes(32)])
+    return ServerHandshake(
+        sealed=mode == "sealed",
+        service=service if mode == "sealed" else "",
+        limits=Limits(*HANDSHAKES[mode]["server_limits"]),
+        randomness=lambda _: next(random),
+    )
+
+
+def second_client(mode: str) -> second.Client:
+    key, secret = unhex(SEALED, "key", "client_secret")
+    limits = tuple(HANDSHAKES[mode]["client_limits"])
+    if mode == "plain":
+        return second.Client(b"", b"", b"", limits, b"")
+    return second.Client(SEALED["user"].encode(), key, SEALED["service"].encode(), limits, secret)
+
+
+def second_server(mode: str) -> second.Server:
+    key, secret = unhex(SEALED, "key", "server_secret")
+    limits = tuple(HANDSHAKES[mode]["server_limits"])
+    if mode == "plain":
+        return second.Server(None, b"", limits, b"")
+    return second.Server({SEALED["user"].encode(): key}, SEALED["service"].encode(), limits, secret)
+
+
+SIZES = {"sealed": (78, 78, 512), "plain": (45, 45, None)}
+
+
+@both_modes
+def test_the_sizes_are_those_of_the_text(mode: str) -> None:
+    client, server, open = unhex(HANDSHAKES[mode], "C", "S", "open")
+    assert (len(client), len(server)) == SIZES[mode][:2]
+    assert len(open) == (SIZES[mode][2] or len(open))
+
+
+@both_modes
+def test_the_package_takes_the_handshake(mode: str) -> None:
+    vector = HANDSHAKES[mode]
+    hello_c, hello_s, open, accepted = unhex(vector, "C", "S", "open", "accepted")
+    client, server = package_client(mode), package_server(mode)
+    assert (client.hello, server.hello) == (hello_c, hello_s)
+    server.receive_hello(hello_c)
+    client.receive_hello(hello_s)
+    assert client.open() == open
+    server.receive_open(open)
+    assert server.user == vector.get("user")
+    assert server.accept([Key(bytes.fromhex(SEALED["key"]))]) == accepted
+    client.receive_reply(accepted)
+    assert client.peer_limits == Limits(*vector["server_limits"])
+    assert server.peer_limits == Limits(*vector["client_limits"])
+    assert client.final_keys == server.final_keys
+
+
+@both_modes
+def test_the_second_implementation_takes_the_handshake(mode: str) -> None:
+    vector = HANDSHAKES[mode]
+    hello_c, hello_s, open, accepted, from_client, from_server = unhex(
+        vector, "C", "S", "open", "accepted", "client_sends", "server_sends"
+    )
+    client, server = second_client(mode), second_server(mode)
+    assert (client.own_hello, server.own_hello) == (hello_c, hello_s)
+    server.take_hello(hello_c)
+    client.take_hello(hello_s)
+    assert client.open(bytes.fromhex(SEALED["session_key"])) == open
+    assert server.take_open(open) == accepted
+    client.take_reply(accepted)
+    assert client.peer_limits == tuple(vector["server_limits"])
+    assert server.peer_limits == tuple(vector["client_limits"])
+    if mode == "plain":
+        assert (from_client, from_server) == (hello_c + open, hello_s + accepted)
+        return
+    assert from_client == hello_c + second.Records(client.hs[:32]).seal(open)
+    assert from_server == hello_s + second.Records(server.hs[32:]).seal(accepted)
+
+
+def test_the_second_implementation_has_every_intermediate_value() -> None:
+    client, server = second_client("sealed"), second_server("sealed")
+    server.take_hello(client.own_hello)
+    client.take_hello(server.own_hello)
+    client.take_reply(server.take_open(client.open(bytes.fromhex(SEALED["session_key"]))))
+    for side in (client, server):
+        for name in ("ee", "h0", "hs", "h1", "session_key", "box_key", "box", "h2", "proof", "fk"):
+            assert getattr(side, name).hex() == SEALED[name], name
+    head, final = unhex(SEALED, "O", "open")
+    assert second.unpack(final)[:5] == second.unpack(head)
+    head, final = unhex(SEALED, "A", "accepted")
+    assert second.unpack(final)[:3] == second.unpack(head)
+
+
+@named(VECTORS["bad_hellos"])
+def test_bad_hellos(vector: dict[str, Any]) -> None:
+    hello = bytes.fromhex(vector["hello"])
+    package = package_client if vector["to"] == "client" else package_server
+    other = second_client if vector["to"] == "client" else second_server
+    with pytest.raises(HandshakeError):
+        package(vector["mode"]).receive_hello(hello)
+    with pytest.raises(second.Bad):
+        other(vector["mode"]).take_hello(hello)
+
+
+@named(VECTORS["bad_opens"])
+def test_bad_opens(vector: dict[str, Any]) -> None:
+    mode, authentication = vector["mode"], vector["refused"] == "authentication"
+    hello, open, key = *unhex(HANDSHAKES[mode], "C"), bytes.fromhex(vector["open"]), SEALED["key"]
+    server = package_server(mode)
+    server.receive_hello(hello)
+    with pytest.raises(HandshakeError) as caught:
+        server.receive_open(open)
+        server.accept([Key(bytes.fromhex(key))] if server.user == SEALED["user"] else [])
+    assert isinstance(caught.value, AuthenticationError) is authentication
+    assert server.final_keys is None
+    other = second_server(mode)
+    other.take_hello(hello)
+    with pytest.raises(second.Bad) as refused:
+        other.take_open(open)
+    assert isinstance(refused.value, second.NotAuthentic) is authentication
+
+
+@named(VECTORS["bad_replies"])
+def test_bad_replies(vector: dict[str, Any]) -> None:
+    mode, authentication = vector["mode"], vector["authentication"]
+    hello, reply = *unhex(HANDSHAKES[mode], "S"), bytes.fromhex(vector["reply"])
+    client = package_client(mode)
+    client.receive_hello(hello)
+    client.open()
+    with pytest.raises(HandshakeError) as caught:
+        client.receive_reply(reply)
+    assert isinstance(caught.value, AuthenticationError) is authentication
+    other = second_client(mode)
+    other.take_hello(hello)
+    other.open(bytes.fromhex(SEALED["session_key"]))
+    with pytest.raises(second.Bad) as refused:
+        other.take_reply(reply)
+    assert isinstance(refused.value, second.NotAuthentic) is authentication
+
+
+def test_refusals_and_their_records() -> None:
+    for vector in VECTORS["refused"]:
+        packet, record = unhex(vector, "packet", "record")
+        assert second.Records(bytes.fromhex(SEALED["hs"])[32:]).open(record) == packet
+        assert second.unpack(packet)[0] == b"refused"
+        client = package_client("sealed")
+        with pytest.raises(HandshakeError, match="the server refused"):
+            client.receive_reply(packet)
+
+
+# ---- records ----
+
+
+async def receive(ours: trio.abc.SendStream, stream: SecretboxStream, record: str) -> bytes:
+    await ours.send_all(bytes.fromhex(record))
+    return await stream.receive_some()
+
+
+async def test_the_package_opens_the_records() -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    records = iter(VECTORS["records"]["records"])
+    keys = [bytes.fromhex(part["key"]) for part in VECTORS["records"]["stream"]]
+    stream = SecretboxStream(theirs, send_key=bytes(32), receive_key=keys[0])
+    for part, key in zip(VECTORS["records"]["stream"], keys, strict=True):
+        if key != keys[0]:
+            stream.rekey(send_key=bytes(32), receive_key=key)
+        for plaintext in part["plaintexts"]:
+            assert (await receive(ours, stream, next(records))).hex() == plaintext
+    assert next(records, None) is None
+
+
+def test_the_second_implementation_seals_and_opens_the_records() -> None:
+    records = iter(VECTORS["records"]["records"])
+    for part in VECTORS["records"]["stream"]:
+        key, *plaintexts = [bytes.fromhex(text) for text in (part["key"], *part["plaintexts"])]
+        sealer, opener = second.Records(key), second.Records(key)
+        for plaintext in plaintexts:
+            record = bytes.fromhex(next(records))
+            assert sealer.seal(plaintext) == record
+            assert opener.open(record) == plaintext
+
+
+@named(VECTORS["records"]["bad"])
+async def test_bad_records(vector: dict[str, Any]) -> None:
+    key, record = unhex(vector, "key", "record")
+    ours, theirs = trio.testing.memory_stream_pair()
+    with pytest.raises(trio.BrokenResourceError):
+        await receive(ours, SecretboxStream(theirs, send_key=bytes(32), receive_key=key), record.hex())
+    with pytest.raises(second.Bad):
+        second.Records(key).open(record)
+
+
+# ---- an open connection ----
+
+
+def session() -> Session:
+    """A server that has sent the requests 1 and 3."""
+    session = Session("server", max_message_size=65536, max_requests=3, slots=3)
+    for _ in range(2):
+        session.request([b"ping", b"12345"])
+    assert session.take()
+    return session
+
+
+@named(VECTORS["connection"]["good"])
+def test_packets_of_a_connection(vector: dict[str, Any]) -> None:
+    packet, fields = bytes.fromhex(vector["packet"]), [bytes.fromhex(field) for field in vector["fields"]]
+    assert second.packet(fields) == packet
+    before = bytes.fromhex(VECTORS["connection"]["good"][0]["packet"]) if fields[0] == b"cancel" else b""
+    *_, event = session().receive(before + packet)
+    match fields:
+        case [b"req", id, timeout, body]:
+            assert event == (int(id), int(timeout) if timeout else None, second.unpack_body(body))
+        case [b"ok", id, body]:
+            assert event == (int(id), second.unpack_body(body))
+        case [b"err", id, code, message]:
+            assert event == (int(id), code.decode(), message.decode())
+        case [_, id]:
+            assert event == Cancel(int(id))
+
+
+@named(VECTORS["connection"]["bad"])
+def test_bad_packets_of_a_connection(vector: dict[str, Any]) -> None:
+    server = Session("server", max_message_size=65536, max_requests=3, slots=3)
+    with pytest.raises(ProtocolError):
+        list(server.receive(bytes.fromhex(vector["packet"])))
+
+
+# ---- the second implementation and the package, connected ----
+
+
+class Peer:
+    """The second implementation on a stream, with a handshake and packets one after the other."""
+
+    def __init__(self, stream: trio.abc.Stream, side: second.Client | second.Server) -> None:
+        self.stream = stream
+        self.side = side
+        self.sealed = bool(side.ephemeral)
+        self.plaintext = b""
+
+    async def read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            more = await self.stream.receive_some(size - len(data))
+            assert more, "the end of the stream"
+            data += more
+        return data
+
+    async def read_record(self) -> bytes:
+        header = await self.read(2)
+        return self.opener.open(header + await self.read(int.from_bytes(header, "big")))
+
+    async def send(self, packet: bytes) -> None:
+        await self.stream.send_all(self.sealer.seal(packet) if self.sealed else packet)
+
+    async def receive(self) -> bytes:
+        """One packet, its length included."""
+
+        async def read(size: int) -> bytes:
+            if not self.sealed:
+                return await self.read(size)
+            while len(self.plaintext) < size:
+                self.plaintext += await self.read_record()
+            data, self.plaintext = self.plaintext[:size], self.plaintext[size:]
+            return data
+
+        length = await read(4)
+        return length + await read(int.from_bytes(length, "big"))
+
+    def use_keys(self, keys: bytes) -> None:
+        if self.sealed:
+            own, other = (keys[:32], keys[32:]) if self.side.me == 0 else (keys[32:], keys[:32])
+            self.sealer, self.opener = second.Records(own), second.Records(other)
+
+    async def shake_hands(self) -> None:
+        side = self.side
+        if isinstance(side, second.Client):
+            await self.stream.send_all(side.own_hello)
+        side.take_hello(await self.read(len(side.own_hello)))
+        self.use_keys(side.hs)
+        if isinstance(side, second.Client):
+            await self.send(side.open(bytes(range(32))))
+            side.take_reply(await self.receive())
+        else:
+            await self.stream.send_all(side.own_hello)
+            await self.send(side.take_open(await self.receive()))
+        self.use_keys(side.fk)
+
+    async def talk(self) -> None:
+        """Make a request, answer the one that its handler makes, and get the answer."""
+        own, other = (b"0", b"1") if self.side.me == 0 else (b"1", b"0")
+        await self.send(second.packet([b"req", own, b"60000000", second.body([b"double", b"ab"])]))
+        assert second.unpack(await self.receive()) == [b"req", other, b"", second.body([b"again?", b"ab"])]
+        await self.send(second.packet([b"ok", other, second.body([b"yes"])]))
+        assert second.unpack(await self.receive()) == [b"ok", own, second.body([b"abab", b"yes"])]
+
+    async def expect_end(self) -> None:
+        if self.sealed:
+            assert await self.read_record() == b""
+        assert await self.stream.receive_some() == b""
+
+    async def end(self) -> None:
+        if self.sealed:
+            await self.send(b"")
+        await self.stream.aclose()
+
+
+async def double(connection: Connection, request: list[bytes]) -> list[bytes]:
+    tag, text = request
+    assert tag == b"double"
+    [answer] = await connection.request([b"again?", text])
+    return [text * 2, answer]
+
+
+SECRET = bytes(range(100, 132))
+KEY = Key(bytes(range(200, 232)))
+
+
+@both_modes
+async def test_the_second_implementation_as_client(mode: str, autojump_clock: trio.testing.MockClock) -> None:
+    sealed = mode == "sealed"
+    key = KEY.raw if sealed else b""
+    client = second.Client(b"zo" if sealed else b"", key, b"maps" if sealed else b"", (4096, 1), SECRET)
+    listener = MemoryListener()
+    settings = Settings(max_message_size=5000, max_requests=2)
+    lost = []
+
+    async def on_close(connection: Connection) -> None:
+        with pytest.raises(ConnectionLost, match="the peer closed the connection") as caught:
+            await connection.request([])
+        lost.append((connection.user, connection.encrypted, caught.value.may_have_run))
+
+    async with open_server(
+        [listener],
+        double,
+        user_key={"zo": KEY} if sealed else None,
+        service="maps" if sealed else "",
+        close_handler=on_close,
+        settings=settings,
+    ):
+        with trio.fail_after(5):
+            peer = Peer(listener.connect(), client)
+            await peer.shake_hands()
+            assert client.peer_limits == (5000, 2)
+            await peer.talk()
+            await peer.end()
+    assert lost == [("zo" if sealed else None, sealed, False)]
+
+
+@both_modes
+async def test_the_second_implementation_as_server(mode: str, autojump_clock: trio.testing.MockClock) -> None:
+    sealed = mode == "sealed"
+    keys = {b"zo": KEY.raw} if sealed else None
+    server = second.Server(keys, b"maps" if sealed else b"", (4096, 1), SECRET)
+    ours, theirs = trio.testing.memory_stream_pair()
+    peer = Peer(theirs, server)
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.shake_hands)
+            async with open_connection(
+                ours,
+                user="zo" if sealed else None,
+                key=KEY if sealed else None,
+                service="maps" if sealed else "",
+                request_handler=double,
+                settings=Settings(max_message_size=5000, max_requests=2),
+            ) as connection:
+                assert connection.encrypted is sealed
+                assert server.peer_limits == (5000, 2)
+                await peer.talk()
+        await peer.expect_end()
+
+
+async def test_the_second_implementation_as_client_with_another_key(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    client = second.Client(b"zo", bytes(32), b"", (4096, 1), SECRET)
+    listener = MemoryListener()
+    async with open_server([listener], user_key={"zo": KEY}):
+        peer = Peer(listener.connect(), client)
+        with trio.fail_after(5), pytest.raises(second.NotAuthentic, match="refused"):
+            await peer.shake_hands()
+        assert await peer.stream.receive_some() == b""
+
+
+async def close_after(stream: trio.abc.Stream, data: bytes) -> bytes:
+    """Send bytes; what comes back until the other side closes."""
+    await stream.send_all(data)
+    answer = b""
+    with trio.fail_after(5):
+        while more := await stream.receive_some():
+            answer += more
+    return answer
+
+
+@named([v for v in VECTORS["bad_hellos"] if v["to"] == "server" and v["name"] != "its own key"])
+async def test_a_bad_hello_gets_no_answer(vector: dict[str, Any]) -> None:
+    listener = MemoryListener()
+    async with open_server([listener], user_key={"zo": KEY} if vector["mode"] == "sealed" else None):
+        assert await close_after(listener.connect(), bytes.fromhex(vector["hello"])) == b""
+
+
+async def test_a_recorded_client_does_not_get_in_again() -> None:
+    key, recorded = unhex(SEALED, "key", "client_sends")
+    listener = MemoryListener()
+    async with open_server(
+        [listener], user_key={SEALED["user"]: Key(key)}, service=SEALED["service"]
+    ) as server:
+        assert len(await close_after(listener.connect(), recorded)) == 78
+        assert not server.connections
+
+
+async def test_a_recorded_server_does_not_convince_a_client_again() -> None:
+    key, recorded = unhex(SEALED, "key", "server_sends")
+    ours, theirs = trio.testing.memory_stream_pair()
+    await theirs.send_all(recorded)
+    with pytest.raises(HandshakeError, match="did not open"):
+        async with open_connection(ours, user=SEALED["user"], key=Key(key), service=SEALED["service"]):
+            raise AssertionError
+
+
+# ---- the texts ----
+
+
+def look_up(path: str) -> object:
+    value: Any = VECTORS
+    for name in path.split("."):
+        value = value[int(name) if isinstance(value, list) else name]
+    return value
+
+
+def test_the_values_in_the_protocol_text_are_those_of_the_vectors() -> None:
+    text = (DOCS / "protocol.rst").read_text(encoding="utf-8")
+    shown = re.findall(r"^    ([\w.]+) =\n((?:        [0-9a-f]+\n)+)", text, re.MULTILINE)
+    assert len(shown) == text.count(" =\n") >= 20
+    for path, value in shown:
+        assert "".join(value.split()) == look_up(path), path
+
+
+def test_the_tests_named_in_the_security_text_exist() -> None:
+    text = (DOCS / "security.rst").read_text(encoding="utf-8")
+    named = re.findall(r"^- ``(test_\w+\.py)::(test_\w+)``$", text, re.MULTILINE)
+    assert len(named) == text.count("::test_") >= 10
+    for file, name in named:
+        source = (TESTS / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:async )?def {name}\(", source, re.MULTILINE), f"{file}::{name}"
