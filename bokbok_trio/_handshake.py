@@ -46,7 +46,7 @@ from nacl.exceptions import CryptoError, RuntimeError as SodiumError
 
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError, ProtocolError
 from ._keys import KEY_SIZE, Key, encode_user
-from ._packets import LENGTH_SIZE, decode_body, decode_number, encode_head, encode_number
+from ._packets import LENGTH_SIZE, decode_body, decode_number, describe, encode_head, encode_number
 from ._settings import MAX_REQUESTS, MIN_MESSAGE_SIZE
 
 Side: TypeAlias = Literal["client", "server"]
@@ -300,7 +300,7 @@ class ClientHandshake(_Handshake):
             case [b"refused", code, message]:
                 raise _refusal(code, message)
             case fields:
-                raise HandshakeError(f"no answer to open: {fields[:1]!r}, {len(fields)} fields")
+                raise HandshakeError(f"no answer to open: {describe(fields)}")
 
     def _check_proof(self, max_message_size: bytes, max_requests: bytes, proof: bytes) -> None:
         if self._key is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, cast, final
 
@@ -133,7 +133,8 @@ async def open_as_server(
             accepted = handshake.accept(keys)
         except AuthenticationError:
             await trio.sleep_until(refuse_at)
-            await stream.send_all(encode_refused("authentication", "authentication failed"))
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(encode_refused("authentication", "authentication failed"))
             raise
         refusal = admit()
         if refusal is not None:
@@ -202,7 +203,7 @@ def _check_keys(found: object) -> Sequence[Key]:
     if found is None:
         return ()
     keys: list[Key] = []
-    for key in cast("Sequence[object]", found if isinstance(found, list | tuple) else [found]):
+    for key in cast("Sequence[object]", found if isinstance(found, Sequence) else [found]):
         if not isinstance(key, Key):
             raise TypeError(f"user_key found {type(key).__name__}, not a Key")
         keys.append(key)

@@ -119,6 +119,11 @@ def decode_body(body: bytes) -> list[bytes]:
     return fields
 
 
+def describe(fields: Sequence[bytes]) -> str:
+    """A packet in a few words, for an error: a peer must not choose how long they are."""
+    return f"{fields[0][:20]!r} with {len(fields)} fields" if fields else "no field at all"
+
+
 def encode_number(number: int) -> bytes:
     """Encode a number inside a packet: decimal text, at most 18 digits."""
     return b"%d" % number

@@ -145,8 +145,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
                 well, cancellation included.
         """
         with self._sending():
-            if self._send_ended:
-                raise trio.ClosedResourceError("the end of this direction was already sent")
+            self._check_not_ended()
             await trio.lowlevel.checkpoint_if_cancelled()
             with memoryview(data) as view, view.cast("B") as plaintext:
                 if not plaintext:
@@ -162,6 +161,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
     async def wait_send_all_might_not_block(self) -> None:
         """See `trio.abc.SendStream.wait_send_all_might_not_block`. Raises as `send_all` does."""
         with self._sending():
+            self._check_not_ended()
             await self._transport.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
@@ -176,6 +176,10 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint_if_cancelled()
             self._send_ended = True
             await self._transmit(self._sealer.seal(b""))
+
+    def _check_not_ended(self) -> None:
+        if self._send_ended:
+            raise trio.ClosedResourceError("the end of this direction was already sent")
 
     async def _transmit(self, records: bytes) -> None:
         try:

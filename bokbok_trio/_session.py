@@ -47,6 +47,7 @@ from ._packets import (
     decode_body,
     decode_number,
     decode_text,
+    describe,
     encode_body,
     encode_head,
     encode_number,
@@ -243,7 +244,7 @@ class Session:
                 number = self._check_parity(decode_number(id), self._peer_parity)
                 return Cancel(number) if number in self._handling else None
             case _:
-                raise ProtocolError(f"no packet of ours: {fields[:1]!r} with {len(fields)} fields")
+                raise ProtocolError(f"no packet of ours: {describe(fields)}")
 
     def _on_request(self, id: int, timeout: bytes, body: bytes) -> Request:
         self._check_parity(id, self._peer_parity)

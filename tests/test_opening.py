@@ -262,7 +262,7 @@ async def keys_of(_user: str) -> list[Key]:
 
 class MappingThatIsCalled(dict[str, Key]):
     async def __call__(self, user: str) -> Key:
-        return self[user]
+        return await key_of(user)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ class MappingThatIsCalled(dict[str, Key]):
         {"myuser": UserList([OTHER, K])},
         key_of,
         keys_of,
-        MappingThatIsCalled(myuser=K),
+        MappingThatIsCalled(),
     ],
 )
 async def test_a_key_is_found_in_a_mapping_or_by_a_function(user_key: Any, autojump_clock: MockClock) -> None:
@@ -358,7 +358,9 @@ async def test_a_client_that_meets_itself_is_told(mode: Mode, autojump_clock: Mo
 async def test_a_server_answers_nothing_but_a_whole_right_hello(
     mode: Mode, autojump_clock: MockClock
 ) -> None:
-    for stranger in (b"GET / HTTP/1.1\r\n\r\n", b"bokbok1\n", b"bokbok1\n" + bytes(100)):
+    right = make_hello("server", mode)
+    low_order = make_hello("server", "sealed")[:-32] + bytes(32)
+    for stranger in (b"GET / HTTP/1.1\r\n\r\n", right[:-1], b"bokbok1\n" + bytes(100), low_order):
         client, server = make_wires()
         await client.send_all(stranger)
         await client.transport.send_eof()
@@ -416,6 +418,27 @@ async def test_open_and_accepted_are_one_record_with_one_packet(
     assert ending.seconds == 0
     assert not asked_admission
     assert len(ours.sent) == (2 if side == "client" else 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [(MAX_PACKET_SIZE, "not exactly one packet"), (MAX_PACKET_SIZE + 1, "a record of 4113 bytes")],
+)
+@on_both_sides
+async def test_an_early_record_is_bounded(
+    side: Side, size: int, told: str, autojump_clock: MockClock
+) -> None:
+    wires = make_wires()
+    ours, theirs = wires if side == "client" else wires[::-1]
+
+    async def misbehave() -> None:
+        stream, _ = await (enter_as_server if side == "client" else enter_as_client)(theirs)
+        await stream.send_all(bytes(size))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(misbehave)
+        ending = await end_of(ours, as_side(side, ours, "sealed"))
+    assert told in str(ending.error)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ class Transport(trio.abc.Stream):
         self.sent: list[bytes] = []
         self.send_gate = trio.Event()
         self.send_gate.set()
+        self.receive_gate = trio.Event()
+        self.receive_gate.set()
         self.failure: BaseException | None = None
         self.closed = 0
 
@@ -82,6 +84,7 @@ class Transport(trio.abc.Stream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         await trio.lowlevel.checkpoint()
+        await self.receive_gate.wait()
         self.asked.append(max_bytes)
         assert max_bytes is not None
         end = min(self.most, max_bytes)
@@ -220,8 +223,8 @@ async def test_received_byte_by_byte() -> None:
 
 async def test_items_that_are_not_bytes_are_counted_in_bytes() -> None:
     transport = Transport()
-    await over(transport).send_all(memoryview(b"abcdefgh").cast("I"))
-    assert transport.sent == [seal(OUT, 0, b"abcdefgh")]
+    await over(transport).send_all(memoryview(bytes(MAX_PLAINTEXT_SIZE + 1)).cast("I"))
+    assert transport.sent == [seal(OUT, 0, bytes(MAX_PLAINTEXT_SIZE)) + seal(OUT, 1, b"\0")]
 
 
 async def test_an_empty_send_sends_nothing() -> None:
@@ -563,20 +566,22 @@ async def test_a_second_sender_is_told_busy_and_harms_nothing(
     assert transport.sent == expected
 
 
-async def test_a_second_receiver_is_told_busy_and_harms_nothing() -> None:
-    left, right = memory_stream_pair()
-    stream = over(left)
+async def test_a_second_receiver_is_told_busy_and_harms_nothing(autojump_clock: MockClock) -> None:
+    transport = Transport(seal(IN, 0, b"x") + seal(IN, 1, b"y"))
+    stream = over(transport)
+    transport.receive_gate = trio.Event()
     received: list[bytes] = []
 
     async def receive() -> None:
         received.append(await stream.receive_some())
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(receive)
-        await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(trio.BusyResourceError):
-            await stream.receive_some()
-        await right.send_all(seal(IN, 0, b"x") + seal(IN, 1, b"y"))
+    with trio.fail_after(1):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(trio.BusyResourceError):
+                await stream.receive_some()
+            transport.receive_gate.set()
     assert received == [b"x"]
     assert await stream.receive_some() == b"y"
 
@@ -700,6 +705,7 @@ async def test_aclose_sends_no_end_record_into_a_send_that_is_under_way() -> Non
         await stream.aclose()
         assert transport.closed == 1
         transport.send_gate.set()
+    await stream.aclose()
     assert transport.sent == [seal(OUT, 0, b"x")]
 
 
