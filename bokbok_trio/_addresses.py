@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import re
 import socket
@@ -36,6 +37,8 @@ LOCK_POLL: Final = 0.02
 """Seconds between attempts at the lock on a directory. It is held for some system calls only, by us;
 but anyone who can open the directory can hold it for as long as they like, so waiting for it must be
 possible to cancel."""
+
+logger = logging.getLogger("bokbok_trio")
 
 _PREFIXES: Final = ("unix:", "tcp:")
 
@@ -240,9 +243,19 @@ def stream_address(stream: trio.abc.Stream) -> Address | None:
     except OSError:
         return None  # the peer is gone already
     if stream.socket.family == socket.AF_UNIX:
-        paths = [name for name in names if isinstance(name, str) and name]
-        return UnixAddress(paths[0]) if paths else None
+        return next(filter(None, map(_unix_address, names)), None)
     return _socket_address(names[0])
+
+
+def _unix_address(name: object) -> UnixAddress | None:
+    """The path a UNIX socket is on; None of one that is on none, or on one that is no good.
+
+    A peer may bind its own end to anything the system allows.
+    """
+    try:
+        return UnixAddress(name) if isinstance(name, str) else None
+    except AddressError:
+        return None
 
 
 def _socket_address(name: Sequence[object]) -> TCPAddress:
@@ -259,6 +272,7 @@ class UnixListener(trio.abc.Listener[trio.SocketStream]):
     def __init__(self, sock: trio.socket.SocketType, path: str, inode: tuple[int, int]) -> None:
         self._listener = trio.SocketListener(sock)
         self.address = UnixAddress(path)
+        self._path = os.path.abspath(path)  # the working directory may change
         self._inode: tuple[int, int] | None = inode
 
     async def accept(self) -> trio.SocketStream:
@@ -267,8 +281,10 @@ class UnixListener(trio.abc.Listener[trio.SocketStream]):
     async def aclose(self) -> None:
         inode, self._inode = self._inode, None  # the next file may get the same
         try:
-            if inode is not None and _inode(self.address.path) == inode:
-                os.unlink(self.address.path)
+            if inode is not None and _inode(self._path) == inode:
+                os.unlink(self._path)
+        except OSError as exc:
+            logger.warning("the file of the UNIX socket %s stays: %s", self.address, exc)
         finally:
             await self._listener.aclose()
 
@@ -385,5 +401,5 @@ def listener_address(listener: trio.abc.Listener[trio.abc.Stream]) -> Address | 
         return None
     name = listener.socket.getsockname()
     if listener.socket.family == socket.AF_UNIX:
-        return UnixAddress(name) if isinstance(name, str) and name else None
+        return _unix_address(name)
     return _socket_address(name)

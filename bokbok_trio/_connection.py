@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
 import trio
@@ -48,7 +49,7 @@ from ._errors import (
     RemoteError,
     RequestError,
 )
-from ._nursery import bare_nursery, split_exception
+from ._nursery import bare_nursery, contain
 from ._session import Answer, Event, Failure, Request, Session
 
 if TYPE_CHECKING:
@@ -245,44 +246,40 @@ class Connection:
     async def _run(self, open_handler: ConnectionHandler | None = None) -> None:
         """Live, in this task, until the connection is over and all its tasks have ended."""
         self._task = trio.lowlevel.current_task()
+        ended_by: BaseException | None = None
         try:
-            try:
-                async with bare_nursery() as nursery:
-                    nursery.start_soon(self._send)
-                    nursery.start_soon(self._receive, nursery)
-                    if open_handler is None or await self._run_open_handler(open_handler):
-                        self._ready.set()
-                        self._work.unpark()
-            finally:
-                if self._ready.is_set() and self._close_handler is not None:
+            async with bare_nursery() as nursery:
+                nursery.start_soon(self._send)
+                nursery.start_soon(self._receive, nursery)
+                await self._open(open_handler)
+        except BaseException as exc:  # noqa: BLE001  (raised again below)
+            ended_by = exc
+        try:
+            if self._ready.is_set() and self._close_handler is not None:
+                with contain(partial(self._log, "the close handler failed")):
                     # Under a cancellation from outside, it gets that at its first checkpoint.
-                    await self._run_quietly(self._close_handler, "close")
+                    await self._close_handler(self)
+        except trio.Cancelled as exc:
+            ended_by = ended_by or exc  # it must not replace what ends the program
         finally:
             self._done.set()
+        if ended_by is not None:
+            raise ended_by
 
-    async def _run_open_handler(self, open_handler: ConnectionHandler) -> bool:
-        """Run the user's open handler. Returns whether it returned; if not, the connection ends."""
-        returned = False
+    async def _open(self, open_handler: ConnectionHandler | None) -> None:
+        """Run the open handler, and let requests be handled if it returned; if not, it is over."""
         try:
-            with self._opening:
-                returned = await self._run_quietly(open_handler, "open")
+            with self._opening, contain(partial(self._log, "the open handler failed")):
+                if open_handler is not None:
+                    await open_handler(self)
+                self._ready.set()
+                self._work.unpark()
         finally:
-            if not returned:
-                self._end(lambda _: ConnectionClosed("the open handler failed"), graceful=True)
-        return returned
+            if not self._ready.is_set():
+                self._close("the open handler failed")
 
-    async def _run_quietly(self, handler: ConnectionHandler, name: str) -> bool:
-        """Run an open or close handler and log what it raises. Returns whether it returned."""
-        try:
-            await handler(self)
-        except BaseException as exc:
-            error, rest = split_exception(exc)
-            if error is not None:
-                logger.error("the %s handler of %r failed", name, self, exc_info=error)
-            if rest is not None:
-                raise rest from None
-            return False
-        return True
+    def _log(self, what: str, error: BaseException) -> None:
+        logger.error("%r: %s", self, what, exc_info=error)
 
     def _close(self, reason: str) -> None:
         """Close from this side; `aclose` without the waiting."""
@@ -309,6 +306,7 @@ class Connection:
         waiters, self._waiters = self._waiters, {}
         for id, waiter in waiters.items():
             waiter.wake(make_error(not self._session.is_unsent(id)))
+        self._session.close()
 
     def _drain(self) -> None:
         """Handle no new request, finish those being handled, and close."""
@@ -318,23 +316,29 @@ class Connection:
     # ---- the sender ----
 
     async def _send(self) -> None:
+        log = partial(self._log, "closing the stream failed")
         try:
-            with self._sending:
+            with contain(log), self._sending:
                 await self._send_queued()
                 # Writes the end record, unless it is cancelled: `_end` does that if not graceful.
                 await self._stream.aclose()
         finally:
             self._end(lambda _: ConnectionClosed("the connection was cancelled"), graceful=False)
-            # Nothing to wait for here, and closing twice does no harm.
-            await trio.aclose_forcefully(self._stream)
-            self._stream_closed.set()
+            try:
+                with contain(log):
+                    # Nothing to wait for here, and closing twice does no harm.
+                    await trio.aclose_forcefully(self._stream)
+            finally:
+                self._stream_closed.set()
 
     async def _send_queued(self) -> None:
-        """Send what is queued, as it comes, until it is over."""
+        """Send what is queued, as it comes, until it is over and nothing is queued any more."""
         try:
-            while self._make_error is None:
+            while True:
                 if batch := self._session.take():
                     await self._stream.send_all(batch)
+                elif self._make_error is not None:
+                    return
                 elif self._draining and self._ready.is_set() and not self._session.handling:
                     self._close("this side drained the connection")
                 else:
@@ -349,25 +353,22 @@ class Connection:
     # ---- the reader ----
 
     async def _receive(self, nursery: trio.Nursery) -> None:
-        reason = ""
-        try:
-            with self._receiving:
+        with contain(lambda exc: self._lose(f"receiving failed: {exc}")), self._receiving:
+            try:
                 await self._receive_events(nursery)
                 cut = self._session.is_mid_packet
-                reason = "the peer cut a packet short" if cut else "the peer closed the connection"
-        except ProtocolError as exc:
-            reason = f"the peer broke the protocol: {exc}"
-            logger.warning("%r: %s", self, reason)
-        except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
-            reason = f"receiving failed: {exc}"
-        self._lose(reason or self._send_failure)
+                self._lose("the peer cut a packet short" if cut else "the peer closed the connection")
+            except ProtocolError as exc:
+                self._lose(f"the peer broke the protocol: {exc}")
+                logger.warning("%r: the peer broke the protocol: %s", self, exc)
+        self._lose(self._send_failure)  # if it is not over yet, the moment after that has passed
 
     async def _receive_events(self, nursery: trio.Nursery) -> None:
         """Do what arrives until the stream ends, or it is over."""
         while data := await self._stream.receive_some(RECEIVE_SIZE):
+            if self._make_error is not None:
+                return
             for event in self._session.receive(data):
-                if self._make_error is not None:
-                    return
                 self._on_event(event, nursery)
             self._work.unpark()
 
@@ -394,20 +395,18 @@ class Connection:
 
     async def _handle(self, request: Request, handler: RequestHandler, scope: trio.CancelScope) -> None:
         """Handle a request and queue its one answer."""
+        fields: Sequence[Field] | None = None
         try:
-            with scope:
-                if not self._ready.is_set():
-                    await self._ready.wait()
-                fields = await handler(self, request.fields)
-                self._answer(request.id, () if fields is None else fields)
-            if scope.cancelled_caught:
-                self._session.fail(request.id, "cancelled", "the handler was cancelled")
-        except BaseException as exc:  # noqa: BLE001  (what is not ours to keep is raised on)
-            error, rest = split_exception(exc)
-            if error is not None:
-                self._fail(request.id, error)
-            if rest is not None:
-                raise rest from None
+            with contain(partial(self._fail, request.id)):
+                with scope:
+                    if not self._ready.is_set():
+                        await self._ready.wait()
+                    fields = await handler(self, request.fields)
+                # Only now, as leaving the scope may raise: a handler can leave one of its own open.
+                if scope.cancelled_caught:
+                    self._session.fail(request.id, "cancelled", "the handler was cancelled")
+                else:
+                    self._answer(request.id, () if fields is None else fields)
         finally:
             del self._handlers[request.id]
             self._work.unpark()

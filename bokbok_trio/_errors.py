@@ -157,8 +157,18 @@ class RequestError(BokbokError):
         if code == "closing":
             raise ValueError("the code 'closing' is the connection's own")
         super().__init__(message, code)
-        self.message = message
-        self.code = code
+        self._message = message
+        self._code = code
+
+    @property
+    def message(self) -> str:
+        """What is wrong, for people."""
+        return self._message
+
+    @property
+    def code(self) -> str:
+        """What is wrong, for programs."""
+        return self._code
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code}]"

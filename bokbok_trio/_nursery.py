@@ -7,8 +7,9 @@ and no failure of a handler may come out at all.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+import math
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, cast
 
 import trio
@@ -18,37 +19,59 @@ if TYPE_CHECKING:
 
 
 def split_exception(exc: BaseException) -> tuple[BaseException | None, BaseException | None]:
-    """Tell apart what a piece of user code raised.
+    """Tell apart what a piece of user code raised, in the task that ran it.
 
     Returns:
         What is its failure, to be logged; and what must be raised on, by itself: the first
         ``KeyboardInterrupt``, ``SystemExit`` or the like in it, else its ``Cancelled``, which belongs
-        to a scope outside. Either may be None. A crash during a cancellation has both.
+        to a scope outside. Either may be None. A crash during a cancellation has both. A
+        ``Cancelled`` where nothing is cancelled, kept from earlier and raised again, is a failure.
     """
     fatal = _find_fatal(exc)
     if fatal is not None:
         return None, fatal
-    if isinstance(exc, trio.Cancelled):
-        return None, exc
-    if isinstance(exc, BaseExceptionGroup):
-        cancelled, error = cast("_Group", exc).split(trio.Cancelled)
-        return error, cancelled
-    return exc, None
+    error, cancelled = _split_cancelled(exc)
+    if cancelled is not None and trio.current_effective_deadline() > -math.inf:
+        return exc, None
+    return error, cancelled
 
 
 def _find_fatal(exc: BaseException) -> BaseException | None:
-    if isinstance(exc, BaseExceptionGroup):
-        return next(filter(None, map(_find_fatal, cast("_Group", exc).exceptions)), None)
+    if members := _members(exc):
+        return next(filter(None, map(_find_fatal, members)), None)
     return None if isinstance(exc, Exception | trio.Cancelled) else exc
+
+
+def _split_cancelled(exc: BaseException) -> tuple[BaseException | None, BaseException | None]:
+    """What of it is no cancellation, and what is."""
+    if isinstance(exc, BaseExceptionGroup):
+        cancelled, error = cast("_Group", exc).split(trio.Cancelled)
+        return error, cancelled
+    return (None, exc) if isinstance(exc, trio.Cancelled) else (exc, None)
+
+
+@contextmanager
+def contain(log: Callable[[BaseException], object]) -> Generator[None]:
+    """Keep the failure of a block from going further, and give it to `log`.
+
+    What must go further, as `split_exception` tells, does.
+    """
+    try:
+        yield
+    except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
+        error, rest = split_exception(exc)
+        if error is not None:
+            log(error)
+        if rest is not None:
+            raise rest from rest.__cause__
 
 
 @asynccontextmanager
 async def bare_nursery() -> AsyncGenerator[trio.Nursery]:
-    """Open a nursery that adds no exception group of its own.
+    """Open a nursery that adds no exception group of its own; the body must see that the children end.
 
-    Its children must raise nothing but what `split_exception` gives to be raised on; the body must
-    see to it that they end. What the body raises then comes out as itself, unless a child raised
-    something fatal: then that does.
+    Of what is raised, this comes out, as itself: what a child raised that ends the program; else
+    what the body raised; else what a child raised; else, if the whole was cancelled, that.
     """
     from_body: BaseException | None = None
     try:
@@ -57,16 +80,25 @@ async def bare_nursery() -> AsyncGenerator[trio.Nursery]:
                 yield nursery
             except BaseException as exc:  # noqa: BLE001  (raised again below)
                 from_body = exc
-    except BaseException as exc:
-        error, rest = split_exception(exc)
-        if error is not None:
-            raise
-        cancelled = isinstance(rest, trio.Cancelled | BaseExceptionGroup)
-        if from_body is None or not cancelled:
-            assert rest is not None
-            raise rest from None
+    except BaseException as exc:  # noqa: BLE001  (raised again below)
+        fatal = _find_fatal(exc)
+        if fatal is not None:
+            raise fatal from fatal.__cause__
+        if from_body is None or _split_cancelled(from_body)[0] is None:
+            from_body = _unwrap(_split_cancelled(exc)[0] or exc)
     if from_body is not None:
         try:
             raise from_body
         finally:
             del from_body  # or this frame and its traceback would keep each other alive
+
+
+def _unwrap(exc: BaseException) -> BaseException:
+    """What is in a group of one."""
+    members = _members(exc)
+    return _unwrap(members[0]) if len(members) == 1 else exc
+
+
+def _members(exc: BaseException) -> tuple[BaseException, ...]:
+    """What is in a group; nothing, where it is none."""
+    return cast("_Group", exc).exceptions if isinstance(exc, BaseExceptionGroup) else ()

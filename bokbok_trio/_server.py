@@ -32,9 +32,9 @@ from ._addresses import (
     stream_address,
 )
 from ._connection import Connection, ConnectionHandler, RequestHandler
-from ._errors import HandshakeError
+from ._errors import AddressError, HandshakeError
 from ._handshake import encode_service
-from ._nursery import bare_nursery, split_exception
+from ._nursery import bare_nursery, contain
 from ._opening import Opened, UserKey, open_as_server
 from ._settings import Settings
 
@@ -90,7 +90,7 @@ class Server:
     @property
     def connections(self) -> frozenset[Connection]:
         """The open connections, as of now."""
-        return frozenset(self._connections)
+        return frozenset(connection for connection in self._connections if not connection.closed)
 
     def stop(self, grace: float = DEFAULT_GRACE) -> None:
         """Stop: accept nothing more, let the requests in flight finish, then cancel. Returns at once.
@@ -157,17 +157,17 @@ class Server:
 
     async def _serve_stream(self, stream: trio.abc.Stream) -> None:
         """Serve one connection, in a task of its own, and keep what goes wrong to it."""
-        address = stream_address(stream)
-        try:
-            await self._serve_peer(stream, address)
-        except BaseException as exc:
-            error, rest = split_exception(exc)
+        address: Address | None = None
+
+        def log(error: BaseException) -> None:
             if isinstance(error, HandshakeError):
                 logger.warning("%r: no connection with %s: %s", self, address, error)
-            elif error is not None:
+            else:
                 logger.error("%r: the connection with %s failed", self, address, exc_info=error)
-            if rest is not None:
-                raise rest from None
+
+        with contain(log):
+            address = stream_address(stream)
+            await self._serve_peer(stream, address)
 
     async def _serve_peer(self, stream: trio.abc.Stream, address: Address | None) -> None:
         admitted = False
@@ -192,7 +192,8 @@ class Server:
                     settings=self._settings,
                     admit=admit,
                 )
-            if opened is None:
+            # Cancelled too late to be caught is cancelled nevertheless: nobody would end it later.
+            if opened is None or scope.cancel_called:
                 raise HandshakeError("the handshake had to make room, or the server stopped")
             await self._run_connection(opened, address)
         finally:
@@ -202,16 +203,17 @@ class Server:
 
     @contextmanager
     def _count_handshake(self, scope: trio.CancelScope) -> Generator[None]:
-        """Bound the handshakes: one too many cancels the oldest."""
-        if len(self._handshakes) >= self._settings.max_handshakes:
-            oldest = next(iter(self._handshakes))
-            del self._handshakes[oldest]
-            oldest.cancel()
+        """Bound the handshakes: one too many cancels the oldest, until that has really ended."""
+        if len(self._handshakes) >= 2 * self._settings.max_handshakes:
+            raise HandshakeError("too many handshakes are being cancelled, and have not ended")
+        going_on = [other for other in self._handshakes if not other.cancel_called]
+        if len(going_on) >= self._settings.max_handshakes:
+            going_on[0].cancel()
         self._handshakes[scope] = None
         try:
             yield
         finally:
-            self._handshakes.pop(scope, None)
+            del self._handshakes[scope]
 
     async def _run_connection(self, opened: Opened, address: Address | None) -> None:
         connection = Connection(
@@ -271,7 +273,8 @@ async def serve(
         open_handler: called when a connection is open, before any request on it is handled. What it
             raises closes the connection.
         close_handler: called once after a connection and all its handlers have ended, if the open
-            handler returned. What it raises is logged.
+            handler returned. What it raises is logged. A stopping server waits for it, however long
+            it takes.
         service: names what is served, at most 255 bytes of UTF-8; see `open_connection`.
         insecure: allow plain TCP on other interfaces than loopback.
         backlog: connections that may wait to be accepted; None for the system's choice.
@@ -365,7 +368,12 @@ async def _open_listeners(
         if not on or not all(isinstance(listener, trio.abc.Listener) for listener in on):
             raise TypeError("serve takes an address, or a sequence of at least one trio.abc.Listener")
         if not insecure:
-            for listener in on:
-                require_loopback(listener_address(listener))
+            try:
+                for listener in on:
+                    require_loopback(listener_address(listener))
+            except AddressError:
+                for listener in on:
+                    await trio.aclose_forcefully(listener)
+                raise
         return on
     return await listen(as_address(on), backlog=backlog, mode=mode, insecure=insecure)

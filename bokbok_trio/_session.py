@@ -120,6 +120,7 @@ class Session:
         # At most one packet of an id waits at a time: ours is a request, the peer's an answer.
         self._queue: OrderedDict[int, Chunks] = OrderedDict()
         self._control: deque[bytes] = deque()
+        self._is_closed = False
 
     # ---- asking ----
 
@@ -183,7 +184,8 @@ class Session:
     def _queue_answer(self, id: int, chunks: Chunks) -> None:
         assert id in self._handling, "never asked, or done"
         assert id not in self._queue, "answered twice"
-        self._queue[id] = chunks
+        if not self._is_closed:
+            self._queue[id] = chunks
 
     @property
     def handling(self) -> int:
@@ -191,6 +193,14 @@ class Session:
         return len(self._handling)
 
     # ---- what leaves ----
+
+    def close(self) -> None:
+        """It is over: what leaves now is the answers that are queued, and nothing else any more."""
+        self._is_closed = True
+        self._control.clear()
+        self._backlog.clear()
+        for id in self._asked:
+            self._queue.pop(id, None)
 
     def take(self) -> bytes:
         """Take the next batch to be sent, in one piece: control packets, then the queue in order.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import final
 
 import trio
@@ -45,7 +45,10 @@ class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
         return await self._receive.receive()
 
     async def aclose(self) -> None:
-        """Accept nothing more."""
+        """Accept nothing more, and close what was not accepted."""
+        with suppress(trio.WouldBlock, trio.ClosedResourceError):
+            while True:
+                await trio.aclose_forcefully(self._receive.receive_nowait())
         await self._receive.aclose()
 
 
@@ -132,7 +135,8 @@ class FaultyStream(trio.abc.Stream):
 
     def stall(self) -> None:
         """Let sending wait from now on, as to a peer that has stopped reading."""
-        self._flowing = trio.Event()
+        if self._flowing.is_set():
+            self._flowing = trio.Event()
 
     def resume(self) -> None:
         """Let sending go on."""

@@ -557,6 +557,156 @@ async def test_a_cancelled_aclose_returns_at_once_and_closes_nevertheless(
         await server.wait_closed()
 
 
+async def test_aclose_returns_though_the_connection_was_cancelled_from_outside() -> None:
+    """From another task, and, shielded, from the close handler."""
+    story: list[str] = []
+
+    async def on_close(connection: Connection) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+            await connection.aclose()
+            story.append("close handler")
+
+    with trio.CancelScope() as scope:
+        async with open_connection_pair(client_close_handler=on_close) as (client, _):
+            scope.cancel()
+    await client.aclose()
+    assert story == ["close handler"]
+
+
+class OddStream(trio.abc.Stream):
+    """What it does is right, and then it raises."""
+
+    def __init__(self, transport: trio.abc.Stream) -> None:
+        self.transport = transport
+        self.odd: set[str] = set()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self.transport.send_all(data)
+        if "send" in self.odd:
+            raise OSError("odd")
+
+    async def wait_send_all_might_not_block(self) -> None:
+        raise AssertionError
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        try:
+            return await self.transport.receive_some(max_bytes)
+        except trio.Cancelled as exc:
+            if "receive" in self.odd:
+                raise BaseExceptionGroup("odd", [exc, OSError("odd")]) from None
+            raise
+
+    async def aclose(self) -> None:
+        await self.transport.aclose()
+        if "close" in self.odd:
+            self.odd.remove("close")
+            raise OSError("odd")
+
+
+@pytest.mark.parametrize("odd", ["send", "receive", "close"])
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_stream_that_raises_while_closing_leaks_nothing(
+    odd: str, cancelled: bool, sealed: bool
+) -> None:
+    streams: list[OddStream] = []
+
+    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+        streams.append(OddStream(stream))
+        return streams[0]
+
+    with trio.CancelScope() as scope:
+        with pytest.raises(KeyError, match="mine"):
+            async with open_connection_pair(sealed=sealed, wrap=wrap) as (client, _):
+                await settle()
+                streams[0].odd.add(odd)
+                if cancelled:
+                    scope.cancel()
+                raise KeyError("mine")
+    await client.aclose()
+    await client.wait_closed()
+
+
+async def test_an_answer_that_was_queued_leaves_before_the_end(sealed: bool) -> None:
+    """The handler has ended, and the connection is closed before the sender ran."""
+    async with open_connection_pair(server_handler=echo, sealed=sealed) as (client, server):
+        answers: list[list[bytes]] = []
+
+        async def ask() -> None:
+            answers.append(await client.request(["x"]))
+
+        real_answer = server._answer
+
+        def answer_and_close(id: int, fields: Any) -> None:
+            real_answer(id, fields)
+            server._close("at once")
+
+        server._answer = answer_and_close  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+        assert answers == [[b"x"]]
+
+
+async def test_a_handler_that_leaves_a_scope_open_fails_alone() -> None:
+    """As does leaving an async generator that yields inside of a scope."""
+
+    async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
+        if request:
+            trio.CancelScope().__enter__()
+        await trio.lowlevel.checkpoint()
+        return request
+
+    async with open_connection_pair(server_handler=handler) as (client, _):
+        with pytest.raises(RemoteError, match="RuntimeError"):
+            await client.request(["x"])
+        assert await client.request([]) == []
+
+
+async def old_cancelled() -> trio.Cancelled:
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled as exc:
+            return exc
+    raise AssertionError
+
+
+async def test_a_cancelled_kept_from_earlier_is_a_failure_like_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stale = await old_cancelled()
+
+    async def handler(*args: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise stale
+
+    async with open_connection_pair(
+        handler, handler, client_close_handler=handler, server_close_handler=handler
+    ) as pair:
+        for connection in pair:
+            with pytest.raises(RemoteError, match="Cancelled"):
+                await connection.request([])
+    assert caplog.text.count("the close handler failed") == 2
+
+
+async def test_what_ends_the_program_is_not_lost_to_a_cancelled_close_handler() -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise KeyboardInterrupt
+
+    async def on_close(connection: Connection) -> None:
+        await trio.sleep_forever()
+
+    with trio.CancelScope() as scope, pytest.raises(KeyboardInterrupt):
+        async with open_connection_pair(handler, client_close_handler=on_close) as (_, server):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ignore_any_loss, server)
+                await settle()
+                scope.cancel()
+
+
 async def test_a_transport_that_breaks_while_closing_does_no_harm() -> None:
     streams: list[FaultyStream] = []
     async with open_connection_pair(server_handler=echo, wrap=faulty(streams)) as (client, _):
@@ -674,7 +824,9 @@ async def test_losing_the_peer_raises_nothing_by_itself(sealed: bool) -> None:
 
 
 @pytest.mark.parametrize("how", ["sending", "receiving", "oddly"])
-async def test_a_broken_transport_fails_the_waiters(how: str, sealed: bool) -> None:
+async def test_a_broken_transport_fails_the_waiters(
+    how: str, sealed: bool, autojump_clock: trio.testing.MockClock
+) -> None:
     caught: list[BaseException] = []
     streams: list[FaultyStream] = []
     async with (

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio._nursery import bare_nursery, split_exception
+from bokbok_trio._nursery import bare_nursery, contain, split_exception
 
 # ---- split_exception ----
 
@@ -65,17 +65,66 @@ SPLITS: dict[str, Split] = {
 @pytest.mark.parametrize("name", SPLITS)
 async def test_splitting(name: str) -> None:
     make, error, rest = SPLITS[name]
-    assert tuple(map(shape, split_exception(make(await cancelled())))) == (error, rest)
+    exc = make(await cancelled())
+    with trio.CancelScope() as scope:  # noqa: ASYNC100  (it only has to be cancelled)
+        scope.cancel()
+        assert tuple(map(shape, split_exception(exc))) == (error, rest)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+async def test_a_cancelled_where_nothing_is_cancelled_is_a_failure(name: str) -> None:
+    make, error, rest = SPLITS[name]
+    exc = make(await cancelled())
+    is_stale = "Cancelled" in str(rest)
+    assert tuple(map(shape, split_exception(exc))) == ((shape(exc), None) if is_stale else (error, rest))
 
 
 async def test_a_single_exception_is_not_copied() -> None:
     error, interrupt, cancel = ValueError(), KeyboardInterrupt(), await cancelled()
-    assert split_exception(error)[0] is error
-    assert split_exception(group(interrupt))[1] is interrupt
-    assert split_exception(cancel)[1] is cancel
-    for part, inner in zip(split_exception(group(error, cancel)), (error, cancel), strict=True):
-        assert isinstance(part, BaseExceptionGroup)
-        assert part.exceptions[0] is inner
+    with trio.CancelScope() as scope:  # noqa: ASYNC100  (it only has to be cancelled)
+        scope.cancel()
+        assert split_exception(error)[0] is error
+        assert split_exception(group(interrupt))[1] is interrupt
+        assert split_exception(cancel)[1] is cancel
+        for part, inner in zip(split_exception(group(error, cancel)), (error, cancel), strict=True):
+            assert isinstance(part, BaseExceptionGroup)
+            assert part.exceptions[0] is inner
+
+
+# ---- contain ----
+
+
+def test_a_failure_is_contained_and_logged() -> None:
+    error = ValueError()
+    logged: list[BaseException] = []
+    with contain(logged.append):
+        raise error
+    assert logged == [error]
+
+
+def test_what_ends_the_program_goes_on_with_its_cause() -> None:
+    cause = KeyError()
+    logged: list[BaseException] = []
+    with pytest.raises(SystemExit) as caught, contain(logged.append):
+        try:
+            raise SystemExit(3) from cause
+        except SystemExit as exc:
+            raise group(exc, ValueError()) from None
+    assert caught.value.__cause__ is cause
+    assert logged == []
+
+
+async def test_a_crash_during_a_cancellation_is_logged_and_the_cancellation_goes_on() -> None:
+    logged: list[BaseException] = []
+    with trio.CancelScope() as scope:
+        with contain(logged.append):
+            scope.cancel()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                raise ValueError
+        raise AssertionError
+    assert scope.cancelled_caught
+    assert list(map(shape, logged)) == [[ValueError]]
 
 
 # ---- bare_nursery ----
@@ -213,13 +262,39 @@ async def test_what_is_fatal_in_a_child_comes_out_bare(fatal: BaseException, bod
     assert body_was_cancelled == (body == "waits")
 
 
-async def test_a_childs_error_that_should_not_be_is_not_hidden() -> None:
-    async def child() -> None:
-        await trio.lowlevel.checkpoint()
-        raise ValueError("a bug of ours")
+@pytest.mark.parametrize(
+    ("errors", "from_body", "comes_out"),
+    [
+        ([ValueError], None, ValueError),
+        ([ValueError, KeyError], None, [ValueError, KeyError]),
+        ([ValueError], OSError, OSError),
+    ],
+)
+async def test_a_childs_error_comes_out_unless_the_body_has_its_own(
+    errors: list[type[Exception]], from_body: type[Exception] | None, comes_out: object
+) -> None:
+    async def child(error: type[Exception]) -> None:
+        raise error
 
-    with pytest.raises(ExceptionGroup) as caught:
-        async with bare_nursery() as nursery:
-            nursery.start_soon(child)
+    async def body() -> None:
+        async with trio.open_nursery() as inner:  # its Cancelled comes in a group
+            inner.start_soon(trio.sleep_forever)
             await trio.sleep_forever()
-    assert shape(caught.value) == [ValueError]
+
+    caught: BaseException | None = None
+    try:
+        async with bare_nursery() as nursery:
+            for error in errors:
+                nursery.start_soon(child, error)
+            try:
+                await body()
+            except BaseException:
+                if from_body is None:
+                    raise
+                raise from_body from None
+    except BaseException as exc:
+        caught = exc
+    found = shape(caught)
+    if isinstance(found, list):
+        found = sorted(found, key=str, reverse=True)  # the children run in any order
+    assert found == comes_out

@@ -551,7 +551,7 @@ async def test_a_receive_cancelled_from_the_start_leaves_what_was_read() -> None
 @pytest.mark.parametrize("second", CALLS_TO_SEND.values(), ids=CALLS_TO_SEND.keys())
 @pytest.mark.parametrize("first", [name for name in CALLS_TO_SEND if name != "empty send_all"])
 async def test_a_second_sender_is_told_busy_and_harms_nothing(
-    first: str, second: Callable[[SecretboxStream], Awaitable[object]]
+    first: str, second: Callable[[SecretboxStream], Awaitable[object]], autojump_clock: MockClock
 ) -> None:
     transport = Transport()
     stream = over(transport)
@@ -559,7 +559,7 @@ async def test_a_second_sender_is_told_busy_and_harms_nothing(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(CALLS_TO_SEND[first], stream)
         await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(trio.BusyResourceError):
+        with trio.fail_after(1), pytest.raises(trio.BusyResourceError):
             await second(stream)
         transport.send_gate.set()
     expected = {"send_all": [seal(OUT, 0, b"other")], "send_eof": [seal(OUT, 0, b"")], "wait": []}[first]
@@ -695,14 +695,15 @@ async def test_a_cancelled_aclose_closes_the_transport(
     assert transport.sent == []
 
 
-async def test_aclose_sends_no_end_record_into_a_send_that_is_under_way() -> None:
+async def test_aclose_sends_no_end_record_into_a_send_that_is_under_way(autojump_clock: MockClock) -> None:
     transport = Transport()
     stream = over(transport)
     transport.send_gate = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stream.send_all, b"x")
         await trio.testing.wait_all_tasks_blocked()
-        await stream.aclose()
+        with trio.fail_after(1):
+            await stream.aclose()
         assert transport.closed == 1
         transport.send_gate.set()
     await stream.aclose()

@@ -126,6 +126,20 @@ async def test_listeners_that_fail_together_come_out_together() -> None:
     assert len(caught.value.exceptions) == 2
 
 
+@pytest.mark.parametrize("body_fails", [False, True])
+async def test_a_failing_listener_comes_out_of_the_block_bare_unless_the_block_fails_too(
+    body_fails: bool,
+) -> None:
+    with pytest.raises(Oops if body_fails else OSError) as caught:
+        async with open_server([BrokenListener(OSError(errno.EBADF, "bad"))], echo):
+            try:
+                await trio.sleep_forever()
+            finally:
+                if body_fails:
+                    raise Oops
+    assert type(caught.value) in (Oops, OSError)
+
+
 async def test_a_lack_of_file_descriptors_is_survived(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -239,7 +253,7 @@ async def test_an_open_handler_that_does_not_return_closes_the_connection(
                 with pytest.raises(ConnectionLost, match="the peer closed the connection"):
                     await client.request([])
     assert closed == []
-    assert caplog.text.count("the open handler of") == 2 * logs
+    assert caplog.text.count("the open handler failed") == 2 * logs
 
 
 async def test_an_open_handler_is_cancelled_when_the_peer_goes() -> None:
@@ -262,7 +276,7 @@ async def test_an_open_handler_is_cancelled_when_the_peer_goes() -> None:
 async def test_a_failing_close_handler_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     async with open_connection_pair(client_close_handler=fail, server_close_handler=fail):
         pass
-    assert caplog.text.count("the close handler of") == 2
+    assert caplog.text.count("the close handler failed") == 2
     assert caplog.text.count("Oops: on purpose") == 2
 
 
@@ -393,6 +407,88 @@ async def test_a_connection_that_fails_oddly_harms_nobody(caplog: pytest.LogCapt
         async with client_of(listener) as client:
             assert await client.request(["x"]) == [b"x"]
     assert "the connection with None failed" in caplog.text
+
+
+async def test_look_ups_that_cannot_be_cancelled_are_bounded_too(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    at_once: list[int] = [0, 0]
+
+    async def stubborn(user: str) -> Key:
+        at_once[0] += 1
+        at_once[1] = max(at_once)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 100):
+            await trio.sleep(50)
+        at_once[0] -= 1
+        return KEY
+
+    listener = MemoryListener()
+
+    async def connect() -> None:
+        with pytest.raises(HandshakeError):
+            async with client_of(listener, user="u", key=KEY):
+                raise AssertionError
+
+    async with open_server([listener], echo, user_key=stubborn, settings=Settings(max_handshakes=2)):
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(connect)
+                await settle()
+    assert at_once == [0, 4]
+    assert caplog.text.count("have not ended") == 6
+
+
+async def test_who_was_cancelled_too_late_to_notice_is_not_served(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The server stops while a shielded transport sends `accepted`."""
+
+    class Shielded(trio.abc.Stream):
+        def __init__(self, transport: trio.abc.Stream) -> None:
+            self.transport = transport
+            self.sent = 0
+
+        async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+            self.sent += 1
+            if self.sent == 2:  # hello, accepted
+                server.stop(grace=0)
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
+                await trio.sleep(1)
+                await self.transport.send_all(data)
+
+        async def wait_send_all_might_not_block(self) -> None:
+            raise AssertionError
+
+        async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+            return await self.transport.receive_some(max_bytes)
+
+        async def aclose(self) -> None:
+            await self.transport.aclose()
+
+    async def wait_for_ever(connection: Connection) -> None:
+        await trio.sleep_forever()
+
+    listener = MemoryListener()
+    async with open_server([listener], echo, open_handler=wait_for_ever) as server:
+        ours, theirs = trio.testing.memory_stream_pair()
+        listener._send.send_nowait(Shielded(theirs))
+        async with open_connection(ours) as client:
+            await client.wait_closed()
+        await server.wait_stopped()
+        assert trio.current_time() == 2
+
+
+async def test_closed_connections_are_not_listed(autojump_clock: trio.testing.MockClock) -> None:
+    async def linger(connection: Connection) -> None:
+        await trio.sleep(5)
+
+    listener = MemoryListener()
+    async with open_server([listener], echo, close_handler=linger) as server:
+        async with client_of(listener):
+            await settle()
+            assert len(server.connections) == 1
+        await settle()
+        assert server.connections == frozenset()
 
 
 # ---- stopping ----

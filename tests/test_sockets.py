@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,7 +72,8 @@ async def test_plain_tcp_on_other_interfaces_needs_insecure() -> None:
     with pytest.raises(AddressError, match="insecure"):
         async with open_server(listeners, echo):
             raise AssertionError
-    async with open_server(listeners, echo, insecure=True) as server:
+    assert listeners[0].socket.fileno() == -1, "it is closed"
+    async with open_server("0.0.0.0:0", echo, insecure=True) as server:
         with pytest.raises(AddressError, match="insecure"):
             async with open_connection(server.addresses[0]):
                 raise AssertionError
@@ -201,6 +204,31 @@ async def test_a_cancelled_request_to_a_peer_that_stopped_reading_leaves_no_half
             assert answers == [[b"well"]]
         await accepted[0].aclose()
     await listeners[0].aclose()
+
+
+async def test_a_client_may_have_bound_any_path(tmp_path: Path) -> None:
+    """The system allows 108 bytes, of which getpeername() tells, and which no address may have."""
+    async with open_server(str(tmp_path / "sock"), echo) as server:
+        with trio.socket.socket(socket.AF_UNIX) as sock:
+            name = struct.pack("=H", socket.AF_UNIX) + f"{tmp_path}/".encode().ljust(108, b"x")
+            assert ctypes.CDLL(None).bind(sock.fileno(), name, len(name)) == 0
+            await sock.connect(str(tmp_path / "sock"))
+            async with open_connection(trio.SocketStream(sock)) as client:
+                assert await client.request(["x"]) == [b"x"]
+                [other] = server.connections
+                assert other.address == UnixAddress(str(tmp_path / "sock"))
+
+
+async def test_a_relative_path_is_removed_from_where_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with open_server("unix:sock", echo) as server:
+        assert server.addresses == (UnixAddress("sock"),)
+        async with open_connection("unix:sock") as client:
+            assert await client.request(["x"]) == [b"x"]
+        monkeypatch.chdir("/")
+    assert not (tmp_path / "sock").exists()
 
 
 async def test_nothing_is_left_open(where: str) -> None:

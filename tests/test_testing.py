@@ -49,6 +49,15 @@ async def make_two_faulty() -> tuple[FaultyStream, FaultyStream]:
     return FaultyStream(ours), FaultyStream(theirs)
 
 
+async def test_who_was_not_accepted_is_told_when_the_listener_closes() -> None:
+    listener = MemoryListener()
+    streams = [listener.connect() for _ in range(3)]
+    await listener.aclose()
+    await listener.aclose()
+    for stream in streams:
+        assert await stream.receive_some() == b""
+
+
 async def test_faults() -> None:
     stream, peer = make_faulty()
     stream.most = 2
@@ -75,6 +84,7 @@ async def test_a_stalled_stream_sends_when_it_is_resumed_and_wakes_when_it_is_cl
         stream.stall()
         nursery.start_soon(send, b"one")
         await settle()
+        stream.stall()
         assert sent == []
         stream.resume()
     assert await peer.receive_some() == b"one"
