@@ -398,19 +398,20 @@ class ServerHandshake(_Handshake):
         accepted = encode_head(b"accepted", *self._limits.fields())
         proof = b""
         if self.sealed:
-            key, session_key = self._open_box(keys or [Key(self._randomness(KEY_SIZE))])
+            key, session_key = self._open_box(keys)
             h2 = _hash_accepted(self._h1, self._box, accepted)
             proof = _proof(key, h2)
             self.final_keys = self._final_keys(key, session_key, h2)
         return encode_head(b"accepted", *self._limits.fields(), proof)
 
     def _open_box(self, keys: Sequence[Key]) -> tuple[Key, bytes]:
-        for key in keys[:MAX_KEYS]:
+        # Of an unknown user a random key is tried, to take the same path; were it to fit, it would not do.
+        for key in keys[:MAX_KEYS] or [Key(self._randomness(KEY_SIZE))]:
             try:
                 opened = crypto_secretbox_open(self._box, self._h1[:NONCE_SIZE], _box_key(key, self._h1))
             except CryptoError:
                 continue
-            if hmac.compare_digest(opened[KEY_SIZE:], self._h1):
+            if hmac.compare_digest(opened[KEY_SIZE:], self._h1) and keys:
                 return key, opened[:KEY_SIZE]
         raise AuthenticationError(f"user {self.user!r} has no key that fits")
 

@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeAlias, cast, final
 import trio
 
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
-from ._handshake import ClientHandshake, Limits, ServerHandshake, encode_refused
+from ._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake, encode_refused
 from ._keys import Key
 from ._packets import LENGTH_SIZE
 from ._secretbox_stream import MAC_SIZE, SecretboxStream
@@ -207,4 +207,6 @@ def _check_keys(found: object) -> Sequence[Key]:
         if not isinstance(key, Key):
             raise TypeError(f"user_key found {type(key).__name__}, not a Key")
         keys.append(key)
+    if len(keys) > MAX_KEYS:
+        logger.warning("user_key found %d keys, and only the first %d are tried", len(keys), MAX_KEYS)
     return keys

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from operator import index
-from typing import Final, NoReturn, final
+from typing import Final, final
 
 import trio
 from nacl.bindings import crypto_secretbox, crypto_secretbox_open
@@ -108,6 +108,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         self._receive_ended = False
         self._ciphertext = bytearray()
         self._plaintext = b""
+        self._position = 0  # of what was not yet received of it
 
     def rekey(self, *, send_key: bytes, receive_key: bytes) -> None:
         """Go on under new keys, from the next record on, in both directions.
@@ -203,8 +204,8 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         Raises:
             trio.BusyResourceError: another task is receiving.
             trio.ClosedResourceError: this side was closed.
-            trio.BrokenResourceError: the transport is broken or ended without an end record, or
-                a record does not open. Receiving stays broken.
+            trio.BrokenResourceError: the transport is broken. Or it ended without an end record,
+                or a record does not open, which breaks receiving for good.
         """
         if max_bytes is not None and index(max_bytes) < 1:
             raise ValueError("max_bytes must be at least 1")
@@ -216,21 +217,23 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             await self._fill()
         finally:
             self._receive_busy = False
-        received = self._plaintext if max_bytes is None else self._plaintext[:max_bytes]
-        self._plaintext = self._plaintext[len(received) :]
+        start = self._position
+        end = len(self._plaintext) if max_bytes is None else start + max_bytes
+        received = self._plaintext[start:end]
+        self._position += len(received)
         return received
 
     async def _fill(self) -> None:
         """Have some plaintext, or the end, or raise. One checkpoint at least."""
         if self._receive_failure is not None:
             raise trio.BrokenResourceError(self._receive_failure)
-        if self._plaintext or self._receive_ended or self._open_next():
+        if self._position < len(self._plaintext) or self._receive_ended or self._open_next():
             await trio.lowlevel.checkpoint()
             return
         while not self._open_next():
             data = await self._transport.receive_some(HEADER_SIZE + self._max_record_size)
             if not data:
-                self._fail("the stream was cut short: it ended without an end record")
+                raise self._broken("the stream was cut short: it ended without an end record")
             self._ciphertext += data
 
     def _open_next(self) -> bool:
@@ -239,24 +242,28 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             return False
         size = int.from_bytes(self._ciphertext[:HEADER_SIZE], "big")
         if size < MAC_SIZE or size > self._max_record_size:
-            self._fail(f"a record of {size} bytes, and {MAC_SIZE} to {self._max_record_size} are allowed")
+            raise self._broken(
+                f"a record of {size} bytes, and {MAC_SIZE} to {self._max_record_size} are allowed"
+            )
         end = HEADER_SIZE + size
         if len(self._ciphertext) < end:
             return False
         with memoryview(self._ciphertext) as view:
             box = bytes(view[HEADER_SIZE:end])
         del self._ciphertext[:end]
-        try:
+        with suppress(CryptoError):
             self._plaintext = self._opener.open(box)
-        except CryptoError:
-            self._fail("a record did not open: it was not sealed as the next one under our key")
-        self._receive_ended = not self._plaintext
-        return True
+            self._position = 0
+            self._receive_ended = not self._plaintext
+            return True
+        # Not inside of an `except`: the frames of that exception hold the key.
+        raise self._broken("a record did not open: it was not sealed as the next one under our key")
 
-    def _fail(self, reason: str) -> NoReturn:
+    def _broken(self, reason: str) -> trio.BrokenResourceError:
+        """The exception to raise, as receiving is broken for good."""
         self._receive_failure = reason
         self._ciphertext.clear()
-        raise trio.BrokenResourceError(reason)
+        return trio.BrokenResourceError(reason)
 
     # ---- closing ----
 

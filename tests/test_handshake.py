@@ -290,6 +290,13 @@ def test_no_more_than_max_keys_are_tried(*, place: int, opens: bool) -> None:
             server.accept(keys)
 
 
+def test_a_random_key_that_happens_to_fit_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, server = make_client(), make_server()
+    send_open(client, server)
+    monkeypatch.setattr(server, "_randomness", lambda size: K.raw)
+    check_fails_to_accept(client, server, [])
+
+
 def check_fails_to_accept(client: ClientHandshake, server: ServerHandshake, keys: Sequence[Key]) -> str:
     with pytest.raises(AuthenticationError) as caught:
         server.accept(keys)

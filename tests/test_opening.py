@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair
 
 from bokbok_trio import AuthenticationError, ConnectionRefused, HandshakeError, Key, Settings
-from bokbok_trio._handshake import ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake
 from bokbok_trio._opening import (
     MAX_EARLY_RECORD_SIZE,
     MAX_PACKET_SIZE,
@@ -281,6 +281,15 @@ async def test_a_key_is_found_in_a_mapping_or_by_a_function(user_key: Any, autoj
     client, server = await meet(make_wires(), server={"user_key": user_key})
     assert server.opened.user == "myuser"
     await check_both_ways(client.opened, server.opened)
+
+
+async def test_keys_that_are_never_tried_are_told_of(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    await meet(make_wires(), server={"user_key": {"myuser": [K] * MAX_KEYS}})
+    assert caplog.text == ""
+    await meet(make_wires(), server={"user_key": {"myuser": [K] * (MAX_KEYS + 1)}})
+    assert "found 17 keys, and only the first 16 are tried" in caplog.text
 
 
 async def test_the_same_service_opens_and_another_looks_like_a_wrong_key(autojump_clock: MockClock) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from itertools import cycle
@@ -360,6 +361,15 @@ async def test_truncation_at_every_byte_is_noticed() -> None:
 async def test_a_failed_record_ends_receiving_though_good_ones_follow() -> None:
     stream = over(Transport(seal(OUT, 0, b"reflected") + seal(IN, 0, b"x") + seal(IN, 1, b"y")))
     assert await receive_rest(stream) == (b"", False)
+
+
+async def test_a_record_that_does_not_open_shows_no_key_to_a_crash_reporter() -> None:
+    """One that prints the local variables of every frame, of this exception and its context."""
+    with pytest.raises(trio.BrokenResourceError) as caught:
+        await over(Transport(bytes((0, 20)) + bytes(20))).receive_some()
+    printed = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert "did not open" in printed
+    assert repr(IN)[2:-1] not in printed
 
 
 # ---- sizes ----
