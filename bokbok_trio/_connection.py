@@ -10,6 +10,7 @@ Theory
 - the **sender**, which alone writes to the stream, and closes it. Everything that was queued while
   one send was under way leaves in the next. As no other task ever writes, no cancelled task can
   leave half a packet behind, and closing needs no lock to come after the last packet;
+- the **watchdog**, which pings a silent peer, and notices one that is gone;
 - a task per incoming request, each in a cancel scope of its own.
 
 `request` queues a packet, wakes the sender and sleeps until the reader or `_end` wakes it.
@@ -34,6 +35,7 @@ Invariants
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
@@ -50,7 +52,8 @@ from ._errors import (
     RequestError,
 )
 from ._nursery import bare_nursery, contain
-from ._session import Answer, Event, Failure, Request, Session
+from ._session import Answer, Bye, Event, Failure, Request, Session
+from ._watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ._addresses import Address
@@ -72,6 +75,8 @@ RequestHandler: TypeAlias = "Callable[[Connection, list[bytes]], Awaitable[Seque
 
 ConnectionHandler: TypeAlias = "Callable[[Connection], Awaitable[object]]"
 """``async def handler(connection)``: an open or a close handler."""
+
+PEER_DRAINS: Final = "the peer takes no new request"
 
 logger = logging.getLogger("bokbok_trio")
 
@@ -129,7 +134,9 @@ class Connection:
         self._handlers: dict[int, trio.CancelScope] = {}
         self._ready = trio.Event()  # set once requests of the peer's may be handled
         self._work = trio.lowlevel.ParkingLot()  # where the sender sleeps
-        self._draining = False
+        self._watchdog = Watchdog(
+            settings.ping_after, settings.ping_timeout, ping=self._ping, lose=self._lose
+        )
         self._make_error: Callable[[bool], BokbokError] | None = None  # set: it is over
         self._send_failure = ""
         self._opening = trio.CancelScope()
@@ -182,7 +189,8 @@ class Connection:
 
         Where the peer already has as many requests in flight as it takes, this waits its turn.
         Cancelled, it returns at once, and the handler over there is cancelled too; the connection
-        and all other requests go on undisturbed.
+        and all other requests go on undisturbed. The deadline in force here holds for the handler
+        over there as well, and for the requests that it makes in turn.
 
         Arguments:
             fields: 0 to 255 of bytes or str (sent as UTF-8).
@@ -200,7 +208,11 @@ class Connection:
         if self._make_error is not None:
             await trio.lowlevel.checkpoint()
             raise self._make_error(False)
-        id = self._session.request(fields)
+        if not self._session.may_ask:
+            await trio.lowlevel.checkpoint()
+            raise ConnectionLost(PEER_DRAINS, may_have_run=False)
+        deadline = trio.current_effective_deadline()
+        id = self._session.request(fields, deadline)
         waiter = self._waiters[id] = _Waiter()
         self._work.unpark()
 
@@ -211,10 +223,14 @@ class Connection:
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
-        if isinstance(waiter.outcome, list):
-            return waiter.outcome
-        assert waiter.outcome is not None
-        raise waiter.outcome
+        outcome = waiter.outcome
+        if isinstance(outcome, list):
+            return outcome
+        assert outcome is not None
+        if isinstance(outcome, RemoteError) and outcome.code == "timeout" and deadline < math.inf:
+            # The same deadline ran out over there first. The asker is to see its own cancellation.
+            await trio.sleep_until(deadline)
+        raise outcome
 
     async def aclose(self) -> None:
         """Close the connection, and wait until the transport is closed, for at most a second or so.
@@ -226,6 +242,16 @@ class Connection:
         """
         self._close("this side closed the connection")
         await self._stream_closed.wait()
+
+    def drain(self) -> None:
+        """Take no new request, let those in flight finish both ways, and close. Returns at once.
+
+        New requests of the peer's fail there as not run; those in flight may take their time, and
+        their handlers may still ask the peer. `wait_closed` waits for the end, and `aclose` hastens it.
+        """
+        if not self.closed:
+            self._session.drain()
+            self._work.unpark()
 
     async def wait_closed(self) -> None:
         """Wait until all of it has ended: transport, handlers and close handler.
@@ -251,6 +277,7 @@ class Connection:
             async with bare_nursery() as nursery:
                 nursery.start_soon(self._send)
                 nursery.start_soon(self._receive, nursery)
+                nursery.start_soon(self._watchdog.run)
                 await self._open(open_handler)
         except BaseException as exc:  # noqa: BLE001  (raised again below)
             ended_by = exc
@@ -281,6 +308,10 @@ class Connection:
     def _log(self, what: str, error: BaseException) -> None:
         logger.error("%r: %s", self, what, exc_info=error)
 
+    def _ping(self) -> None:
+        self._session.ping()
+        self._work.unpark()
+
     def _close(self, reason: str) -> None:
         """Close from this side; `aclose` without the waiting."""
         self._end(lambda _: ConnectionClosed(reason), graceful=True)
@@ -299,6 +330,7 @@ class Connection:
         else:
             self._sending.cancel()
         self._receiving.cancel()
+        self._watchdog.stop()
         self._opening.cancel()
         # Handlers first: one that waits for an answer here is to end by its cancellation.
         for scope in list(self._handlers.values()):
@@ -307,11 +339,6 @@ class Connection:
         for id, waiter in waiters.items():
             waiter.wake(make_error(not self._session.is_unsent(id)))
         self._session.close()
-
-    def _drain(self) -> None:
-        """Handle no new request, finish those being handled, and close."""
-        self._draining = True
-        self._work.unpark()
 
     # ---- the sender ----
 
@@ -335,11 +362,15 @@ class Connection:
         """Send what is queued, as it comes, until it is over and nothing is queued any more."""
         try:
             while True:
-                if batch := self._session.take():
+                now = trio.current_time()
+                if batch := self._session.take(now):
+                    self._watchdog.send_begins(now)
                     await self._stream.send_all(batch)
+                    self._session.note_sent(trio.current_time() - now)
+                    self._watchdog.send_ended(ping_left=not self._session.is_ping_queued)
                 elif self._make_error is not None:
                     return
-                elif self._draining and self._ready.is_set() and not self._session.handling:
+                elif self._session.is_drained and self._ready.is_set():
                     self._close("this side drained the connection")
                 else:
                     await self._work.park()
@@ -368,6 +399,7 @@ class Connection:
         while data := await self._stream.receive_some(RECEIVE_SIZE):
             if self._make_error is not None:
                 return
+            self._watchdog.heard()
             for event in self._session.receive(data):
                 self._on_event(event, nursery)
             self._work.unpark()
@@ -379,16 +411,21 @@ class Connection:
             self._waiters.pop(event.id).wake(event.fields)
         elif isinstance(event, Failure):
             self._waiters.pop(event.id).wake(_as_error(event))
+        elif isinstance(event, Bye):
+            for id in event.ids:
+                self._waiters.pop(id).wake(ConnectionLost(PEER_DRAINS, may_have_run=False))
         elif event.id in self._handlers:  # a Cancel, and its handler has not ended
             self._handlers[event.id].cancel()
 
     def _on_request(self, request: Request, nursery: trio.Nursery) -> None:
-        if self._draining:
-            self._session.fail(request.id, "closing", "the peer is closing the connection")
+        if self._session.is_draining:
+            self._session.fail(request.id, "closing", PEER_DRAINS)
         elif self._request_handler is None:
             self._session.fail(request.id, "no-handler", "this side handles no requests")
         else:
-            self._handlers[request.id] = scope = trio.CancelScope()
+            self._handlers[request.id] = scope = trio.CancelScope(
+                deadline=trio.current_time() + request.timeout
+            )
             nursery.start_soon(self._handle, request, self._request_handler, scope)
 
     # ---- a task per request ----
@@ -403,7 +440,9 @@ class Connection:
                         await self._ready.wait()
                     fields = await handler(self, request.fields)
                 # Only now, as leaving the scope may raise: a handler can leave one of its own open.
-                if scope.cancelled_caught:
+                if scope.cancelled_caught and trio.current_time() >= scope.deadline:
+                    self._session.fail(request.id, "timeout", "the deadline of the request has passed")
+                elif scope.cancelled_caught:
                     self._session.fail(request.id, "cancelled", "the handler was cancelled")
                 else:
                     self._answer(request.id, () if fields is None else fields)

@@ -113,7 +113,7 @@ class Server:
         self._stopping = True
         self._accepting.cancel()
         for connection in self._connections:
-            connection._drain()
+            connection.drain()
         self._note_idle()
 
     async def wait_stopped(self) -> None:
@@ -227,7 +227,7 @@ class Server:
         )
         self._connections.add(connection)
         if self._stopping:
-            connection._drain()
+            connection.drain()
         try:
             await connection._run(self._open_handler)
         finally:

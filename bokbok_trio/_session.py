@@ -9,39 +9,43 @@ Theory
 A request has an id: the client's are even, the server's odd, counted up, never used twice. Of a
 request *of ours* the engine knows one of these, and nothing once it is done:
 
-========= ==================================================== ============================
+========= ==================================================== ================================
 state     what it means                                        where it is
-========= ==================================================== ============================
+========= ==================================================== ================================
 backlog   no slot is free; the peer knows nothing              ``_backlog``
-queued    it has a slot; the peer knows nothing                ``_queue``, ``_asked``
+queued    it has a slot; it has not, or only partly, left      ``_asked``, ``_unsent``, outbox
 asked     it was taken to be sent, and the answer is awaited   ``_asked``
 cancelled as asked, but nobody wants the answer any more       ``_asked``, ``_cancelled``
-========= ==================================================== ============================
+========= ==================================================== ================================
 
 Of a request *of the peer's*: handled (``_handling``), then its answer is queued (``_handling`` and
-``_queue``), then it is done, at the very moment the answer is taken to be sent.
+the outbox), then it is done, at the very moment the last byte of the answer is taken to be sent.
+
+Either side may *drain*: with `bye` it says that it takes no new request; the other sends `bye-ok`
+after its last one. What is in flight goes on.
 
 Invariants
 ==========
 
 - ``len(_asked)`` never passes the peer's slots; ``len(_handling)`` never passes ours.
 - Every request of the peer's is answered exactly once, cancelled or not.
-- A cancelled request that was not yet taken to be sent never existed: it leaves no `cancel`.
-- The queues hold references to what the user gave, and no copies, until `take` joins them.
+- A cancelled request that had not wholly left never existed: it leaves no `cancel`.
+- At most one ping and one pong are queued.
 
 After a `ProtocolError` the engine is of no more use.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, TypeAlias, final
 
 from ._errors import MAX_ERROR_TEXT_SIZE, ProtocolError
 from ._handshake import Side
+from ._outbox import HEAD_ROOM, MAX_WHOLE_SIZE, Outbox, Outgoing, Reassembler
 from ._packets import (
-    Chunks,
     Field,
     PacketDecoder,
     decode_body,
@@ -53,21 +57,15 @@ from ._packets import (
     encode_number,
 )
 
-HEAD_ROOM: Final = 96
-"""Bytes of a packet kept for what stands before the user's fields: 79 for the longest head, with
-three numbers of 18 digits. Always kept, so that what fits does not depend on how many requests
-there were before."""
-
-BATCH_SIZE: Final = 2**16
-"""Bytes after which `take` adds no further packet to a batch: enough to make system calls rare,
-little enough for a control packet not to wait long behind it."""
+PIECED_KINDS: Final = frozenset({b"req", b"ok"})
+"""What may come in pieces: all that carries a body of the user's."""
 
 
 class Request(NamedTuple):
-    """The peer asks. `timeout` is the microseconds it had left, or None."""
+    """The peer asks. `timeout` is the seconds it had left, or `math.inf`."""
 
     id: int
-    timeout: int | None
+    timeout: float
     fields: list[bytes]
 
 
@@ -92,7 +90,13 @@ class Failure(NamedTuple):
     message: str
 
 
-Event: TypeAlias = Request | Cancel | Answer | Failure
+class Bye(NamedTuple):
+    """The peer takes no new request. Those of ours that waited for a slot will not be sent."""
+
+    ids: list[int]
+
+
+Event: TypeAlias = Request | Cancel | Answer | Failure | Bye
 
 
 @final
@@ -107,25 +111,40 @@ class Session:
     """
 
     def __init__(self, side: Side, *, max_message_size: int, max_requests: int, slots: int) -> None:
-        self._decoder = PacketDecoder(max_message_size)
+        self._decoder = PacketDecoder(min(max_message_size, MAX_WHOLE_SIZE))
+        self._pieces = Reassembler(max_message_size)
         self._max_body_size = max_message_size - HEAD_ROOM
         self._max_requests = max_requests
         self._slots = slots
         self._next_id = 0 if side == "client" else 1
         self._peer_parity = 1 - self._next_id
         self._asked: set[int] = set()
+        self._unsent: set[int] = set()
         self._cancelled: set[int] = set()
         self._handling: set[int] = set()
-        self._backlog: OrderedDict[int, Chunks] = OrderedDict()
-        # At most one packet of an id waits at a time: ours is a request, the peer's an answer.
-        self._queue: OrderedDict[int, Chunks] = OrderedDict()
-        self._control: deque[bytes] = deque()
+        self._backlog: OrderedDict[int, Outgoing] = OrderedDict()
+        self._outbox = Outbox()
+        self._ping_queued = False
+        self._pong_queued = False
+        self._bye_sent = False
+        self._bye_ok_queued = False
+        self._peer_bye = False
+        self._peer_bye_ok = False
         self._is_closed = False
 
     # ---- asking ----
 
-    def request(self, fields: Sequence[Field]) -> int:
+    @property
+    def may_ask(self) -> bool:
+        """Whether the peer still takes new requests."""
+        return not self._peer_bye
+
+    def request(self, fields: Sequence[Field], deadline: float = math.inf) -> int:
         """Queue a request, or keep it until a slot is free, and return its id.
+
+        Arguments:
+            fields: the user's.
+            deadline: until when the answer is wanted, by the clock that `take` is told.
 
         Raises:
             TypeError, ValueError, MessageTooLarge: as `encode_body` does; nothing is queued.
@@ -133,34 +152,36 @@ class Session:
         body, size = encode_body(fields, self._max_body_size)
         id = self._next_id
         self._next_id += 2
-        head = encode_head(b"req", encode_number(id), b"", body_size=size)
-        if self._backlog or len(self._asked) >= self._slots:
-            self._backlog[id] = [head, *body]
-        else:
-            self._asked.add(id)
-            self._queue[id] = [head, *body]
+        packet = Outgoing(b"req", encode_number(id), body=body, body_size=size, deadline=deadline)
+        self._backlog[id] = packet
+        self._use_free_slots()
         return id
 
     def cancel(self, id: int) -> None:
         """No longer want the answer to a request of ours that has none yet."""
         if self._backlog.pop(id, None) is not None:
             return
-        if self._queue.pop(id, None) is not None:
+        if self._outbox.remove(id):
             self._free_slot(id)
             return
         self._cancelled.add(id)
-        self._control.append(encode_head(b"cancel", encode_number(id)))
+        self._outbox.put_control(b"cancel", encode_number(id))
 
     def is_unsent(self, id: int) -> bool:
-        """Whether it is certain that the peer has seen nothing of a request of ours."""
-        return id in self._queue or id in self._backlog
+        """Whether it is certain that no handler of the peer's has seen a request of ours."""
+        return id in self._unsent or id in self._backlog
+
+    def _use_free_slots(self) -> None:
+        while self._backlog and len(self._asked) < self._slots:
+            id, packet = self._backlog.popitem(last=False)
+            self._asked.add(id)
+            self._unsent.add(id)
+            self._outbox.put(id, packet)
 
     def _free_slot(self, id: int) -> None:
         self._asked.remove(id)
-        if self._backlog:
-            id, chunks = self._backlog.popitem(last=False)
-            self._asked.add(id)
-            self._queue[id] = chunks
+        self._unsent.discard(id)
+        self._use_free_slots()
 
     # ---- answering ----
 
@@ -171,7 +192,7 @@ class Session:
             TypeError, ValueError, MessageTooLarge: as `encode_body` does; it is still to be answered.
         """
         body, size = encode_body(fields, self._max_body_size)
-        self._queue_answer(id, [encode_head(b"ok", encode_number(id), body_size=size), *body])
+        self._queue_answer(id, Outgoing(b"ok", encode_number(id), body=body, body_size=size))
 
     def fail(self, id: int, code: str, message: str) -> None:
         """Queue an error as the answer to a request of the peer's. A long message is cut off."""
@@ -179,47 +200,79 @@ class Session:
         if len(text) > MAX_ERROR_TEXT_SIZE:
             # Cut between characters: what is left of one that was cut is no UTF-8, and is dropped.
             text = text[:MAX_ERROR_TEXT_SIZE].decode(errors="ignore").encode()
-        self._queue_answer(id, [encode_head(b"err", encode_number(id), code.encode(), text)])
+        self._queue_answer(id, Outgoing(b"err", encode_number(id), code.encode(), text))
 
-    def _queue_answer(self, id: int, chunks: Chunks) -> None:
+    def _queue_answer(self, id: int, packet: Outgoing) -> None:
         assert id in self._handling, "never asked, or done"
-        assert id not in self._queue, "answered twice"
+        assert id not in self._outbox, "answered twice"
         if not self._is_closed:
-            self._queue[id] = chunks
+            self._outbox.put(id, packet)
 
     @property
     def handling(self) -> int:
         """How many of the peer's requests are not done."""
         return len(self._handling)
 
-    # ---- what leaves ----
+    # ---- liveness, draining, closing ----
+
+    def ping(self) -> None:
+        """Ask for a sign of life."""
+        self._ping_queued = True
+        self._outbox.put_control(b"ping")
+
+    @property
+    def is_ping_queued(self) -> bool:
+        """Whether a ping has not left yet."""
+        return self._ping_queued
+
+    def drain(self) -> None:
+        """Say that no new request is taken. Again does nothing."""
+        if not self._bye_sent:
+            self._bye_sent = True
+            self._outbox.put_control(b"bye")
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether no new request is taken."""
+        return self._bye_sent
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether both sides have sent all there is, since this one said `bye`."""
+        return self._peer_bye_ok and not self._asked and not self._backlog and not self._handling
 
     def close(self) -> None:
-        """It is over: what leaves now is the answers that are queued, and nothing else any more."""
+        """It is over: what leaves now is the answers and control packets that are queued, and no more."""
         self._is_closed = True
-        self._control.clear()
         self._backlog.clear()
-        for id in self._asked:
-            self._queue.pop(id, None)
+        for id in self._unsent:
+            self._outbox.remove(id)
+        self._bye_ok_queued = False
 
-    def take(self) -> bytes:
-        """Take the next batch to be sent, in one piece: control packets, then the queue in order.
+    # ---- what leaves ----
 
-        The slots of the answers in it are free from here on, as the peer may use them as soon as
-        it has read the answer, which may be before our send returns.
+    def take(self, now: float) -> bytes:
+        """Take the next batch to be sent, in one piece.
+
+        The slots of the answers that wholly leave with it are free from here on, as the peer may use
+        them as soon as it has read the answer, which may be before our send returns.
+
+        Arguments:
+            now: the time, in seconds, by the clock of the deadlines.
         """
-        chunks: Chunks = []
-        size = 0
-        while self._control:
-            packet = self._control.popleft()
-            chunks.append(packet)
-            size += len(packet)
-        while self._queue and size < BATCH_SIZE:
-            id, packet_chunks = self._queue.popitem(last=False)
+        self._ping_queued = self._pong_queued = False
+        batch, done = self._outbox.take(now)
+        for id in done:
             self._handling.discard(id)
-            chunks += packet_chunks
-            size += sum(map(len, packet_chunks))
-        return b"".join(chunks)
+            self._unsent.discard(id)
+        if self._bye_ok_queued and not self._unsent:
+            self._bye_ok_queued = False
+            batch += encode_head(b"bye-ok")
+        return batch
+
+    def note_sent(self, seconds: float) -> None:
+        """Learn how long it took to send what was taken last."""
+        self._outbox.note_sent(seconds)
 
     # ---- what arrives ----
 
@@ -253,28 +306,78 @@ class Session:
             case [b"cancel", id]:
                 number = self._check_parity(decode_number(id), self._peer_parity)
                 return Cancel(number) if number in self._handling else None
+            case [b"part", n, left, piece]:
+                return self._on_piece(decode_number(n), decode_number(left), piece)
+            case _:
+                return self._interpret_rest(fields)
+
+    def _interpret_rest(self, fields: list[bytes]) -> Event | None:
+        """What belongs to no request."""
+        match fields:
+            case [b"drop", n]:
+                self._pieces.drop(decode_number(n))
+            case [b"ping"]:
+                self._on_ping()
+            case [b"pong"]:
+                pass  # it was heard: that is all it is for
+            case [b"bye"]:
+                return self._on_bye()
+            case [b"bye-ok"]:
+                self._on_bye_ok()
             case _:
                 raise ProtocolError(f"no packet of ours: {describe(fields)}")
+        return None
 
     def _on_request(self, id: int, timeout: bytes, body: bytes) -> Request:
         self._check_parity(id, self._peer_parity)
-        request = Request(id, decode_number(timeout) if timeout else None, decode_body(body))
+        seconds = decode_number(timeout) / 1e6 if timeout else math.inf
+        request = Request(id, seconds, decode_body(body))
         if id in self._handling:
             raise ProtocolError(f"request {id} is in flight already")
         if len(self._handling) >= self._max_requests:
             raise ProtocolError(f"more than {self._max_requests} requests in flight")
+        if self._peer_bye_ok:
+            raise ProtocolError("a new request after bye-ok")
         self._handling.add(id)
         return request
 
     def _on_answered(self, id: int) -> bool:
         """Note an answer to a request of ours; False: nobody wants it any more."""
-        if id not in self._asked or id in self._queue:
+        if id not in self._asked or id in self._unsent:
             raise ProtocolError(f"an answer to {id}, which is not awaited")
         self._free_slot(id)
         if id in self._cancelled:
             self._cancelled.remove(id)
             return False
         return True
+
+    def _on_piece(self, number: int, left: int, piece: bytes) -> Event | None:
+        body = self._pieces.add(number, left, piece)
+        if body is None:
+            return None
+        fields = decode_body(body)
+        if not fields or fields[0] not in PIECED_KINDS:
+            raise ProtocolError(f"this may not come in pieces: {describe(fields)}")
+        return self._interpret(fields)
+
+    def _on_ping(self) -> None:
+        if not self._pong_queued:
+            self._pong_queued = True
+            self._outbox.put_control(b"pong")
+
+    def _on_bye(self) -> Bye:
+        if self._peer_bye:
+            raise ProtocolError("bye twice")
+        self._peer_bye = True
+        self._bye_ok_queued = True
+        bye = Bye(list(self._backlog))
+        self._backlog.clear()
+        return bye
+
+    def _on_bye_ok(self) -> None:
+        if not self._bye_sent or self._peer_bye_ok:
+            raise ProtocolError("bye-ok without bye")
+        self._peer_bye_ok = True
 
     @staticmethod
     def _check_parity(id: int, parity: int) -> int:

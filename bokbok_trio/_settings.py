@@ -28,6 +28,9 @@ class Settings:
         max_requests: incoming requests in flight at once, 1 to 1,000,000. The other side waits
             before it sends more.
         handshake_timeout: seconds for all of the handshake, more than 0; `math.inf` for no limit.
+        ping_after: seconds of silence after which the peer is asked for a sign of life, more than 0.
+        ping_timeout: seconds it then has to give one, more than 0, or is lost. A send that takes as
+            long as both together is a loss too. With `math.inf` for either, nothing of this is done.
         describe_error: a function from an exception of a handler to the text its asker is sent,
             for applications that do not want to show their insides. By default ``Type: message``.
         max_connections: open connections of a server at once; the next is refused as ``busy``.
@@ -41,6 +44,8 @@ class Settings:
     max_message_size: int = 4 * 2**20
     max_requests: int = 100
     handshake_timeout: float = 10.0
+    ping_after: float = 20.0
+    ping_timeout: float = 20.0
     describe_error: Callable[[BaseException], str] | None = None
     max_connections: int = 1000
     max_handshakes: int = 64
@@ -50,10 +55,9 @@ class Settings:
         _check_whole("max_requests", self.max_requests, 1, MAX_REQUESTS)
         _check_whole("max_connections", self.max_connections, 1, None)
         _check_whole("max_handshakes", self.max_handshakes, 1, None)
-        if not isinstance(self.handshake_timeout, int | float):
-            raise TypeError("handshake_timeout must be a number of seconds")
-        if math.isnan(self.handshake_timeout) or self.handshake_timeout <= 0:
-            raise ValueError("handshake_timeout must be more than 0 seconds")
+        _check_seconds("handshake_timeout", self.handshake_timeout)
+        _check_seconds("ping_after", self.ping_after)
+        _check_seconds("ping_timeout", self.ping_timeout)
         if self.describe_error is not None and not callable(self.describe_error):
             raise TypeError("describe_error must be a function from an exception to a str")
 
@@ -64,3 +68,10 @@ def _check_whole(name: str, value: int, lowest: int, highest: int | None) -> Non
     if value < lowest or (highest is not None and value > highest):
         upper = "" if highest is None else f" and at most {highest}"
         raise ValueError(f"{name} must be at least {lowest}{upper}, not {value}")
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    if math.isnan(value) or value <= 0:
+        raise ValueError(f"{name} must be more than 0 seconds, not {value}")

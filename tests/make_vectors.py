@@ -19,6 +19,7 @@ from bokbok_trio._handshake import (
     ClientHandshake,
     Limits,
     ServerHandshake,
+    Side,
     _box_key,
     _hash_accepted,
     _proof,
@@ -29,7 +30,7 @@ from bokbok_trio._handshake import (
 from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, Key, encode_user, passphrase_to_key
 from bokbok_trio._packets import decode_body, encode_body, encode_head, encode_number
 from bokbok_trio._secretbox_stream import SecretboxStream
-from bokbok_trio._session import Session
+from bokbok_trio._session import Request, Session
 
 Vectors: TypeAlias = dict[str, Any]
 
@@ -45,6 +46,7 @@ USER = "zoë"
 SERVICE = "maps"
 CLIENT_LIMITS = Limits(4194304, 100)
 SERVER_LIMITS = Limits(65536, 7)
+OPEN_LIMITS = Limits(2**20, 5)
 
 
 def _packet(*fields: bytes, body: Sequence[bytes] | None = None) -> bytes:
@@ -374,50 +376,202 @@ def _record_vectors() -> Vectors:
 # ---- an open connection ----
 
 
+def _session(side: Side) -> Session:
+    """A side of the connection of these vectors."""
+    size, count = OPEN_LIMITS.max_message_size, OPEN_LIMITS.max_requests
+    return Session(side, max_message_size=size, max_requests=count, slots=count)
+
+
+def _part(number: int, left: int, piece: bytes) -> bytes:
+    return encode_head(b"part", encode_number(number), encode_number(left), piece)
+
+
 def _connection_packets() -> Vectors:
     """What a client sends first on an open connection, and what it must not."""
-
-    def session(**kwargs: int) -> Session:
-        return Session("client", **{"max_message_size": 65536, "max_requests": 3, "slots": 3, **kwargs})
-
-    asker, answerer = session(), session()
+    asker, answerer = _session("client"), _session("client")
     asker.request(["ping", "12345"])
-    req = asker.take()
+    req = asker.take(0.0)
+    asker.request(["ping", "12345"], deadline=1.5)
+    req_timeout = asker.take(0.0)
     asker.cancel(0)
+    cancel = asker.take(0.0)
+    asker.ping()
+    ping = asker.take(0.0)
+    asker.drain()
+    bye = asker.take(0.0)
     answerer_events = list(answerer.receive(_packet(b"req", b"1", b"", body=[b"a"])))
     assert len(answerer_events) == 1
     answerer.answer(1, [b"pong", b"12345"])
-    ok = answerer.take()
+    ok = answerer.take(0.0)
     list(answerer.receive(_packet(b"req", b"3", b"", body=[b"a"])))
     answerer.fail(3, "unknown-request", "no such request")
+    err = answerer.take(0.0)
+    list(answerer.receive(ping))
+    pong = answerer.take(0.0)
+    list(answerer.receive(bye))
+    bye_ok = answerer.take(0.0)
     good = {
         "req": req,
-        "req with a timeout of 1.5 s": _packet(b"req", b"2", b"1500000", body=[b"ping", b"12345"]),
+        "req with a timeout of 1.5 s": req_timeout,
+        "req with a timeout that has passed": _packet(b"req", b"4", b"0", body=[]),
+        "req with the longest timeout": _packet(b"req", b"4", b"9" * 18, body=[]),
         "req with no fields": _packet(b"req", b"999999999999999998", b"", body=[]),
-        "cancel": asker.take(),
+        "cancel": cancel,
         "ok": ok,
-        "err": answerer.take(),
+        "err": err,
+        "part": _part(0, 3, b"abc"),
+        "drop": encode_head(b"drop", b"0"),
+        "ping": ping,
+        "pong": pong,
+        "bye": bye,
+        "bye-ok": bye_ok,
     }
+    size = OPEN_LIMITS.max_message_size
     bad = {
         "no fields": encode_head(),
         "an unknown first field": encode_head(b"hello"),
-        "a reserved first field": encode_head(b"ping"),
+        "a reserved first field": encode_head(b"end", b"0"),
+        "65,537 bytes that are not in pieces, only the length of them": bytes.fromhex("00010001"),
         "req of three fields": encode_head(b"req", b"0", b""),
         "req with an id of the server's": _packet(b"req", b"1", b"", body=[]),
         "req with an id that is no number": _packet(b"req", b"00", b"", body=[]),
         "req with a timeout that is no number": _packet(b"req", b"0", b"1.5", body=[]),
+        "req with a timeout of 19 digits": _packet(b"req", b"0", b"1" + b"0" * 18, body=[]),
         "req with a body that is none": encode_head(b"req", b"0", b"", b""),
         "ok to nothing": _packet(b"ok", b"1", body=[]),
         "err to nothing": encode_head(b"err", b"1", b"handler-error", b""),
         "cancel with an id of the server's": encode_head(b"cancel", b"1"),
         "cancel of three fields": encode_head(b"cancel", b"0", b""),
+        "part of three fields": encode_head(b"part", b"0", b"3"),
+        "part with a number that is none": encode_head(b"part", b"", b"3", b"abc"),
+        "part with a left that is no number": encode_head(b"part", b"0", b"-3", b"abc"),
+        "part with an empty piece": _part(0, 3, b""),
+        "part with an empty piece and nothing left": _part(0, 0, b""),
+        "part of a packet one byte over the limit": _part(0, size - 2, b"abc"),
+        "part of a packet far over the limit": _part(0, 10**18 - 1, b"abc"),
+        "part, the only one, of no body": _part(0, 0, b"\1"),
+        "part, the only one, of no fields": _part(0, 0, encode_head()[4:]),
+        "drop of nothing": encode_head(b"drop", b"0"),
+        "drop of three fields": encode_head(b"drop", b"0", b""),
+        "ping of two fields": encode_head(b"ping", b"12345"),
+        "pong of two fields": encode_head(b"pong", b"12345"),
+        "bye of two fields": encode_head(b"bye", b""),
+        "bye-ok without bye": bye_ok,
     }
     return {
+        "max_message_size": OPEN_LIMITS.max_message_size,
+        "max_requests": OPEN_LIMITS.max_requests,
         "good": [
             {"name": name, "fields": [field.hex() for field in _fields(packet)], "packet": packet.hex()}
             for name, packet in good.items()
         ],
         "bad": [{"name": name, "packet": packet.hex()} for name, packet in bad.items()],
+    }
+
+
+def _pieces(number: int, packet: bytes, *sizes: int) -> list[bytes]:
+    """A packet in pieces of these sizes, and the rest of it."""
+    parts = []
+    rest = packet[4:]
+    for size in (*sizes, len(rest) - sum(sizes)):
+        piece, rest = rest[:size], rest[size:]
+        parts.append(_part(number, len(rest), piece))
+    return parts
+
+
+def _sequences() -> Vectors:
+    """Packets of a client whose meaning depends on those before; True: the server has said `bye`."""
+    first = _packet(b"req", b"0", b"", body=[b"ping", b"12345"])
+    second = _packet(b"req", b"2", b"1500000", body=[b"a" * 30])
+    a1, a2, a3 = _pieces(0, first, 10, 20)
+    b1, b2 = _pieces(1, second, 40)
+    ping, pong, bye, bye_ok, drop = (
+        encode_head(*fields.split()) for fields in (b"ping", b"pong", b"bye", b"bye-ok", b"drop 0")
+    )
+    cancel = encode_head(b"cancel", b"0")
+    size = OPEN_LIMITS.max_message_size
+    four = [_part(number, size - 1, b"a") for number in range(4)]
+    good: dict[str, tuple[bool, list[bytes]]] = {
+        "a request in three pieces": (False, [a1, a2, a3]),
+        "a request in a piece for each byte": (False, _pieces(0, first, *[1] * (len(first) - 5))),
+        "a request in one piece": (False, _pieces(7, first)),
+        "two requests in pieces, the second ends first": (False, [a1, b1, a2, b2, a3]),
+        "a small request between pieces": (False, [a1, second, a2, a3]),
+        "a dropped request, then another": (False, [a1, a2, drop, b1, b2]),
+        "four open packets of the size of the limit, one dropped, one more": (
+            False,
+            [*four, drop, *_pieces(4, first, 9)],
+        ),
+        "a cancel of a request that is there only in part": (False, [a1, cancel, a2, a3]),
+        "a cancel of a request that never was": (False, [cancel]),
+        "a pong that nobody asked for": (False, [pong, pong]),
+        "ping": (False, [ping]),
+        "three pings, one pong": (False, [ping, ping, ping]),
+        "a ping between pieces": (False, [a1, ping, a2, a3]),
+        "bye": (False, [bye]),
+        "bye between pieces of a request": (False, [a1, bye, a2, a3]),
+        "a request after bye": (False, [bye, first]),
+        "a request that crosses bye, and bye-ok": (True, [first, bye_ok]),
+        "both say bye": (True, [bye, bye_ok]),
+        "both say bye, the other way round": (True, [bye_ok, bye]),
+        "cancel, ping and pong after bye-ok": (True, [first, bye_ok, cancel, ping, pong]),
+    }
+    five = [_packet(b"req", encode_number(id), b"", body=[]) for id in range(0, 10, 2)]
+    bad: dict[str, tuple[bool, list[bytes]]] = {
+        "a request in flight": (False, [first, first]),
+        "a request in flight, in pieces": (False, [first, a1, a2, a3]),
+        "one request too many": (False, [*five, _packet(b"req", b"10", b"", body=[])]),
+        "one request too many, in pieces": (
+            False,
+            [*five, *_pieces(0, _packet(b"req", b"10", b"", body=[]))],
+        ),
+        "a left that is too large": (False, [a1, _part(0, len(first) - 4 - 29, first[14:34])]),
+        "a left that is too small": (False, [a1, _part(0, len(first) - 4 - 31, first[14:34])]),
+        "a left of 0 too early": (False, [a1, _part(0, 0, first[14:34])]),
+        "a piece that is longer than what was left": (False, [a1, _part(0, 0, first[14:] + b"\0")]),
+        "an empty piece in between": (False, [a1, _part(0, len(first) - 4 - 10, b"")]),
+        "a fifth open packet": (False, [*four, _part(4, 1, b"a")]),
+        "a fifth open packet of one piece": (False, [*four, *_pieces(4, first)]),
+        "a second drop": (False, [a1, drop, drop]),
+        "a drop after the last piece": (False, [a1, a2, a3, drop]),
+        "a drop of another packet": (False, [b1, drop]),
+        "one piece, without the last byte of the packet": (False, _pieces(0, first[:-1])),
+        "cancel in pieces": (False, [first, *_pieces(0, cancel, 5)]),
+        "err in pieces": (False, _pieces(0, encode_head(b"err", b"1", b"handler-error", b""), 5)),
+        "ping in pieces": (False, _pieces(0, ping, 5)),
+        "a piece in pieces": (False, _pieces(0, a1, 5)),
+        "drop in pieces": (False, [a1, *_pieces(1, drop, 5)]),
+        "an unknown first field in pieces": (False, _pieces(0, encode_head(b"hello"), 5)),
+        "bye twice": (False, [bye, bye]),
+        "bye-ok twice": (True, [bye_ok, bye_ok]),
+        "bye-ok to the client's own bye": (False, [bye, bye_ok]),
+        "a request after bye-ok": (True, [bye_ok, first]),
+        "the last piece of a request after bye-ok": (True, [a1, a2, bye_ok, a3]),
+    }
+    return {
+        "good": [
+            {"name": name, "bye": has_bye, **_result(has_bye, packets)}
+            for name, (has_bye, packets) in good.items()
+        ],
+        "bad": [
+            {"name": name, "bye": has_bye, "packets": [packet.hex() for packet in packets]}
+            for name, (has_bye, packets) in bad.items()
+        ],
+    }
+
+
+def _result(has_bye: bool, packets: Sequence[bytes]) -> Vectors:
+    """What a server makes of a client's packets."""
+    server = _session("server")
+    if has_bye:
+        server.drain()
+        server.take(0.0)
+    events = [event for packet in packets for event in server.receive(packet)]
+    requests = [event for event in events if isinstance(event, Request)]
+    return {
+        "packets": [packet.hex() for packet in packets],
+        "requests": [{"id": id, "fields": [field.hex() for field in fields]} for id, _, fields in requests],
+        "replies": server.take(0.0).hex(),
     }
 
 
@@ -455,6 +609,7 @@ def make() -> Vectors:
         "bad_replies": _bad_replies(sealed),
         "records": _record_vectors(),
         "connection": _connection_packets(),
+        "sequences": _sequences(),
         "passphrases": _passphrases(),
     }
 

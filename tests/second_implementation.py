@@ -233,3 +233,145 @@ class Server(Handshake):
         self.session_key = opened[:32]
         self.hash_accepted(key, three)
         return packet([*three, self.proof])
+
+
+# ---- an open connection ----
+
+MAX_WHOLE = 65_536
+MAX_PIECE = 65_458
+MAX_OPEN = 4
+PONG = packet([b"pong"])
+BYE_OK = packet([b"bye-ok"])
+
+
+class Open:
+    """One side of an open connection; `me` as above, `limit` and `slots` as agreed.
+
+    What it sends leaves at once: nothing waits here but the `replies`, the packets that are due to
+    what the other side sent.
+    """
+
+    def __init__(self, me: int, limit: int, slots: int) -> None:
+        self.me, self.limit, self.slots = me, limit, slots
+        self.asked: set[int] = set()  # own requests that are not answered
+        self.asking: set[int] = set()  # those of the other side
+        self.pieces: dict[int, tuple[bytes, int]] = {}  # what came, and what is left
+        self.count = 0  # own packets in pieces
+        self.said_bye = self.heard_bye = self.heard_bye_ok = False
+        self.replies: list[bytes] = []
+
+    # what is sent
+
+    def put(self, fields: list[bytes]) -> list[bytes]:
+        """The packets that these fields are sent as."""
+        if fields[0] == b"req":
+            assert not self.heard_bye
+            self.asked.add(int(fields[1]))
+        elif fields[0] in {b"ok", b"err"}:
+            self.asking.remove(int(fields[1]))
+        elif fields[0] == b"bye":
+            self.said_bye = True
+        data = body(fields)
+        assert len(data) <= self.limit
+        if len(data) <= MAX_WHOLE:
+            return [packet(fields)]
+        parts = []
+        while data:
+            piece, data = data[:MAX_PIECE], data[MAX_PIECE:]
+            parts.append(packet([b"part", b"%d" % self.count, b"%d" % len(data), piece]))
+        self.count += 1
+        return parts
+
+    def is_drained(self) -> bool:
+        return self.heard_bye_ok and not self.asked and not self.asking and not self.replies
+
+    # what is received
+
+    def take(self, data: bytes) -> list[bytes] | None:
+        """Take one packet; the fields of a `req`, `ok`, `err` or `cancel`, if it is or ends one."""
+        return self.interpret(unpack(data, min(self.limit, MAX_WHOLE)))
+
+    def interpret(self, fields: list[bytes]) -> list[bytes] | None:
+        match fields:
+            case [b"req", id, timeout, inner]:
+                self.take_request(self.other_id(id))
+                if timeout:
+                    number(timeout)
+                unpack_body(inner)
+            case [b"ok", id, inner]:
+                self.take_answer(number(id))
+                unpack_body(inner)
+            case [b"err", id, code, message]:
+                self.take_answer(number(id))
+                text(code)
+                text(message)
+            case [b"cancel", id]:
+                self.other_id(id)
+            case [b"part", n, left, piece]:
+                return self.take_piece(number(n), number(left), piece)
+            case [b"drop", n]:
+                if self.pieces.pop(number(n), None) is None:
+                    raise Bad("drop")
+                return None
+            case _:
+                self.take_word(fields)
+                return None
+        return fields
+
+    def take_word(self, fields: list[bytes]) -> None:
+        match fields:
+            case [b"ping"]:
+                if PONG not in self.replies:
+                    self.replies.insert(0, PONG)
+            case [b"pong"]:
+                pass
+            case [b"bye"] if not self.heard_bye:
+                self.heard_bye = True
+                self.replies.append(BYE_OK)
+            case [b"bye-ok"] if self.said_bye and not self.heard_bye_ok:
+                self.heard_bye_ok = True
+            case _:
+                raise Bad("unknown, or not now")
+
+    def other_id(self, field: bytes) -> int:
+        id = number(field)
+        if id % 2 == self.me:
+            raise Bad("parity")
+        return id
+
+    def take_request(self, id: int) -> None:
+        if id in self.asking or len(self.asking) == self.slots or self.heard_bye_ok:
+            raise Bad("in flight, one too many, or too late")
+        self.asking.add(id)
+
+    def take_answer(self, id: int) -> None:
+        if id not in self.asked:
+            raise Bad("not awaited")
+        self.asked.remove(id)
+
+    def take_piece(self, n: int, left: int, piece: bytes) -> list[bytes] | None:
+        if not piece:
+            raise Bad("empty piece")
+        if n in self.pieces:
+            data, before = self.pieces.pop(n)
+            if left != before - len(piece):
+                raise Bad("left")
+        else:
+            data = b""
+            if len(piece) + left > self.limit or len(self.pieces) == MAX_OPEN:
+                raise Bad("over the limit, or one too many")
+        data += piece
+        if left:
+            self.pieces[n] = data, left
+            return None
+        fields = unpack_body(data)
+        if fields[:1] not in ([b"req"], [b"ok"]):
+            raise Bad("not in pieces")
+        return self.interpret(fields)
+
+
+def text(field: bytes) -> str:
+    try:
+        return field.decode()
+    except UnicodeDecodeError:
+        raise Bad("no text") from None

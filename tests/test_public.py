@@ -33,11 +33,21 @@ PUBLIC = {
 # Lower files never import higher ones.
 LAYERS = [
     *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_packets", "_secretbox_stream"),
-    *("_handshake", "_opening", "_session", "_connection", "_client", "_server", "_reconnecting"),
+    *(
+        "_handshake",
+        "_opening",
+        "_outbox",
+        "_session",
+        "_watchdog",
+        "_connection",
+        "_client",
+        "_server",
+        "_reconnecting",
+    ),
     *("interface", "testing", "_cli", "__main__"),
 ]
 
-MAY_USE_TRIO = {"_errors", "_keys", "_addresses", "_secretbox_stream", "_opening", "_nursery"}
+MAY_USE_TRIO = {"_errors", "_keys", "_addresses", "_secretbox_stream", "_opening", "_nursery", "_watchdog"}
 """Of those below the connection."""
 
 PACKAGE = Path(bokbok_trio.__file__).parent

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,9 @@ from hypothesis.stateful import (
 
 from bokbok_trio import MessageTooLarge, ProtocolError
 from bokbok_trio._errors import MAX_ERROR_TEXT_SIZE
+from bokbok_trio._outbox import HEAD_ROOM
 from bokbok_trio._packets import encode_body, encode_head
-from bokbok_trio._session import BATCH_SIZE, HEAD_ROOM, Answer, Cancel, Failure, Request, Session
+from bokbok_trio._session import Answer, Bye, Cancel, Event, Failure, Request, Session
 
 LIMIT = 4096
 
@@ -35,20 +37,25 @@ def packet(*fields: bytes, body: list[bytes] | None = None) -> bytes:
     return encode_head(*fields, body_size=size) + b"".join(chunks)
 
 
+def request_id(event: Event) -> int:
+    assert isinstance(event, Request)
+    return event.id
+
+
 def test_a_request_and_its_answer() -> None:
     client, server = make("client"), make("server")
     assert client.request(["ping", b"1"]) == 0
-    sent = client.take()
+    sent = client.take(0)
     assert sent == packet(b"req", b"0", b"", body=[b"ping", b"1"])
-    assert list(server.receive(sent)) == [Request(0, None, [b"ping", b"1"])]
+    assert list(server.receive(sent)) == [Request(0, math.inf, [b"ping", b"1"])]
     assert server.handling == 1
     server.answer(0, ["pong"])
     assert server.handling == 1, "a slot is taken until the answer leaves"
-    sent = server.take()
+    sent = server.take(0)
     assert server.handling == 0
     assert sent == packet(b"ok", b"0", body=[b"pong"])
     assert list(client.receive(sent)) == [Answer(0, [b"pong"])]
-    assert client.take() == server.take() == b""
+    assert client.take(0) == server.take(0) == b""
 
 
 def test_ids_count_up_by_parity() -> None:
@@ -60,18 +67,18 @@ def test_ids_count_up_by_parity() -> None:
 def test_a_failure_reaches_the_asker() -> None:
     client, server = make("client"), make("server")
     client.request([])
-    list(server.receive(client.take()))
+    list(server.receive(client.take(0)))
     server.fail(0, "no-such", "there is none")
-    assert list(client.receive(server.take())) == [Failure(0, "no-such", "there is none")]
+    assert list(client.receive(server.take(0))) == [Failure(0, "no-such", "there is none")]
 
 
 @pytest.mark.parametrize("character", ["a", "é", "€", "😀", "\ud800"])
 def test_a_long_message_is_cut_between_characters(character: str) -> None:
     client, server = make("client"), make("server")
     client.request([])
-    list(server.receive(client.take()))
+    list(server.receive(client.take(0)))
     server.fail(0, "long", "x" + character * MAX_ERROR_TEXT_SIZE)
-    [failure] = client.receive(server.take())
+    [failure] = client.receive(server.take(0))
     assert isinstance(failure, Failure)
     size = len(failure.message.encode())
     assert MAX_ERROR_TEXT_SIZE - 3 <= size <= MAX_ERROR_TEXT_SIZE
@@ -82,7 +89,7 @@ def test_the_longest_error_fits_the_smallest_limit() -> None:
     server = make("server")
     list(server.receive(packet(b"req", b"9" * 17 + b"8", b"", body=[])))
     server.fail(int("9" * 17 + "8"), "c" * 64, "x" * 5000)
-    assert len(server.take()) <= LIMIT
+    assert len(server.take(0)) <= LIMIT
 
 
 # ---- slots ----
@@ -92,26 +99,26 @@ def test_requests_wait_for_slots_in_order() -> None:
     client, server = make("client", slots=2), make("server", max_requests=2)
     for n in range(4):
         client.request([str(n)])
-    sent = client.take()
-    assert [event.id for event in server.receive(sent)] == [0, 2]
-    assert client.take() == b""
+    sent = client.take(0)
+    assert [request_id(event) for event in server.receive(sent)] == [0, 2]
+    assert client.take(0) == b""
     server.answer(2, [])
-    assert list(client.receive(server.take())) == [Answer(2, [])]
-    assert [event.id for event in server.receive(client.take())] == [4]
+    assert list(client.receive(server.take(0))) == [Answer(2, [])]
+    assert [request_id(event) for event in server.receive(client.take(0))] == [4]
     server.answer(0, [])
     server.answer(4, [])
-    list(client.receive(server.take()))
-    assert [event.id for event in server.receive(client.take())] == [6]
+    list(client.receive(server.take(0)))
+    assert [request_id(event) for event in server.receive(client.take(0))] == [6]
 
 
 def test_a_new_request_does_not_overtake_those_that_wait() -> None:
     client = make("client", slots=1)
     first, second = client.request([]), client.request([])
     assert client.is_unsent(second)
-    client.take()
+    client.take(0)
     list(client.receive(packet(b"ok", b"%d" % first, body=[])))
     third = client.request([])
-    assert b"req" in (sent := client.take())
+    assert b"req" in (sent := client.take(0))
     assert b"\x00\x00\x00\x01%d" % second in sent
     assert client.is_unsent(third)
 
@@ -129,8 +136,8 @@ def test_a_slot_is_free_as_soon_as_its_answer_is_taken() -> None:
     server = make("server", max_requests=1)
     list(server.receive(packet(b"req", b"0", b"", body=[])))
     server.answer(0, [])
-    server.take()
-    assert list(server.receive(packet(b"req", b"2", b"", body=[]))) == [Request(2, None, [])]
+    server.take(0)
+    assert list(server.receive(packet(b"req", b"2", b"", body=[]))) == [Request(2, math.inf, [])]
 
 
 # ---- cancelling ----
@@ -141,32 +148,32 @@ def test_a_request_cancelled_in_the_queue_never_existed() -> None:
     queued, waiting, third = client.request([]), client.request([]), client.request(["third"])
     client.cancel(waiting)
     client.cancel(queued)
-    assert client.take() == packet(b"req", b"%d" % third, b"", body=[b"third"])
+    assert client.take(0) == packet(b"req", b"%d" % third, b"", body=[b"third"])
 
 
 def test_a_request_cancelled_later_is_followed_by_cancel_and_still_answered() -> None:
     client, server = make("client", slots=1), make("server")
     client.request([])
-    list(server.receive(client.take()))
+    list(server.receive(client.take(0)))
     client.cancel(0)
     waiting = client.request([])
-    sent = client.take()
+    sent = client.take(0)
     assert sent == packet(b"cancel", b"0"), "its slot is not free before its answer came"
     assert list(server.receive(sent)) == [Cancel(0)]
     server.fail(0, "cancelled", "")
-    assert list(client.receive(server.take())) == []
+    assert list(client.receive(server.take(0))) == []
     assert client.is_unsent(waiting)
-    assert b"req" in client.take()
+    assert b"req" in client.take(0)
     assert not client.is_unsent(waiting)
 
 
 def test_cancel_leaves_before_what_was_queued_earlier() -> None:
     client = make("client")
     client.request([])
-    client.take()
+    client.take(0)
     client.request(["later"])
     client.cancel(0)
-    assert client.take() == packet(b"cancel", b"0") + packet(b"req", b"2", b"", body=[b"later"])
+    assert client.take(0) == packet(b"cancel", b"0") + packet(b"req", b"2", b"", body=[b"later"])
 
 
 @pytest.mark.parametrize("answered", [False, True])
@@ -175,32 +182,24 @@ def test_a_cancel_that_crosses_the_answer_is_ignored(answered: bool) -> None:
     list(server.receive(packet(b"req", b"0", b"", body=[])))
     server.answer(0, [])
     if answered:
-        server.take()
+        server.take(0)
         assert list(server.receive(packet(b"cancel", b"0"))) == []
     else:
         assert list(server.receive(packet(b"cancel", b"0"))) == [Cancel(0)]
-        assert server.take() == packet(b"ok", b"0", body=[])
+        assert server.take(0) == packet(b"ok", b"0", body=[])
 
 
 # ---- what leaves ----
 
 
-def test_a_batch_ends_near_its_size() -> None:
-    client = make("client", slots=100, limit=2**20)
-    for _ in range(5):
-        client.request([bytes(BATCH_SIZE // 2)])
-    sizes = []
-    while sent := client.take():
-        sizes.append(sent.count(b"req"))
-    assert sizes == [2, 2, 1]
-
-
 def test_nothing_is_copied_before_it_is_taken() -> None:
     client = make("client", limit=2**20)
-    big = bytes(2**19)
+    small, big = bytes(2**14), bytes(2**19)
+    client.request([small])
     client.request([big])
-    [chunks] = client._queue.values()
-    assert any(chunk is big for chunk in chunks)
+    for queue, field in ((client._outbox._small, small), (client._outbox._big, big)):
+        [queued] = queue.values()
+        assert any(chunk is field for chunk in queued._body)
 
 
 @pytest.mark.parametrize("queue", ["request", "answer"])
@@ -216,9 +215,9 @@ def test_what_fits_does_not_depend_on_the_id(queue: str) -> None:
     with pytest.raises(MessageTooLarge) as caught:
         put([bytes(room + 1)])
     assert (caught.value.size, caught.value.limit) == (LIMIT - HEAD_ROOM + 1, LIMIT - HEAD_ROOM)
-    assert engine.take() == b""
+    assert engine.take(0) == b""
     put([bytes(room)])
-    sent = engine.take()
+    sent = engine.take(0)
     assert room < len(sent) <= LIMIT + 4
 
 
@@ -256,7 +255,7 @@ def test_a_broken_rule_is_one_protocol_error(packets: list[bytes]) -> None:
     # In flight: request 0 of the peer's; of ours 1, awaited, and 3, unsent.
     list(server.receive(packet(b"req", b"0", b"", body=[])))
     server.request([])
-    server.take()
+    server.take(0)
     server.request([])
     for good in packets[:-1]:
         list(server.receive(good))
@@ -267,14 +266,14 @@ def test_a_broken_rule_is_one_protocol_error(packets: list[bytes]) -> None:
 def test_what_came_before_the_error_is_still_told() -> None:
     server = make("server")
     events = server.receive(packet(b"req", b"0", b"", body=[]) + packet(b"nonsense"))
-    assert next(events) == Request(0, None, [])
+    assert next(events) == Request(0, math.inf, [])
     with pytest.raises(ProtocolError):
         next(events)
 
 
 def test_a_timeout_is_told() -> None:
     server = make("server")
-    assert list(server.receive(packet(b"req", b"0", b"1500000", body=[]))) == [Request(0, 1500000, [])]
+    assert list(server.receive(packet(b"req", b"0", b"1500000", body=[]))) == [Request(0, 1.5, [])]
 
 
 def test_being_mid_packet() -> None:
@@ -285,6 +284,241 @@ def test_being_mid_packet() -> None:
     assert server.is_mid_packet
     assert len(list(server.receive(sent[-1:]))) == 1
     assert not server.is_mid_packet
+
+
+# ---- deadlines ----
+
+
+@pytest.mark.parametrize(
+    ("deadline", "now", "field"),
+    [
+        (math.inf, 5, b""),
+        (7.5, 5, b"2500000"),
+        (5.0000004, 5, b"0"),
+        (4, 5, b"0"),
+        (-math.inf, 5, b"0"),
+        (5 + 1e10, 5, b"10000000000000000"),
+        (5 + 1e11 + 1e9, 5, b""),
+    ],
+)
+def test_the_timeout_is_what_is_left_when_it_leaves(deadline: float, now: float, field: bytes) -> None:
+    client = make("client")
+    client.request([], deadline)
+    assert client.take(now) == packet(b"req", b"0", field, body=[])
+
+
+# ---- big packets ----
+
+
+def test_a_big_request_travels_in_pieces_that_let_others_through() -> None:
+    client, server = make("client", limit=2**20), make("server", limit=2**20)
+    big = bytes(range(256)) * 1024
+    client.request([big], 100)
+    events: list[object] = []
+    batches = 0
+    while sent := client.take(0):
+        batches += 1
+        events += server.receive(sent)
+        if batches == 2:
+            small = client.request(["small"])
+    assert events == [Request(small, math.inf, [b"small"]), Request(0, 100, [big])]
+    assert batches == 5
+
+
+def test_a_big_request_cancelled_half_way_never_existed() -> None:
+    client, server = make("client", slots=1, limit=2**20), make("server", max_requests=1, limit=2**20)
+    client.request([bytes(2**18)])
+    list(server.receive(client.take(0)))
+    assert client.is_unsent(0)
+    assert server._pieces.held > 0
+    client.cancel(0)
+    client.request(["next"])
+    sent = client.take(0)
+    assert sent.startswith(packet(b"drop", b"0"))
+    assert list(server.receive(sent)) == [Request(2, math.inf, [b"next"])]
+    assert server._pieces.held == 0
+
+
+def test_a_big_answer_holds_its_slot_until_its_last_piece_leaves() -> None:
+    server = make("server", max_requests=1, limit=2**20)
+    list(server.receive(packet(b"req", b"0", b"", body=[])))
+    server.answer(0, [bytes(2**17)])
+    for _ in range(2):
+        server.take(0)
+        assert server.handling == 1
+    server.take(0)
+    assert server.handling == 0
+    assert server.take(0) == b""
+
+
+def in_pieces(body: bytes, number: int = 0) -> bytes:
+    half = len(body) // 2
+    parts = ((body[:half], len(body) - half), (body[half:], 0))
+    return b"".join(packet(b"part", b"%d" % number, b"%d" % left, piece) for piece, left in parts)
+
+
+def test_small_packets_may_come_in_pieces_too() -> None:
+    server = make("server")
+    request = packet(b"req", b"0", b"", body=[b"x"])
+    assert list(server.receive(in_pieces(request[4:]))) == [Request(0, math.inf, [b"x"])]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        in_pieces(packet(b"err", b"1", b"code", b"message")[4:]),
+        in_pieces(packet(b"cancel", b"0")[4:]),
+        in_pieces(packet(b"part", b"0", b"0", b"x")[4:]),
+        in_pieces(packet()[4:] + b"x"),
+        packet(b"part", b"0", b"0", packet()[4:]),
+        packet(b"part", b"0", b"1", b""),
+        packet(b"part", b"0", b"x", b"x"),
+        packet(b"drop", b"0"),
+        packet(b"drop", b"0", b"0"),
+        (2**16 + 1).to_bytes(4, "big"),
+    ],
+)
+def test_bad_pieces_are_an_error(bad: bytes) -> None:
+    server = make("server", limit=2**20)
+    with pytest.raises(ProtocolError):
+        list(server.receive(bad))
+
+
+# ---- signs of life ----
+
+
+def test_a_ping_is_answered_and_at_most_one_pong_is_queued() -> None:
+    client, server = make("client"), make("server")
+    client.ping()
+    assert client.is_ping_queued
+    ping = client.take(0)
+    assert not client.is_ping_queued
+    assert list(server.receive(ping * 1000)) == []
+    pong = server.take(0)
+    assert pong == packet(b"pong")
+    assert list(client.receive(pong)) == []
+    assert list(server.receive(ping)) == []
+    assert server.take(0) == pong
+
+
+# ---- draining ----
+
+
+def test_draining_lets_what_is_in_flight_finish_and_takes_nothing_new() -> None:
+    client, server = make("client", slots=1), make("server", max_requests=1)
+    client.request(["in flight"])
+    list(server.receive(client.take(0)))
+    waiting = client.request(["waits for a slot"])
+    server.drain()
+    server.drain()
+    sent = server.take(0)
+    assert sent == packet(b"bye")
+    assert list(client.receive(sent)) == [Bye([waiting])]
+    assert not client.may_ask
+    assert server.may_ask
+    assert list(server.receive(client.take(0))) == []
+    assert not server.is_drained
+    callback = server.request(["from the handler"])
+    assert list(client.receive(server.take(0))) == [Request(callback, math.inf, [b"from the handler"])]
+    client.answer(callback, [])
+    assert list(server.receive(client.take(0))) == [Answer(callback, [])]
+    server.answer(0, ["done"])
+    assert not server.is_drained
+    assert list(client.receive(server.take(0))) == [Answer(0, [b"done"])]
+    assert server.is_drained
+    assert not client.is_drained
+
+
+def test_bye_ok_leaves_after_the_last_request() -> None:
+    client, server = make("client", limit=2**20), make("server", limit=2**20)
+    client.request([bytes(2**18)])
+    client.request(["small"])
+    client.take(0)
+    server.drain()
+    list(client.receive(server.take(0)))
+    sent = b""
+    while batch := client.take(0):
+        sent += batch
+    assert sent.endswith(packet(b"bye-ok"))
+    assert sent.count(packet(b"bye-ok")) == 1
+
+
+def test_both_sides_may_drain_at_once() -> None:
+    client, server = make("client"), make("server")
+    client.drain()
+    server.drain()
+    to_server, to_client = client.take(0), server.take(0)
+    assert list(server.receive(to_server)) == list(client.receive(to_client)) == [Bye([])]
+    assert list(server.receive(client.take(0))) == list(client.receive(server.take(0))) == []
+    assert client.is_drained
+    assert server.is_drained
+
+
+@pytest.mark.parametrize(
+    "packets",
+    [
+        [packet(b"bye"), packet(b"bye")],
+        [packet(b"bye-ok"), packet(b"bye-ok")],
+        [packet(b"bye-ok"), packet(b"req", b"0", b"", body=[])],
+        [packet(b"bye", b"")],
+        [packet(b"ping", b"")],
+        [packet(b"pong", b"")],
+    ],
+)
+def test_a_bye_that_breaks_the_rules(packets: list[bytes]) -> None:
+    server = make("server")
+    server.drain()
+    for good in packets[:-1]:
+        list(server.receive(good))
+    with pytest.raises(ProtocolError):
+        list(server.receive(packets[-1]))
+
+
+def test_bye_ok_without_bye_is_an_error() -> None:
+    with pytest.raises(ProtocolError, match="bye-ok without bye"):
+        list(make("server").receive(packet(b"bye-ok")))
+
+
+def test_after_close_only_what_is_queued_leaves_and_no_request() -> None:
+    server = make("server", limit=2**20)
+    requests = b"".join(packet(b"req", b"%d" % n, b"", body=[]) for n in (0, 2))
+    list(server.receive(requests + packet(b"bye")))
+    server.request(["ours"])
+    server.request([bytes(2**18)])
+    server.answer(0, ["queued"])
+    server.ping()
+    server.close()
+    server.fail(2, "late", "late")
+    assert server.take(0) == packet(b"ping") + packet(b"ok", b"0", body=[b"queued"])
+    assert server.take(0) == b""
+
+
+def test_big_answers_still_arrive_when_big_requests_were_cut_off_by_closing() -> None:
+    client, server = (make(side, max_requests=9, slots=9, limit=2**20) for side in ("client", "server"))
+    list(server.receive(b"".join(packet(b"req", b"%d" % n, b"", body=[]) for n in (0, 2))))
+    client._next_id, client._asked = 4, {0, 2}
+    for _ in range(4):
+        server.request([bytes(2**18)])
+        list(client.receive(server.take(0)))
+    server.answer(0, [bytes(2**18)])
+    server.answer(2, [bytes(2**18)])
+    server.close()
+    events: list[object] = []
+    while sent := server.take(0):
+        events += client.receive(sent)
+    assert events == [Answer(0, [bytes(2**18)]), Answer(2, [bytes(2**18)])]
+
+
+def test_a_big_request_cancelled_before_its_turn_leaves_nothing() -> None:
+    client, server = make("client", limit=2**20), make("server", limit=2**20)
+    first, second = client.request([bytes(2**18)]), client.request([bytes(2**18)], deadline=9)
+    list(server.receive(client.take(0)))
+    client.cancel(second)
+    third = client.request([bytes(2**18)], deadline=9)
+    events: list[object] = []
+    for now in (4, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5):
+        events += server.receive(client.take(now))
+    assert events == [Request(first, math.inf, [bytes(2**18)]), Request(third, 5, [bytes(2**18)])]
 
 
 # ---- two engines, in any order ----
@@ -302,9 +536,12 @@ class TwoEngines(RuleBasedStateMachine):
     def start(self, slots: tuple[int, int]) -> None:
         self.slots = slots
         self.engines = (
-            make("client", max_requests=slots[0], slots=slots[1]),
-            make("server", max_requests=slots[1], slots=slots[0]),
+            make("client", max_requests=slots[0], slots=slots[1], limit=2**20),
+            make("server", max_requests=slots[1], slots=slots[0], limit=2**20),
         )
+        self.now = 0.0
+        self.timeouts: list[dict[int, float]] = [{}, {}]  # of those without a deadline, by asker
+        self.has_drained = [False, False]
         self.wires = [bytearray(), bytearray()]  # by sender
         self.is_cut = [False, False]
         self.waiting: list[dict[int, bytes]] = [{}, {}]  # id -> what it asked, by asker
@@ -312,9 +549,20 @@ class TwoEngines(RuleBasedStateMachine):
         self.seen: list[set[int]] = [set(), set()]  # ids the other side was told of, by asker
         self.handling: list[dict[int, bytes]] = [{}, {}]  # id -> what was asked, by answerer
 
-    @rule(target=asked, side=st.integers(0, 1), text=st.binary(max_size=40))
-    def ask(self, side: int, text: bytes) -> tuple[int, int]:
-        id = self.engines[side].request([text])
+    @rule(
+        target=asked,
+        side=st.integers(0, 1),
+        text=st.binary(max_size=40),
+        times=st.sampled_from([1, 1, 1, 5000]),
+        timeout=st.sampled_from([math.inf, 2.5]),
+    )
+    def ask(self, side: int, text: bytes, times: int, timeout: float) -> tuple[int, int]:
+        if not self.engines[side].may_ask:
+            return side, -1
+        text *= times
+        id = self.engines[side].request([text], self.now + timeout)
+        if timeout == math.inf:
+            self.timeouts[side][id] = timeout
         assert id % 2 == side
         assert id not in self.waiting[side]
         self.waiting[side][id] = text
@@ -340,9 +588,23 @@ class TwoEngines(RuleBasedStateMachine):
 
     @rule(side=st.integers(0, 1))
     def send(self, side: int) -> None:
-        self.wires[side] += self.engines[side].take()
+        self.wires[side] += self.engines[side].take(self.now)
 
-    @rule(side=st.integers(0, 1), size=st.integers(1, 60))
+    @rule()
+    def wait(self) -> None:
+        self.now += 1
+
+    @rule(side=st.integers(0, 1))
+    def ping(self, side: int) -> None:
+        self.engines[side].ping()
+
+    @rule(side=st.integers(0, 1), often=st.sampled_from([False, False, False, True]))
+    def drain(self, side: int, often: bool) -> None:
+        if often:  # else no machine would go far
+            self.engines[side].drain()
+            self.has_drained[side] = True
+
+    @rule(side=st.integers(0, 1), size=st.sampled_from([1, 7, 60, 1000, 10**6]))
     def deliver(self, side: int, size: int) -> None:
         if not self.is_cut[side]:
             data = bytes(self.wires[side][:size])
@@ -352,11 +614,17 @@ class TwoEngines(RuleBasedStateMachine):
 
     def check_event(self, side: int, event: object) -> None:
         match event:
-            case Request(id, None, [text]):
+            case Request(id, timeout, [text]):
+                assert timeout == self.timeouts[1 - side].get(id, timeout)
                 assert id not in self.seen[1 - side]
                 assert self.waiting[1 - side].get(id, text) == text
                 self.seen[1 - side].add(id)
                 self.handling[side][id] = text
+            case Bye(ids):
+                assert self.has_drained[1 - side]
+                for id in ids:
+                    assert id not in self.seen[side]
+                    del self.waiting[side][id]
             case Cancel(id):
                 assert id in self.cancelled[1 - side]
             case Answer(id, [text]):
@@ -376,7 +644,8 @@ class TwoEngines(RuleBasedStateMachine):
         for side in (0, 1):
             assert len(self.engines[side]._asked) <= self.slots[1 - side]
             assert self.engines[side].handling <= self.slots[side]
-            assert len(self.engines[side]._control) <= self.slots[1 - side]
+            assert self.engines[side]._pieces.held <= 4 * 2**20
+            assert len(self.engines[side]._outbox._open) <= 4
             for id in self.seen[side]:
                 assert not self.engines[side].is_unsent(id)
 
@@ -388,8 +657,12 @@ class TwoEngines(RuleBasedStateMachine):
         for side in (0, 1):
             assert self.waiting[side] == {}
             engine = self.engines[side]
-            left = (engine._asked, engine._cancelled, engine._handling, engine._backlog, engine._queue)
+            left = (engine._asked, engine._unsent, engine._cancelled, engine._handling, engine._backlog)
             assert not any(left), left
+            outbox = engine._outbox
+            assert not any((outbox._control, outbox._small, outbox._big, outbox._open))
+            assert engine._pieces.held == 0
+            assert engine.is_drained == self.has_drained[side]
 
     def step(self) -> bool:
         """Answer, send and deliver all there is. Returns whether there was anything."""

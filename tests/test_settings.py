@@ -16,6 +16,8 @@ def test_the_defaults() -> None:
         "max_message_size": 4 * 1024 * 1024,
         "max_requests": 100,
         "handshake_timeout": 10.0,
+        "ping_after": 20.0,
+        "ping_timeout": 20.0,
         "describe_error": None,
         "max_connections": 1000,
         "max_handshakes": 64,
@@ -76,8 +78,11 @@ def test_what_is_out_of_range(name: str, value: Any, message: str) -> None:
             for name in ("max_message_size", "max_requests", "max_connections", "max_handshakes")
             for value in (4096.0, "4096", None)
         ),
-        ("handshake_timeout", "10", "handshake_timeout must be a number of seconds"),
-        ("handshake_timeout", None, "handshake_timeout must be a number of seconds"),
+        *(
+            (name, value, f"{name} must be a number of seconds, not {type(value).__name__}")
+            for name in ("handshake_timeout", "ping_after", "ping_timeout")
+            for value in ("10", None)
+        ),
         ("describe_error", "text", "describe_error must be a function from an exception to a str"),
     ],
 )

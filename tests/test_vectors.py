@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from bokbok_trio import (
     HandshakeError,
     Key,
     ProtocolError,
+    RequestHandler,
     Settings,
     open_connection,
     open_server,
@@ -27,10 +30,11 @@ from bokbok_trio._handshake import ClientHandshake, Limits, ServerHandshake
 from bokbok_trio._keys import encode_user
 from bokbok_trio._packets import PacketDecoder, decode_number
 from bokbok_trio._secretbox_stream import SecretboxStream
-from bokbok_trio._session import Cancel, Session
+from bokbok_trio._session import Answer, Bye, Cancel, Request, Session
 from bokbok_trio.testing import MemoryListener
 
 from . import second_implementation as second
+from .helpers import echo
 from .make_vectors import PATH, dump, make
 
 TESTS = Path(__file__).parent
@@ -361,37 +365,157 @@ async def test_bad_records(vector: dict[str, Any]) -> None:
 # ---- an open connection ----
 
 
-def session() -> Session:
-    """A server that has sent the requests 1 and 3."""
-    session = Session("server", max_message_size=65536, max_requests=3, slots=3)
-    for _ in range(2):
-        session.request([b"ping", b"12345"])
-    assert session.take()
-    return session
+CONNECTION = VECTORS["connection"]
+OPEN_LIMITS = (CONNECTION["max_message_size"], CONNECTION["max_requests"])
 
 
-@named(VECTORS["connection"]["good"])
+def package_session() -> Session:
+    size, count = OPEN_LIMITS
+    return Session("server", max_message_size=size, max_requests=count, slots=count)
+
+
+def packet_before(kind: bytes) -> bytes:
+    """What must come before a good packet of this kind."""
+    names = {b"cancel": "req", b"drop": "part"}
+    found = [vector["packet"] for vector in CONNECTION["good"] if vector["name"] == names.get(kind)]
+    return bytes.fromhex("".join(found))
+
+
+@named(CONNECTION["good"])
 def test_packets_of_a_connection(vector: dict[str, Any]) -> None:
     packet, fields = bytes.fromhex(vector["packet"]), [bytes.fromhex(field) for field in vector["fields"]]
     assert second.packet(fields) == packet
-    before = bytes.fromhex(VECTORS["connection"]["good"][0]["packet"]) if fields[0] == b"cancel" else b""
-    *_, event = session().receive(before + packet)
+    server = package_session()
+    for _ in range(2):
+        server.request([b"ping", b"12345"])
+    if fields == [b"bye-ok"]:
+        server.drain()
+    assert server.take(0.0)
+    list(server.receive(packet_before(fields[0])))
+    events = list(server.receive(packet))
     match fields:
         case [b"req", id, timeout, body]:
-            assert event == (int(id), int(timeout) if timeout else None, second.unpack_body(body))
+            seconds = int(timeout) / 1e6 if timeout else math.inf
+            assert events == [(int(id), seconds, second.unpack_body(body))]
         case [b"ok", id, body]:
-            assert event == (int(id), second.unpack_body(body))
+            assert events == [(int(id), second.unpack_body(body))]
         case [b"err", id, code, message]:
-            assert event == (int(id), code.decode(), message.decode())
-        case [_, id]:
-            assert event == Cancel(int(id))
+            assert events == [(int(id), code.decode(), message.decode())]
+        case [b"cancel", id]:
+            assert events == [Cancel(int(id))]
+        case [b"bye"]:
+            assert events == [Bye([])]
+        case _:
+            assert events == []
 
 
-@named(VECTORS["connection"]["bad"])
+@named(CONNECTION["good"])
+def test_the_second_implementation_takes_packets_of_a_connection(vector: dict[str, Any]) -> None:
+    packet, fields = bytes.fromhex(vector["packet"]), [bytes.fromhex(field) for field in vector["fields"]]
+    server = second.Open(1, *OPEN_LIMITS)
+    for id in (b"1", b"3"):
+        server.put([b"req", id, b"", second.body([])])
+    if fields == [b"bye-ok"]:
+        server.put([b"bye"])
+    if before := packet_before(fields[0]):
+        server.take(before)
+    taken = server.take(packet)
+    assert taken == (fields if fields[0] in {b"req", b"ok", b"err", b"cancel"} else None)
+
+
+@named(CONNECTION["bad"])
 def test_bad_packets_of_a_connection(vector: dict[str, Any]) -> None:
-    server = Session("server", max_message_size=65536, max_requests=3, slots=3)
+    packet = bytes.fromhex(vector["packet"])
     with pytest.raises(ProtocolError):
-        list(server.receive(bytes.fromhex(vector["packet"])))
+        list(package_session().receive(packet))
+    with pytest.raises(second.Bad):
+        second.Open(1, *OPEN_LIMITS).take(packet)
+
+
+def servers_of_a_sequence(vector: dict[str, Any]) -> tuple[Session, second.Open]:
+    package, other = package_session(), second.Open(1, *OPEN_LIMITS)
+    if vector["bye"]:
+        package.drain()
+        assert [package.take(0.0)] == other.put([b"bye"])
+    return package, other
+
+
+@named(VECTORS["sequences"]["good"])
+def test_sequences_of_packets(vector: dict[str, Any]) -> None:
+    package, other = servers_of_a_sequence(vector)
+    requests = [
+        (request["id"], [bytes.fromhex(field) for field in request["fields"]])
+        for request in vector["requests"]
+    ]
+    packets = [bytes.fromhex(packet) for packet in vector["packets"]]
+    events = [event for event in package.receive(b"".join(packets)) if isinstance(event, Request)]
+    assert [(id, fields) for id, _, fields in events] == requests
+    assert package.take(0.0).hex() == vector["replies"]
+    taken = [fields for packet in packets if (fields := other.take(packet)) and fields[0] == b"req"]
+    assert [(int(id), second.unpack_body(body)) for _, id, _, body in taken] == requests
+    assert b"".join(other.replies).hex() == vector["replies"]
+
+
+@named(VECTORS["sequences"]["bad"])
+def test_bad_sequences_of_packets(vector: dict[str, Any]) -> None:
+    package, other = servers_of_a_sequence(vector)
+    *good, bad = [bytes.fromhex(packet) for packet in vector["packets"]]
+    for packet in good:
+        list(package.receive(packet))
+        other.take(packet)
+    with pytest.raises(ProtocolError):
+        list(package.receive(bad))
+    with pytest.raises(second.Bad):
+        other.take(bad)
+
+
+def pump(package: Session, other: second.Open) -> list[list[bytes]]:
+    """Take all that the package's side sends; what the second implementation is to answer."""
+    decoder = PacketDecoder(second.MAX_WHOLE)
+    taken: list[list[bytes] | None] = []
+    while batch := package.take(0.0):
+        taken += (other.take(second.packet(fields)) for fields in decoder.decode(batch))
+    assert not decoder.buffered
+    return [fields for fields in taken if fields is not None]
+
+
+@pytest.mark.parametrize("size", [65_440, 65_441, 65_536, 65_537, 2**20 - 96])
+def test_packets_about_as_long_as_may_be_whole(size: int) -> None:
+    """And the longest that may be; both ways. `size` is that of the body."""
+    package = Session("client", max_message_size=2**20, max_requests=1, slots=1)
+    other = second.Open(1, 2**20, 1)
+    text = b"a" * (size - 5)
+    package.request([text])
+    [request] = pump(package, other)
+    assert second.unpack_body(request[3]) == [text]
+    packets = other.put([b"ok", request[1], second.body([text])])
+    assert (len(packets) > 1) is (len(second.body([b"ok", request[1], second.body([text])])) > 65_536)
+    [answer] = package.receive(b"".join(packets))
+    assert answer == Answer(0, [text])
+
+
+def test_the_second_implementation_reads_big_and_small_requests_together() -> None:
+    package = Session("client", max_message_size=2**20, max_requests=20, slots=20)
+    other = second.Open(1, 2**20, 20)
+    texts = [bytes((i,)) * (300_000 if i % 2 else 300) for i in range(16)]
+    for text in texts:
+        package.request([text])
+    requests = pump(package, other)
+    assert sorted(second.unpack_body(request[3])[0] for request in requests) == texts
+    assert [len(request[3]) > 300_000 for request in requests] == [False] * 8 + [True] * 8
+
+
+def test_the_second_implementation_sees_that_a_request_was_dropped() -> None:
+    package = Session("client", max_message_size=2**20, max_requests=2, slots=2)
+    other = second.Open(1, 2**20, 2)
+    big = package.request([b"a" * 300_000])
+    for fields in PacketDecoder(second.MAX_WHOLE).decode(package.take(0.0)):
+        assert other.take(second.packet(fields)) is None
+    assert other.pieces
+    package.cancel(big)
+    package.request([b"small"])
+    assert [fields[1] for fields in pump(package, other)] == [b"2"]
+    assert not other.pieces
 
 
 # ---- the second implementation and the package, connected ----
@@ -405,6 +529,8 @@ class Peer:
         self.side = side
         self.sealed = bool(side.ephemeral)
         self.plaintext = b""
+        self.seen: list[bytes] = []
+        self.open = second.Open(side.me, 4096, 1)
 
     async def read(self, size: int) -> bytes:
         data = b""
@@ -419,7 +545,11 @@ class Peer:
         return self.opener.open(header + await self.read(int.from_bytes(header, "big")))
 
     async def send(self, packet: bytes) -> None:
-        await self.stream.send_all(self.sealer.seal(packet) if self.sealed else packet)
+        if not self.sealed:
+            await self.stream.send_all(packet)
+            return
+        for start in range(0, len(packet) or 1, 65_519):
+            await self.stream.send_all(self.sealer.seal(packet[start : start + 65_519]))
 
     async def receive(self) -> bytes:
         """One packet, its length included."""
@@ -453,14 +583,48 @@ class Peer:
             await self.stream.send_all(side.own_hello)
             await self.send(side.take_open(await self.receive()))
         self.use_keys(side.fk)
+        sizes = int(side.own_limits[0]), side.peer_limits[0]
+        self.open = second.Open(side.me, min(sizes), int(side.own_limits[1]))
 
-    async def talk(self) -> None:
+    async def put(self, *fields: bytes) -> None:
+        """Send a packet, in pieces if it must be."""
+        for packet in self.open.put(list(fields)):
+            await self.send(packet)
+
+    async def take(self) -> list[bytes]:
+        """The next packet that is to be answered, or an answer; all others are answered meanwhile."""
+        while True:
+            packet = await self.receive()
+            self.seen.append(second.unpack_body(packet[4:])[0])
+            fields = self.open.take(packet)
+            await self.reply()
+            if fields is not None:
+                return fields
+
+    async def reply(self) -> None:
+        replies, self.open.replies = self.open.replies, []
+        for packet in replies:
+            await self.send(packet)
+
+    async def take_word(self, word: bytes) -> None:
+        """Take a packet of this one field."""
+        packet = await self.receive()
+        assert second.unpack(packet) == [word]
+        assert self.open.take(packet) is None
+        await self.reply()
+
+    async def talk(self, timeout: bytes) -> None:
         """Make a request, answer the one that its handler makes, and get the answer."""
-        own, other = (b"0", b"1") if self.side.me == 0 else (b"1", b"0")
-        await self.send(second.packet([b"req", own, b"60000000", second.body([b"double", b"ab"])]))
-        assert second.unpack(await self.receive()) == [b"req", other, b"", second.body([b"again?", b"ab"])]
-        await self.send(second.packet([b"ok", other, second.body([b"yes"])]))
-        assert second.unpack(await self.receive()) == [b"ok", own, second.body([b"abab", b"yes"])]
+        own, other = self.ids
+        await self.put(b"req", own, b"60000000", second.body([b"double", b"ab"]))
+        assert await self.take() == [b"req", other, timeout, second.body([b"again?", b"ab"])]
+        await self.put(b"ok", other, second.body([b"yes"]))
+        assert await self.take() == [b"ok", own, second.body([b"abab", b"yes"])]
+
+    @property
+    def ids(self) -> tuple[bytes, bytes]:
+        """Those of the first requests, its own and the other side's."""
+        return (b"0", b"1") if self.side.me == 0 else (b"1", b"0")
 
     async def expect_end(self) -> None:
         if self.sealed:
@@ -510,7 +674,7 @@ async def test_the_second_implementation_as_client(mode: str, autojump_clock: tr
             peer = Peer(listener.connect(), client)
             await peer.shake_hands()
             assert client.peer_limits == (5000, 2)
-            await peer.talk()
+            await peer.talk(b"60000000")
             await peer.end()
     assert lost == [("zo" if sealed else None, sealed, False)]
 
@@ -535,8 +699,203 @@ async def test_the_second_implementation_as_server(mode: str, autojump_clock: tr
             ) as connection:
                 assert connection.encrypted is sealed
                 assert server.peer_limits == (5000, 2)
-                await peer.talk()
+                await peer.talk(b"5000000")
         await peer.expect_end()
+
+
+@asynccontextmanager
+async def connected(
+    role: str,
+    handler: RequestHandler = echo,
+    *,
+    settings: Settings = Settings(max_message_size=2**20),  # noqa: B008
+) -> AsyncGenerator[tuple[Connection, Peer]]:
+    """The package, and the second implementation in that role, connected in mode sealed."""
+    limits = (2**20, 5)
+    accepted = []
+
+    async def on_open(connection: Connection) -> None:
+        accepted.append(connection)
+        await trio.lowlevel.checkpoint()
+
+    if role == "client":
+        listener = MemoryListener()
+        async with open_server(
+            [listener], handler, user_key={"zo": KEY}, open_handler=on_open, settings=settings
+        ):
+            peer = Peer(listener.connect(), second.Client(b"zo", KEY.raw, b"", limits, SECRET))
+            await peer.shake_hands()
+            await trio.testing.wait_all_tasks_blocked()
+            yield accepted[0], peer
+        return
+    ours, theirs = trio.testing.memory_stream_pair()
+    peer = Peer(theirs, second.Server({b"zo": KEY.raw}, b"", limits, SECRET))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(peer.shake_hands)
+        async with open_connection(
+            ours, user="zo", key=KEY, request_handler=handler, settings=settings
+        ) as connection:
+            yield connection, peer
+
+
+both_roles = pytest.mark.parametrize("role", ["client", "server"])
+
+
+@both_roles
+async def test_an_echo_of_300_kib(role: str, autojump_clock: trio.testing.MockClock) -> None:
+    text = bytes(range(256)) * 1200
+    async with connected(role) as (connection, peer):
+        own, other = peer.ids
+        with trio.fail_after(5):
+            await peer.put(b"req", own, b"", second.body([text, b"1"]))
+            assert await peer.take() == [b"ok", own, second.body([text, b"1"])]
+        assert peer.seen == [b"part"] * len(peer.seen)
+        assert len(peer.seen) >= 5
+
+        async def answer() -> None:
+            _, id, _, body = await peer.take()
+            assert id == other
+            await peer.put(b"ok", id, body)
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(answer)
+                assert await connection.request([text, b"2"]) == [text, b"2"]
+
+
+@both_roles
+async def test_a_deadline_is_seen_by_the_second_implementation(
+    role: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with connected(role) as (connection, peer):
+        _, id = peer.ids
+
+        async def ask() -> None:
+            with trio.move_on_after(1.5) as scope:
+                await connection.request([b"too long"])
+            assert scope.cancelled_caught
+            assert await connection.request([b"for ever"]) == []
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            _, _, timeout, body = await peer.take()
+            assert (timeout, second.unpack_body(body)) == (b"1500000", [b"too long"])
+            # The package waits for its own clock, and says so then.
+            await peer.put(b"err", id, b"timeout", b"")
+            _, id, timeout, body = await peer.take()
+            assert (timeout, second.unpack_body(body)) == (b"", [b"for ever"])
+            await peer.put(b"ok", id, second.body([]))
+            assert trio.current_time() == 1.5
+
+
+@both_roles
+async def test_a_deadline_of_the_second_implementation(
+    role: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def sleep(connection: Connection, request: list[bytes]) -> None:
+        await trio.sleep_forever()
+
+    async with connected(role, sleep) as (_, peer):
+        own, _ = peer.ids
+        await peer.put(b"req", own, b"2500000", second.body([]))
+        assert (await peer.take())[:3] == [b"err", own, b"timeout"]
+        assert trio.current_time() == 2.5
+
+
+@both_roles
+async def test_pings_of_both_sides(role: str, autojump_clock: trio.testing.MockClock) -> None:
+    settings = Settings(max_message_size=2**20, ping_after=3, ping_timeout=1)
+    async with connected(role, settings=settings) as (connection, peer):
+        with trio.move_on_after(10):
+            await peer.take()
+        assert peer.seen == [b"ping"] * 3
+        assert not connection.closed
+        await peer.put(b"ping")
+        await peer.take_word(b"pong")
+        await peer.take_word(b"ping")
+        with trio.fail_after(5):
+            await connection.wait_closed()  # as the peer is silent from here on
+        assert trio.current_time() == 17
+
+
+class Slow:
+    """A handler that asks back, and answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.may_answer = trio.Event()
+
+    async def __call__(self, connection: Connection, request: list[bytes]) -> list[bytes]:
+        await self.may_answer.wait()
+        return [*request, *await connection.request([b"again?"])]
+
+
+@both_roles
+async def test_the_package_drains(role: str, autojump_clock: trio.testing.MockClock) -> None:
+    """With a request in flight that asks back, and one that crosses the `bye`."""
+    slow = Slow()
+    async with connected(role, slow) as (connection, peer):
+        own, other = peer.ids
+        crossing = b"%d" % (int(own) + 2)
+        with trio.fail_after(5):
+            await peer.put(b"req", own, b"", second.body([b"first"]))
+            await trio.testing.wait_all_tasks_blocked()
+            connection.drain()
+            await trio.testing.wait_all_tasks_blocked()
+            await peer.put(b"req", crossing, b"", second.body([b"second"]))
+            await peer.take_word(b"bye")  # and sends bye-ok
+            assert (await peer.take())[:3] == [b"err", crossing, b"closing"]
+            slow.may_answer.set()
+            assert await peer.take() == [b"req", other, b"", second.body([b"again?"])]
+            assert not connection.closed
+            await peer.put(b"ok", other, second.body([b"yes"]))
+            assert await peer.take() == [b"ok", own, second.body([b"first", b"yes"])]
+            await peer.expect_end()
+            await connection.wait_closed()
+
+
+@both_roles
+async def test_the_second_implementation_drains(role: str, autojump_clock: trio.testing.MockClock) -> None:
+    """With a request of the package's in flight, and one of its own."""
+    slow = Slow()
+    slow.may_answer.set()
+    async with connected(role, slow) as (connection, peer):
+        own, other = peer.ids
+        answers = []
+
+        async def ask() -> None:
+            answers.append(await connection.request([b"a" * 100_000]))
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                assert (await peer.take())[:2] == [b"req", other]
+                await peer.put(b"bye")
+                await peer.take_word(b"bye-ok")
+                with pytest.raises(ConnectionLost, match="takes no new request") as caught:
+                    await connection.request([b"too late"])
+                assert not caught.value.may_have_run
+                # Its handlers may go on to ask, and what they ask back is too late.
+                await peer.put(b"req", own, b"", second.body([]))
+                assert (await peer.take())[:3] == [b"err", own, b"handler-error"]
+                assert not peer.open.is_drained()
+                await peer.put(b"ok", other, second.body([b"yes"]))
+            assert answers == [[b"yes"]]
+            assert peer.open.is_drained()
+            await peer.end()
+            await connection.wait_closed()
+
+
+@both_roles
+async def test_both_drain(role: str, autojump_clock: trio.testing.MockClock) -> None:
+    async with connected(role) as (connection, peer):
+        with trio.fail_after(5):
+            await peer.put(b"bye")
+            connection.drain()
+            words = [second.unpack(await peer.receive()), second.unpack(await peer.receive())]
+            assert words == [[b"bye"], [b"bye-ok"]]
+            assert not connection.closed
+            await peer.send(second.BYE_OK)
+            await peer.expect_end()
 
 
 async def test_the_second_implementation_as_client_with_another_key(

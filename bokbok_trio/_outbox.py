@@ -1,0 +1,247 @@
+"""What waits to be sent, and in which order it leaves; and big packets, in pieces: no Trio, no I/O.
+
+Control packets leave first. A packet over `MAX_WHOLE_SIZE` leaves as pieces::
+
+    part n left bytes       a piece of packet n; so many bytes are still to come, 0 ends it
+    drop n                  the pieces of n so far are void, the packet never existed
+
+A batch is of small packets, in the order they were queued, and one piece, of whatever big packet has
+its turn: so neither waits long for the other. How large it is depends on how long the last one took.
+
+Invariants
+==========
+
+- At most `MAX_OPEN` packets have partly left, or partly arrived; what partly arrived takes up at
+  most `MAX_OPEN` times the limit of a packet.
+- The queues hold references to what the user gave, and no copies, until it is joined: a small packet
+  when it is taken, a big one when its first piece is.
+- A packet is fixed when the first byte of it is taken; until then its timeout goes on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import Final, final
+
+from ._errors import ProtocolError
+from ._packets import LENGTH_SIZE, Chunks, encode_head, encode_number
+
+MAX_BATCH_SIZE: Final = 2**16
+"""Bytes after which no further packet is added to a batch: enough to make system calls rare."""
+
+MIN_BATCH_SIZE: Final = 2**14
+"""The same on a slow link, where what was handed to the system stands in the way of what comes next.
+With 16 KiB unsent, which Trio asks the system to be content with, it is 26 ms at 10 Mbit/s."""
+
+SLOW_SEND: Final = 0.010
+"""Seconds. While sending a batch takes longer, batches become smaller; under a quarter, larger."""
+
+MAX_WHOLE_SIZE: Final = 2**16
+"""Bytes of the longest packet that travels whole; what is longer must come in pieces."""
+
+HEAD_ROOM: Final = 96
+"""Bytes of a packet kept for what stands before the user's fields: 79 for the longest head, with
+three numbers of 18 digits. Always kept, so that what fits does not depend on how many requests
+there were before, or on a timeout."""
+
+MAX_PIECE_SIZE: Final = 65_519 - 61
+"""Bytes of a piece: with the longest head of `part` it fits one record."""
+
+PIECE_SHARE: Final = 4
+"""A quarter of each batch is kept for a piece that waits, so that small packets cannot starve it."""
+
+MAX_OPEN: Final = 4
+"""Packets of one direction that may have partly arrived, each up to the limit of a packet."""
+
+MAX_TIMEOUT: Final = 10**17
+"""Microseconds: three thousand years. What is longer is no deadline, and a number has 18 digits."""
+
+
+@final
+class Outgoing:
+    """A packet that waits to be sent: a few fields, and a user's body.
+
+    Arguments:
+        fields: those before the body.
+        body: in chunks, and its size in bytes; None for a packet without one.
+        deadline: of a request, by the clock that `Outbox.take` is told; its timeout is the third
+            field. None where the packet has no such field.
+    """
+
+    __slots__ = ("_body", "_body_size", "_deadline", "_fields")
+
+    def __init__(
+        self,
+        *fields: bytes,
+        body: Chunks | None = None,
+        body_size: int | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        self._fields = fields
+        self._body = body or []
+        self._body_size = body_size
+        self._deadline = deadline
+
+    @property
+    def is_big(self) -> bool:
+        """Whether it must leave in pieces, whatever its timeout will be."""
+        return (self._body_size or 0) > MAX_WHOLE_SIZE - HEAD_ROOM
+
+    def encode(self, now: float) -> Chunks:
+        """The packet in chunks, as of now."""
+        fields = self._fields
+        if self._deadline is not None:
+            left = max(0.0, self._deadline - now) * 1e6
+            timeout = b"" if left > MAX_TIMEOUT else encode_number(int(left))
+            fields = (*fields, timeout)
+        return [encode_head(*fields, body_size=self._body_size), *self._body]
+
+
+@final
+class _Pieced:
+    """A packet that has partly left."""
+
+    __slots__ = ("_bytes", "number")
+
+    def __init__(self, number: int, packet: bytes) -> None:
+        self.number = encode_number(number)
+        self._bytes = memoryview(packet)
+
+    def take(self, size: int) -> tuple[Chunks, int]:
+        """Its next piece, of at most so many bytes, and how many are left."""
+        piece, self._bytes = self._bytes[:size], self._bytes[size:]
+        left = len(self._bytes)
+        head = encode_head(b"part", self.number, encode_number(left), body_size=len(piece))
+        return [head, bytes(piece)], left
+
+
+@final
+class Outbox:
+    """The queues of one direction. Packets are known by the id of their request, one at a time."""
+
+    def __init__(self) -> None:
+        self._control: deque[bytes] = deque()
+        self._small: OrderedDict[int, Outgoing] = OrderedDict()
+        self._big: OrderedDict[int, Outgoing] = OrderedDict()
+        self._open: OrderedDict[int, _Pieced] = OrderedDict()  # the next one's turn is the first's
+        self._next_number = 0
+        self._batch_size = MAX_BATCH_SIZE
+
+    def __contains__(self, id: int) -> bool:
+        """Whether a packet of that id has not wholly left."""
+        return id in self._small or id in self._big or id in self._open
+
+    def put_control(self, *fields: bytes) -> None:
+        """Queue a control packet."""
+        self._control.append(encode_head(*fields))
+
+    def put(self, id: int, packet: Outgoing) -> None:
+        """Queue a packet."""
+        (self._big if packet.is_big else self._small)[id] = packet
+
+    def remove(self, id: int) -> bool:
+        """Take back the packet of that id, if it has not wholly left. Returns whether that was so."""
+        if self._small.pop(id, None) is not None or self._big.pop(id, None) is not None:
+            return True
+        pieced = self._open.pop(id, None)
+        if pieced is not None:
+            self.put_control(b"drop", pieced.number)
+        return pieced is not None
+
+    def note_sent(self, seconds: float) -> None:
+        """Learn how long it took to send the last batch."""
+        if seconds > SLOW_SEND:
+            self._batch_size = max(MIN_BATCH_SIZE, self._batch_size // 2)
+        elif seconds < SLOW_SEND / 4:
+            self._batch_size = min(MAX_BATCH_SIZE, self._batch_size * 2)
+
+    def take(self, now: float) -> tuple[bytes, list[int]]:
+        """Take the next batch.
+
+        Returns:
+            It, in one piece, and the ids whose packets have thereby wholly left.
+        """
+        chunks: Chunks = list(self._control)
+        self._control.clear()
+        size = sum(map(len, chunks))
+        done: list[int] = []
+        has_piece = bool(self._open or self._big)
+        least = self._batch_size // PIECE_SHARE
+        room = self._batch_size - (least if has_piece else 0)
+        while self._small and size < room:
+            id, packet = self._small.popitem(last=False)
+            encoded = packet.encode(now)
+            chunks += encoded
+            size += sum(map(len, encoded))
+            done.append(id)
+        if has_piece:
+            piece_size = max(least, min(MAX_PIECE_SIZE, self._batch_size - size))
+            self._take_piece(piece_size, now, chunks, done)
+        return b"".join(chunks), done
+
+    def _take_piece(self, size: int, now: float, chunks: Chunks, done: list[int]) -> None:
+        if self._big and len(self._open) < MAX_OPEN:
+            id, packet = self._big.popitem(last=False)
+            pieced = _Pieced(self._next_number, b"".join(packet.encode(now))[LENGTH_SIZE:])
+            self._next_number += 1
+        else:
+            id, pieced = self._open.popitem(last=False)
+        piece, left = pieced.take(size)
+        chunks += piece
+        if left:
+            self._open[id] = pieced
+        else:
+            done.append(id)
+
+
+@final
+class Reassembler:
+    """Puts the pieces of the other side together.
+
+    Arguments:
+        limit: the most bytes a packet's length may be.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open: dict[int, tuple[bytearray, int]] = {}  # what came, and how much is still to come
+
+    @property
+    def held(self) -> int:
+        """How many bytes of unfinished packets are held."""
+        return sum(len(buffer) for buffer, _ in self._open.values())
+
+    def add(self, number: int, left: int, piece: bytes) -> bytes | None:
+        """Take in a piece; return the body of the packet that it completes.
+
+        Raises:
+            ProtocolError: it is empty, one packet too many, over the limit, or does not go on where
+                the last one ended.
+        """
+        if not piece:
+            raise ProtocolError("an empty piece")
+        if number in self._open:
+            buffer, expected = self._open[number]
+            if left != expected - len(piece):
+                raise ProtocolError(f"a piece with {left} bytes left after one with {expected}")
+        else:
+            if len(piece) + left > self._limit:
+                raise ProtocolError(f"a packet of {len(piece) + left} bytes in pieces; {self._limit} may be")
+            if len(self._open) >= MAX_OPEN:
+                raise ProtocolError(f"more than {MAX_OPEN} packets in pieces at once")
+            buffer = bytearray()
+        buffer += piece
+        if left:
+            self._open[number] = (buffer, left)
+            return None
+        self._open.pop(number, None)
+        return bytes(buffer)
+
+    def drop(self, number: int) -> None:
+        """Forget the pieces of a packet.
+
+        Raises:
+            ProtocolError: there are none.
+        """
+        if self._open.pop(number, None) is None:
+            raise ProtocolError(f"no packet {number} is there in pieces")

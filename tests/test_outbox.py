@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from bokbok_trio import ProtocolError
+from bokbok_trio._outbox import (
+    HEAD_ROOM,
+    MAX_BATCH_SIZE,
+    MAX_OPEN,
+    MAX_PIECE_SIZE,
+    MAX_WHOLE_SIZE,
+    MIN_BATCH_SIZE,
+    PIECE_SHARE,
+    SLOW_SEND,
+    Outbox,
+    Outgoing,
+    Reassembler,
+)
+from bokbok_trio._packets import PacketDecoder, decode_body, encode_head
+from bokbok_trio._secretbox_stream import MAX_PLAINTEXT_SIZE
+
+LIMIT = 2**20
+
+
+def message(id: int, size: int) -> Outgoing:
+    """A packet whose body is of so many bytes, each of them the id."""
+    return Outgoing(b"ok", b"%d" % id, body=[bytes((id,)) * size], body_size=size)
+
+
+class Receiver:
+    """What the other side makes of the batches."""
+
+    def __init__(self) -> None:
+        self._decoder = PacketDecoder(MAX_WHOLE_SIZE)
+        self.pieces = Reassembler(LIMIT)
+        self.whole: list[tuple[int, int]] = []  # the id and the size of the body, as they come
+
+    def receive(self, batch: bytes) -> list[list[bytes]]:
+        packets = list(self._decoder.decode(batch))
+        for fields in packets:
+            self._interpret(fields)
+        return packets
+
+    def _interpret(self, fields: list[bytes]) -> None:
+        match fields:
+            case [b"part", number, left, piece]:
+                body = self.pieces.add(int(number), int(left), piece)
+                if body is not None:
+                    self._interpret(decode_body(body))
+            case [b"drop", number]:
+                self.pieces.drop(int(number))
+            case [b"ok", id, body]:
+                assert body == bytes((int(id),)) * len(body)
+                self.whole.append((int(id), len(body)))
+            case _:
+                assert fields == [b"ping"]
+
+
+def kinds(packets: list[list[bytes]]) -> list[bytes]:
+    return [fields[0] for fields in packets]
+
+
+def test_control_leaves_first() -> None:
+    outbox = Outbox()
+    outbox.put(0, message(0, 10))
+    outbox.put_control(b"ping")
+    batch, done = outbox.take(0)
+    assert kinds(Receiver().receive(batch)) == [b"ping", b"ok"]
+    assert done == [0]
+    assert outbox.take(0) == (b"", [])
+
+
+@pytest.mark.parametrize("size", [MAX_WHOLE_SIZE - HEAD_ROOM, MAX_WHOLE_SIZE - HEAD_ROOM + 1])
+def test_what_is_too_big_leaves_in_pieces(size: int) -> None:
+    outbox, receiver = Outbox(), Receiver()
+    outbox.put(1, message(1, size))
+    found = []
+    while 1 in outbox:
+        found += kinds(receiver.receive(outbox.take(0)[0]))
+    assert found == ([b"ok"] if size <= MAX_WHOLE_SIZE - HEAD_ROOM else [b"part"])
+    assert receiver.whole == [(1, size)]
+
+
+def test_a_piece_with_the_longest_head_fits_one_record() -> None:
+    longest = b"9" * 18
+    head = encode_head(b"part", longest, longest, body_size=MAX_PIECE_SIZE)
+    assert len(head) + MAX_PIECE_SIZE == MAX_PLAINTEXT_SIZE
+
+
+def test_a_batch_ends_near_its_size() -> None:
+    outbox, receiver = Outbox(), Receiver()
+    for id in range(5):
+        outbox.put(id, message(id, MAX_BATCH_SIZE // 2))
+    assert [len(receiver.receive(outbox.take(0)[0])) for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_small_packets_and_pieces_do_not_starve_each_other() -> None:
+    outbox, receiver = Outbox(), Receiver()
+    outbox.put(200, message(200, LIMIT // 2))
+    for id in range(100):
+        outbox.put(id, message(id, 4000))
+    sizes = []
+    while 200 in outbox:
+        batch, done = outbox.take(0)
+        packets = receiver.receive(batch)
+        assert kinds(packets)[-1] == b"part"
+        assert kinds(packets).count(b"part") == 1
+        assert len(packets[-1][3]) >= MAX_BATCH_SIZE // PIECE_SHARE or 200 in done
+        sizes.append(len(batch))
+    assert receiver.whole == [*((id, 4000) for id in range(100)), (200, LIMIT // 2)]
+    assert max(sizes) <= MAX_BATCH_SIZE + 5000
+    assert min(sizes[:-1]) > MAX_BATCH_SIZE * 0.9
+
+
+def test_big_packets_take_turns_and_four_at_most_are_open() -> None:
+    outbox, receiver = Outbox(), Receiver()
+    for id in range(6):
+        outbox.put(id, message(id, 3 * MAX_PIECE_SIZE))
+    turns = []
+    while batch := outbox.take(0)[0]:
+        [part] = receiver.receive(batch)
+        turns.append(int(part[1]))
+        assert receiver.pieces.held <= MAX_OPEN * LIMIT
+        assert len(receiver.pieces._open) <= MAX_OPEN
+    assert turns[:13] == [*[0, 1, 2, 3] * 3, 0], "the first is done, and makes room"
+    assert turns[13] == 4
+    assert sorted(turns) == sorted([0, 1, 2, 3, 4, 5] * 4)
+    assert sorted(id for id, _ in receiver.whole) == list(range(6))
+
+
+def test_batches_fit_how_long_they_take() -> None:
+    outbox, receiver = Outbox(), Receiver()
+    outbox.put(0, message(0, LIMIT - HEAD_ROOM))
+
+    def next_size() -> int:
+        batch, _ = outbox.take(0)
+        receiver.receive(batch)
+        return len(batch)
+
+    assert MAX_BATCH_SIZE - 200 < next_size() <= MAX_BATCH_SIZE
+    sizes = []
+    for _ in range(4):
+        outbox.note_sent(SLOW_SEND * 2)
+        sizes.append(next_size())
+    assert [round(size / 2**14) for size in sizes] == [2, 1, 1, 1]
+    assert sizes[-1] <= MIN_BATCH_SIZE + 200
+    outbox.note_sent(SLOW_SEND / 2)
+    assert next_size() == sizes[-1]
+    for _ in range(4):
+        outbox.note_sent(0)
+        sizes.append(next_size())
+    assert [round(size / 2**14) for size in sizes[-4:]] == [2, 4, 4, 4]
+
+
+def test_a_packet_is_taken_back_unless_it_has_left() -> None:
+    outbox, receiver = Outbox(), Receiver()
+    for id, size in ((0, 10), (1, LIMIT // 2), (2, LIMIT // 2)):
+        outbox.put(id, message(id, size))
+    assert outbox.remove(0)
+    receiver.receive(outbox.take(0)[0])
+    assert 0 not in outbox
+    assert receiver.pieces.held > 0
+    assert outbox.remove(1)
+    assert not outbox.remove(1)
+    assert kinds(receiver.receive(outbox.take(0)[0])) == [b"drop", b"part"]
+    assert outbox.remove(2)
+    assert kinds(receiver.receive(outbox.take(0)[0])) == [b"drop"]
+    assert receiver.pieces.held == 0
+    assert receiver.whole == []
+
+
+def test_a_big_packet_that_has_not_begun_leaves_no_drop() -> None:
+    outbox = Outbox()
+    outbox.put(0, message(0, LIMIT))
+    assert outbox.remove(0)
+    assert outbox.take(0) == (b"", [])
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), st.sampled_from([0, 1, 100, 30_000, 70_000, 200_000])),
+        st.tuples(st.just("remove"), st.integers(0, 60)),
+        st.tuples(st.just("take"), st.just(0)),
+        st.tuples(st.just("ping"), st.just(0)),
+    ),
+    max_size=60,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(OPERATIONS)
+def test_whatever_is_queued_arrives_once_unless_it_was_taken_back(operations: list[tuple[str, int]]) -> None:
+    outbox, receiver = Outbox(), Receiver()
+    sizes: dict[int, int] = {}
+    done: list[int] = []
+
+    def take() -> bytes:
+        batch, now_done = outbox.take(0)
+        receiver.receive(batch)
+        done.extend(now_done)
+        assert sorted(done) == sorted(id for id, _ in receiver.whole), "the last byte has left"
+        assert all(id not in outbox for id in done)
+        assert len(batch) <= MAX_BATCH_SIZE + max(sizes.values(), default=0) + 200
+        return batch
+
+    for id, (operation, number) in enumerate(operations):
+        match operation:
+            case "put":
+                sizes[id] = number
+                outbox.put(id, message(id, number))
+            case "remove":
+                was_there = number in outbox
+                assert outbox.remove(number) == was_there
+                if was_there:
+                    del sizes[number]
+            case "ping":
+                outbox.put_control(b"ping")
+            case _:
+                take()
+    while take():
+        pass
+    assert sorted(receiver.whole) == sorted(sizes.items())
+    assert receiver.pieces.held == 0
+
+
+# ---- pieces that break the rules ----
+
+
+@pytest.mark.parametrize(
+    ("pieces", "error"),
+    [
+        ([(0, 0, b"")], "an empty piece"),
+        ([(0, 5, b"x"), (0, 5, b"")], "an empty piece"),
+        ([(0, LIMIT, b"x")], f"a packet of {LIMIT + 1} bytes"),
+        ([(0, 10**17, b"x")], "a packet of 100000000000000001 bytes"),
+        ([(0, 5, b"x"), (0, 5, b"x")], "a piece with 5 bytes left after one with 5"),
+        ([(0, 5, b"x"), (0, 0, b"x")], "a piece with 0 bytes left after one with 5"),
+        ([(0, 5, b"x"), (0, 0, b"123456")], "a piece with 0 bytes left"),
+        ([(n, 5, b"x") for n in range(MAX_OPEN + 1)], "more than 4 packets in pieces"),
+    ],
+)
+def test_pieces_that_break_the_rules(pieces: list[tuple[int, int, bytes]], error: str) -> None:
+    receiver = Reassembler(LIMIT)
+    for piece in pieces[:-1]:
+        assert receiver.add(*piece) is None
+    held = receiver.held
+    with pytest.raises(ProtocolError, match=error):
+        receiver.add(*pieces[-1])
+    assert receiver.held == held, "nothing of it was kept"
+
+
+def test_the_limit_itself_is_allowed() -> None:
+    receiver = Reassembler(5)
+    assert receiver.add(0, 3, b"ab") is None
+    assert receiver.add(0, 0, b"cde") == b"abcde"
+    assert receiver.held == 0
+
+
+def test_a_drop_of_what_is_not_there() -> None:
+    with pytest.raises(ProtocolError, match="no packet 7"):
+        Reassembler(5).drop(7)
