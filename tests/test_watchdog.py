@@ -184,7 +184,11 @@ async def test_a_machine_suspended_during_a_send_gets_its_time(
 
 # ---- a real link that goes dead ----
 
-NETWORK = "bokbok-test"
+# Of this process only, so that two runs at once do not meet.
+MARK = os.getpid()
+NETWORK = f"bokbok-{MARK}"
+CABLE = f"bok{MARK}"
+SUBNET = f"10.77.{MARK % 256}"
 
 PEER = """
 import trio, sys
@@ -196,7 +200,7 @@ async def note(connection):
 async def main():
     global opened
     settings = Settings(ping_after=0.5, ping_timeout=0.5)
-    async with open_server("10.77.0.2:7777", handler, insecure=True, close_handler=note, settings=settings):
+    async with open_server(sys.argv[1], handler, insecure=True, close_handler=note, settings=settings):
         print("listening", flush=True)
         opened = trio.current_time()
         await trio.sleep_forever()
@@ -216,11 +220,11 @@ def dead_end() -> Iterator[None]:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("network namespaces need root and iproute2")
     try:
-        ip("link", "add", "bokbok0", "type", "veth", "peer", "name", "bokbok1", "netns", NETWORK)
-        ip("address", "add", "10.77.0.1/24", "dev", "bokbok0")
-        ip("link", "set", "bokbok0", "up")
-        ip("-n", NETWORK, "address", "add", "10.77.0.2/24", "dev", "bokbok1")
-        ip("-n", NETWORK, "link", "set", "bokbok1", "up")
+        ip("link", "add", CABLE, "type", "veth", "peer", "name", "far", "netns", NETWORK)
+        ip("address", "add", f"{SUBNET}.1/24", "dev", CABLE)
+        ip("link", "set", CABLE, "up")
+        ip("-n", NETWORK, "address", "add", f"{SUBNET}.2/24", "dev", "far")
+        ip("-n", NETWORK, "link", "set", "far", "up")
         yield
     finally:
         ip("netns", "delete", NETWORK)
@@ -229,18 +233,19 @@ def dead_end() -> Iterator[None]:
 async def test_a_link_that_goes_dead_is_noticed_by_both_sides_in_time(dead_end: None) -> None:
     from bokbok_trio import open_connection  # noqa: PLC0415
 
-    command = ["ip", "netns", "exec", NETWORK, sys.executable, "-c", PEER]
+    address = f"{SUBNET}.2:7777"
+    command = ["ip", "netns", "exec", NETWORK, sys.executable, "-c", PEER, address]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "listening\n"
             settings = Settings(ping_after=0.5, ping_timeout=0.5)
-            async with open_connection("10.77.0.2:7777", insecure=True, settings=settings) as connection:
+            async with open_connection(address, insecure=True, settings=settings) as connection:
                 assert await connection.request(["x"]) == [b"x"]
                 await trio.sleep(1.2)
                 assert not connection.closed
-                ip("-n", NETWORK, "link", "set", "bokbok1", "down")
+                ip("-n", NETWORK, "link", "set", "far", "down")
                 died = time.monotonic()
                 await connection.wait_closed()
                 assert time.monotonic() - died < 1.5
