@@ -16,7 +16,12 @@ handler answers them. The exceptions are drawn in ``bokbok_trio._errors``::
      └── RequestError
 """
 
-from ._addresses import Address as Address, TCPAddress as TCPAddress, UnixAddress as UnixAddress
+from ._addresses import (
+    Address as Address,
+    PeerCredentials as PeerCredentials,
+    TCPAddress as TCPAddress,
+    UnixAddress as UnixAddress,
+)
 from ._client import open_connection as open_connection
 from ._connection import (
     Connection as Connection,
@@ -37,9 +42,13 @@ from ._errors import (
     RequestError as RequestError,
 )
 from ._keys import Key as Key, passphrase_to_key as passphrase_to_key
-from ._opening import UserKey as UserKey
+from ._opening import PeerUser as PeerUser, UserKey as UserKey
 from ._packets import Field as Field
-from ._server import Server as Server, open_server as open_server, serve as serve
+from ._server import (
+    Server as Server,
+    open_server as open_server,
+    serve as serve,
+)
 from ._settings import Settings as Settings
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Addresses: parsing them, dialling them, listening on them.
+"""Addresses: parsing them, dialling them, listening on them; and who is at the other end.
 
 A TCP address is a host (a name, an IPv4 or an IPv6 address, or empty: all interfaces) and a port; a
 UNIX address is a path. As strings::
@@ -19,6 +19,8 @@ import os
 import re
 import socket
 import stat
+import struct
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +39,9 @@ LOCK_POLL: Final = 0.02
 """Seconds between attempts at the lock on a directory. It is held for some system calls only, by us;
 but anyone who can open the directory can hold it for as long as they like, so waiting for it must be
 possible to cancel."""
+
+UCRED: Final = struct.Struct("@iII")
+"""Linux's ``struct ucred``: pid, uid, gid."""
 
 logger = logging.getLogger("bokbok_trio")
 
@@ -247,6 +252,52 @@ def stream_address(stream: trio.abc.Stream) -> Address | None:
     return _socket_address(names[0])
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class PeerCredentials:
+    """The process at the other end of a UNIX socket, by the word of the system and not its own.
+
+    All of it is as of when a client connected or a server began to listen. The process may have
+    changed its user since, or have handed its socket on to another.
+
+    Attributes:
+        pid: the process; 0 of one that this process cannot see, in a container. It may be another
+            one's by now: good for a log, and not to decide by.
+        uid: its effective user; of one that has no number in this process's user namespace, the
+            overflow uid, mostly 65534 (``nobody``).
+        gid: its effective group, likewise.
+    """
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def stream_credentials(stream: trio.abc.Stream) -> PeerCredentials | None:
+    """Who is at the other end of a UNIX socket; None for other streams, and on systems but Linux."""
+    if sys.platform != "linux" or not isinstance(stream, trio.SocketStream):
+        return None
+    if stream.socket.family != socket.AF_UNIX:
+        return None
+    try:
+        found = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
+    except OSError:
+        return None  # it is closed
+    return PeerCredentials(*UCRED.unpack(found))
+
+
+def require_credentials(address: Address | None) -> None:
+    """Refuse to listen where the system will not tell who connects, as far as that is known.
+
+    Raises:
+        AddressError: so it is.
+    """
+    if sys.platform != "linux":
+        raise AddressError("peer_user needs Linux: this system does not tell who connects")
+    if isinstance(address, TCPAddress):
+        raise AddressError(f"peer_user needs a UNIX socket, and {address} is none")
+
+
 def _unix_address(name: object) -> UnixAddress | None:
     """The path a UNIX socket is on; None of one that is on none, or on one that is no good.
 
@@ -263,6 +314,17 @@ def _socket_address(name: Sequence[object]) -> TCPAddress:
 
 
 # ---- listening ----
+
+
+@contextmanager
+def _name_use(address: Address) -> Generator[None]:
+    """That somebody else has an address is an error of the address."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise AddressError(f"{address} is in use") from exc
+        raise
 
 
 @final
@@ -313,18 +375,12 @@ async def listen(
         OSError: the system says no.
     """
     if isinstance(address, UnixAddress):
-        return [await _listen_unix(address.path, backlog, mode)]
+        with _name_use(address):  # by a server that knows nothing of the lock
+            return [await _listen_unix(address.path, backlog, mode)]
     if not insecure:
         await _check_stays_home(address)
-    try:
-        with _name_errors(address):
-            listeners = await trio.open_tcp_listeners(
-                address.port, host=address.host or None, backlog=backlog
-            )
-    except OSError as exc:
-        if exc.errno == errno.EADDRINUSE:
-            raise AddressError(f"{address} is in use") from exc
-        raise
+    with _name_errors(address), _name_use(address):
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host or None, backlog=backlog)
     if not insecure:
         try:
             for listener in listeners:

@@ -57,7 +57,8 @@ async def open_connection(
         AddressError: no address, or plain TCP to another machine without `insecure`.
         OSError: nobody answers there.
         HandshakeError: the peer is not one, or did not keep to the rules or to the time.
-        AuthenticationError: the server refused the user and key, or could not prove that it has it.
+        AuthenticationError: the server refused the user and key, or could not prove that it has it;
+            or, over a UNIX socket, it has no name for this process.
         ConnectionRefused: the server has no room, or is stopping.
     """
     check_key_arguments(user, key, service)

@@ -56,7 +56,7 @@ from ._session import Answer, Bye, Event, Failure, Request, Session
 from ._watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from ._addresses import Address
+    from ._addresses import Address, PeerCredentials
     from ._handshake import Side
     from ._opening import Opened
     from ._packets import Field
@@ -159,7 +159,9 @@ class Connection:
 
     @property
     def user(self) -> str | None:
-        """The user that both sides authenticated; None on a plain connection."""
+        """The user: with a key, whom both sides authenticated; else, on a server with `peer_user`, whom
+        that named; else None.
+        """
         return self._opened.user
 
     @property
@@ -171,6 +173,13 @@ class Connection:
     def address(self) -> Address | None:
         """The peer's address; of a UNIX socket its path; None of a stream that is no socket."""
         return self._address
+
+    @property
+    def peer_credentials(self) -> PeerCredentials | None:
+        """Who is at the other end of a UNIX socket, by the system's word; None of other streams, and on
+        systems but Linux.
+        """
+        return self._opened.peer_credentials
 
     @property
     def server(self) -> Server | None:

@@ -47,9 +47,10 @@ class HandshakeError(BokbokError):
 
 @final
 class AuthenticationError(HandshakeError):
-    """One side could not prove that it holds the user's key.
+    """One side could not prove that it holds the user's key, or a server has no name for its peer.
 
-    On a client: the server refused the user and key, or did not prove that it has the key itself.
+    On a client: the server refused the user and key, or, by its `peer_user`, this process; or it did
+    not prove that it has the key itself.
     """
 
 

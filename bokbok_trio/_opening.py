@@ -15,9 +15,10 @@ from typing import Final, Literal, TypeAlias, cast, final
 
 import trio
 
+from ._addresses import PeerCredentials, stream_credentials
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake, encode_refused
-from ._keys import Key
+from ._keys import Key, encode_user
 from ._packets import LENGTH_SIZE
 from ._secretbox_stream import MAC_SIZE, SecretboxStream
 from ._settings import Settings
@@ -36,6 +37,9 @@ UserKeys: TypeAlias = Key | Sequence[Key] | None
 UserKey: TypeAlias = Callable[[str], Awaitable[UserKeys]] | Mapping[str, Key | Sequence[Key]]
 """How a server finds a user's key: a mapping, or an async function; None for an unknown user."""
 
+PeerUser: TypeAlias = Callable[[PeerCredentials], str | None]
+"""How a plain server names who is at the other end of a UNIX socket; None refuses it."""
+
 logger = logging.getLogger("bokbok_trio")
 
 
@@ -46,6 +50,7 @@ class Opened:
 
     stream: trio.abc.Stream
     user: str | None
+    peer_credentials: PeerCredentials | None
     encrypted: bool
     max_message_size: int
     peer_max_requests: int
@@ -70,6 +75,7 @@ def _limits(settings: Settings) -> Limits:
 def _opened(
     stream: trio.abc.Stream,
     user: str | None,
+    credentials: PeerCredentials | None,
     handshake: ClientHandshake | ServerHandshake,
     settings: Settings,
 ) -> Opened:
@@ -78,6 +84,7 @@ def _opened(
     return Opened(
         stream,
         user,
+        credentials,
         handshake.sealed,
         min(settings.max_message_size, handshake.peer_limits.max_message_size),
         handshake.peer_limits.max_requests,
@@ -93,13 +100,14 @@ async def open_as_client(
         HandshakeError: or one of its subclasses; then nothing of ours was answered.
     """
     handshake = ClientHandshake(user=user, key=key, service=service, limits=_limits(settings))
+    credentials = stream_credentials(transport)
     opened: Opened | None = None
     with _handshake_errors(settings.handshake_timeout):
         await transport.send_all(handshake.hello)
         stream = await _exchange_hello(transport, handshake)
         await stream.send_all(handshake.open())
         handshake.receive_reply(await _receive_packet(stream))
-        opened = _opened(stream, user, handshake, settings)
+        opened = _opened(stream, user, credentials, handshake, settings)
     assert opened is not None
     return opened
 
@@ -110,18 +118,21 @@ async def open_as_server(
     user_key: UserKey | None,
     service: str,
     settings: Settings,
+    peer_user: PeerUser | None = None,
     admit: Callable[[], Literal["busy", "stopping"] | None],
 ) -> Opened:
     """Do the server's part.
 
     Arguments:
         user_key: how to find the key of a user; None for mode plain.
-        admit: called once the client is authenticated; returns why it cannot stay nevertheless.
+        peer_user: how to name the client in mode plain; None to let everybody in.
+        admit: called once the client is authenticated, or named; returns why it cannot stay nevertheless.
 
     Raises:
         HandshakeError: or one of its subclasses; the client has been told what it may know.
     """
     handshake = ServerHandshake(sealed=user_key is not None, service=service, limits=_limits(settings))
+    credentials = stream_credentials(transport)
     opened: Opened | None = None
     with _handshake_errors(settings.handshake_timeout):
         stream = await _exchange_hello(transport, handshake)
@@ -131,8 +142,12 @@ async def open_as_server(
         keys = () if user_key is None else await _look_up(user_key, handshake.user)
         try:
             accepted = handshake.accept(keys)
+            user = handshake.user or None
+            if peer_user is not None:
+                user = _name_peer(peer_user, credentials)
         except AuthenticationError:
-            await trio.sleep_until(refuse_at)
+            if handshake.sealed:  # whom the system names has nothing to guess
+                await trio.sleep_until(refuse_at)
             with suppress(trio.BrokenResourceError):
                 await stream.send_all(encode_refused("authentication", "authentication failed"))
             raise
@@ -141,7 +156,7 @@ async def open_as_server(
             await stream.send_all(encode_refused(refusal, f"the server is {refusal}"))
             raise ConnectionRefused("the client was refused", refusal)
         await stream.send_all(accepted)
-        opened = _opened(stream, handshake.user or None, handshake, settings)
+        opened = _opened(stream, user, credentials, handshake, settings)
     assert opened is not None
     return opened
 
@@ -197,6 +212,24 @@ async def _look_up(user_key: UserKey, user: str | None) -> Sequence[Key]:
     except Exception:
         logger.exception("looking up the key of user %r failed", user)
         return ()
+
+
+def _name_peer(peer_user: PeerUser, credentials: PeerCredentials | None) -> str:
+    """The user at the other end. A function that fails names nobody.
+
+    Raises:
+        AuthenticationError: there is no name.
+    """
+    if credentials is None:
+        raise AuthenticationError("the system does not tell who the peer is, so peer_user was not asked")
+    try:
+        user = peer_user(credentials)
+        if user is not None:
+            encode_user(user)
+            return user
+    except Exception:
+        logger.exception("naming the peer %r failed", credentials)
+    raise AuthenticationError(f"peer_user has no name for {credentials}")
 
 
 def _check_keys(found: object) -> Sequence[Key]:

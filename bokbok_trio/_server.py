@@ -14,6 +14,7 @@ A connection's task never fails: what goes wrong in it is logged, and is over wi
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
@@ -28,6 +29,7 @@ from ._addresses import (
     as_address,
     listen,
     listener_address,
+    require_credentials,
     require_loopback,
     stream_address,
 )
@@ -35,7 +37,7 @@ from ._connection import Connection, ConnectionHandler, RequestHandler
 from ._errors import AddressError, HandshakeError
 from ._handshake import encode_service
 from ._nursery import bare_nursery, contain
-from ._opening import Opened, UserKey, open_as_server
+from ._opening import Opened, PeerUser, UserKey, open_as_server
 from ._settings import Settings
 
 DEFAULT_GRACE: Final = 5.0
@@ -58,6 +60,7 @@ class Server:
         open_handler: ConnectionHandler | None,
         close_handler: ConnectionHandler | None,
         user_key: UserKey | None,
+        peer_user: PeerUser | None,
         service: str,
         settings: Settings,
     ) -> None:
@@ -68,6 +71,7 @@ class Server:
         self._open_handler = open_handler
         self._close_handler = close_handler
         self._user_key = user_key
+        self._peer_user = peer_user
         self._service = service
         self._settings = settings
         self._handshakes: dict[trio.CancelScope, None] = {}  # oldest first
@@ -188,6 +192,7 @@ class Server:
                 opened = await open_as_server(
                     stream,
                     user_key=self._user_key,
+                    peer_user=self._peer_user,
                     service=self._service,
                     settings=self._settings,
                     admit=admit,
@@ -243,6 +248,7 @@ async def serve(
     request_handler: RequestHandler | None = None,
     *,
     user_key: UserKey | None = None,
+    peer_user: PeerUser | None = None,
     open_handler: ConnectionHandler | None = None,
     close_handler: ConnectionHandler | None = None,
     service: str = "",
@@ -270,6 +276,11 @@ async def serve(
             `Key`, a sequence of keys (the old and the new, while one replaces the other; 16 at
             most are tried) or None; or a mapping. With it, connections are encrypted and
             authenticated; without, they are plain. Nothing ever falls back.
+        peer_user: for plain connections over a UNIX socket, how to name who is at the other end: a
+            function, not async, from `PeerCredentials` to the user's name, or None. It must not
+            block. That name is `Connection.user`. Where there is none, or it raises, which is logged,
+            or it is no user name, the peer is refused and raises `AuthenticationError`. Other users
+            than this process's own can only connect where `unix_mode` lets them.
         open_handler: called when a connection is open, before any request on it is handled. What it
             raises closes the connection.
         close_handler: called once after a connection and all its handlers have ended, if the open
@@ -285,13 +296,19 @@ async def serve(
         Through ``nursery.start``, the `Server`, as soon as it listens.
 
     Raises:
-        TypeError, ValueError: an argument is wrong.
-        AddressError: no address, or one in use, or plain TCP elsewhere without `insecure`.
+        TypeError, ValueError: an argument is wrong, or `peer_user` comes with `user_key`.
+        AddressError: no address, or one in use, or plain TCP elsewhere without `insecure`; or
+            `peer_user` for TCP, or on another system than Linux.
         OSError: the system does not let it listen or accept.
     """
     check_user_key(user_key, service)
+    check_peer_user(peer_user, user_key)
     listeners = await _open_listeners(
-        on, backlog=backlog, mode=unix_mode, insecure=insecure or user_key is not None
+        on,
+        backlog=backlog,
+        mode=unix_mode,
+        insecure=insecure or user_key is not None,
+        credentials=peer_user is not None,
     )
     server = Server(
         listeners,
@@ -299,6 +316,7 @@ async def serve(
         open_handler=open_handler,
         close_handler=close_handler,
         user_key=user_key,
+        peer_user=peer_user,
         service=service,
         settings=settings,
     )
@@ -311,6 +329,7 @@ async def open_server(
     request_handler: RequestHandler | None = None,
     *,
     user_key: UserKey | None = None,
+    peer_user: PeerUser | None = None,
     open_handler: ConnectionHandler | None = None,
     close_handler: ConnectionHandler | None = None,
     service: str = "",
@@ -336,6 +355,7 @@ async def open_server(
                 on,
                 request_handler,
                 user_key=user_key,
+                peer_user=peer_user,
                 open_handler=open_handler,
                 close_handler=close_handler,
                 service=service,
@@ -361,19 +381,34 @@ def check_user_key(user_key: object, service: str) -> None:
         raise ValueError("a service needs user_key: a plain handshake has nothing to check it with")
 
 
+def check_peer_user(peer_user: object, user_key: object) -> None:
+    """Check what `serve` is told of naming peers, before anything is opened."""
+    if peer_user is None:
+        return
+    if user_key is not None:
+        raise TypeError("peer_user is for plain connections: with user_key it is the key that names the user")
+    if not callable(peer_user) or inspect.iscoroutinefunction(peer_user):
+        raise TypeError("peer_user must be a function from PeerCredentials to user name, and not async")
+
+
 async def _open_listeners(
-    on: str | Address | Listeners, *, backlog: int | None, mode: int, insecure: bool
+    on: str | Address | Listeners, *, backlog: int | None, mode: int, insecure: bool, credentials: bool
 ) -> Listeners:
     if isinstance(on, Sequence) and not isinstance(on, str):
         if not on or not all(isinstance(listener, trio.abc.Listener) for listener in on):
             raise TypeError("serve takes an address, or a sequence of at least one trio.abc.Listener")
-        if not insecure:
-            try:
-                for listener in on:
-                    require_loopback(listener_address(listener))
-            except AddressError:
-                for listener in on:
-                    await trio.aclose_forcefully(listener)
-                raise
+        try:
+            for address in map(listener_address, on):
+                if not insecure:
+                    require_loopback(address)
+                if credentials:
+                    require_credentials(address)
+        except AddressError:
+            for listener in on:
+                await trio.aclose_forcefully(listener)
+            raise
         return on
-    return await listen(as_address(on), backlog=backlog, mode=mode, insecure=insecure)
+    address = as_address(on)
+    if credentials:
+        require_credentials(address)
+    return await listen(address, backlog=backlog, mode=mode, insecure=insecure)

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,16 +19,19 @@ import trio.testing
 from hypothesis import example, given, strategies as st
 
 import bokbok_trio._addresses
-from bokbok_trio import Address, AddressError, TCPAddress, UnixAddress
+from bokbok_trio import Address, AddressError, PeerCredentials, TCPAddress, UnixAddress
 from bokbok_trio._addresses import (
     MAX_PATH_SIZE,
+    UCRED,
     as_address,
     dial,
     listen,
     listener_address,
     parse_address,
+    require_credentials,
     require_loopback,
     stream_address,
+    stream_credentials,
 )
 
 open_listeners = partial(listen, backlog=None, mode=0o600, insecure=False)
@@ -559,6 +563,23 @@ async def test_waiting_for_a_lock_that_another_holds_can_be_cancelled(path: str)
     assert was_cancelled
 
 
+async def test_a_server_that_knows_nothing_of_the_lock_comes_first(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove_stale(path: str) -> None:
+        real_remove_stale(path)
+        other.bind(path)
+
+    real_remove_stale = bokbok_trio._addresses._remove_stale
+    monkeypatch.setattr(bokbok_trio._addresses, "_remove_stale", remove_stale)
+    with socket.socket(socket.AF_UNIX) as other:
+        with pytest.raises(AddressError, match=f"^{path} is in use$") as caught:
+            await open_listeners(UnixAddress(path))
+        assert isinstance(caught.value.__cause__, OSError)
+        other.listen()
+        assert knock(path) == 0, "its file is still there"
+
+
 async def test_a_failure_leaves_no_file(path: str) -> None:
     with pytest.raises(OverflowError):
         await open_listeners(UnixAddress(path), backlog=2**40)
@@ -633,6 +654,57 @@ async def test_abstract_unix_sockets_have_no_address() -> None:
         async with trio.SocketStream(client) as stream:
             assert stream_address(stream) is None
         assert listener_address(listener) is None
+
+
+# ---- who is at the other end ----
+
+
+def this_process() -> PeerCredentials:
+    return PeerCredentials(pid=os.getpid(), uid=os.geteuid(), gid=os.getegid())
+
+
+async def test_both_ends_of_a_unix_socket_know_the_other(path: str) -> None:
+    [listener] = await open_listeners(UnixAddress(path))
+    async with listener:
+        stream = await dial(UnixAddress(path), insecure=False)
+        async with await listener.accept() as accepted:
+            assert stream_credentials(stream) == stream_credentials(accepted) == this_process()
+            await stream.aclose()
+            assert stream_credentials(accepted) == this_process(), "though it is gone"
+    assert stream_credentials(stream) is None
+
+
+async def test_credentials_are_of_unix_sockets_only() -> None:
+    assert stream_credentials(trio.testing.memory_stream_pair()[0]) is None
+    [listener] = await open_listeners(TCPAddress("127.0.0.1", 0))
+    async with listener:
+        address = listener_address(listener)
+        assert address is not None
+        async with await dial(address, insecure=False) as stream, await listener.accept() as accepted:
+            assert stream_credentials(stream) is stream_credentials(accepted) is None
+            # What the system gives where there are none, which is why the family is looked at; and
+            # users are not negative.
+            found = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
+            assert UCRED.unpack(found) == (0, 2**32 - 1, 2**32 - 1)
+
+
+async def test_credentials_are_known_on_linux_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = trio.socket.socketpair()
+    async with trio.SocketStream(ours) as stream, trio.SocketStream(theirs):
+        assert stream_credentials(stream) == this_process()
+        require_credentials(UnixAddress("/run/app.sock"))
+        require_credentials(None)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "platform", "darwin")
+            found = stream_credentials(stream)
+            with pytest.raises(AddressError, match=r"^peer_user needs Linux"):
+                require_credentials(UnixAddress("/run/app.sock"))
+        assert found is None
+
+
+def test_listening_for_credentials_takes_a_unix_socket() -> None:
+    with pytest.raises(AddressError, match=r"^peer_user needs a UNIX socket, and 127\.0\.0\.1:80 is none$"):
+        require_credentials(TCPAddress("127.0.0.1", 80))
 
 
 def test_the_longest_path_works(tmp_path: Path) -> None:

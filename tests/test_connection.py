@@ -999,6 +999,7 @@ async def test_what_a_connection_tells_of_itself() -> None:
         assert client.encrypted
         assert server.encrypted
         assert client.address is server.address is None
+        assert client.peer_credentials is server.peer_credentials is None
         assert client.server is None
         assert isinstance(server.server, bokbok_trio.Server)
         assert isinstance(client, Connection)

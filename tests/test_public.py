@@ -21,8 +21,8 @@ PUBLIC = {
     "bokbok_trio": {
         *("open_connection", "open_server", "serve", "passphrase_to_key"),
         *("Connection", "Server", "Settings", "Key"),
-        *("Address", "TCPAddress", "UnixAddress"),
-        *("Field", "RequestHandler", "ConnectionHandler", "UserKey"),
+        *("Address", "TCPAddress", "UnixAddress", "PeerCredentials"),
+        *("Field", "RequestHandler", "ConnectionHandler", "UserKey", "PeerUser"),
         *("BokbokError", "AddressError", "HandshakeError", "AuthenticationError", "ConnectionRefused"),
         *("ConnectionClosed", "ConnectionLost", "ProtocolError", "MessageTooLarge"),
         *("RemoteError", "RequestError"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from bokbok_trio import (
     ConnectionRefused,
     HandshakeError,
     Key,
+    PeerCredentials,
     RemoteError,
     Server,
     Settings,
@@ -31,6 +33,7 @@ from bokbok_trio.testing import MemoryListener, open_connection_pair
 from tests.helpers import busy_handler, echo, settle
 
 KEY = Key(bytes(range(32)))
+THIS_PROCESS = PeerCredentials(pid=os.getpid(), uid=os.geteuid(), gid=os.getegid())
 
 
 @asynccontextmanager
@@ -150,6 +153,14 @@ async def test_a_lack_of_file_descriptors_is_survived(
     assert "EMFILE" in caplog.text
 
 
+def uid_of(credentials: PeerCredentials) -> str:
+    return str(credentials.uid)
+
+
+async def async_uid_of(credentials: PeerCredentials) -> str:
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -163,10 +174,16 @@ async def test_a_lack_of_file_descriptors_is_survived(
         ({"on": "127.0.0.1:0", "service": "x"}, ValueError),
         ({"on": "127.0.0.1:0", "service": "x" * 256, "user_key": {}}, ValueError),
         ({"on": "127.0.0.1:0", "service": 7, "user_key": {}}, TypeError),
+        ({"on": "127.0.0.1:0", "peer_user": uid_of}, AddressError),
+        ({"on": TCPAddress("0.0.0.0", 0), "peer_user": uid_of, "insecure": True}, AddressError),
+        ({"on": "/nowhere/app.sock", "peer_user": uid_of, "user_key": {}}, TypeError),
+        ({"on": "/nowhere/app.sock", "peer_user": {}}, TypeError),
+        ({"on": "/nowhere/app.sock", "peer_user": async_uid_of}, TypeError),
+        ({"on": "/nowhere/app.sock", "peer_user": partial(async_uid_of)}, TypeError),
     ],
 )
 async def test_bad_arguments(arguments: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error):
+    with pytest.raises(error), trio.fail_after(5):
         await serve(request_handler=echo, **arguments)
 
 
@@ -280,31 +297,36 @@ async def test_a_failing_close_handler_is_logged(caplog: pytest.LogCaptureFixtur
     assert caplog.text.count("Oops: on purpose") == 2
 
 
-@pytest.mark.parametrize("where", ["open", "close", "request", "user_key"])
+@pytest.mark.parametrize("where", ["open", "close", "request", "user_key", "peer_user"])
 async def test_what_ends_the_program_ends_the_server_and_comes_out_bare(where: str) -> None:
     async def leave(*args: object) -> Any:
         await trio.lowlevel.checkpoint()
         raise SystemExit(3)
 
+    def leave_at_once(credentials: PeerCredentials) -> str:
+        raise SystemExit(3)
+
     listener = MemoryListener()
-    handlers: dict[str, Any] = {
+    handlers: dict[str, dict[str, Any]] = {
         "open": {"open_handler": leave},
         "close": {"close_handler": leave},
         "request": {},
         "user_key": {"user_key": leave},
-    }[where]
+        "peer_user": {"peer_user": leave_at_once},
+    }
 
     async def connect() -> None:
         keys: dict[str, Any] = {"user": "user", "key": KEY} if where == "user_key" else {}
+        connecting = client_over_socket(listener) if where == "peer_user" else client_of(listener, **keys)
         with pytest.raises((HandshakeError, ConnectionLost)):
-            async with client_of(listener, **keys) as client:
+            async with connecting as client:
                 await client.request([])
                 await client.aclose()
                 await client.request([]) if where != "close" else None
                 raise ConnectionLost("closed as it should")
 
     with pytest.raises(SystemExit) as caught:
-        async with open_server([listener], leave if where == "request" else echo, **handlers):
+        async with open_server([listener], leave if where == "request" else echo, **handlers[where]):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connect)
             await trio.sleep_forever()
@@ -347,6 +369,90 @@ async def test_services_must_agree(autojump_clock: trio.testing.MockClock) -> No
             with pytest.raises(AuthenticationError):
                 async with client_of(listener, user="u", key=KEY, service=service):
                     raise AssertionError
+
+
+# ---- peers with a name ----
+
+
+@asynccontextmanager
+async def client_over_socket(listener: MemoryListener) -> AsyncGenerator[Connection]:
+    """A client over a UNIX socket, as the listener would accept it."""
+    ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
+    listener._send.send_nowait(theirs)
+    async with open_connection(ours) as connection:
+        yield connection
+
+
+async def test_peer_user_names_the_peer_before_the_open_handler() -> None:
+    story: list[object] = []
+    listener = MemoryListener()
+
+    def name(credentials: PeerCredentials) -> str:
+        story.append(credentials)
+        return "me"
+
+    async def on_open(connection: Connection) -> None:
+        await trio.lowlevel.checkpoint()
+        story.append((connection.user, connection.peer_credentials, connection.encrypted))
+
+    async with open_server([listener], echo, peer_user=name, open_handler=on_open):
+        async with client_over_socket(listener) as client:
+            assert await client.request(["x"]) == [b"x"]
+            assert client.user is None
+            assert client.peer_credentials == THIS_PROCESS
+    assert story == [THIS_PROCESS, ("me", THIS_PROCESS, False)]
+
+
+async def test_whom_peer_user_does_not_name_is_refused_before_all_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Even where there is no room: a stranger is not told so, and does not count."""
+    names = iter(["me", None, "me", None])
+    opened: list[Connection] = []
+    listener = MemoryListener()
+
+    async def on_open(connection: Connection) -> None:
+        await trio.lowlevel.checkpoint()
+        opened.append(connection)
+
+    async with open_server(
+        [listener],
+        echo,
+        peer_user=lambda _: next(names),
+        open_handler=on_open,
+        settings=Settings(max_connections=1),
+    ) as server:
+        async with client_over_socket(listener) as client:
+            for error in (AuthenticationError, ConnectionRefused, AuthenticationError):
+                with pytest.raises(error):
+                    async with client_over_socket(listener):
+                        raise AssertionError
+            assert await client.request(["x"]) == [b"x"]
+            assert [connection.user for connection in opened] == ["me"]
+            assert server._admitted == 1
+    assert caplog.text.count(f"no connection with None: peer_user has no name for {THIS_PROCESS}") == 2
+
+
+async def test_a_peer_that_is_no_unix_socket_is_refused_where_names_are_wanted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    listener = MemoryListener()
+    async with open_server([listener], echo, peer_user=uid_of):
+        with pytest.raises(AuthenticationError, match="the server refused"):
+            async with client_of(listener):
+                raise AssertionError
+    assert "the system does not tell who the peer is" in caplog.text
+
+
+async def test_listeners_on_tcp_are_closed_where_names_are_wanted() -> None:
+    memory = MemoryListener()
+    [tcp] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    message = r"^peer_user needs a UNIX socket, and 127\.0\.0\.1:\d+ is none$"
+    with pytest.raises(AddressError, match=message), trio.fail_after(5):
+        await serve([memory, tcp], echo, peer_user=uid_of)
+    assert tcp.socket.fileno() == -1
+    with pytest.raises(trio.BrokenResourceError):
+        memory.connect()
 
 
 @pytest.mark.parametrize("keyed_server", [True, False])

@@ -7,10 +7,14 @@ import os
 import re
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from bokbok_trio import (
     Connection,
     ConnectionLost,
     Key,
+    PeerCredentials,
     TCPAddress,
     UnixAddress,
     open_connection,
@@ -304,6 +309,101 @@ async def test_a_killed_process_is_noticed_by_its_peers(
         await client.wait_closed()
         with pytest.raises(ConnectionLost):
             await client.request(["ping", "2"])
+
+
+RACER = """
+import os, sys, time
+import trio
+from bokbok_trio import AddressError, open_server
+
+async def who(connection, request):
+    return [str(os.getpid()), str(connection.peer_credentials.pid), connection.user]
+
+async def main():
+    print("ready")
+    while line := await trio.to_thread.run_sync(sys.stdin.readline):
+        path, start = line.rsplit(maxsplit=1)
+        while time.monotonic() < float(start):
+            pass
+        try:
+            async with open_server(path, who, peer_user=lambda peer: f"user {peer.uid}"):
+                print("won")
+                await trio.to_thread.run_sync(sys.stdin.readline)
+        except AddressError as exc:
+            print(exc)
+        else:
+            print("left")
+
+trio.run(main)
+"""
+"""Serves a path from a given time on, or says why not, and leaves at the next line; again and again."""
+
+RACES = 10
+"""Without the lock, mostly the first has two winners already, or none, or an odd error."""
+
+
+class Racer:
+    def __init__(self, process: trio.Process) -> None:
+        self.process = process
+
+    async def tell(self, text: str) -> None:
+        assert self.process.stdin is not None
+        await self.process.stdin.send_all(f"{text}\n".encode())
+
+    async def hear(self) -> str:
+        assert self.process.stdout is not None
+        heard = b""
+        while not heard.endswith(b"\n"):
+            heard += await self.process.stdout.receive_some()
+            assert heard, "it has ended"
+        return heard.decode().removesuffix("\n")
+
+
+@asynccontextmanager
+async def open_racers() -> AsyncGenerator[tuple[Racer, Racer]]:
+    async with trio.open_nursery() as nursery:
+        command = [sys.executable, "-u", "-c", RACER]
+        run = partial(trio.run_process, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False)
+        yield Racer(await nursery.start(run)), Racer(await nursery.start(run))
+        nursery.cancel_scope.cancel()  # which kills what is left of them
+
+
+async def check_who_serves(path: str, racer: Racer) -> None:
+    async with open_connection(path) as client:
+        assert client.peer_credentials == PeerCredentials(racer.process.pid, os.geteuid(), os.getegid())
+        expected = [str(racer.process.pid), str(os.getpid()), f"user {os.geteuid()}"]
+        assert await client.request([]) == [text.encode() for text in expected]
+
+
+async def test_of_two_processes_that_race_for_a_stale_path_one_wins(tmp_path: Path) -> None:
+    path = str(tmp_path / "sock")
+    with trio.fail_after(60):
+        async with open_racers() as racers:
+            for racer in racers:
+                assert await racer.hear() == "ready"
+            for race in range(RACES):
+                with socket.socket(socket.AF_UNIX) as sock:
+                    sock.bind(path)  # and nobody listens on it
+                start = time.monotonic() + 0.002  # by a clock they share
+                for racer in racers:
+                    await racer.tell(f"{path} {start}")
+                heard = {await racer.hear(): racer for racer in racers}
+                assert set(heard) == {"won", f"{path} is in use (it answers)"}, f"race {race}"
+                winner = heard.pop("won")
+                await check_who_serves(path, winner)
+                assert stat.S_IMODE(os.lstat(path).st_mode) == 0o600
+                if race < RACES - 1:
+                    await winner.tell("leave")
+                    assert await winner.hear() == "left"
+                    assert not os.path.lexists(path)
+            # Killed, the winner cannot remove its file; the loser may then have it.
+            winner.process.kill()
+            await winner.process.wait()
+            assert os.path.lexists(path)
+            [loser] = heard.values()
+            await loser.tell(f"{path} 0")
+            assert await loser.hear() == "won"
+            await check_who_serves(path, loser)
 
 
 def test_the_demo_tells_its_story() -> None:
