@@ -26,6 +26,7 @@ from ._client import open_connection as open_connection
 from ._connection import (
     Connection as Connection,
     ConnectionHandler as ConnectionHandler,
+    ConnectionStatistics as ConnectionStatistics,
     RequestHandler as RequestHandler,
 )
 from ._errors import (
@@ -46,6 +47,7 @@ from ._opening import PeerUser as PeerUser, UserKey as UserKey
 from ._packets import Field as Field
 from ._server import (
     Server as Server,
+    ServerStatistics as ServerStatistics,
     open_server as open_server,
     serve as serve,
 )

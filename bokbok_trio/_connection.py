@@ -37,6 +37,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
@@ -94,6 +95,33 @@ class _Waiter:
     def wake(self, outcome: list[bytes] | BokbokError) -> None:
         self.outcome = outcome
         trio.lowlevel.reschedule(self.task)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConnectionStatistics:
+    """What goes on on a connection, as of one moment; see `Connection.statistics`.
+
+    Attributes:
+        used_slots: requests of this side that are with the other side, or about to be sent. A
+            cancelled one counts until the other side has answered it nevertheless.
+        total_slots: how many those can be: requests that the other side takes at once.
+        requests_waiting: requests of this side that wait for a slot.
+        requests_cancelled: of `used_slots`, those that have been cancelled and are not yet answered.
+        handlers_running: requests of the other side whose handlers run here, or wait for the open
+            handler.
+        max_requests: how many those can be: requests that this side takes at once.
+        packets_queued: packets that wait to be sent; many of them, for long, mean that the other
+            side does not read.
+    """
+
+    used_slots: int
+    total_slots: int
+    requests_waiting: int
+    requests_cancelled: int
+    handlers_running: int
+    max_requests: int
+    packets_queued: int
 
 
 @final
@@ -190,6 +218,23 @@ class Connection:
     def closed(self) -> bool:
         """Whether it is over: no request can be made any more. `wait_closed` waits for the rest."""
         return self._make_error is not None
+
+    def statistics(self) -> ConnectionStatistics:
+        """Count what goes on, for logs and gauges.
+
+        Of a closed connection, the handlers that have not ended yet are what counts; it has no
+        requests of its own any more.
+        """
+        session = self._session
+        return ConnectionStatistics(
+            used_slots=session.asked,
+            total_slots=self._opened.peer_max_requests,
+            requests_waiting=session.waiting,
+            requests_cancelled=session.cancelled,
+            handlers_running=len(self._handlers),
+            max_requests=self._settings.max_requests,
+            packets_queued=session.queued,
+        )
 
     # ---- what it does ----
 

@@ -131,6 +131,10 @@ class Outbox:
         """Whether a packet of that id has not wholly left."""
         return id in self._small or id in self._big or id in self._open
 
+    def __len__(self) -> int:
+        """How many packets have not wholly left."""
+        return len(self._control) + len(self._small) + len(self._big) + len(self._open)
+
     def put_control(self, *fields: bytes) -> None:
         """Queue a control packet."""
         self._control.append(encode_head(*fields))

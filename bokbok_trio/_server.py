@@ -19,6 +19,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, TypeAlias, final
 
@@ -46,6 +47,28 @@ DEFAULT_GRACE: Final = 5.0
 Listeners: TypeAlias = Sequence[trio.abc.Listener[trio.abc.Stream]]
 
 logger = logging.getLogger("bokbok_trio")
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerStatistics:
+    """What goes on in a server, as of one moment; see `Server.statistics`.
+
+    Attributes:
+        connections: connections that count against `max_connections`: those that are open, and
+            those that are closed, until their handlers and close handler have ended.
+        max_connections: how many those can be. The next client is refused as ``busy``.
+        handshakes: unfinished handshakes. One that had to make room for another counts until it has
+            ended, so this can pass `max_handshakes`, to twice that at most.
+        max_handshakes: how many can go on at once. One more closes the oldest.
+        handlers_running: requests that are being handled, over all connections.
+    """
+
+    connections: int
+    max_connections: int
+    handshakes: int
+    max_handshakes: int
+    handlers_running: int
 
 
 @final
@@ -95,6 +118,16 @@ class Server:
     def connections(self) -> frozenset[Connection]:
         """The open connections, as of now."""
         return frozenset(connection for connection in self._connections if not connection.closed)
+
+    def statistics(self) -> ServerStatistics:
+        """Count what goes on, for logs and gauges."""
+        return ServerStatistics(
+            connections=self._admitted,
+            max_connections=self._settings.max_connections,
+            handshakes=len(self._handshakes),
+            max_handshakes=self._settings.max_handshakes,
+            handlers_running=sum(each.statistics().handlers_running for each in self._connections),
+        )
 
     def stop(self, grace: float = DEFAULT_GRACE) -> None:
         """Stop: accept nothing more, let the requests in flight finish, then cancel. Returns at once.

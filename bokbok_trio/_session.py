@@ -208,6 +208,28 @@ class Session:
         if not self._is_closed:
             self._outbox.put(id, packet)
 
+    # ---- what there is of them ----
+
+    @property
+    def asked(self) -> int:
+        """How many requests of ours have a slot."""
+        return len(self._asked)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests of ours wait for a slot."""
+        return len(self._backlog)
+
+    @property
+    def cancelled(self) -> int:
+        """How many of our requests with a slot have been cancelled, and are still to be answered."""
+        return len(self._cancelled)
+
+    @property
+    def queued(self) -> int:
+        """How many packets have not wholly left."""
+        return len(self._outbox)
+
     @property
     def handling(self) -> int:
         """How many of the peer's requests are not done."""
@@ -247,6 +269,9 @@ class Session:
         self._backlog.clear()
         for id in self._unsent:
             self._outbox.remove(id)
+        self._asked.clear()
+        self._unsent.clear()
+        self._cancelled.clear()
         self._bye_ok_queued = False
 
     # ---- what leaves ----

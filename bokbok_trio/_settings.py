@@ -33,8 +33,12 @@ class Settings:
             long as both together is a loss too. With `math.inf` for either, nothing of this is done.
         describe_error: a function from an exception of a handler to the text its asker is sent,
             for applications that do not want to show their insides. By default ``Type: message``.
-        max_connections: open connections of a server at once; the next is refused as ``busy``.
-        max_handshakes: unfinished handshakes of a server at once; one more closes the oldest.
+        max_connections: connections of a server at once. One counts from the end of its handshake
+            until it is closed and its handlers and close handler have ended. The next client, once
+            it is authenticated, is told so: its `open_connection` raises `ConnectionRefused`, with the
+            code ``busy``.
+        max_handshakes: unfinished handshakes of a server at once. One more closes the oldest, which
+            is told nothing: its `open_connection` raises `HandshakeError`.
 
     Raises:
         TypeError: a number is not a number, or `describe_error` cannot be called.

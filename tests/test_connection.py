@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ from bokbok_trio import (
     Connection,
     ConnectionClosed,
     ConnectionLost,
+    ConnectionStatistics,
     MessageTooLarge,
     RemoteError,
     Settings,
@@ -1011,6 +1013,88 @@ async def test_what_a_connection_tells_of_itself() -> None:
         assert client.user is server.user is None
         assert not client.encrypted
         assert not server.encrypted
+
+
+def numbers(connection: Connection) -> tuple[int, ...]:
+    """Of `ConnectionStatistics`, all but the two limits."""
+    found = dataclasses.asdict(connection.statistics())
+    return tuple(value for name, value in found.items() if name not in {"total_slots", "max_requests"})
+
+
+async def test_the_statistics_of_a_connection(autojump_clock: trio.testing.MockClock) -> None:
+    may_end = trio.Event()
+
+    async def stubborn(connection: Connection, request: list[bytes]) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 100):
+            await may_end.wait()
+
+    streams: list[FaultyStream] = []
+    async with open_connection_pair(
+        server_handler=stubborn,
+        client_settings=Settings(max_requests=7),
+        server_settings=Settings(max_requests=3),
+        sealed=False,
+        wrap=faulty(streams),
+    ) as (client, server):
+        assert client.statistics() == ConnectionStatistics(
+            used_slots=0,
+            total_slots=3,
+            requests_waiting=0,
+            requests_cancelled=0,
+            handlers_running=0,
+            max_requests=7,
+            packets_queued=0,
+        )
+        assert (server.statistics().total_slots, server.statistics().max_requests) == (7, 3)
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as cancelled:
+                    cancelled.start_soon(client.request, [])
+                    await settle()
+                    for _ in range(4):
+                        nursery.start_soon(client.request, [])
+                    await settle()
+                    #                         used, waiting, cancelled, handlers, packets
+                    assert numbers(client) == (3, 2, 0, 0, 0)
+                    assert numbers(server) == (0, 0, 0, 3, 0)
+                    scope.cancel()
+            await settle()
+            assert numbers(client) == (3, 2, 1, 0, 0)
+            assert numbers(server) == (0, 0, 0, 3, 0), "it does not heed its cancellation"
+            may_end.set()
+            await settle()
+        assert numbers(client) == numbers(server) == (0, 0, 0, 0, 0)
+        streams[0].stall()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):  # a send of its own, which waits, and what comes after it
+                nursery.start_soon(client.request, [])
+                await settle()
+            assert numbers(client) == (3, 0, 0, 0, 2)
+            streams[0].resume()
+    assert numbers(client) == numbers(server) == (0, 0, 0, 0, 0)
+
+
+async def test_a_closed_connection_counts_its_handlers_and_no_requests_of_its_own() -> None:
+    may_end = trio.Event()
+    asked: list[BaseException] = []
+
+    async def stubborn(connection: Connection, request: list[bytes]) -> None:
+        with trio.CancelScope(shield=True):
+            await may_end.wait()
+
+    async with trio.open_nursery() as nursery:
+        async with open_connection_pair(stubborn, stubborn) as (client, server):
+            for connection in (client, server):
+                await start_waiting(nursery, connection, asked)
+            await settle()
+            assert numbers(client) == numbers(server) == (1, 0, 0, 1, 0)
+            await client.aclose()
+            await settle()
+            assert numbers(client) == numbers(server) == (0, 0, 0, 1, 0)
+            may_end.set()
+            await settle()
+            assert numbers(client) == numbers(server) == (0, 0, 0, 0, 0)
+    assert len(asked) == 2
 
 
 async def test_a_closed_connection_leaves_no_reference_cycle_to_a_waiter() -> None:

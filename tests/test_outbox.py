@@ -61,6 +61,21 @@ def kinds(packets: list[list[bytes]]) -> list[bytes]:
     return [fields[0] for fields in packets]
 
 
+def test_what_has_not_wholly_left_is_counted() -> None:
+    outbox = Outbox()
+    assert len(outbox) == 0
+    outbox.put_control(b"ping")
+    outbox.put(1, message(1, 10))
+    outbox.put(2, message(2, MAX_BATCH_SIZE * 2))
+    outbox.put(3, message(3, MAX_BATCH_SIZE * 2))
+    assert len(outbox) == 4
+    outbox.take(0)
+    assert len(outbox) == 2, "one of them partly"
+    while outbox.take(0)[0]:
+        pass
+    assert len(outbox) == 0
+
+
 def test_control_leaves_first() -> None:
     outbox = Outbox()
     outbox.put(0, message(0, 10))

@@ -21,6 +21,7 @@ PUBLIC = {
     "bokbok_trio": {
         *("open_connection", "open_server", "serve", "passphrase_to_key"),
         *("Connection", "Server", "Settings", "Key"),
+        *("ConnectionStatistics", "ServerStatistics"),
         *("Address", "TCPAddress", "UnixAddress", "PeerCredentials"),
         *("Field", "RequestHandler", "ConnectionHandler", "UserKey", "PeerUser"),
         *("BokbokError", "AddressError", "HandshakeError", "AuthenticationError", "ConnectionRefused"),

@@ -23,6 +23,7 @@ from bokbok_trio import (
     PeerCredentials,
     RemoteError,
     Server,
+    ServerStatistics,
     Settings,
     TCPAddress,
     open_connection,
@@ -429,7 +430,7 @@ async def test_whom_peer_user_does_not_name_is_refused_before_all_else(
                         raise AssertionError
             assert await client.request(["x"]) == [b"x"]
             assert [connection.user for connection in opened] == ["me"]
-            assert server._admitted == 1
+            assert server.statistics().connections == 1
     assert caplog.text.count(f"no connection with None: peer_user has no name for {THIS_PROCESS}") == 2
 
 
@@ -476,6 +477,121 @@ async def test_one_connection_too_many_is_busy_until_another_closes() -> None:
         await settle()
         async with client_of(listener) as client:
             assert await client.request(["x"]) == [b"x"]
+
+
+async def test_a_closed_connection_counts_until_its_handlers_have_ended() -> None:
+    """Or a client that reconnects could have any number of handlers running."""
+    listener = MemoryListener()
+    may_end = trio.Event()
+
+    async def linger(connection: Connection) -> None:
+        with trio.CancelScope(shield=True):
+            await may_end.wait()
+
+    async with open_server(
+        [listener], echo, close_handler=linger, settings=Settings(max_connections=1)
+    ) as server:
+        async with client_of(listener):
+            pass
+        await settle()
+        assert server.connections == frozenset()
+        with pytest.raises(ConnectionRefused, match=r"'the server is busy' \[busy\]$"):
+            async with client_of(listener):
+                raise AssertionError
+        may_end.set()
+        await settle()
+        async with client_of(listener) as client:
+            assert await client.request(["x"]) == [b"x"]
+
+
+async def test_without_the_key_nobody_is_told_that_the_server_is_full(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    listener = MemoryListener()
+    async with open_server([listener], echo, user_key={"u": KEY}, settings=Settings(max_connections=1)):
+        async with client_of(listener, user="u", key=KEY):
+            for key, error in ((Key(bytes(32)), AuthenticationError), (KEY, ConnectionRefused)):
+                with pytest.raises(error):
+                    async with client_of(listener, user="u", key=key):
+                        raise AssertionError
+
+
+async def test_a_client_whose_handshake_had_to_make_room_is_told_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    listener = MemoryListener()
+
+    async def slow(user: str) -> Key:
+        await trio.sleep(5)
+        return KEY
+
+    async def connect() -> None:
+        with pytest.raises(HandshakeError, match="the connection broke during the handshake") as caught:
+            async with client_of(listener, user="u", key=KEY):
+                raise AssertionError
+        assert type(caught.value) is HandshakeError
+        assert trio.current_time() == 0
+
+    async with open_server([listener], echo, user_key=slow, settings=Settings(max_handshakes=1)):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connect)
+            await settle()
+            async with client_of(listener, user="u", key=KEY) as client:
+                assert await client.request(["x"]) == [b"x"]
+
+
+async def test_the_statistics_of_a_server(autojump_clock: trio.testing.MockClock) -> None:
+    listener = MemoryListener()
+    settings = Settings(max_connections=5, max_handshakes=2)
+    numbers = {"max_connections": 5, "max_handshakes": 2}
+    async with open_server([listener], busy_handler, settings=settings) as server:
+
+        def check(*, connections: int, handshakes: int, handlers_running: int) -> None:
+            assert server.statistics() == ServerStatistics(
+                connections=connections, handshakes=handshakes, handlers_running=handlers_running, **numbers
+            )
+
+        check(connections=0, handshakes=0, handlers_running=0)
+        stranger = listener.connect()
+        await settle()
+        check(connections=0, handshakes=1, handlers_running=0)
+        async with client_of(listener) as one, client_of(listener) as two:
+            async with trio.open_nursery() as nursery:
+                for client in (one, one, two):
+                    nursery.start_soon(client.request, ["sleep", "3"])
+                await settle()
+                check(connections=2, handshakes=1, handlers_running=3)
+            check(connections=2, handshakes=1, handlers_running=0)
+        await stranger.aclose()
+        await settle()
+        check(connections=0, handshakes=0, handlers_running=0)
+
+
+async def test_handshakes_that_make_room_count_until_they_have_ended(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def stubborn(user: str) -> Key:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 100):
+            await trio.sleep(50)
+        return KEY
+
+    listener = MemoryListener()
+
+    async def connect() -> None:
+        with pytest.raises(HandshakeError):
+            async with client_of(listener, user="u", key=KEY):
+                raise AssertionError
+
+    async with open_server(
+        [listener], echo, user_key=stubborn, settings=Settings(max_handshakes=1)
+    ) as server:
+        async with trio.open_nursery() as nursery:
+            for expected in (1, 2, 2):
+                nursery.start_soon(connect)
+                await settle()
+                assert server.statistics().handshakes == expected
+        await trio.sleep(50)
+        assert server.statistics().handshakes == 0
 
 
 async def test_one_handshake_too_many_closes_the_oldest(caplog: pytest.LogCaptureFixture) -> None:

@@ -192,6 +192,42 @@ def test_a_cancel_that_crosses_the_answer_is_ignored(answered: bool) -> None:
 # ---- what leaves ----
 
 
+def counts(session: Session) -> tuple[int, int, int, int, int]:
+    return session.asked, session.waiting, session.cancelled, session.handling, session.queued
+
+
+def test_what_there_is_is_counted() -> None:
+    client, server = make("client", slots=2), make("server", max_requests=2)
+    first, second, third = (client.request([b"x"]) for _ in range(3))
+    assert counts(client) == (2, 1, 0, 0, 2)
+    list(server.receive(client.take(0)))
+    assert counts(client) == (2, 1, 0, 0, 0)
+    assert counts(server) == (0, 0, 0, 2, 0)
+    client.cancel(first)
+    client.cancel(third)
+    assert counts(client) == (2, 0, 1, 0, 1)
+    list(server.receive(client.take(0)))
+    server.answer(first, [])
+    server.answer(second, [])
+    assert counts(server) == (0, 0, 0, 2, 2)
+    list(client.receive(server.take(0)))
+    assert counts(client) == counts(server) == (0, 0, 0, 0, 0)
+
+
+def test_what_is_over_has_no_requests_of_ours() -> None:
+    client, server = make("client", slots=2), make("server", slots=2)
+    sent = client.request([b"x"])
+    list(server.receive(client.take(0)))
+    client.cancel(sent)
+    client.request([b"y"])
+    client.request([b"z"])
+    list(client.receive(packet(b"req", b"1", b"", body=[])))
+    client.answer(1, [])
+    assert counts(client) == (2, 1, 1, 1, 3)
+    client.close()
+    assert counts(client) == (0, 0, 0, 1, 2), "the answer, and the cancel"
+
+
 def test_nothing_is_copied_before_it_is_taken() -> None:
     client = make("client", limit=2**20)
     small, big = bytes(2**14), bytes(2**19)
