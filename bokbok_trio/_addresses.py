@@ -215,6 +215,21 @@ def require_loopback(address: Address | None) -> None:
 # ---- dialling ----
 
 
+async def check_dialable(address: Address, *, insecure: bool) -> None:
+    """Refuse an address that `dial` would refuse, without dialling it.
+
+    Raises:
+        AddressError: so it is.
+        OSError: the name is not found.
+    """
+    if isinstance(address, UnixAddress):
+        return
+    if not address.host or not address.port:
+        raise AddressError(f"{address} says where to listen, not whom to dial")
+    if not insecure:
+        await _check_stays_home(address)
+
+
 async def dial(address: Address, *, insecure: bool) -> trio.SocketStream:
     """Connect to an address.
 
@@ -226,12 +241,9 @@ async def dial(address: Address, *, insecure: bool) -> trio.SocketStream:
         AddressError: the address cannot be dialled.
         OSError: nobody answers there.
     """
+    await check_dialable(address, insecure=insecure)
     if isinstance(address, UnixAddress):
         return await trio.open_unix_socket(address.path)
-    if not address.host or not address.port:
-        raise AddressError(f"{address} says where to listen, not whom to dial")
-    if not insecure:
-        await _check_stays_home(address)
     with _name_errors(address):
         return await trio.open_tcp_stream(address.host, address.port)
 

@@ -62,10 +62,40 @@ async def open_connection(
         ConnectionRefused: the server has no room, or is stopping.
     """
     check_key_arguments(user, key, service)
+    connection = await connect(
+        to if isinstance(to, trio.abc.Stream) else as_address(to),
+        user=user,
+        key=key,
+        service=service,
+        insecure=insecure,
+        request_handler=request_handler,
+        close_handler=close_handler,
+        settings=settings,
+    )
+    async with bare_nursery() as nursery:
+        nursery.start_soon(connection._run)
+        try:
+            yield connection
+        finally:
+            connection._close("this side closed the connection")
+
+
+async def connect(
+    to: Address | trio.abc.Stream,
+    *,
+    user: str | None,
+    key: Key | None,
+    service: str,
+    insecure: bool,
+    request_handler: RequestHandler | None,
+    close_handler: ConnectionHandler | None,
+    settings: Settings,
+) -> Connection:
+    """Dial and shake hands. Whoever calls has checked the arguments, and runs the connection."""
     if isinstance(to, trio.abc.Stream):
         stream = to
     else:
-        stream = await dial(as_address(to), insecure=insecure or key is not None)
+        stream = await dial(to, insecure=insecure or key is not None)
     try:
         address = stream_address(stream)
         if key is None and not insecure:
@@ -74,7 +104,7 @@ async def open_connection(
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
-    connection = Connection(
+    return Connection(
         opened,
         side="client",
         address=address,
@@ -82,12 +112,6 @@ async def open_connection(
         request_handler=request_handler,
         close_handler=close_handler,
     )
-    async with bare_nursery() as nursery:
-        nursery.start_soon(connection._run)
-        try:
-            yield connection
-        finally:
-            connection._close("this side closed the connection")
 
 
 def check_key_arguments(user: str | None, key: Key | None, service: str) -> None:

@@ -52,7 +52,7 @@ from ._errors import (
     RemoteError,
     RequestError,
 )
-from ._nursery import bare_nursery, contain
+from ._nursery import bare_nursery, contain, is_within
 from ._session import Answer, Bye, Event, Failure, Request, Session
 from ._watchdog import Watchdog
 
@@ -314,11 +314,8 @@ class Connection:
             RuntimeError: called from one of the connection's own tasks (a handler, or a task it
                 started), which would wait for itself.
         """
-        task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
-        while task is not None:
-            if task is self._task:
-                raise RuntimeError("a task of the connection cannot wait until it has ended")
-            task = task.parent_nursery.parent_task if task.parent_nursery is not None else None
+        if is_within(self._task):
+            raise RuntimeError("a task of the connection cannot wait until it has ended")
         await self._done.wait()
 
     # ---- its life ----

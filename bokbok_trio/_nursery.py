@@ -102,3 +102,11 @@ def _unwrap(exc: BaseException) -> BaseException:
 def _members(exc: BaseException) -> tuple[BaseException, ...]:
     """What is in a group; nothing, where it is none."""
     return cast("_Group", exc).exceptions if isinstance(exc, BaseExceptionGroup) else ()
+
+
+def is_within(ancestor: trio.lowlevel.Task | None) -> bool:
+    """Whether the current task is that one, or was started by it, at any remove."""
+    task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
+    while task is not None and task is not ancestor:
+        task = task.parent_nursery.parent_task if task.parent_nursery is not None else None
+    return task is not None

@@ -39,6 +39,19 @@ _U32 = struct.Struct(">I")
 _NUMBER = re.compile(rb"0|[1-9][0-9]{0,17}")
 
 
+def encode_fields(fields: Sequence[Field]) -> list[bytes]:
+    """Check a user's list, and take it as it is now: nothing in what is returned can change.
+
+    Raises:
+        TypeError, ValueError: as `encode_body` does.
+    """
+    if isinstance(fields, str | bytes | bytearray | memoryview) or not isinstance(fields, Sequence):
+        raise TypeError(f"a packet is a list of fields, not {type(fields).__name__}")
+    if len(fields) > MAX_FIELDS:
+        raise ValueError(f"a packet has at most {MAX_FIELDS} fields, and not {len(fields)}")
+    return [field if type(field) is bytes else _encode_field(field) for field in fields]
+
+
 def encode_body(fields: Sequence[Field], limit: int) -> tuple[Chunks, int]:
     """Encode a user's list as a body.
 
@@ -55,11 +68,7 @@ def encode_body(fields: Sequence[Field], limit: int) -> tuple[Chunks, int]:
         ValueError: more than 255 fields, or a str that has no UTF-8 (a lone surrogate).
         MessageTooLarge: the body would be larger than `limit`.
     """
-    if isinstance(fields, str | bytes | bytearray | memoryview) or not isinstance(fields, Sequence):
-        raise TypeError(f"a packet is a list of fields, not {type(fields).__name__}")
-    if len(fields) > MAX_FIELDS:
-        raise ValueError(f"a packet has at most {MAX_FIELDS} fields, and not {len(fields)}")
-    encoded = [field if type(field) is bytes else _encode_field(field) for field in fields]
+    encoded = encode_fields(fields)
     size = 1 + sum(map(len, encoded)) + LENGTH_SIZE * len(encoded)
     if size > limit:
         raise MessageTooLarge(size, limit)
