@@ -1,7 +1,8 @@
 """Requests between two Trio programs, either way, over one connection, encrypted with one shared key.
 
-`open_connection` dials, `serve` and `open_server` accept; a `Connection` makes requests and its
-handler answers them. The exceptions are drawn in ``bokbok_trio._errors``::
+`open_connection` dials, `open_reconnecting` dials again when a connection is lost, `serve` and
+`open_server` accept; a `Connection` makes requests and its handler answers them. The exceptions are
+drawn in ``bokbok_trio._errors``::
 
     BokbokError
      ├── AddressError            (a ValueError)
@@ -45,6 +46,10 @@ from ._errors import (
 from ._keys import Key as Key, passphrase_to_key as passphrase_to_key
 from ._opening import PeerUser as PeerUser, UserKey as UserKey
 from ._packets import Field as Field
+from ._reconnecting import (
+    ReconnectingConnection as ReconnectingConnection,
+    open_reconnecting as open_reconnecting,
+)
 from ._server import (
     Server as Server,
     ServerStatistics as ServerStatistics,

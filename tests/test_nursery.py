@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio._nursery import bare_nursery, contain, split_exception
+from bokbok_trio._nursery import bare_nursery, contain, is_within, split_exception
 
 # ---- split_exception ----
 
@@ -298,3 +298,30 @@ async def test_a_childs_error_comes_out_unless_the_body_has_its_own(
     if isinstance(found, list):
         found = sorted(found, key=str, reverse=True)  # the children run in any order
     assert found == comes_out
+
+
+# ---- is_within ----
+
+
+async def test_a_task_is_within_itself_and_those_that_started_it() -> None:
+    me = trio.lowlevel.current_task()
+    seen: dict[str, trio.lowlevel.Task] = {}
+
+    async def child(name: str, depth: int) -> None:
+        seen[name] = trio.lowlevel.current_task()
+        async with trio.open_nursery() as nursery:
+            if depth:
+                nursery.start_soon(child, name + "'", depth - 1)
+        assert is_within(me)
+        assert is_within(seen[name])
+        assert [other for other in seen if is_within(seen[other])] == sorted(
+            other for other in seen if name.startswith(other)
+        )
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(child, "a", 2)
+        nursery.start_soon(child, "b", 2)
+    assert len(seen) == 6
+    assert is_within(me)
+    assert not is_within(seen["a"])
+    assert not is_within(None)

@@ -19,8 +19,8 @@ import bokbok_trio.testing
 
 PUBLIC = {
     "bokbok_trio": {
-        *("open_connection", "open_server", "serve", "passphrase_to_key"),
-        *("Connection", "Server", "Settings", "Key"),
+        *("open_connection", "open_reconnecting", "open_server", "serve", "passphrase_to_key"),
+        *("Connection", "ReconnectingConnection", "Server", "Settings", "Key"),
         *("ConnectionStatistics", "ServerStatistics"),
         *("Address", "TCPAddress", "UnixAddress", "PeerCredentials"),
         *("Field", "RequestHandler", "ConnectionHandler", "UserKey", "PeerUser"),

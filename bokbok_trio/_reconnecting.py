@@ -1,0 +1,353 @@
+"""`open_reconnecting`: requests over whatever connection there is, and a new one when it is lost.
+
+Theory
+======
+
+A **dialler** task opens one connection at a time and holds it until it is of no more use: it was
+lost, it was closed, or it is draining (which a request finds out). Then the dialler goes on with the
+next address. Each connection lives in a task of its own: one that is draining finishes the requests
+in flight while the next is opened already.
+
+`request` waits until there is a current connection and asks that one. Whether it may ask the next
+after a failure is told by the connection, which knows whether the request has left; nothing is
+guessed here.
+
+Invariants
+==========
+
+- A request that may have run is not sent again, unless the caller said that it may run twice.
+- A connection is current only after its open handler has returned.
+- Every try that comes to nothing in good time (no connection, or one that did not last) counts, and
+  after as many in a row as there are addresses the dialler waits. So nothing a peer does makes it
+  busy.
+- The dialler fails only before the first connection is open, and then into who opens it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from itertools import cycle
+from typing import Final, cast, final
+
+import trio
+
+from ._addresses import Address, as_address, check_dialable
+from ._client import check_key_arguments, connect
+from ._connection import Connection, ConnectionHandler, RequestHandler
+from ._errors import AuthenticationError, ConnectionClosed, ConnectionLost, HandshakeError
+from ._keys import Key
+from ._nursery import bare_nursery, is_within
+from ._packets import Field, encode_fields
+from ._settings import Settings
+
+MIN_BACKOFF: Final = 0.1
+"""Seconds at least between rounds of tries: a server that restarts is found soon, and one that is
+down is not flooded."""
+
+MAX_BACKOFF: Final = 30.0
+"""Seconds at most between rounds of tries: nobody waits much longer than that for a server that is
+back after a long time."""
+
+LASTING: Final = 10.0
+"""Seconds after which a connection counts as one that worked, so that when it ends the next is tried
+at once. A peer that keeps accepting and dropping is thus dialled every 10 s at most without a wait."""
+
+MAX_CONNECTIONS: Final = 16
+"""Connections of one client at once: the current one, and those before it that have not ended,
+because their peer does not close them or their handlers here do not heed their cancellation. More
+can only be a mistake or ill will, and the next is not opened before one of them has ended."""
+
+logger = logging.getLogger("bokbok_trio")
+
+_CLOSED: Final = "this side closed the reconnecting connection"
+
+
+@final
+class ReconnectingConnection:
+    """The current connection to one of several addresses, made by `open_reconnecting`."""
+
+    def __init__(
+        self,
+        addresses: Sequence[Address],
+        connect: Callable[[Address], Awaitable[Connection]],
+        open_handler: ConnectionHandler | None,
+    ) -> None:
+        self._addresses = addresses
+        self._connect = connect
+        self._open_handler = open_handler
+        self._opening: set[trio.lowlevel.Task] = set()  # those that run the open handler
+        self._connections: set[Connection] = set()  # all that have not ended
+        self._current: Connection | None = None
+        self._was_open = False
+        self._changed = trio.lowlevel.ParkingLot()  # where all wait for a change of the above
+        self._dialling = trio.CancelScope()
+        self._holding = trio.CancelScope()  # of the connection that the dialler opened last
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "connected" if self.connection else "not connected"
+        return f"<bokbok_trio.ReconnectingConnection to {', '.join(map(str, self._addresses))} {state}>"
+
+    @property
+    def connection(self) -> Connection | None:
+        """The current connection; None while there is none.
+
+        To close or to drain it is to have it replaced: like a lost one it is followed by the next. To
+        be done with all of it, use `ReconnectingConnection.aclose` or leave the block.
+        """
+        return None if self._current is None or self._current.closed else self._current
+
+    @property
+    def closed(self) -> bool:
+        """Whether this side is done with it: no request can be made any more."""
+        return self._closed
+
+    async def request(self, fields: Sequence[Field], *, idempotent: bool = False) -> list[bytes]:
+        """Send a request over the current connection, or the next one, and wait for its answer.
+
+        It waits for as long as there is no connection: put a time limit around it. A request that
+        certainly did not run when the connection was lost goes over the next one. Any other fails,
+        unless it is idempotent.
+
+        Arguments:
+            fields: 0 to 255 of bytes or str (sent as UTF-8), as they are at the time of the call.
+            idempotent: that it does no harm if it runs more than once. It is then sent again until
+                it is answered.
+
+        Returns:
+            The fields of the answer.
+
+        Raises:
+            TypeError, ValueError: `fields` is no such list. Nothing was sent.
+            MessageTooLarge: it is larger than the two sides of this connection agreed on.
+            RemoteError: the other side answered with an error.
+            ConnectionLost: the connection was lost, or closed by itself, with the request in flight:
+                it may have run. Never raised if idempotent.
+            ConnectionClosed: this was closed. The request may have run if it was in flight.
+            RuntimeError: called by the open handler, which is to ask the connection it was given:
+                no other request is sent before it has returned.
+        """
+        frozen = encode_fields(fields)
+        while True:
+            connection = await self._wait_connection()
+            try:
+                if not connection._session.is_draining:
+                    return await connection.request(frozen)
+            except ConnectionLost as exc:
+                if exc.may_have_run and not idempotent:
+                    raise
+            except ConnectionClosed as exc:
+                if self._closed:
+                    raise
+                if not idempotent:
+                    raise ConnectionLost(str(exc)) from exc
+            self._retire(connection)
+
+    async def aclose(self) -> None:
+        """Close it for good, and wait until all transports are closed, for at most a second or so.
+
+        Requests that wait, for an answer or for a connection, fail with `ConnectionClosed`. Otherwise
+        this is like `Connection.aclose`, and a handler may call it too.
+        """
+        self._close()
+        await trio.lowlevel.checkpoint()
+        for connection in list(self._connections):
+            await connection.aclose()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._dialling.cancel()
+        for connection in self._connections:
+            connection._close(_CLOSED)
+        self._changed.unpark_all()
+
+    # ---- the current connection ----
+
+    async def _wait_connection(self) -> Connection:
+        while (connection := self.connection) is None:
+            if self._closed:
+                await trio.lowlevel.checkpoint()
+                raise ConnectionClosed(_CLOSED)
+            if any(map(is_within, self._opening)):
+                raise RuntimeError("an open handler asks the connection that it was given")
+            await self._changed.park()
+        return connection
+
+    def _retire(self, connection: Connection) -> None:
+        """Ask a connection no more, if it is the current one; those who still wait for it may."""
+        if connection is self.connection:
+            self._current = None
+            self._holding.cancel()
+
+    # ---- the dialler ----
+
+    async def _run(self, nursery: trio.Nursery) -> None:
+        """Open one connection after another until closed; they live in `nursery`."""
+        failures = 0  # in a row
+        backoff = MIN_BACKOFF
+        addresses = cycle(self._addresses)
+        try:
+            with self._dialling:
+                while True:
+                    if await self._try(next(addresses), nursery):
+                        failures = 0
+                        backoff = MIN_BACKOFF
+                        continue
+                    failures += 1
+                    if failures % len(self._addresses) == 0:
+                        backoff = min(2 * backoff, MAX_BACKOFF)
+                        await trio.sleep(_jitter(backoff))
+        finally:
+            # Again, for a connection that was opened in the very step of closing; and if this was
+            # cancelled from outside, nobody would open the next.
+            self._close()
+
+    async def _try(self, address: Address, nursery: trio.Nursery) -> bool:
+        """Open a connection and hold it until it is of no more use. Return whether it lasted."""
+        while len(self._connections) >= MAX_CONNECTIONS:
+            logger.warning("%r: %d connections have not ended; waiting", self, len(self._connections))
+            await self._changed.park()
+        connection = await self._dial(address)
+        if connection is None:
+            return False
+        opened_at = trio.current_time()
+        self._connections.add(connection)
+        nursery.start_soon(self._live, connection)
+        with trio.CancelScope() as self._holding:
+            await connection._stream_closed.wait()
+        reason = connection._make_error(False) if connection._make_error else "it is draining"
+        logger.warning("%r: done with the connection with %s: %s", self, address, reason)
+        return trio.current_time() - opened_at >= LASTING
+
+    async def _dial(self, address: Address) -> Connection | None:
+        """Open a connection; None: that failed, and was reported."""
+        try:
+            return await self._connect(address)
+        except Exception as exc:
+            if not self._was_open and (
+                isinstance(exc, AuthenticationError) or not isinstance(exc, OSError | HandshakeError)
+            ):
+                raise
+            logger.warning("%r: no connection with %s: %r", self, address, exc)
+            return None
+
+    async def _live(self, connection: Connection) -> None:
+        """The life of a connection, to the end of its last handler."""
+        try:
+            await connection._run(self._open)
+        finally:
+            self._connections.remove(connection)
+            self._changed.unpark_all()
+
+    async def _open(self, connection: Connection) -> None:
+        """Open a connection's requests to everybody, after the open handler."""
+        if self._open_handler is not None:
+            task = trio.lowlevel.current_task()
+            self._opening.add(task)
+            try:
+                await self._open_handler(connection)
+            finally:
+                self._opening.remove(task)
+        if not connection.closed:  # else the dialler may hold the next one already
+            self._current = connection
+            self._was_open = True
+            self._changed.unpark_all()
+
+
+def _jitter(longest: float) -> float:
+    """Seconds to wait, drawn so that clients that lost a server together do not come back together.
+
+    "Full jitter" of https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/, with a
+    least.
+    """
+    return random.uniform(MIN_BACKOFF, longest)  # noqa: S311  (nothing secret)
+
+
+@asynccontextmanager
+async def open_reconnecting(
+    to: str | Address | Sequence[str | Address],
+    *,
+    user: str | None = None,
+    key: Key | None = None,
+    service: str = "",
+    insecure: bool = False,
+    request_handler: RequestHandler | None = None,
+    open_handler: ConnectionHandler | None = None,
+    close_handler: ConnectionHandler | None = None,
+    settings: Settings = Settings(),  # noqa: B008  (immutable)
+) -> AsyncGenerator[ReconnectingConnection]:
+    """Stay connected for as long as a block: whenever the connection is lost, open the next.
+
+    ::
+
+        async with open_reconnecting(["a.example:12345", "b.example:12345"], user="myuser", key=key,
+                                     open_handler=subscribe) as client:
+            with trio.fail_after(60):
+                answer = await client.request(["ping", "12345"], idempotent=True)
+
+    Entering waits until the first connection is open, for as long as it takes: put a time limit
+    around it. The addresses are tried in turn, also after a connection was lost: the first try is
+    made at once if that one had lasted 10 s. After as many tries in a row as there are addresses,
+    a random time passes, from 0.1 s to a limit that doubles with each round from 0.2 s to 30 s. What
+    failed is reported to the ``bokbok_trio`` logger as a warning.
+
+    What the block raises comes out as itself. Leaving it closes everything, and waits for the
+    handlers and close handlers.
+
+    Arguments:
+        to: an address, as a str or parsed, or a sequence of them. No stream: who should open the
+            next?
+        user, key, service, insecure, request_handler, settings: as for `open_connection`, for each
+            connection.
+        open_handler: called with each connection when it is open, before anything else is asked of
+            it and before any request on it is handled; so here a client says again what every
+            connection must know. What it raises is logged and closes the connection, and the next
+            is tried. It is cancelled when the connection is lost.
+        close_handler: called once with each connection, after it and all its handlers have ended,
+            if the open handler returned. What it raises is logged. The next connection may be open
+            by then.
+
+    Raises:
+        TypeError, ValueError, AddressError: as by `open_connection`, or there is no address.
+        AuthenticationError: a server refused the user and key, or could not prove that it has it,
+            before the first connection was open. Later it is one more failure, as keys may be
+            about to change; so are OSError and the other HandshakeErrors, always.
+    """
+    check_key_arguments(user, key, service)
+    addresses = _as_addresses(to)
+    for address in addresses:
+        with suppress(OSError):  # a name that is not found now may be found when it is its turn
+            await check_dialable(address, insecure=insecure or key is not None)
+    client = ReconnectingConnection(
+        addresses,
+        partial(
+            connect,
+            user=user,
+            key=key,
+            service=service,
+            insecure=insecure,
+            request_handler=request_handler,
+            close_handler=close_handler,
+            settings=settings,
+        ),
+        open_handler,
+    )
+    async with bare_nursery() as nursery:
+        nursery.start_soon(client._run, nursery)
+        try:
+            await client._wait_connection()
+            yield client
+        finally:
+            client._close()
+
+
+def _as_addresses(to: object) -> Sequence[Address]:
+    several = isinstance(to, Sequence) and not isinstance(to, str)
+    addresses = list(map(as_address, cast("Sequence[object]", to if several else [to])))
+    if not addresses:
+        raise ValueError("open_reconnecting takes at least one address")
+    return addresses
