@@ -23,8 +23,10 @@ from ._addresses import (
     TCPAddress as TCPAddress,
     UnixAddress as UnixAddress,
 )
+from ._channel import Channel as Channel
 from ._client import open_connection as open_connection
 from ._connection import (
+    ChannelHandler as ChannelHandler,
     Connection as Connection,
     ConnectionHandler as ConnectionHandler,
     ConnectionStatistics as ConnectionStatistics,

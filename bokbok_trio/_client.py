@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from ._addresses import Address, as_address, dial, require_loopback, stream_address
-from ._connection import Connection, ConnectionHandler, RequestHandler
+from ._connection import ChannelHandler, Connection, ConnectionHandler, RequestHandler
 from ._handshake import encode_service
 from ._keys import Key, encode_user
 from ._nursery import bare_nursery
@@ -25,6 +25,7 @@ async def open_connection(
     service: str = "",
     insecure: bool = False,
     request_handler: RequestHandler | None = None,
+    channel_handler: ChannelHandler | None = None,
     close_handler: ConnectionHandler | None = None,
     settings: Settings = Settings(),  # noqa: B008  (immutable)
 ) -> AsyncGenerator[Connection]:
@@ -47,6 +48,7 @@ async def open_connection(
             with another one looks like one with another key.
         insecure: allow plain TCP to another machine.
         request_handler: handles requests from the other side, each in a task of its own.
+        channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         close_handler: called once, after the connection and all its handlers have ended.
         settings: the bounds of this side.
 
@@ -69,6 +71,7 @@ async def open_connection(
         service=service,
         insecure=insecure,
         request_handler=request_handler,
+        channel_handler=channel_handler,
         close_handler=close_handler,
         settings=settings,
     )
@@ -88,6 +91,7 @@ async def connect(
     service: str,
     insecure: bool,
     request_handler: RequestHandler | None,
+    channel_handler: ChannelHandler | None,
     close_handler: ConnectionHandler | None,
     settings: Settings,
 ) -> Connection:
@@ -110,6 +114,7 @@ async def connect(
         address=address,
         settings=settings,
         request_handler=request_handler,
+        channel_handler=channel_handler,
         close_handler=close_handler,
     )
 

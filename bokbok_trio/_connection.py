@@ -11,7 +11,7 @@ Theory
   one send was under way leaves in the next. As no other task ever writes, no cancelled task can
   leave half a packet behind, and closing needs no lock to come after the last packet;
 - the **watchdog**, which pings a silent peer, and notices one that is gone;
-- a task per incoming request, each in a cancel scope of its own.
+- a task per incoming request, with a channel or without, each in a cancel scope of its own.
 
 `request` queues a packet, wakes the sender and sleeps until the reader or `_end` wakes it.
 
@@ -36,13 +36,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
 import trio
 
+from ._channel import Channel
 from ._errors import (
     BokbokError,
     ConnectionClosed,
@@ -52,6 +54,7 @@ from ._errors import (
     RemoteError,
     RequestError,
 )
+from ._flow import End, Item
 from ._nursery import bare_nursery, contain, is_within
 from ._session import Answer, Bye, Event, Failure, Request, Session
 from ._watchdog import Watchdog
@@ -73,6 +76,9 @@ RECEIVE_SIZE: Final = 2**16
 
 RequestHandler: TypeAlias = "Callable[[Connection, list[bytes]], Awaitable[Sequence[Field] | None]]"
 """``async def handler(connection, request)``; returns the fields of the answer; None means none."""
+
+ChannelHandler: TypeAlias = "Callable[[Connection, list[bytes], Channel], Awaitable[Sequence[Field] | None]]"
+"""``async def handler(connection, request, channel)``; as a request handler, with a `Channel`."""
 
 ConnectionHandler: TypeAlias = "Callable[[Connection], Awaitable[object]]"
 """``async def handler(connection)``: an open or a close handler."""
@@ -140,6 +146,7 @@ class Connection:
         address: Address | None,
         settings: Settings,
         request_handler: RequestHandler | None,
+        channel_handler: ChannelHandler | None,
         close_handler: ConnectionHandler | None,
         server: Server | None = None,
     ) -> None:
@@ -150,6 +157,7 @@ class Connection:
         self._address = address
         self._settings = settings
         self._request_handler = request_handler
+        self._channel_handler = channel_handler
         self._close_handler = close_handler
         self._server = server
         self._session = Session(
@@ -158,7 +166,8 @@ class Connection:
             max_requests=settings.max_requests,
             slots=opened.peer_max_requests,
         )
-        self._waiters: dict[int, _Waiter] = {}
+        self._waiters: dict[int, _Waiter | Channel] = {}  # for the answers to what this side asked
+        self._channels: dict[int, Channel] = {}  # of both sides
         self._handlers: dict[int, trio.CancelScope] = {}
         self._ready = trio.Event()  # set once requests of the peer's may be handled
         self._work = trio.lowlevel.ParkingLot()  # where the sender sleeps
@@ -259,21 +268,16 @@ class Connection:
             ConnectionClosed: this side closed the connection.
             ConnectionLost: the connection was lost; see its `may_have_run`.
         """
-        if self._make_error is not None:
+        if not self._may_ask:
             await trio.lowlevel.checkpoint()
-            raise self._make_error(False)
-        if not self._session.may_ask:
-            await trio.lowlevel.checkpoint()
-            raise ConnectionLost(PEER_DRAINS, may_have_run=False)
+        self._check_may_ask()
         deadline = trio.current_effective_deadline()
         id = self._session.request(fields, deadline)
         waiter = self._waiters[id] = _Waiter()
         self._work.unpark()
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
-            del self._waiters[id]
-            self._session.cancel(id)
-            self._work.unpark()
+            self._cancel(id)
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
@@ -285,6 +289,65 @@ class Connection:
             # The same deadline ran out over there first. The asker is to see its own cancellation.
             await trio.sleep_until(deadline)
         raise outcome
+
+    @asynccontextmanager
+    async def open_channel(self, fields: Sequence[Field]) -> AsyncGenerator[Channel]:
+        """Send a request with a channel, which lasts for as long as the block, or until it is answered.
+
+        ::
+
+            async with connection.open_channel(["upload", name]) as channel:
+                async for chunk in chunks:
+                    await channel.send([chunk])
+                await channel.end()
+                answer = await channel.answer()
+
+        Entering waits for nothing; a failure shows in the channel's methods. The deadline in force
+        here holds for the handler over there as well.
+
+        Leaving the block closes the channel, and cancels the handler over there unless its answer
+        came; items that have not left yet are dropped. But if the block called `Channel.end`, and
+        is left by no exception, then all was said, and leaving waits for the answer, as if by
+        `Channel.answer` if that was not called; items that still come are dropped.
+
+        Arguments:
+            fields: 0 to 255 of bytes or str (sent as UTF-8).
+
+        Raises:
+            TypeError, ValueError: `fields` is no such list. Nothing was sent.
+            MessageTooLarge: it is larger than the two sides agreed on. Nothing was sent.
+            ConnectionClosed, ConnectionLost: it was over before. Nothing was sent.
+            RemoteError: on leaving, where the answer is waited for: it is an error.
+        """
+        await trio.lowlevel.checkpoint()
+        self._check_may_ask()
+        deadline = trio.current_effective_deadline()
+        id = self._session.open_channel(fields, deadline)
+        channel = Channel(self._session.channels, id, self._work.unpark, partial(self._cancel, id), deadline)
+        self._waiters[id] = self._channels[id] = channel
+        self._work.unpark()
+        try:
+            yield channel
+            await channel._finish()
+        finally:
+            channel._close()
+            del self._channels[id]
+
+    @property
+    def _may_ask(self) -> bool:
+        return self._make_error is None and self._session.may_ask
+
+    def _check_may_ask(self) -> None:
+        if self._make_error is not None:
+            raise self._make_error(False)
+        if not self._session.may_ask:
+            raise ConnectionLost(PEER_DRAINS, may_have_run=False)
+
+    def _cancel(self, id: int) -> None:
+        """Nobody wants the answer any more, if it has not come."""
+        if self._waiters.pop(id, None) is not None:
+            self._session.cancel(id)
+            self._work.unpark()
 
     async def aclose(self) -> None:
         """Close the connection, and wait until the transport is closed, for at most a second or so.
@@ -389,6 +452,8 @@ class Connection:
         waiters, self._waiters = self._waiters, {}
         for id, waiter in waiters.items():
             waiter.wake(make_error(not self._session.is_unsent(id)))
+        for channel in self._channels.values():
+            channel._break(make_error(True))
         self._session.close()
 
     # ---- the sender ----
@@ -415,6 +480,7 @@ class Connection:
             while True:
                 now = trio.current_time()
                 if batch := self._session.take(now):
+                    self._wake_writers()
                     self._watchdog.send_begins(now)
                     await self._stream.send_all(batch)
                     self._session.note_sent(trio.current_time() - now)
@@ -453,7 +519,14 @@ class Connection:
             self._watchdog.heard()
             for event in self._session.receive(data):
                 self._on_event(event, nursery)
+            self._wake_writers()
             self._work.unpark()
+
+    def _wake_writers(self) -> None:
+        """Let channels queue items, where the peer has granted credit or items have left."""
+        for id in self._session.channels.take_writable():
+            if id in self._channels:
+                self._channels[id]._on_writable()
 
     def _on_event(self, event: Event, nursery: trio.Nursery) -> None:
         if isinstance(event, Request):
@@ -465,19 +538,33 @@ class Connection:
         elif isinstance(event, Bye):
             for id in event.ids:
                 self._waiters.pop(id).wake(ConnectionLost(PEER_DRAINS, may_have_run=False))
+        elif isinstance(event, Item | End):
+            if event.id in self._channels:  # else its handler has ended, and its answer is on its way
+                self._channels[event.id]._on_event(event)
         elif event.id in self._handlers:  # a Cancel, and its handler has not ended
             self._handlers[event.id].cancel()
+            if event.id in self._channels:
+                self._channels[event.id]._break(trio.BrokenResourceError("the other side has cancelled it"))
 
     def _on_request(self, request: Request, nursery: trio.Nursery) -> None:
         if self._session.is_draining:
             self._session.fail(request.id, "closing", PEER_DRAINS)
-        elif self._request_handler is None:
+        elif request.has_channel and self._channel_handler is None:
+            self._session.fail(request.id, "no-channel", "this side handles no channels")
+        elif not request.has_channel and self._request_handler is None:
             self._session.fail(request.id, "no-handler", "this side handles no requests")
         else:
+            handler = self._request_handler
+            if request.has_channel:
+                channel = Channel(self._session.channels, request.id, self._work.unpark)
+                self._channels[request.id] = channel
+                self._session.channels.grant(request.id)
+                handler = partial(self._handle_channel, channel)
+            assert handler is not None
             self._handlers[request.id] = scope = trio.CancelScope(
                 deadline=trio.current_time() + request.timeout
             )
-            nursery.start_soon(self._handle, request, self._request_handler, scope)
+            nursery.start_soon(self._handle, request, handler, scope)
 
     # ---- a task per request ----
 
@@ -499,7 +586,18 @@ class Connection:
                     self._answer(request.id, () if fields is None else fields)
         finally:
             del self._handlers[request.id]
+            self._channels.pop(request.id, None)
             self._work.unpark()
+
+    async def _handle_channel(
+        self, channel: Channel, _: Connection, fields: list[bytes]
+    ) -> Sequence[Field] | None:
+        """Call the channel handler, and close the channel before its answer is queued."""
+        assert self._channel_handler is not None
+        try:
+            return await self._channel_handler(self, fields, channel)
+        finally:
+            channel._close(answered=True)
 
     def _answer(self, id: int, fields: Sequence[Field]) -> None:
         try:

@@ -7,6 +7,8 @@ Control packets leave first. A packet over `MAX_WHOLE_SIZE` leaves as pieces::
 
 A batch is of small packets, in the order they were queued, and one piece, of whatever big packet has
 its turn: so neither waits long for the other. How large it is depends on how long the last one took.
+Of the packets of one id only the first has a place in the queues; the next takes one, the last, when
+that has wholly left. So they leave in order, and channels take turns.
 
 Invariants
 ==========
@@ -21,7 +23,7 @@ Invariants
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from typing import Final, final
+from typing import Final, NamedTuple, final
 
 from ._errors import ProtocolError
 from ._packets import LENGTH_SIZE, Chunks, encode_head, encode_number
@@ -66,9 +68,10 @@ class Outgoing:
         body: in chunks, and its size in bytes; None for a packet without one.
         deadline: of a request, by the clock that `Outbox.take` is told; its timeout is the third
             field. None where the packet has no such field.
+        rest: the fields between the timeout and the body.
     """
 
-    __slots__ = ("_body", "_body_size", "_deadline", "_fields")
+    __slots__ = ("_body", "_body_size", "_deadline", "_fields", "_rest")
 
     def __init__(
         self,
@@ -76,16 +79,28 @@ class Outgoing:
         body: Chunks | None = None,
         body_size: int | None = None,
         deadline: float | None = None,
+        rest: tuple[bytes, ...] = (),
     ) -> None:
         self._fields = fields
+        self._rest = rest
         self._body = body or []
         self._body_size = body_size
         self._deadline = deadline
 
     @property
+    def kind(self) -> bytes:
+        """Its first field."""
+        return self._fields[0]
+
+    @property
+    def body_size(self) -> int:
+        """Bytes of its body; 0 without one."""
+        return self._body_size or 0
+
+    @property
     def is_big(self) -> bool:
         """Whether it must leave in pieces, whatever its timeout will be."""
-        return (self._body_size or 0) > MAX_WHOLE_SIZE - HEAD_ROOM
+        return self.body_size > MAX_WHOLE_SIZE - HEAD_ROOM
 
     def encode(self, now: float) -> Chunks:
         """The packet in chunks, as of now."""
@@ -93,18 +108,27 @@ class Outgoing:
         if self._deadline is not None:
             left = max(0.0, self._deadline - now) * 1e6
             timeout = b"" if left > MAX_TIMEOUT else encode_number(int(left))
-            fields = (*fields, timeout)
+            fields = (*fields, timeout, *self._rest)
         return [encode_head(*fields, body_size=self._body_size), *self._body]
+
+
+class Left(NamedTuple):
+    """A packet that has wholly left: of which id and kind, and the size of its body."""
+
+    id: int
+    kind: bytes
+    body_size: int
 
 
 @final
 class _Pieced:
-    """A packet that has partly left."""
+    """A packet that has partly left, and what to say when it wholly has."""
 
-    __slots__ = ("_bytes", "number")
+    __slots__ = ("_bytes", "left", "number")
 
-    def __init__(self, number: int, packet: bytes) -> None:
+    def __init__(self, number: int, packet: bytes, left: Left) -> None:
         self.number = encode_number(number)
+        self.left = left
         self._bytes = memoryview(packet)
 
     def take(self, size: int) -> tuple[Chunks, int]:
@@ -117,13 +141,14 @@ class _Pieced:
 
 @final
 class Outbox:
-    """The queues of one direction. Packets are known by the id of their request, one at a time."""
+    """The queues of one direction. Packets are known by the id of their request or channel."""
 
     def __init__(self) -> None:
         self._control: deque[bytes] = deque()
         self._small: OrderedDict[int, Outgoing] = OrderedDict()
         self._big: OrderedDict[int, Outgoing] = OrderedDict()
         self._open: OrderedDict[int, _Pieced] = OrderedDict()  # the next one's turn is the first's
+        self._behind: dict[int, deque[Outgoing]] = {}  # what waits for the packet before it, of its id
         self._next_number = 0
         self._batch_size = MAX_BATCH_SIZE
 
@@ -133,18 +158,30 @@ class Outbox:
 
     def __len__(self) -> int:
         """How many packets have not wholly left."""
-        return len(self._control) + len(self._small) + len(self._big) + len(self._open)
+        behind = sum(map(len, self._behind.values()))
+        return len(self._control) + len(self._small) + len(self._big) + len(self._open) + behind
 
     def put_control(self, *fields: bytes) -> None:
         """Queue a control packet."""
         self._control.append(encode_head(*fields))
 
     def put(self, id: int, packet: Outgoing) -> None:
-        """Queue a packet."""
-        (self._big if packet.is_big else self._small)[id] = packet
+        """Queue a packet; it leaves after those of its id that were queued before."""
+        if id in self:
+            self._behind.setdefault(id, deque()).append(packet)
+        else:
+            (self._big if packet.is_big else self._small)[id] = packet
+
+    def put_control_of(self, id: int, *fields: bytes) -> None:
+        """Queue a control packet; it leaves after those of its id that were queued before."""
+        if id in self:
+            self.put(id, Outgoing(*fields))
+        else:
+            self.put_control(*fields)
 
     def remove(self, id: int) -> bool:
-        """Take back the packet of that id, if it has not wholly left. Returns whether that was so."""
+        """Take back what of that id has not wholly left. Returns whether there was anything."""
+        self._behind.pop(id, None)
         if self._small.pop(id, None) is not None or self._big.pop(id, None) is not None:
             return True
         pieced = self._open.pop(id, None)
@@ -159,16 +196,16 @@ class Outbox:
         elif seconds < SLOW_SEND / 4:
             self._batch_size = min(MAX_BATCH_SIZE, self._batch_size * 2)
 
-    def take(self, now: float) -> tuple[bytes, list[int]]:
+    def take(self, now: float) -> tuple[bytes, list[Left]]:
         """Take the next batch.
 
         Returns:
-            It, in one piece, and the ids whose packets have thereby wholly left.
+            It, in one piece, and what has thereby wholly left.
         """
         chunks: Chunks = list(self._control)
         self._control.clear()
         size = sum(map(len, chunks))
-        done: list[int] = []
+        done: list[Left] = []
         has_piece = bool(self._open or self._big)
         least = self._batch_size // PIECE_SHARE
         room = self._batch_size - (least if has_piece else 0)
@@ -177,25 +214,35 @@ class Outbox:
             encoded = packet.encode(now)
             chunks += encoded
             size += sum(map(len, encoded))
-            done.append(id)
+            self._on_left(Left(id, packet.kind, packet.body_size), done)
         if has_piece:
             piece_size = max(least, min(MAX_PIECE_SIZE, self._batch_size - size))
             self._take_piece(piece_size, now, chunks, done)
         return b"".join(chunks), done
 
-    def _take_piece(self, size: int, now: float, chunks: Chunks, done: list[int]) -> None:
+    def _take_piece(self, size: int, now: float, chunks: Chunks, done: list[Left]) -> None:
         if self._big and len(self._open) < MAX_OPEN:
             id, packet = self._big.popitem(last=False)
-            pieced = _Pieced(self._next_number, b"".join(packet.encode(now))[LENGTH_SIZE:])
+            body = b"".join(packet.encode(now))[LENGTH_SIZE:]
+            pieced = _Pieced(self._next_number, body, Left(id, packet.kind, packet.body_size))
             self._next_number += 1
         else:
             id, pieced = self._open.popitem(last=False)
-        piece, left = pieced.take(size)
+        piece, to_come = pieced.take(size)
         chunks += piece
-        if left:
+        if to_come:
             self._open[id] = pieced
         else:
-            done.append(id)
+            self._on_left(pieced.left, done)
+
+    def _on_left(self, left: Left, done: list[Left]) -> None:
+        """Note it, and let the next packet of its id take a place."""
+        done.append(left)
+        if behind := self._behind.get(left.id):
+            packet = behind.popleft()
+            if not behind:
+                del self._behind[left.id]
+            (self._big if packet.is_big else self._small)[left.id] = packet
 
 
 @final

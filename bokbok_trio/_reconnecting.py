@@ -37,7 +37,7 @@ import trio
 
 from ._addresses import Address, as_address, check_dialable
 from ._client import check_key_arguments, connect
-from ._connection import Connection, ConnectionHandler, RequestHandler
+from ._connection import ChannelHandler, Connection, ConnectionHandler, RequestHandler
 from ._errors import AuthenticationError, ConnectionClosed, ConnectionLost, HandshakeError
 from ._keys import Key
 from ._nursery import bare_nursery, is_within
@@ -276,6 +276,7 @@ async def open_reconnecting(
     service: str = "",
     insecure: bool = False,
     request_handler: RequestHandler | None = None,
+    channel_handler: ChannelHandler | None = None,
     open_handler: ConnectionHandler | None = None,
     close_handler: ConnectionHandler | None = None,
     settings: Settings = Settings(),  # noqa: B008  (immutable)
@@ -301,8 +302,8 @@ async def open_reconnecting(
     Arguments:
         to: an address, as a str or parsed, or a sequence of them. No stream: who should open the
             next?
-        user, key, service, insecure, request_handler, settings: as for `open_connection`, for each
-            connection.
+        user, key, service, insecure, request_handler, channel_handler, settings: as for
+            `open_connection`, for each connection.
         open_handler: called with each connection when it is open, before anything else is asked of
             it and before any request on it is handled; so here a client says again what every
             connection must know. What it raises is logged and closes the connection, and the next
@@ -331,6 +332,7 @@ async def open_reconnecting(
             service=service,
             insecure=insecure,
             request_handler=request_handler,
+            channel_handler=channel_handler,
             close_handler=close_handler,
             settings=settings,
         ),

@@ -34,7 +34,7 @@ from ._addresses import (
     require_loopback,
     stream_address,
 )
-from ._connection import Connection, ConnectionHandler, RequestHandler
+from ._connection import ChannelHandler, Connection, ConnectionHandler, RequestHandler
 from ._errors import AddressError, HandshakeError
 from ._handshake import encode_service
 from ._nursery import bare_nursery, contain
@@ -80,6 +80,7 @@ class Server:
         listeners: Listeners,
         *,
         request_handler: RequestHandler | None,
+        channel_handler: ChannelHandler | None,
         open_handler: ConnectionHandler | None,
         close_handler: ConnectionHandler | None,
         user_key: UserKey | None,
@@ -91,6 +92,7 @@ class Server:
         found = map(listener_address, listeners)
         self._addresses = tuple(address for address in found if address is not None)
         self._request_handler = request_handler
+        self._channel_handler = channel_handler
         self._open_handler = open_handler
         self._close_handler = close_handler
         self._user_key = user_key
@@ -260,6 +262,7 @@ class Server:
             address=address,
             settings=self._settings,
             request_handler=self._request_handler,
+            channel_handler=self._channel_handler,
             close_handler=self._close_handler,
             server=self,
         )
@@ -280,6 +283,7 @@ async def serve(
     on: str | Address | Listeners,
     request_handler: RequestHandler | None = None,
     *,
+    channel_handler: ChannelHandler | None = None,
     user_key: UserKey | None = None,
     peer_user: PeerUser | None = None,
     open_handler: ConnectionHandler | None = None,
@@ -305,6 +309,7 @@ async def serve(
         on: an address to listen on, as a str or parsed (all the addresses of a host name), or a
             sequence of listeners, which are then the server's to close.
         request_handler: handles requests, each in a task of its own.
+        channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         user_key: how to find the pre-shared key of a user: an async function from the name to a
             `Key`, a sequence of keys (the old and the new, while one replaces the other; 16 at
             most are tried) or None; or a mapping. With it, connections are encrypted and
@@ -346,6 +351,7 @@ async def serve(
     server = Server(
         listeners,
         request_handler=request_handler,
+        channel_handler=channel_handler,
         open_handler=open_handler,
         close_handler=close_handler,
         user_key=user_key,
@@ -361,6 +367,7 @@ async def open_server(
     on: str | Address | Listeners,
     request_handler: RequestHandler | None = None,
     *,
+    channel_handler: ChannelHandler | None = None,
     user_key: UserKey | None = None,
     peer_user: PeerUser | None = None,
     open_handler: ConnectionHandler | None = None,
@@ -387,6 +394,7 @@ async def open_server(
                 serve,
                 on,
                 request_handler,
+                channel_handler=channel_handler,
                 user_key=user_key,
                 peer_user=peer_user,
                 open_handler=open_handler,

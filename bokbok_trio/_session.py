@@ -21,6 +21,9 @@ cancelled as asked, but nobody wants the answer any more       ``_asked``, ``_ca
 Of a request *of the peer's*: handled (``_handling``), then its answer is queued (``_handling`` and
 the outbox), then it is done, at the very moment the last byte of the answer is taken to be sent.
 
+A *channel* is a request with items both ways, in flight for as long as it is. Its credit is the
+business of `Flows`, and what of it has not left when it is cancelled or answered never does.
+
 Either side may *drain*: with `bye` it says that it takes no new request; the other sends `bye-ok`
 after its last one. What is in flight goes on.
 
@@ -43,6 +46,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, TypeAlias, final
 
 from ._errors import MAX_ERROR_TEXT_SIZE, ProtocolError
+from ._flow import WINDOW, End, Flows, Item
 from ._handshake import Side
 from ._outbox import HEAD_ROOM, MAX_WHOLE_SIZE, Outbox, Outgoing, Reassembler
 from ._packets import (
@@ -57,7 +61,7 @@ from ._packets import (
     encode_number,
 )
 
-PIECED_KINDS: Final = frozenset({b"req", b"ok"})
+PIECED_KINDS: Final = frozenset({b"req", b"chan", b"ok", b"item"})
 """What may come in pieces: all that carries a body of the user's."""
 
 
@@ -67,6 +71,7 @@ class Request(NamedTuple):
     id: int
     timeout: float
     fields: list[bytes]
+    has_channel: bool = False
 
 
 class Cancel(NamedTuple):
@@ -96,7 +101,7 @@ class Bye(NamedTuple):
     ids: list[int]
 
 
-Event: TypeAlias = Request | Cancel | Answer | Failure | Bye
+Event: TypeAlias = Request | Cancel | Answer | Failure | Bye | Item | End
 
 
 @final
@@ -108,6 +113,9 @@ class Session:
         max_message_size: bytes of a packet, as agreed.
         max_requests: the peer's requests that we take at once: the peer's slots.
         slots: our requests that the peer takes at once.
+
+    Attributes:
+        channels: sends and grants, for the channels in flight.
     """
 
     def __init__(self, side: Side, *, max_message_size: int, max_requests: int, slots: int) -> None:
@@ -124,6 +132,7 @@ class Session:
         self._handling: set[int] = set()
         self._backlog: OrderedDict[int, Outgoing] = OrderedDict()
         self._outbox = Outbox()
+        self.channels = Flows(self._outbox, self._max_body_size)
         self._ping_queued = False
         self._pong_queued = False
         self._bye_sent = False
@@ -149,19 +158,33 @@ class Session:
         Raises:
             TypeError, ValueError, MessageTooLarge: as `encode_body` does; nothing is queued.
         """
+        return self._ask(b"req", fields, deadline)
+
+    def open_channel(self, fields: Sequence[Field], deadline: float = math.inf) -> int:
+        """Queue a request with a channel; all is as for `request`."""
+        return self._ask(b"chan", fields, deadline)
+
+    def _ask(self, kind: bytes, fields: Sequence[Field], deadline: float) -> int:
         body, size = encode_body(fields, self._max_body_size)
         id = self._next_id
         self._next_id += 2
-        packet = Outgoing(b"req", encode_number(id), body=body, body_size=size, deadline=deadline)
-        self._backlog[id] = packet
+        rest: tuple[bytes, ...] = ()
+        if kind == b"chan":
+            self.channels.add_ours(id)
+            rest = (encode_number(WINDOW),)
+        self._backlog[id] = Outgoing(
+            kind, encode_number(id), body=body, body_size=size, deadline=deadline, rest=rest
+        )
         self._use_free_slots()
         return id
 
     def cancel(self, id: int) -> None:
         """No longer want the answer to a request of ours that has none yet."""
         if self._backlog.pop(id, None) is not None:
+            self.channels.remove(id)
             return
-        if self._outbox.remove(id):
+        self._outbox.remove(id)  # it, or items of its channel
+        if id in self._unsent:
             self._free_slot(id)
             return
         self._cancelled.add(id)
@@ -177,8 +200,10 @@ class Session:
             self._asked.add(id)
             self._unsent.add(id)
             self._outbox.put(id, packet)
+            self.channels.start(id)
 
     def _free_slot(self, id: int) -> None:
+        self.channels.remove(id)
         self._asked.remove(id)
         self._unsent.discard(id)
         self._use_free_slots()
@@ -204,7 +229,7 @@ class Session:
 
     def _queue_answer(self, id: int, packet: Outgoing) -> None:
         assert id in self._handling, "never asked, or done"
-        assert id not in self._outbox, "answered twice"
+        assert id not in self._outbox or id in self.channels, "answered twice"
         if not self._is_closed:
             self._outbox.put(id, packet)
 
@@ -267,7 +292,7 @@ class Session:
         """It is over: what leaves now is the answers and control packets that are queued, and no more."""
         self._is_closed = True
         self._backlog.clear()
-        for id in self._unsent:
+        for id in self._asked:
             self._outbox.remove(id)
         self._asked.clear()
         self._unsent.clear()
@@ -287,9 +312,14 @@ class Session:
         """
         self._ping_queued = self._pong_queued = False
         batch, done = self._outbox.take(now)
-        for id in done:
-            self._handling.discard(id)
-            self._unsent.discard(id)
+        for id, kind, size in done:
+            if kind in (b"ok", b"err"):
+                self._handling.remove(id)
+                self.channels.remove(id)
+            elif kind == b"item":
+                self.channels.left(id, size)
+            else:
+                self._unsent.discard(id)
         if self._bye_ok_queued and not self._unsent:
             self._bye_ok_queued = False
             batch += encode_head(b"bye-ok")
@@ -336,6 +366,14 @@ class Session:
             case _:
                 return self._interpret_rest(fields)
 
+    def _has_channel(self, id: int) -> bool:
+        """Whether there is one in flight. Where nothing is, that is what crossing looks like."""
+        if id not in self._handling and (id not in self._asked or id in self._unsent):
+            return False
+        if id not in self.channels:
+            raise ProtocolError(f"the request {id} has no channel")
+        return True
+
     def _interpret_rest(self, fields: list[bytes]) -> Event | None:
         """What belongs to no request."""
         match fields:
@@ -350,8 +388,40 @@ class Session:
             case [b"bye-ok"]:
                 self._on_bye_ok()
             case _:
+                return self._interpret_channel(fields)
+        return None
+
+    def _interpret_channel(self, fields: list[bytes]) -> Event | None:
+        """What belongs to a channel, of either side's."""
+        match fields:
+            case [b"chan", id, timeout, credit, body]:
+                first_credit = decode_number(credit)
+                request = self._on_request(decode_number(id), timeout, body)
+                self.channels.add_theirs(request.id, first_credit)
+                return request._replace(has_channel=True)
+            case [b"item", id, body]:
+                return self._on_item(Item(decode_number(id), body, decode_body(body)))
+            case [b"credit", id, size]:
+                number, more = decode_number(id), decode_number(size)
+                if self._has_channel(number):
+                    self.channels.on_credit(number, more)
+            case [b"end", id]:
+                return self._on_end(decode_number(id))
+            case _:
                 raise ProtocolError(f"no packet of ours: {describe(fields)}")
         return None
+
+    def _on_item(self, item: Item) -> Item | None:
+        if not self._has_channel(item.id):
+            return None
+        self.channels.on_item(item.id, len(item.body))
+        return None if item.id in self._cancelled else item
+
+    def _on_end(self, id: int) -> End | None:
+        if not self._has_channel(id):
+            return None
+        self.channels.on_end(id)
+        return None if id in self._cancelled else End(id)
 
     def _on_request(self, id: int, timeout: bytes, body: bytes) -> Request:
         self._check_parity(id, self._peer_parity)
@@ -370,6 +440,7 @@ class Session:
         """Note an answer to a request of ours; False: nobody wants it any more."""
         if id not in self._asked or id in self._unsent:
             raise ProtocolError(f"an answer to {id}, which is not awaited")
+        self._outbox.remove(id)  # items that it will not take
         self._free_slot(id)
         if id in self._cancelled:
             self._cancelled.remove(id)
@@ -395,6 +466,8 @@ class Session:
             raise ProtocolError("bye twice")
         self._peer_bye = True
         self._bye_ok_queued = True
+        for id in self._backlog:
+            self.channels.remove(id)
         bye = Bye(list(self._backlog))
         self._backlog.clear()
         return bye

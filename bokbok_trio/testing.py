@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from ._client import open_connection
-from ._connection import Connection, ConnectionHandler, RequestHandler
+from ._connection import ChannelHandler, Connection, ConnectionHandler, RequestHandler
 from ._keys import Key
 from ._server import open_server
 from ._settings import Settings
@@ -58,6 +58,8 @@ async def open_connection_pair(
     server_handler: RequestHandler | None = None,
     *,
     sealed: bool = True,
+    client_channel_handler: ChannelHandler | None = None,
+    server_channel_handler: ChannelHandler | None = None,
     client_close_handler: ConnectionHandler | None = None,
     server_close_handler: ConnectionHandler | None = None,
     client_settings: Settings = Settings(),  # noqa: B008  (immutable)
@@ -74,6 +76,7 @@ async def open_connection_pair(
     Arguments:
         client_handler, server_handler: the request handlers of the two sides.
         sealed: whether it is encrypted, for the user ``"user"``, or plain.
+        client_channel_handler, server_channel_handler: their channel handlers.
         client_close_handler, server_close_handler: their close handlers.
         client_settings, server_settings: the bounds of the two sides.
         wrap: what to put around the client's stream, such as a `FaultyStream`.
@@ -94,6 +97,7 @@ async def open_connection_pair(
         open_server(
             [listener],
             server_handler,
+            channel_handler=server_channel_handler,
             user_key={"user": key} if sealed else None,
             open_handler=open_handler,
             close_handler=server_close_handler,
@@ -104,6 +108,7 @@ async def open_connection_pair(
             user="user" if sealed else None,
             key=key if sealed else None,
             request_handler=client_handler,
+            channel_handler=client_channel_handler,
             close_handler=client_close_handler,
             settings=client_settings,
         ) as client,

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import trio
 import trio.testing
 
-from bokbok_trio import Connection, RequestError, RequestHandler, Settings, open_connection
+from bokbok_trio import ChannelHandler, Connection, RequestError, RequestHandler, Settings, open_connection
 from bokbok_trio._packets import PacketDecoder, encode_body, encode_head
 
 MAGIC = b"bokbok1\n"
@@ -76,6 +76,7 @@ async def raw_peer(
     request_handler: RequestHandler | None = None,
     settings: Settings = Settings(),  # noqa: B008
     *,
+    channel_handler: ChannelHandler | None = None,
     max_message_size: int = 2**20,
     max_requests: int = 3,
 ) -> AsyncGenerator[tuple[Connection, RawPeer]]:
@@ -84,7 +85,9 @@ async def raw_peer(
     peer = RawPeer(theirs)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.shake_hands, max_message_size, max_requests)
-        async with open_connection(ours, request_handler=request_handler, settings=settings) as connection:
+        async with open_connection(
+            ours, request_handler=request_handler, channel_handler=channel_handler, settings=settings
+        ) as connection:
             yield connection, peer
 
 

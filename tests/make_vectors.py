@@ -567,10 +567,10 @@ def _result(has_bye: bool, packets: Sequence[bytes]) -> Vectors:
         server.drain()
         server.take(0.0)
     events = [event for packet in packets for event in server.receive(packet)]
-    requests = [event for event in events if isinstance(event, Request)]
+    found = [event for event in events if isinstance(event, Request)]
     return {
         "packets": [packet.hex() for packet in packets],
-        "requests": [{"id": id, "fields": [field.hex() for field in fields]} for id, _, fields in requests],
+        "requests": [{"id": id, "fields": [field.hex() for field in fields]} for id, _, fields, _ in found],
         "replies": server.take(0.0).hex(),
     }
 

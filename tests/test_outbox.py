@@ -13,6 +13,7 @@ from bokbok_trio._outbox import (
     MIN_BATCH_SIZE,
     PIECE_SHARE,
     SLOW_SEND,
+    Left,
     Outbox,
     Outgoing,
     Reassembler,
@@ -82,7 +83,7 @@ def test_control_leaves_first() -> None:
     outbox.put_control(b"ping")
     batch, done = outbox.take(0)
     assert kinds(Receiver().receive(batch)) == [b"ping", b"ok"]
-    assert done == [0]
+    assert done == [Left(0, b"ok", 10)]
     assert outbox.take(0) == (b"", [])
 
 
@@ -117,11 +118,11 @@ def test_small_packets_and_pieces_do_not_starve_each_other() -> None:
         outbox.put(id, message(id, 4000))
     sizes = []
     while 200 in outbox:
-        batch, done = outbox.take(0)
+        batch = outbox.take(0)[0]
         packets = receiver.receive(batch)
         assert kinds(packets)[-1] == b"part"
         assert kinds(packets).count(b"part") == 1
-        assert len(packets[-1][3]) >= MAX_BATCH_SIZE // PIECE_SHARE or 200 in done
+        assert len(packets[-1][3]) >= MAX_BATCH_SIZE // PIECE_SHARE or 200 not in outbox
         sizes.append(len(batch))
     assert receiver.whole == [*((id, 4000) for id in range(100)), (200, LIMIT // 2)]
     assert max(sizes) <= MAX_BATCH_SIZE + 5000
@@ -213,7 +214,7 @@ def test_whatever_is_queued_arrives_once_unless_it_was_taken_back(operations: li
     def take() -> bytes:
         batch, now_done = outbox.take(0)
         receiver.receive(batch)
-        done.extend(now_done)
+        done.extend(left.id for left in now_done)
         assert sorted(done) == sorted(id for id, _ in receiver.whole), "the last byte has left"
         assert all(id not in outbox for id in done)
         assert len(batch) <= MAX_BATCH_SIZE + max(sizes.values(), default=0) + 200

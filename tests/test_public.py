@@ -20,10 +20,10 @@ import bokbok_trio.testing
 PUBLIC = {
     "bokbok_trio": {
         *("open_connection", "open_reconnecting", "open_server", "serve", "passphrase_to_key"),
-        *("Connection", "ReconnectingConnection", "Server", "Settings", "Key"),
+        *("Channel", "Connection", "ReconnectingConnection", "Server", "Settings", "Key"),
         *("ConnectionStatistics", "ServerStatistics"),
         *("Address", "TCPAddress", "UnixAddress", "PeerCredentials"),
-        *("Field", "RequestHandler", "ConnectionHandler", "UserKey", "PeerUser"),
+        *("Field", "RequestHandler", "ChannelHandler", "ConnectionHandler", "UserKey", "PeerUser"),
         *("BokbokError", "AddressError", "HandshakeError", "AuthenticationError", "ConnectionRefused"),
         *("ConnectionClosed", "ConnectionLost", "ProtocolError", "MessageTooLarge"),
         *("RemoteError", "RequestError"),
@@ -38,8 +38,10 @@ LAYERS = [
         "_handshake",
         "_opening",
         "_outbox",
+        "_flow",
         "_session",
         "_watchdog",
+        "_channel",
         "_connection",
         "_client",
         "_server",
@@ -48,7 +50,16 @@ LAYERS = [
     *("interface", "testing", "_cli", "__main__"),
 ]
 
-MAY_USE_TRIO = {"_errors", "_keys", "_addresses", "_secretbox_stream", "_opening", "_nursery", "_watchdog"}
+MAY_USE_TRIO = {
+    "_errors",
+    "_keys",
+    "_addresses",
+    "_secretbox_stream",
+    "_opening",
+    "_nursery",
+    "_watchdog",
+    "_channel",
+}
 """Of those below the connection."""
 
 PACKAGE = Path(bokbok_trio.__file__).parent

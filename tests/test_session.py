@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 
 from bokbok_trio import MessageTooLarge, ProtocolError
 from bokbok_trio._errors import MAX_ERROR_TEXT_SIZE
+from bokbok_trio._flow import MAX_CREDIT, MAX_QUEUED, WINDOW, End, Item
 from bokbok_trio._outbox import HEAD_ROOM
 from bokbok_trio._packets import encode_body, encode_head
 from bokbok_trio._session import Answer, Bye, Cancel, Event, Failure, Request, Session
@@ -557,6 +558,223 @@ def test_a_big_request_cancelled_before_its_turn_leaves_nothing() -> None:
     assert events == [Request(first, math.inf, [bytes(2**18)]), Request(third, 5, [bytes(2**18)])]
 
 
+# ---- channels ----
+
+
+def item_event(id: int, *fields: bytes) -> Item:
+    chunks, _ = encode_body(fields, 2**32)
+    return Item(id, b"".join(chunks), list(fields))
+
+
+def open_pair(limit: int = LIMIT) -> tuple[Session, Session]:
+    """Two engines with the channel 0 of the client's, and credit both ways."""
+    client, server = make("client", limit=limit), make("server", limit=limit)
+    client.open_channel(["hello"])
+    list(server.receive(client.take(0)))
+    server.channels.grant(0)
+    assert list(client.receive(server.take(0))) == []
+    return client, server
+
+
+def send_item(engine: Session, id: int, *fields: bytes) -> None:
+    engine.channels.send(id, *engine.channels.encode(fields))
+
+
+def test_a_channel_with_items_both_ways_and_its_answer() -> None:
+    client, server = make("client"), make("server")
+    assert client.open_channel(["hello"], 2.5) == 0
+    sent = client.take(0)
+    assert sent == packet(b"chan", b"0", b"2500000", b"%d" % WINDOW, body=[b"hello"])
+    assert list(server.receive(sent)) == [Request(0, 2.5, [b"hello"], has_channel=True)]
+    assert not client.channels.may_send(0)
+    assert server.channels.may_send(0)
+    server.channels.grant(0)
+    sent = server.take(0)
+    assert sent == packet(b"credit", b"0", b"%d" % WINDOW)
+    assert list(client.receive(sent)) == []
+    assert client.channels.take_writable() == {0}
+    send_item(client, 0, b"up")
+    client.channels.end(0)
+    sent = client.take(0)
+    assert sent == packet(b"item", b"0", body=[b"up"]) + packet(b"end", b"0")
+    assert list(server.receive(sent)) == [item_event(0, b"up"), End(0)]
+    send_item(server, 0, b"down")
+    server.answer(0, ["answer"])
+    sent = server.take(0)
+    assert sent == packet(b"item", b"0", body=[b"down"]) + packet(b"ok", b"0", body=[b"answer"])
+    assert list(client.receive(sent)) == [item_event(0, b"down"), Answer(0, [b"answer"])]
+    assert not len(client.channels)
+    assert not len(server.channels)
+    assert server.handling == 0
+
+
+def test_the_answer_waits_for_big_items_and_small_ones_of_other_channels_do_not() -> None:
+    client, server = open_pair(2**20)
+    list(server.receive(packet(b"chan", b"2", b"", b"100", body=[])))
+    send_item(server, 0, bytes(2**17))
+    send_item(server, 2, b"small")
+    server.answer(0, [])
+    client._asked.add(2)
+    client.channels.add_ours(2)
+    events: list[object] = []
+    while sent := server.take(0):
+        events += client.receive(sent)
+        assert (Answer(0, []) in events) == (server.handling == 1), "its slot is free with its answer"
+    assert events == [item_event(2, b"small"), item_event(0, bytes(2**17)), Answer(0, [])]
+
+
+def test_cancelling_a_channel_drops_what_has_not_left() -> None:
+    client, server = open_pair(2**20)
+    send_item(client, 0, bytes(2**17))
+    list(server.receive(client.take(0)))
+    assert server._pieces.held
+    send_item(server, 0, b"crosses")
+    server.channels.end(0)
+    client.channels.end(0)
+    client.cancel(0)
+    sent = client.take(0)
+    assert sent == packet(b"drop", b"0") + packet(b"cancel", b"0")
+    assert list(server.receive(sent)) == [Cancel(0)]
+    assert list(client.receive(server.take(0))) == [], "nobody wants it"
+    server.fail(0, "cancelled", "")
+    assert list(client.receive(server.take(0))) == []
+    assert not len(client.channels)
+
+
+def test_what_a_cancelled_channel_gets_is_still_checked() -> None:
+    client, server = open_pair()
+    client.cancel(0)
+    server.channels.end(0)
+    list(client.receive(server.take(0)))
+    with pytest.raises(ProtocolError, match="after the end"):
+        list(client.receive(packet(b"item", b"0", body=[])))
+
+
+def test_a_channel_cancelled_before_it_leaves_never_existed() -> None:
+    client = make("client", slots=1)
+    client.open_channel([])
+    client.open_channel([])
+    client.channels.end(0)
+    client.channels.end(2)
+    client.cancel(2)
+    client.cancel(0)
+    assert client.take(0) == b""
+    assert not len(client.channels)
+
+
+def test_a_channel_that_was_ended_while_it_had_no_slot() -> None:
+    client = make("client", slots=1)
+    client.request([])
+    client.take(0)
+    client.open_channel([])
+    client.channels.end(2)
+    list(client.receive(packet(b"ok", b"0", body=[])))
+    chan = packet(b"chan", b"2", b"", b"%d" % WINDOW, body=[])
+    assert client.take(0) == chan + packet(b"end", b"2")
+
+
+def test_the_answer_drops_our_items_that_have_not_left() -> None:
+    client, server = open_pair(2**20)
+    send_item(client, 0, bytes(2**17))
+    list(server.receive(client.take(0)))
+    server.answer(0, [])
+    assert list(client.receive(server.take(0))) == [Answer(0, [])]
+    sent = client.take(0)
+    assert sent == packet(b"drop", b"0")
+    list(server.receive(sent))
+    assert server._pieces.held == 0
+
+
+def test_a_channel_without_a_slot_fails_when_the_peer_drains() -> None:
+    client = make("client", slots=1)
+    client.request([])
+    client.open_channel([])
+    assert list(client.receive(packet(b"bye"))) == [Bye([2])]
+    assert not len(client.channels)
+
+
+def test_after_close_no_item_of_ours_leaves() -> None:
+    client, server = open_pair()
+    send_item(client, 0, b"x")
+    client.close()
+    assert client.take(0) == b""
+    send_item(server, 0, b"x")
+    server.answer(0, [])
+    server.close()
+    assert server.take(0) == packet(b"item", b"0", body=[b"x"]) + packet(b"ok", b"0", body=[])
+
+
+def test_what_is_not_in_flight_is_ignored_of_either_parity() -> None:
+    server = make("server")
+    server.open_channel([])  # unsent
+    for id in (b"0", b"1", b"7"):
+        for crossing in (packet(b"item", id, body=[]), packet(b"credit", id, b"5"), packet(b"end", id)):
+            assert list(server.receive(crossing)) == []
+    assert not server.channels.may_send(1)
+
+
+BAD_CHANNELS = {
+    "chan of wrong arity": packet(b"chan", b"4", b"", body=[]),
+    "chan of our parity": packet(b"chan", b"5", b"", b"0", body=[]),
+    "chan with an id in flight": packet(b"chan", b"0", b"", b"0", body=[]),
+    "chan with the id of a request": packet(b"chan", b"2", b"", b"0", body=[]),
+    "req with the id of a channel": packet(b"req", b"0", b"", body=[]),
+    "a credit that is no number": packet(b"chan", b"4", b"", b"-1", body=[]),
+    "too much credit at first": packet(b"chan", b"4", b"", b"%d" % (MAX_CREDIT + 1), body=[]),
+    "too much credit in all": packet(b"credit", b"0", b"%d" % MAX_CREDIT),
+    "credit of wrong arity": packet(b"credit", b"0"),
+    "no number of credit": packet(b"credit", b"0", b"x"),
+    "an item without credit": packet(b"item", b"0", body=[]),
+    "an item that is none": packet(b"item", b"1", b"\x01"),
+    "one that is none and would be ignored": packet(b"item", b"99", b"\x01"),
+    "item of wrong arity": packet(b"item", b"1"),
+    "an item for a request": packet(b"item", b"2", body=[]),
+    "credit for a request": packet(b"credit", b"2", b"5"),
+    "an end for a request": packet(b"end", b"2"),
+    "end of wrong arity": packet(b"end", b"1", b""),
+    "a second end": packet(b"end", b"1") * 2,
+    "an item after the end": packet(b"end", b"1") + packet(b"item", b"1", body=[]),
+    "an end in pieces": in_pieces(packet(b"end", b"1")[4:]),
+    "a credit in pieces": in_pieces(packet(b"credit", b"1", b"5")[4:]),
+    "an id that is no number": packet(b"end", b"01"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_CHANNELS.values(), ids=BAD_CHANNELS)
+def test_a_broken_rule_of_channels_is_a_protocol_error(bad: bytes) -> None:
+    server = make("server", max_requests=5)
+    # In flight: of the peer's the channel 0, with no credit granted, and the request 2; of ours channel 1.
+    list(server.receive(packet(b"chan", b"0", b"", b"10", body=[]) + packet(b"req", b"2", b"", body=[])))
+    server.open_channel([])
+    server.take(0)
+    with pytest.raises(ProtocolError):
+        list(server.receive(bad))
+
+
+def test_channels_and_requests_share_the_slots() -> None:
+    server = make("server", max_requests=1)
+    list(server.receive(packet(b"chan", b"0", b"", b"0", body=[])))
+    with pytest.raises(ProtocolError, match="more than 1 requests"):
+        list(server.receive(packet(b"req", b"2", b"", body=[])))
+
+
+def test_items_and_channels_may_come_in_pieces() -> None:
+    client, server = make("client"), make("server")
+    chan = packet(b"chan", b"0", b"", b"9", body=[b"x"])
+    assert list(server.receive(in_pieces(chan[4:]))) == [Request(0, math.inf, [b"x"], has_channel=True)]
+    client.open_channel([])
+    client.take(0)
+    assert list(client.receive(in_pieces(packet(b"item", b"0", body=[b"x"])[4:]))) == [item_event(0, b"x")]
+
+
+def test_the_longest_head_fits_its_room() -> None:
+    client = make("client", limit=2**20)
+    client._next_id = int("9" * 17 + "8")
+    client.open_channel([bytes(2**20 - HEAD_ROOM - 5)], 1e11)
+    while client.take(0):
+        assert not client._outbox._open or len(next(iter(client._outbox._open.values()))._bytes) < 2**20
+
+
 # ---- two engines, in any order ----
 
 
@@ -584,6 +802,11 @@ class TwoEngines(RuleBasedStateMachine):
         self.cancelled: list[set[int]] = [set(), set()]
         self.seen: list[set[int]] = [set(), set()]  # ids the other side was told of, by asker
         self.handling: list[dict[int, bytes]] = [{}, {}]  # id -> what was asked, by answerer
+        # Of channels, by the side that does it, and id: what was sent and not told, what is to be consumed.
+        self.items: list[dict[int, list[bytes]]] = [{}, {}]
+        self.held: list[dict[int, list[int]]] = [{}, {}]
+        self.ended: list[set[int]] = [set(), set()]
+        self.end_told: list[set[int]] = [set(), set()]
 
     @rule(
         target=asked,
@@ -591,12 +814,18 @@ class TwoEngines(RuleBasedStateMachine):
         text=st.binary(max_size=40),
         times=st.sampled_from([1, 1, 1, 5000]),
         timeout=st.sampled_from([math.inf, 2.5]),
+        has_channel=st.booleans(),
     )
-    def ask(self, side: int, text: bytes, times: int, timeout: float) -> tuple[int, int]:
+    def ask(self, side: int, text: bytes, times: int, timeout: float, has_channel: bool) -> tuple[int, int]:
         if not self.engines[side].may_ask:
             return side, -1
         text *= times
-        id = self.engines[side].request([text], self.now + timeout)
+        if has_channel:
+            id = self.engines[side].open_channel([text], self.now + timeout)
+            self.items[side][id], self.items[1 - side][id] = [], []
+            self.held[side][id] = []
+        else:
+            id = self.engines[side].request([text], self.now + timeout)
         if timeout == math.inf:
             self.timeouts[side][id] = timeout
         assert id % 2 == side
@@ -610,6 +839,32 @@ class TwoEngines(RuleBasedStateMachine):
         if self.waiting[side].pop(id, None) is not None:
             self.engines[side].cancel(id)
             self.cancelled[side].add(id)
+            self.held[side].pop(id, None)
+
+    def channel_of(self, side: int, which: int) -> int | None:
+        """A channel of which that side's user still has its end."""
+        ids = [id for id in self.held[side] if id in self.waiting[side] or id in self.handling[side]]
+        return ids[which % len(ids)] if ids else None
+
+    @rule(side=st.integers(0, 1), which=st.integers(0, 9), size=st.sampled_from([0, 10, 30_000, 200_000]))
+    def send_item(self, side: int, which: int, size: int) -> None:
+        id = self.channel_of(side, which)
+        if id is not None and id not in self.ended[side] and self.engines[side].channels.may_send(id):
+            self.items[side][id].append(bytes(size))
+            send_item(self.engines[side], id, bytes(size))
+
+    @rule(side=st.integers(0, 1), which=st.integers(0, 9))
+    def end(self, side: int, which: int) -> None:
+        id = self.channel_of(side, which)
+        if id is not None:
+            self.engines[side].channels.end(id)
+            self.ended[side].add(id)
+
+    @rule(side=st.integers(0, 1), which=st.integers(0, 9))
+    def consume(self, side: int, which: int) -> None:
+        id = self.channel_of(side, which)
+        if id is not None and self.held[side][id]:
+            self.engines[side].channels.consume(id, self.held[side][id].pop(0))
 
     @rule(side=st.integers(0, 1), which=st.integers(0, 9), good=st.booleans())
     def answer(self, side: int, which: int, good: bool) -> None:
@@ -617,6 +872,7 @@ class TwoEngines(RuleBasedStateMachine):
             ids = list(self.handling[side])
             id = ids[which % len(ids)]
             text = self.handling[side].pop(id)
+            self.held[side].pop(id, None)
             if good:
                 self.engines[side].answer(id, [b"re: " + text])
             else:
@@ -650,7 +906,23 @@ class TwoEngines(RuleBasedStateMachine):
 
     def check_event(self, side: int, event: object) -> None:
         match event:
-            case Request(id, timeout, [text]):
+            case Item(id, body, [field]):
+                if id not in self.held[side]:
+                    assert id % 2 != side, "of a cancelled channel nothing is told"
+                    return
+                assert self.items[1 - side][id].pop(0) == field
+                assert id not in self.end_told[side]
+                self.held[side][id].append(len(body))
+            case End(id):
+                assert id not in self.end_told[side]
+                assert id in self.ended[1 - side]
+                assert id not in self.held[side] or not self.items[1 - side][id]
+                self.end_told[side].add(id)
+            case Request(id, timeout, [text], has_channel):
+                assert has_channel == (id in self.items[side])
+                if has_channel:
+                    self.held[side][id] = []
+                    self.engines[side].channels.grant(id)
                 assert timeout == self.timeouts[1 - side].get(id, timeout)
                 assert id not in self.seen[1 - side]
                 assert self.waiting[1 - side].get(id, text) == text
@@ -661,14 +933,21 @@ class TwoEngines(RuleBasedStateMachine):
                 for id in ids:
                     assert id not in self.seen[side]
                     del self.waiting[side][id]
+                    self.held[side].pop(id, None)
             case Cancel(id):
                 assert id in self.cancelled[1 - side]
             case Answer(id, [text]):
                 assert text == b"re: " + self.waiting[side].pop(id)
+                self.on_answered(side, id)
             case Failure(id, "bad", text):
                 assert bytes.fromhex(text) == self.waiting[side].pop(id)[:100]
+                self.on_answered(side, id)
             case _:
                 raise AssertionError(event)
+
+    def on_answered(self, side: int, id: int) -> None:
+        if self.held[side].pop(id, None) is not None:
+            assert self.items[1 - side][id] == [], "all items come before the answer"
 
     @precondition(lambda self: not any(self.is_cut))
     @rule(side=st.integers(0, 1))
@@ -682,6 +961,10 @@ class TwoEngines(RuleBasedStateMachine):
             assert self.engines[side].handling <= self.slots[side]
             assert self.engines[side]._pieces.held <= 4 * 2**20
             assert len(self.engines[side]._outbox._open) <= 4
+            for sizes in self.held[side].values():
+                assert sum(sizes) < WINDOW + 200_005
+            for flow in self.engines[side].channels._flows.values():
+                assert 0 <= flow.queued < MAX_QUEUED + 200_005
             for id in self.seen[side]:
                 assert not self.engines[side].is_unsent(id)
 
@@ -695,8 +978,9 @@ class TwoEngines(RuleBasedStateMachine):
             engine = self.engines[side]
             left = (engine._asked, engine._unsent, engine._cancelled, engine._handling, engine._backlog)
             assert not any(left), left
+            assert not len(engine.channels)
             outbox = engine._outbox
-            assert not any((outbox._control, outbox._small, outbox._big, outbox._open))
+            assert not any((outbox._control, outbox._small, outbox._big, outbox._open, outbox._behind))
             assert engine._pieces.held == 0
             assert engine.is_drained == self.has_drained[side]
 

@@ -420,3 +420,17 @@ def test_the_demo_tells_its_story() -> None:
         "the answer is [b'as you wish']\nstopped\nand nobody is there any more",
     ):
         assert part in story
+
+
+def test_the_example_of_channels_follows_a_log_and_uploads_a_file() -> None:
+    with run_example("channels.py") as example:
+        story, errors = example.communicate(timeout=30)
+    assert example.returncode == 0, errors
+    assert errors == ""
+    for part in (
+        "the log says: the server starts\nclient: the log says: big.bin is coming\n",
+        "client: uploaded 1024000 bytes of big.bin, and they are the same\n",
+        "server: nobody follows the log any more\n",
+    ):
+        assert part in story
+    assert story.endswith("nonsense is answered by an error: I do not know [b'nonsense'] [unknown-request]\n")

@@ -396,7 +396,7 @@ def test_packets_of_a_connection(vector: dict[str, Any]) -> None:
     match fields:
         case [b"req", id, timeout, body]:
             seconds = int(timeout) / 1e6 if timeout else math.inf
-            assert events == [(int(id), seconds, second.unpack_body(body))]
+            assert events == [Request(int(id), seconds, second.unpack_body(body))]
         case [b"ok", id, body]:
             assert events == [(int(id), second.unpack_body(body))]
         case [b"err", id, code, message]:
@@ -449,7 +449,7 @@ def test_sequences_of_packets(vector: dict[str, Any]) -> None:
     ]
     packets = [bytes.fromhex(packet) for packet in vector["packets"]]
     events = [event for event in package.receive(b"".join(packets)) if isinstance(event, Request)]
-    assert [(id, fields) for id, _, fields in events] == requests
+    assert [(id, fields) for id, _, fields, _ in events] == requests
     assert package.take(0.0).hex() == vector["replies"]
     taken = [fields for packet in packets if (fields := other.take(packet)) and fields[0] == b"req"]
     assert [(int(id), second.unpack_body(body)) for _, id, _, body in taken] == requests

@@ -1,0 +1,312 @@
+"""`Channel`: a Trio channel of lists of fields, over a connection.
+
+Theory
+======
+
+Credit is counted by the session's `Flows`; here are the tasks that wait. An item is queued or
+handed over in the very moment that its waiter is woken, as Trio's memory channels do it: so tasks are
+served in turn, and a cancelled `send` or `receive` either did all of its work or none of it.
+
+Items that no task waits for are kept as they came, encoded: a list of small fields would take up
+a multiple of the window.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NoReturn, final
+
+import trio
+
+from ._errors import BokbokError, RemoteError
+from ._flow import End, Flows, Item
+from ._packets import Chunks, Field, decode_body
+
+
+@final
+class _Waiter:
+    """A task in `send` or `receive`, and the item that it has, or gets. `done`: it was sent, or came."""
+
+    __slots__ = ("done", "fields", "item", "task")
+
+    def __init__(self, item: tuple[Chunks, int] = ([], 0)) -> None:
+        self.task = trio.lowlevel.current_task()
+        self.item = item
+        self.fields: list[bytes] = []
+        self.done = False
+
+
+async def _sleep(waiters: dict[_Waiter, None], waiter: _Waiter) -> None:
+    """Sleep among others until woken, its item done or not."""
+
+    def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+        del waiters[waiter]
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    waiters[waiter] = None
+    await trio.lowlevel.wait_task_rescheduled(abort)
+
+
+def _wake_first(waiters: dict[_Waiter, None]) -> _Waiter:
+    waiter = next(iter(waiters))
+    del waiters[waiter]
+    trio.lowlevel.reschedule(waiter.task)
+    return waiter
+
+
+def _wake_all(waiters: dict[_Waiter, None]) -> None:
+    while waiters:
+        _wake_first(waiters)
+
+
+@final
+class Channel(trio.abc.Channel[list[bytes]]):
+    """Items both ways, as part of a request; made by `Connection.open_channel`, and for a channel handler.
+
+    An item is a list of fields, as a request is. Several tasks may send, and several receive, at
+    once; each item goes to one of them, and they are served in turn. Cancelling one loses no item and
+    repeats none. What has been received and not been taken is bounded by 256 KiB and one item; past
+    that the other side's `send` waits. ``async for item in channel`` ends where the other side has
+    ended its direction, or answered.
+
+    On the handler's side the channel is closed when the handler returns; what it sent before arrives
+    before its answer.
+    """
+
+    def __init__(
+        self,
+        flows: Flows,
+        id: int,
+        wake_sender: Callable[[], object],
+        cancel: Callable[[], object] | None = None,
+        deadline: float = math.inf,
+    ) -> None:
+        self._flows = flows
+        self._id = id
+        self._wake_sender = wake_sender
+        self._cancel = cancel  # None on the handler's side
+        self._deadline = deadline
+        self._senders: dict[_Waiter, None] = {}
+        self._receivers: dict[_Waiter, None] = {}
+        self._buffer: deque[bytes] = deque()
+        self._is_closed = False
+        self._has_ended = False
+        self._peer_has_ended = False
+        self._broken: Exception | None = None  # why nothing can be sent any more, and no more comes
+        self._outcome: list[bytes] | BokbokError | None = None
+        self._answer_told = False
+        self._answered = trio.Event()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "open" if self._broken is None else "broken"
+        return f"<bokbok_trio.Channel {self._id} {state}>"
+
+    # ---- what it does ----
+
+    async def send(self, value: Sequence[Field]) -> None:
+        """Send an item, as soon as the other side has room and the items before it are on their way.
+
+        It returns before the item has arrived.
+
+        Arguments:
+            value: 0 to 255 fields of bytes or str (sent as UTF-8).
+
+        Raises:
+            TypeError, ValueError: `value` is no such list.
+            MessageTooLarge: it is larger than the two sides agreed on.
+            trio.ClosedResourceError: this side called `end` or `aclose`, or closed the connection.
+            trio.BrokenResourceError: the handler over there has answered, or the other side cancelled
+                it; its error, if it answered with one, is the cause.
+            ConnectionLost: which is such an error too.
+        """
+        item = self._flows.encode(value)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        waiter = _Waiter(item)
+        if self._send_error() is None:
+            if self._flows.may_send(self._id):  # then nobody waits: see `_on_writable`
+                self._put(waiter)
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            else:
+                await _sleep(self._senders, waiter)
+        if not waiter.done:
+            await self._raise(self._send_error)
+
+    async def receive(self) -> list[bytes]:
+        """Receive an item.
+
+        Raises:
+            trio.EndOfChannel: the other side has ended its direction, or answered, and all of its
+                items have been received.
+            trio.ClosedResourceError: this side called `aclose`, or closed the connection.
+            trio.BrokenResourceError: the other side cancelled, or answered with an error, which is
+                the cause, before it ended its direction.
+            ConnectionLost: which is such an error too.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._buffer:
+            body = self._buffer.popleft()
+            self._consume(len(body))
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return decode_body(body)
+        waiter = _Waiter()
+        if self._receive_error() is None:
+            await _sleep(self._receivers, waiter)
+        if not waiter.done:
+            await self._raise(self._receive_error)
+        return waiter.fields
+
+    async def end(self) -> None:
+        """Send no more items; receiving goes on. Tasks that wait in `send` get `trio.ClosedResourceError`.
+
+        Again, or after the channel was closed, it does nothing.
+        """
+        if not self._has_ended:
+            self._has_ended = True
+            _wake_all(self._senders)
+            self._flows.end(self._id)
+            self._wake_sender()
+        await trio.lowlevel.checkpoint()
+
+    async def answer(self) -> list[bytes]:
+        """Wait for the answer of the handler over there. Again gives the same.
+
+        Items that nobody receives may hold that handler up: take them first, or at the same time.
+
+        Raises:
+            RemoteError: it answered with an error.
+            ConnectionLost, ConnectionClosed: as for `Connection.request`.
+            trio.ClosedResourceError: the channel was closed here before the answer came.
+            RuntimeError: called on the handler's side, which gives the answer.
+        """
+        if self._cancel is None:
+            raise RuntimeError("a handler gives the answer, and does not wait for it")
+        await self._answered.wait()
+        outcome = self._outcome
+        if outcome is None:
+            raise trio.ClosedResourceError("this side closed the channel before its answer came")
+        if isinstance(outcome, list):
+            self._answer_told = True
+            return list(outcome)
+        await self._hold_timeout()
+        self._answer_told = True
+        raise copy.copy(outcome)
+
+    async def aclose(self) -> None:
+        """Close both directions; what is there or still comes is dropped.
+
+        On the side that opened it, it cancels the handler over there unless its answer came. On the
+        handler's side, the handler goes on and is still to answer.
+        """
+        self._close()
+        await trio.lowlevel.checkpoint()
+
+    # ---- its errors ----
+
+    def _send_error(self) -> Exception | None:
+        if self._has_ended:
+            return trio.ClosedResourceError("this side ended or closed the channel")
+        return self._broken
+
+    def _receive_error(self) -> Exception | None:
+        """Why nothing can be received, where nothing is buffered."""
+        if self._is_closed:
+            return trio.ClosedResourceError("this side closed the channel")
+        if self._peer_has_ended:
+            return trio.EndOfChannel()
+        return self._broken
+
+    async def _raise(self, find_error: Callable[[], Exception | None]) -> NoReturn:
+        await self._hold_timeout()
+        error = find_error()
+        assert error is not None
+        # A copy, as each time it is raised it would gather more of a traceback.
+        raise copy.copy(error) from error.__cause__
+
+    async def _hold_timeout(self) -> None:
+        """Where the deadline ran out over there first, our own is to be seen, as a cancellation."""
+        is_timeout = isinstance(self._outcome, RemoteError) and self._outcome.code == "timeout"
+        await trio.sleep_until(self._deadline if is_timeout and self._deadline < math.inf else -math.inf)
+
+    # ---- for the connection ----
+
+    def wake(self, outcome: list[bytes] | BokbokError) -> None:
+        """The answer came, or none will."""
+        self._outcome = outcome
+        self._answered.set()
+        if isinstance(outcome, list):
+            self._peer_has_ended = True
+            self._break(trio.BrokenResourceError("the handler over there has answered"))
+        elif isinstance(outcome, RemoteError):
+            error = trio.BrokenResourceError(f"the handler over there has answered with an error: {outcome}")
+            error.__cause__ = outcome
+            self._break(error)
+        else:
+            self._break(outcome)
+
+    def _break(self, error: Exception) -> None:
+        """Nothing can be sent any more, and nothing more comes."""
+        if self._broken is None:
+            self._broken = error
+            if isinstance(error, trio.ClosedResourceError):
+                self._buffer.clear()  # this side did it, and asks for nothing more
+            _wake_all(self._senders)
+            _wake_all(self._receivers)
+
+    def _on_event(self, event: Item | End) -> None:
+        if isinstance(event, Item):
+            self._on_item(event)
+        else:
+            self._peer_has_ended = True
+            _wake_all(self._receivers)
+
+    def _on_item(self, item: Item) -> None:
+        if self._receivers:
+            waiter = _wake_first(self._receivers)
+            waiter.fields = item.fields
+            waiter.done = True
+        elif not self._is_closed:
+            self._buffer.append(item.body)
+            return
+        self._consume(len(item.body))
+
+    def _on_writable(self) -> None:
+        while self._senders and self._flows.may_send(self._id):
+            self._put(_wake_first(self._senders))
+
+    def _put(self, waiter: _Waiter) -> None:
+        self._flows.send(self._id, *waiter.item)
+        waiter.done = True
+        self._wake_sender()
+
+    def _consume(self, size: int) -> None:
+        self._flows.consume(self._id, size)
+        self._wake_sender()
+
+    async def _finish(self) -> None:
+        """The block was left, and not by an exception."""
+        if self._has_ended and not self._is_closed and not self._answer_told:
+            self._stop_receiving()
+            await self.answer()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    def _close(self, *, answered: bool = False) -> None:
+        """Close both directions. `answered`: the handler's answer is what follows."""
+        was_ended, self._has_ended = self._has_ended, True
+        _wake_all(self._senders)
+        if self._cancel is not None:
+            self._cancel()
+            self._answered.set()
+        elif not was_ended and not answered:
+            self._flows.end(self._id)
+        self._stop_receiving()
+
+    def _stop_receiving(self) -> None:
+        """Drop what is there and what still comes, as if it were received: nobody is to wait for us."""
+        self._is_closed = True
+        _wake_all(self._receivers)
+        while self._buffer:
+            self._consume(len(self._buffer.popleft()))

@@ -1,0 +1,261 @@
+"""The credit of channels: how much each side of one may send, and what it must refuse. No Trio, no I/O.
+
+Theory
+======
+
+Each direction of a channel has a credit, in bytes of items' bodies. The receiver grants it, at first
+a `WINDOW` of it (with `chan` to the answerer, with `credit` to the opener), then what its user has
+consumed. An item may start while some is left, so that it can be of any size; credit then is below
+zero by less than one item, and no further item starts before it is above zero again.
+
+Invariants
+==========
+
+- What has been received and not been consumed takes up less than `WINDOW` and one item.
+- What was queued and has not left takes up less than `MAX_QUEUED` and one item, whatever the peer grants.
+- Every item that was queued has its credit, so nothing that is queued ever waits for the peer's user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple, final
+
+from ._errors import ProtocolError
+from ._outbox import Outbox, Outgoing
+from ._packets import Chunks, Field, encode_body, encode_number
+
+WINDOW: Final = 2**18
+"""Bytes of items that a side takes before its user has consumed any: what a link of 20 Mbit/s carries
+in a round trip of 0.1 s, and little enough for a hundred channels."""
+
+MAX_QUEUED: Final = 2**16
+"""Bytes of a channel's items that wait to leave, from which on the next one waits outside. It is as
+much as a batch, so that the sender never lacks work."""
+
+MAX_CREDIT: Final = 2**32 - 1
+"""Bytes of credit that there may be at once: no side has use for so much memory, so a peer that
+grants more has lost count."""
+
+
+class Item(NamedTuple):
+    """The peer sent an item. `body` is the same as `fields`, and takes up less room."""
+
+    id: int
+    body: bytes
+    fields: list[bytes]
+
+
+class End(NamedTuple):
+    """The peer will send no more items."""
+
+    id: int
+
+
+@final
+class Flow:
+    """The credit of one channel, both ways.
+
+    Arguments:
+        send_credit, receive_credit: bytes, at first.
+        started: whether the peer knows of the channel, or will before what is queued now.
+    """
+
+    __slots__ = ("_consumed", "ended", "peer_ended", "queued", "receive_credit", "send_credit", "started")
+
+    def __init__(self, *, send_credit: int, receive_credit: int, started: bool) -> None:
+        self.send_credit = 0
+        self.receive_credit = receive_credit
+        self.started = started
+        self.ended = False
+        self.peer_ended = False
+        self.queued = 0
+        self._consumed = 0
+        self.add_credit(send_credit)
+
+    @property
+    def may_send(self) -> bool:
+        """Whether an item may be queued now, of whatever size."""
+        return self.send_credit > 0 and self.queued < MAX_QUEUED
+
+    def send(self, size: int) -> None:
+        """An item is queued."""
+        assert self.may_send
+        assert not self.ended
+        self.send_credit -= size
+        self.queued += size
+
+    def add_credit(self, size: int) -> None:
+        """The peer takes so many bytes more.
+
+        Raises:
+            ProtocolError: more than `MAX_CREDIT` in all.
+        """
+        self.send_credit += size
+        if self.send_credit > MAX_CREDIT:
+            raise ProtocolError(f"a credit of {self.send_credit} bytes; {MAX_CREDIT} may be")
+
+    def receive(self, size: int) -> None:
+        """The peer sent an item.
+
+        Raises:
+            ProtocolError: after its end, or without credit.
+        """
+        if self.peer_ended:
+            raise ProtocolError("an item after the end")
+        if self.receive_credit <= 0:
+            raise ProtocolError("an item without credit")
+        self.receive_credit -= size
+
+    def receive_end(self) -> None:
+        """The peer sends no more items.
+
+        Raises:
+            ProtocolError: it has said so before.
+        """
+        if self.peer_ended:
+            raise ProtocolError("an end after the end")
+        self.peer_ended = True
+
+    def consume(self, size: int) -> int:
+        """Our user took an item; return how much credit is to be granted now, so that it is not each time."""
+        self._consumed += size
+        if self.peer_ended or self._consumed < WINDOW // 2:
+            return 0
+        due, self._consumed = self._consumed, 0
+        return due
+
+
+@final
+class Flows:
+    """The channels in flight, those of both sides, by id. Where there is none of an id, nothing is done.
+
+    Arguments:
+        outbox: where items, credit and ends are queued.
+        max_body_size: bytes of an item.
+    """
+
+    def __init__(self, outbox: Outbox, max_body_size: int) -> None:
+        self._outbox = outbox
+        self._max_body_size = max_body_size
+        self._flows: dict[int, Flow] = {}
+        self._writable: set[int] = set()
+
+    def __contains__(self, id: int) -> bool:
+        return id in self._flows
+
+    def __len__(self) -> int:
+        return len(self._flows)
+
+    # ---- beginning and ending, for `Session` ----
+
+    def add_ours(self, id: int) -> None:
+        """A channel of ours. Its `chan` grants the first `WINDOW`."""
+        self._flows[id] = Flow(send_credit=0, receive_credit=WINDOW, started=False)
+
+    def add_theirs(self, id: int, credit: int) -> None:
+        """A channel of the peer's, which takes so many bytes at first.
+
+        Raises:
+            ProtocolError: more than `MAX_CREDIT`.
+        """
+        self._flows[id] = Flow(send_credit=credit, receive_credit=0, started=True)
+
+    def start(self, id: int) -> None:
+        """The `chan` of a channel of ours was queued."""
+        flow = self._flows.get(id)
+        if flow is not None:
+            flow.started = True
+            if flow.ended:
+                self._put_end(id)
+
+    def remove(self, id: int) -> None:
+        """It is done, or never was."""
+        self._flows.pop(id, None)
+        self._writable.discard(id)
+
+    # ---- sending ----
+
+    def encode(self, fields: Sequence[Field]) -> tuple[Chunks, int]:
+        """Encode an item for `send`.
+
+        Raises:
+            TypeError, ValueError, MessageTooLarge: as `encode_body` does.
+        """
+        return encode_body(fields, self._max_body_size)
+
+    def may_send(self, id: int) -> bool:
+        """Whether an item may be queued now."""
+        flow = self._flows.get(id)
+        return flow is not None and flow.may_send
+
+    def send(self, id: int, body: Chunks, size: int) -> None:
+        """Queue an item; `may_send` must be so."""
+        self._flows[id].send(size)
+        self._outbox.put(id, Outgoing(b"item", encode_number(id), body=body, body_size=size))
+
+    def left(self, id: int, size: int) -> None:
+        """An item has wholly left."""
+        flow = self._flows.get(id)
+        if flow is not None:
+            flow.queued -= size
+            self._note_writable(id, flow)
+
+    def end(self, id: int) -> None:
+        """Send no more items. Again does nothing."""
+        flow = self._flows.get(id)
+        if flow is not None and not flow.ended:
+            flow.ended = True
+            if flow.started:
+                self._put_end(id)
+
+    def take_writable(self) -> set[int]:
+        """The channels of which an item may be queued, and perhaps could not be when last asked."""
+        writable, self._writable = self._writable, set()
+        return writable
+
+    def _note_writable(self, id: int, flow: Flow) -> None:
+        if flow.may_send:
+            self._writable.add(id)
+
+    def _put_end(self, id: int) -> None:
+        self._outbox.put(id, Outgoing(b"end", encode_number(id)))
+
+    # ---- receiving ----
+
+    def grant(self, id: int, size: int = WINDOW) -> None:
+        """Take so many bytes more."""
+        self._flows[id].receive_credit += size
+        self._outbox.put_control_of(id, b"credit", encode_number(id), encode_number(size))
+
+    def consume(self, id: int, size: int) -> None:
+        """Our user has taken an item, or will take none."""
+        flow = self._flows.get(id)
+        if flow is not None and (due := flow.consume(size)):
+            self.grant(id, due)
+
+    def on_item(self, id: int, size: int) -> None:
+        """The peer sent an item of a channel in flight.
+
+        Raises:
+            ProtocolError: it may not.
+        """
+        self._flows[id].receive(size)
+
+    def on_credit(self, id: int, size: int) -> None:
+        """The peer takes more items of a channel in flight.
+
+        Raises:
+            ProtocolError: too much.
+        """
+        flow = self._flows[id]
+        flow.add_credit(size)
+        self._note_writable(id, flow)
+
+    def on_end(self, id: int) -> None:
+        """The peer sends no more items.
+
+        Raises:
+            ProtocolError: again.
+        """
+        self._flows[id].receive_end()

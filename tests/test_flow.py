@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import pytest
+
+from bokbok_trio import MessageTooLarge, ProtocolError
+from bokbok_trio._flow import MAX_CREDIT, MAX_QUEUED, WINDOW, Flow, Flows
+from bokbok_trio._outbox import Outbox
+from bokbok_trio._packets import PacketDecoder
+
+
+def make_flow(send_credit: int = 0, receive_credit: int = 0) -> Flow:
+    return Flow(send_credit=send_credit, receive_credit=receive_credit, started=True)
+
+
+class Ends:
+    """Flows, and what leaves of them."""
+
+    def __init__(self) -> None:
+        self.outbox = Outbox()
+        self.flows = Flows(self.outbox, 2**20)
+
+    def take(self) -> list[list[bytes]]:
+        batch, done = self.outbox.take(0)
+        for left in done:
+            self.flows.left(left.id, left.body_size)
+        return list(PacketDecoder(2**20).decode(batch))
+
+    def send(self, id: int, size: int) -> None:
+        self.flows.send(id, *self.flows.encode([bytes(size - 5)]))
+
+
+# ---- one flow ----
+
+
+def test_an_item_may_start_while_some_credit_is_left() -> None:
+    flow = make_flow(send_credit=10)
+    flow.send(9)
+    assert flow.may_send
+    flow.send(1000)
+    assert not flow.may_send
+    flow.add_credit(999)
+    assert not flow.may_send, "none is left"
+    flow.add_credit(1)
+    assert flow.may_send
+
+
+def test_the_receiver_counts_as_the_sender_does() -> None:
+    flow = make_flow(receive_credit=10)
+    flow.receive(9)
+    flow.receive(1000)
+    with pytest.raises(ProtocolError, match="an item without credit"):
+        flow.receive(1)
+
+
+def test_without_any_credit_nothing_may_start() -> None:
+    assert not make_flow().may_send
+    with pytest.raises(ProtocolError, match="without credit"):
+        make_flow().receive(1)
+
+
+def test_what_waits_to_leave_is_bounded_whatever_the_credit() -> None:
+    flow = make_flow(send_credit=MAX_CREDIT)
+    flow.send(MAX_QUEUED - 1)
+    assert flow.may_send
+    flow.send(1)
+    assert not flow.may_send
+
+
+def test_too_much_credit_is_an_error() -> None:
+    flow = make_flow(send_credit=MAX_CREDIT)
+    with pytest.raises(ProtocolError, match="a credit of"):
+        flow.add_credit(1)
+    with pytest.raises(ProtocolError, match="a credit of"):
+        make_flow(send_credit=MAX_CREDIT + 1)
+
+
+def test_nothing_comes_after_the_end() -> None:
+    flow = make_flow(receive_credit=10)
+    flow.receive_end()
+    with pytest.raises(ProtocolError, match="an item after the end"):
+        flow.receive(1)
+    with pytest.raises(ProtocolError, match="an end after the end"):
+        flow.receive_end()
+
+
+def test_credit_is_granted_by_half_windows_and_none_is_forgotten() -> None:
+    flow = make_flow()
+    assert flow.consume(WINDOW // 2 - 1) == 0
+    assert flow.consume(1) == WINDOW // 2
+    assert flow.consume(1) == 0
+    assert flow.consume(WINDOW) == WINDOW + 1
+    flow.receive_end()
+    assert flow.consume(WINDOW) == 0, "nobody needs it"
+
+
+# ---- all of them ----
+
+
+def test_items_end_and_credit_leave_in_the_order_of_their_channel() -> None:
+    ends = Ends()
+    ends.flows.add_theirs(0, WINDOW)
+    ends.flows.grant(0)
+    ends.send(0, 10)
+    ends.flows.grant(0, 7)
+    ends.flows.end(0)
+    ends.flows.end(0)
+    sent = ends.take()
+    assert [packet[:1] + packet[2:] for packet in sent] == [
+        [b"credit", b"%d" % WINDOW],
+        [b"item", b"\x01\x00\x00\x00\x05" + bytes(5)],
+        [b"credit", b"7"],
+        [b"end"],
+    ]
+    assert {packet[1] for packet in sent} == {b"0"}
+
+
+def test_credit_goes_before_the_items_of_others() -> None:
+    ends = Ends()
+    ends.flows.add_theirs(0, WINDOW)
+    ends.flows.add_theirs(2, 0)
+    ends.send(0, 10)
+    ends.flows.grant(2, 7)
+    assert [packet[:2] for packet in ends.take()] == [[b"credit", b"2"], [b"item", b"0"]]
+
+
+def test_an_end_waits_for_the_beginning() -> None:
+    ends = Ends()
+    ends.flows.add_ours(0)
+    ends.flows.end(0)
+    assert ends.take() == []
+    ends.flows.start(0)
+    assert ends.take() == [[b"end", b"0"]]
+    ends.flows.add_ours(2)
+    ends.flows.start(2)
+    assert ends.take() == []
+
+
+def test_channels_take_turns() -> None:
+    ends = Ends()
+    for id in (0, 2, 4):
+        ends.flows.add_theirs(id, WINDOW)
+        for _ in range(2):
+            ends.send(id, 10)
+    assert [packet[1] for packet in ends.take()] == [b"0", b"2", b"4"] * 2
+
+
+def test_writers_are_told_when_credit_comes_and_when_items_have_left() -> None:
+    ends = Ends()
+    ends.flows.add_theirs(0, 10)
+    ends.flows.on_credit(0, 2**20)
+    assert ends.flows.take_writable() == {0}
+    assert ends.flows.take_writable() == set()
+    ends.send(0, MAX_QUEUED)
+    assert not ends.flows.may_send(0)
+    while not ends.flows.may_send(0):
+        assert ends.flows.take_writable() == set()
+        assert ends.take()
+    assert ends.flows.take_writable() == {0}
+    ends.flows.on_credit(0, 1)
+    ends.flows.remove(0)
+    assert ends.flows.take_writable() == set()
+
+
+def test_credit_that_is_not_enough_wakes_nobody() -> None:
+    ends = Ends()
+    ends.flows.add_theirs(0, 10)
+    ends.send(0, 100)
+    ends.flows.on_credit(0, 90)
+    ends.take()
+    assert ends.flows.take_writable() == set()
+
+
+def test_what_is_done_does_nothing() -> None:
+    ends = Ends()
+    assert not ends.flows.may_send(0)
+    ends.flows.end(0)
+    ends.flows.consume(0, WINDOW)
+    ends.flows.left(0, 10)
+    ends.flows.start(0)
+    ends.flows.remove(0)
+    assert ends.take() == []
+
+
+def test_an_item_has_the_limit_of_a_packet() -> None:
+    flows = Flows(Outbox(), 100)
+    assert flows.encode([bytes(95)])[1] == 100
+    with pytest.raises(MessageTooLarge):
+        flows.encode([bytes(96)])
