@@ -56,9 +56,10 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """The demo, as a newcomer runs it."""
+    """The demo, as a newcomer runs it, and the example of channels."""
     session.install("-e", ".")
-    session.run("python", "examples/demo.py")
+    for example in ("demo", "channels"):
+        session.run("python", f"examples/{example}.py")
 
 
 @nox.session

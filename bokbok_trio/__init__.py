@@ -26,11 +26,8 @@ from ._addresses import (
 from ._channel import Channel as Channel
 from ._client import open_connection as open_connection
 from ._connection import (
-    ChannelHandler as ChannelHandler,
     Connection as Connection,
     ConnectionHandler as ConnectionHandler,
-    ConnectionStatistics as ConnectionStatistics,
-    RequestHandler as RequestHandler,
 )
 from ._errors import (
     AddressError as AddressError,
@@ -45,6 +42,7 @@ from ._errors import (
     RemoteError as RemoteError,
     RequestError as RequestError,
 )
+from ._handling import ChannelHandler as ChannelHandler, RequestHandler as RequestHandler
 from ._keys import Key as Key, passphrase_to_key as passphrase_to_key
 from ._opening import PeerUser as PeerUser, UserKey as UserKey
 from ._packets import Field as Field
@@ -54,11 +52,14 @@ from ._reconnecting import (
 )
 from ._server import (
     Server as Server,
-    ServerStatistics as ServerStatistics,
     open_server as open_server,
     serve as serve,
 )
 from ._settings import Settings as Settings
+from ._statistics import (
+    ConnectionStatistics as ConnectionStatistics,
+    ServerStatistics as ServerStatistics,
+)
 
 __version__ = "0.1.0"
 

@@ -310,3 +310,57 @@ class Channel(trio.abc.Channel[list[bytes]]):
         _wake_all(self._receivers)
         while self._buffer:
             self._consume(len(self._buffer.popleft()))
+
+
+@final
+class Channels:
+    """The channels of a connection that are in use here, of both sides, by id.
+
+    Arguments:
+        flows: their credit.
+        wake_sender: to be called when something was queued.
+    """
+
+    def __init__(self, flows: Flows, wake_sender: Callable[[], object]) -> None:
+        self._flows = flows
+        self._wake_sender = wake_sender
+        self._channels: dict[int, Channel] = {}
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    def open(self, id: int, cancel: Callable[[], object], deadline: float) -> Channel:
+        """One of ours: `cancel` is called when nobody wants its answer, and `deadline` is until when."""
+        channel = self._channels[id] = Channel(self._flows, id, self._wake_sender, cancel, deadline)
+        return channel
+
+    def take(self, id: int) -> Channel:
+        """One of the peer's, which may send from now on."""
+        channel = self._channels[id] = Channel(self._flows, id, self._wake_sender)
+        self._flows.grant(id)
+        return channel
+
+    def remove(self, id: int) -> None:
+        """Nobody here uses it any more."""
+        del self._channels[id]
+
+    def on_event(self, event: Item | End) -> None:
+        """Items may come for one whose handler has ended, until its answer has left."""
+        if event.id in self._channels:
+            self._channels[event.id]._on_event(event)
+
+    def on_cancel(self, id: int) -> None:
+        """The peer has cancelled one of its own, or a request that is none."""
+        if id in self._channels:
+            self._channels[id]._break(trio.BrokenResourceError("the other side has cancelled it"))
+
+    def wake_writers(self) -> None:
+        """Let items be queued, where the peer has granted credit or items have left."""
+        for id in self._flows.take_writable():
+            if id in self._channels:
+                self._channels[id]._on_writable()
+
+    def break_all(self, error: Exception) -> None:
+        """The connection is over."""
+        for channel in self._channels.values():
+            channel._break(error)

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 import trio
 
 from ._addresses import Address, as_address, dial, require_loopback, stream_address
-from ._connection import ChannelHandler, Connection, ConnectionHandler, RequestHandler
+from ._connection import Connection, ConnectionHandler
+from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
 from ._keys import Key, encode_user
 from ._nursery import bare_nursery

@@ -38,25 +38,24 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
 import trio
 
-from ._channel import Channel
+from ._channel import Channel, Channels
 from ._errors import (
     BokbokError,
     ConnectionClosed,
     ConnectionLost,
-    MessageTooLarge,
     ProtocolError,
     RemoteError,
-    RequestError,
 )
 from ._flow import End, Item
+from ._handling import PEER_DRAINS, ChannelHandler, Handlers, RequestHandler
 from ._nursery import bare_nursery, contain, is_within
 from ._session import Answer, Bye, Event, Failure, Request, Session
+from ._statistics import ConnectionStatistics
 from ._watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -74,16 +73,8 @@ that a connection which can no longer send goes on receiving."""
 RECEIVE_SIZE: Final = 2**16
 """Bytes asked of a plain transport at once; a sealed one gives a record at a time."""
 
-RequestHandler: TypeAlias = "Callable[[Connection, list[bytes]], Awaitable[Sequence[Field] | None]]"
-"""``async def handler(connection, request)``; returns the fields of the answer; None means none."""
-
-ChannelHandler: TypeAlias = "Callable[[Connection, list[bytes], Channel], Awaitable[Sequence[Field] | None]]"
-"""``async def handler(connection, request, channel)``; as a request handler, with a `Channel`."""
-
 ConnectionHandler: TypeAlias = "Callable[[Connection], Awaitable[object]]"
 """``async def handler(connection)``: an open or a close handler."""
-
-PEER_DRAINS: Final = "the peer takes no new request"
 
 logger = logging.getLogger("bokbok_trio")
 
@@ -101,33 +92,6 @@ class _Waiter:
     def wake(self, outcome: list[bytes] | BokbokError) -> None:
         self.outcome = outcome
         trio.lowlevel.reschedule(self.task)
-
-
-@final
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConnectionStatistics:
-    """What goes on on a connection, as of one moment; see `Connection.statistics`.
-
-    Attributes:
-        used_slots: requests of this side that are with the other side, or about to be sent. A
-            cancelled one counts until the other side has answered it nevertheless.
-        total_slots: how many those can be: requests that the other side takes at once.
-        requests_waiting: requests of this side that wait for a slot.
-        requests_cancelled: of `used_slots`, those that have been cancelled and are not yet answered.
-        handlers_running: requests of the other side whose handlers run here, or wait for the open
-            handler.
-        max_requests: how many those can be: requests that this side takes at once.
-        packets_queued: packets that wait to be sent; many of them, for long, mean that the other
-            side does not read.
-    """
-
-    used_slots: int
-    total_slots: int
-    requests_waiting: int
-    requests_cancelled: int
-    handlers_running: int
-    max_requests: int
-    packets_queued: int
 
 
 @final
@@ -156,8 +120,6 @@ class Connection:
         self._side: Side = side
         self._address = address
         self._settings = settings
-        self._request_handler = request_handler
-        self._channel_handler = channel_handler
         self._close_handler = close_handler
         self._server = server
         self._session = Session(
@@ -167,10 +129,17 @@ class Connection:
             slots=opened.peer_max_requests,
         )
         self._waiters: dict[int, _Waiter | Channel] = {}  # for the answers to what this side asked
-        self._channels: dict[int, Channel] = {}  # of both sides
-        self._handlers: dict[int, trio.CancelScope] = {}
-        self._ready = trio.Event()  # set once requests of the peer's may be handled
         self._work = trio.lowlevel.ParkingLot()  # where the sender sleeps
+        self._channels = Channels(self._session.channels, self._work.unpark)
+        self._handlers = Handlers(
+            self,
+            self._session,
+            self._channels,
+            request_handler=request_handler,
+            channel_handler=channel_handler,
+            describe_error=settings.describe_error,
+            wake_sender=self._work.unpark,
+        )
         self._watchdog = Watchdog(
             settings.ping_after, settings.ping_timeout, ping=self._ping, lose=self._lose
         )
@@ -319,19 +288,20 @@ class Connection:
             ConnectionClosed, ConnectionLost: it was over before. Nothing was sent.
             RemoteError: on leaving, where the answer is waited for: it is an error.
         """
-        await trio.lowlevel.checkpoint()
+        if not self._may_ask:
+            await trio.lowlevel.checkpoint()
         self._check_may_ask()
         deadline = trio.current_effective_deadline()
         id = self._session.open_channel(fields, deadline)
-        channel = Channel(self._session.channels, id, self._work.unpark, partial(self._cancel, id), deadline)
-        self._waiters[id] = self._channels[id] = channel
+        channel = self._waiters[id] = self._channels.open(id, partial(self._cancel, id), deadline)
         self._work.unpark()
         try:
+            await trio.lowlevel.checkpoint()
             yield channel
             await channel._finish()
         finally:
             channel._close()
-            del self._channels[id]
+            self._channels.remove(id)
 
     @property
     def _may_ask(self) -> bool:
@@ -396,7 +366,7 @@ class Connection:
         except BaseException as exc:  # noqa: BLE001  (raised again below)
             ended_by = exc
         try:
-            if self._ready.is_set() and self._close_handler is not None:
+            if self._handlers.ready.is_set() and self._close_handler is not None:
                 with contain(partial(self._log, "the close handler failed")):
                     # Under a cancellation from outside, it gets that at its first checkpoint.
                     await self._close_handler(self)
@@ -413,10 +383,10 @@ class Connection:
             with self._opening, contain(partial(self._log, "the open handler failed")):
                 if open_handler is not None:
                     await open_handler(self)
-                self._ready.set()
+                self._handlers.ready.set()
                 self._work.unpark()
         finally:
-            if not self._ready.is_set():
+            if not self._handlers.ready.is_set():
                 self._close("the open handler failed")
 
     def _log(self, what: str, error: BaseException) -> None:
@@ -447,13 +417,11 @@ class Connection:
         self._watchdog.stop()
         self._opening.cancel()
         # Handlers first: one that waits for an answer here is to end by its cancellation.
-        for scope in list(self._handlers.values()):
-            scope.cancel()
+        self._handlers.cancel_all()
         waiters, self._waiters = self._waiters, {}
         for id, waiter in waiters.items():
             waiter.wake(make_error(not self._session.is_unsent(id)))
-        for channel in self._channels.values():
-            channel._break(make_error(True))
+        self._channels.break_all(make_error(True))
         self._session.close()
 
     # ---- the sender ----
@@ -480,14 +448,14 @@ class Connection:
             while True:
                 now = trio.current_time()
                 if batch := self._session.take(now):
-                    self._wake_writers()
+                    self._channels.wake_writers()
                     self._watchdog.send_begins(now)
                     await self._stream.send_all(batch)
                     self._session.note_sent(trio.current_time() - now)
                     self._watchdog.send_ended(ping_left=not self._session.is_ping_queued)
                 elif self._make_error is not None:
                     return
-                elif self._session.is_drained and self._ready.is_set():
+                elif self._session.is_drained and self._handlers.ready.is_set():
                     self._close("this side drained the connection")
                 else:
                     await self._work.park()
@@ -519,18 +487,12 @@ class Connection:
             self._watchdog.heard()
             for event in self._session.receive(data):
                 self._on_event(event, nursery)
-            self._wake_writers()
+            self._channels.wake_writers()
             self._work.unpark()
-
-    def _wake_writers(self) -> None:
-        """Let channels queue items, where the peer has granted credit or items have left."""
-        for id in self._session.channels.take_writable():
-            if id in self._channels:
-                self._channels[id]._on_writable()
 
     def _on_event(self, event: Event, nursery: trio.Nursery) -> None:
         if isinstance(event, Request):
-            self._on_request(event, nursery)
+            self._handlers.start(event, nursery)
         elif isinstance(event, Answer):
             self._waiters.pop(event.id).wake(event.fields)
         elif isinstance(event, Failure):
@@ -539,86 +501,9 @@ class Connection:
             for id in event.ids:
                 self._waiters.pop(id).wake(ConnectionLost(PEER_DRAINS, may_have_run=False))
         elif isinstance(event, Item | End):
-            if event.id in self._channels:  # else its handler has ended, and its answer is on its way
-                self._channels[event.id]._on_event(event)
-        elif event.id in self._handlers:  # a Cancel, and its handler has not ended
-            self._handlers[event.id].cancel()
-            if event.id in self._channels:
-                self._channels[event.id]._break(trio.BrokenResourceError("the other side has cancelled it"))
-
-    def _on_request(self, request: Request, nursery: trio.Nursery) -> None:
-        if self._session.is_draining:
-            self._session.fail(request.id, "closing", PEER_DRAINS)
-        elif request.has_channel and self._channel_handler is None:
-            self._session.fail(request.id, "no-channel", "this side handles no channels")
-        elif not request.has_channel and self._request_handler is None:
-            self._session.fail(request.id, "no-handler", "this side handles no requests")
+            self._channels.on_event(event)
         else:
-            handler = self._request_handler
-            if request.has_channel:
-                channel = Channel(self._session.channels, request.id, self._work.unpark)
-                self._channels[request.id] = channel
-                self._session.channels.grant(request.id)
-                handler = partial(self._handle_channel, channel)
-            assert handler is not None
-            self._handlers[request.id] = scope = trio.CancelScope(
-                deadline=trio.current_time() + request.timeout
-            )
-            nursery.start_soon(self._handle, request, handler, scope)
-
-    # ---- a task per request ----
-
-    async def _handle(self, request: Request, handler: RequestHandler, scope: trio.CancelScope) -> None:
-        """Handle a request and queue its one answer."""
-        fields: Sequence[Field] | None = None
-        try:
-            with contain(partial(self._fail, request.id)):
-                with scope:
-                    if not self._ready.is_set():
-                        await self._ready.wait()
-                    fields = await handler(self, request.fields)
-                # Only now, as leaving the scope may raise: a handler can leave one of its own open.
-                if scope.cancelled_caught and trio.current_time() >= scope.deadline:
-                    self._session.fail(request.id, "timeout", "the deadline of the request has passed")
-                elif scope.cancelled_caught:
-                    self._session.fail(request.id, "cancelled", "the handler was cancelled")
-                else:
-                    self._answer(request.id, () if fields is None else fields)
-        finally:
-            del self._handlers[request.id]
-            self._channels.pop(request.id, None)
-            self._work.unpark()
-
-    async def _handle_channel(
-        self, channel: Channel, _: Connection, fields: list[bytes]
-    ) -> Sequence[Field] | None:
-        """Call the channel handler, and close the channel before its answer is queued."""
-        assert self._channel_handler is not None
-        try:
-            return await self._channel_handler(self, fields, channel)
-        finally:
-            channel._close(answered=True)
-
-    def _answer(self, id: int, fields: Sequence[Field]) -> None:
-        try:
-            self._session.answer(id, fields)
-        except MessageTooLarge as exc:
-            logger.error("%r: the answer to request %d is too large: %s", self, id, exc)
-            self._session.fail(id, "too-large", str(exc))
-
-    def _fail(self, id: int, error: BaseException) -> None:
-        """Queue the answer to a request whose handler raised."""
-        if isinstance(error, RequestError):
-            self._session.fail(id, error.code, error.message)
-            return
-        logger.error("%r: the handler of request %d failed", self, id, exc_info=error)
-        try:
-            describe = self._settings.describe_error
-            text = str(describe(error)) if describe else f"{type(error).__name__}: {error}"
-        except Exception:
-            logger.exception("%r: describing that failed", self)
-            text = type(error).__name__
-        self._session.fail(id, "handler-error", text)
+            self._handlers.cancel(event.id)
 
 
 def _as_error(failure: Failure) -> BokbokError:

@@ -36,9 +36,11 @@ from typing import Final, cast, final
 import trio
 
 from ._addresses import Address, as_address, check_dialable
+from ._channel import Channel
 from ._client import check_key_arguments, connect
-from ._connection import ChannelHandler, Connection, ConnectionHandler, RequestHandler
+from ._connection import Connection, ConnectionHandler
 from ._errors import AuthenticationError, ConnectionClosed, ConnectionLost, HandshakeError
+from ._handling import ChannelHandler, RequestHandler
 from ._keys import Key
 from ._nursery import bare_nursery, is_within
 from ._packets import Field, encode_fields
@@ -133,10 +135,9 @@ class ReconnectingConnection:
         """
         frozen = encode_fields(fields)
         while True:
-            connection = await self._wait_connection()
+            connection = await self._wait_askable()
             try:
-                if not connection._session.is_draining:
-                    return await connection.request(frozen)
+                return await connection.request(frozen)
             except ConnectionLost as exc:
                 if exc.may_have_run and not idempotent:
                     raise
@@ -146,6 +147,28 @@ class ReconnectingConnection:
                 if not idempotent:
                     raise ConnectionLost(str(exc)) from exc
             self._retire(connection)
+
+    @asynccontextmanager
+    async def open_channel(self, fields: Sequence[Field]) -> AsyncGenerator[Channel]:
+        """Send a request with a channel over the current connection, or the next one.
+
+        It waits for as long as there is no connection. Once open, the channel is that connection's, as
+        by `Connection.open_channel`, and is lost with it: what was sent is not sent again.
+
+        Arguments:
+            fields: 0 to 255 of bytes or str (sent as UTF-8).
+
+        Raises:
+            TypeError, ValueError: `fields` is no such list. Nothing was sent.
+            MessageTooLarge: it is larger than the two sides of this connection agreed on.
+            ConnectionClosed: this was closed.
+            RemoteError: as by `Connection.open_channel`.
+            RuntimeError: called by the open handler, as for `request`.
+        """
+        frozen = encode_fields(fields)
+        connection = await self._wait_askable()
+        async with connection.open_channel(frozen) as channel:
+            yield channel
 
     async def aclose(self) -> None:
         """Close it for good, and wait until all transports are closed, for at most a second or so.
@@ -176,6 +199,14 @@ class ReconnectingConnection:
                 raise RuntimeError("an open handler asks the connection that it was given")
             await self._changed.park()
         return connection
+
+    async def _wait_askable(self) -> Connection:
+        """Wait for a connection that takes new requests, for as long as nothing else runs."""
+        while True:
+            connection = await self._wait_connection()
+            if connection._may_ask and not connection._session.is_draining:
+                return connection
+            self._retire(connection)
 
     def _retire(self, connection: Connection) -> None:
         """Ask a connection no more, if it is the current one; those who still wait for it may."""

@@ -19,7 +19,6 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, TypeAlias, final
 
@@ -34,12 +33,14 @@ from ._addresses import (
     require_loopback,
     stream_address,
 )
-from ._connection import ChannelHandler, Connection, ConnectionHandler, RequestHandler
+from ._connection import Connection, ConnectionHandler
 from ._errors import AddressError, HandshakeError
+from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
 from ._nursery import bare_nursery, contain
 from ._opening import Opened, PeerUser, UserKey, open_as_server
 from ._settings import Settings
+from ._statistics import ServerStatistics
 
 DEFAULT_GRACE: Final = 5.0
 """Seconds that requests in flight may take when a server stops."""
@@ -47,28 +48,6 @@ DEFAULT_GRACE: Final = 5.0
 Listeners: TypeAlias = Sequence[trio.abc.Listener[trio.abc.Stream]]
 
 logger = logging.getLogger("bokbok_trio")
-
-
-@final
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServerStatistics:
-    """What goes on in a server, as of one moment; see `Server.statistics`.
-
-    Attributes:
-        connections: connections that count against `max_connections`: those that are open, and
-            those that are closed, until their handlers and close handler have ended.
-        max_connections: how many those can be. The next client is refused as ``busy``.
-        handshakes: unfinished handshakes. One that had to make room for another counts until it has
-            ended, so this can pass `max_handshakes`, to twice that at most.
-        max_handshakes: how many can go on at once. One more closes the oldest.
-        handlers_running: requests that are being handled, over all connections.
-    """
-
-    connections: int
-    max_connections: int
-    handshakes: int
-    max_handshakes: int
-    handlers_running: int
 
 
 @final
@@ -128,7 +107,7 @@ class Server:
             max_connections=self._settings.max_connections,
             handshakes=len(self._handshakes),
             max_handshakes=self._settings.max_handshakes,
-            handlers_running=sum(each.statistics().handlers_running for each in self._connections),
+            handlers_running=sum(len(each._handlers) for each in self._connections),
         )
 
     def stop(self, grace: float = DEFAULT_GRACE) -> None:

@@ -15,7 +15,8 @@ import trio
 import trio.testing
 
 from ._client import open_connection
-from ._connection import ChannelHandler, Connection, ConnectionHandler, RequestHandler
+from ._connection import Connection, ConnectionHandler
+from ._handling import ChannelHandler, RequestHandler
 from ._keys import Key
 from ._server import open_server
 from ._settings import Settings

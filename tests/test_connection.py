@@ -636,13 +636,13 @@ async def test_an_answer_that_was_queued_leaves_before_the_end(sealed: bool) -> 
         async def ask() -> None:
             answers.append(await client.request(["x"]))
 
-        real_answer = server._answer
+        real_answer = server._handlers._answer
 
         def answer_and_close(id: int, fields: Any) -> None:
             real_answer(id, fields)
             server._close("at once")
 
-        server._answer = answer_and_close  # type: ignore[method-assign]
+        server._handlers._answer = answer_and_close  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
         assert answers == [[b"x"]]

@@ -42,6 +42,8 @@ LAYERS = [
         "_session",
         "_watchdog",
         "_channel",
+        "_handling",
+        "_statistics",
         "_connection",
         "_client",
         "_server",
@@ -59,6 +61,7 @@ MAY_USE_TRIO = {
     "_nursery",
     "_watchdog",
     "_channel",
+    "_handling",
 }
 """Of those below the connection."""
 

@@ -14,6 +14,7 @@ import trio.testing
 from bokbok_trio import (
     AddressError,
     AuthenticationError,
+    Channel,
     Connection,
     ConnectionClosed,
     ConnectionLost,
@@ -736,6 +737,63 @@ async def closing_peer(listener: MemoryListener) -> None:
     async with trio.open_nursery() as nursery:
         while True:
             nursery.start_soon(serve, await listener.accept())
+
+
+async def count_items(connection: Connection, request: list[bytes], channel: Channel) -> list[str]:
+    return [str(len([item async for item in channel]))]
+
+
+async def test_a_channel_goes_over_the_connection_that_there_is_or_the_next(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with network.server(channel_handler=count_items) as server, open_reconnecting(A) as client:
+        first = client.connection
+        for _ in range(2):  # the second has to wait
+            async with client.open_channel(["count"]) as channel:
+                await channel.send(["item"])
+                await channel.end()
+                assert await channel.answer() == [b"1"]
+            for connection in server.connections:
+                connection.drain()
+            await settle()
+        async with client.open_channel(["count"]) as channel:
+            assert client.connection is not first
+            await drop(server)
+            with pytest.raises(ConnectionLost):
+                await channel.receive()
+    with pytest.raises(ConnectionClosed):
+        async with client.open_channel(["count"]):
+            raise AssertionError
+
+
+async def test_a_channel_is_opened_on_no_connection_that_this_side_drains(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with network.server(channel_handler=count_items), open_reconnecting(A) as client:
+        first = client.connection
+        assert first is not None
+        first.drain()
+        async with client.open_channel(["count"]) as channel:
+            assert client.connection not in {first, None}
+            await channel.end()
+            assert await channel.answer() == [b"0"]
+
+
+async def test_a_channels_first_fields_are_checked_before_it_waits(network: Network) -> None:
+    async with network.server(), open_reconnecting(A) as client:
+        with pytest.raises(TypeError):
+            async with client.open_channel("count"):
+                raise AssertionError
+
+
+async def test_a_client_may_handle_the_channels_of_the_other_side(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with network.server() as server, open_reconnecting(A, channel_handler=count_items):
+        (connection,) = server.connections
+        async with connection.open_channel(["count"]) as channel:
+            await channel.end()
+            assert await channel.answer() == [b"0"]
 
 
 async def test_connections_that_do_not_end_are_bounded(
