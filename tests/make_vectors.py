@@ -14,6 +14,7 @@ import trio
 import trio.testing
 from nacl.bindings import crypto_secretbox
 
+from bokbok_trio._flow import Item
 from bokbok_trio._handshake import (
     MAGIC,
     ClientHandshake,
@@ -30,7 +31,7 @@ from bokbok_trio._handshake import (
 from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, Key, encode_user, passphrase_to_key
 from bokbok_trio._packets import decode_body, encode_body, encode_head, encode_number
 from bokbok_trio._secretbox_stream import SecretboxStream
-from bokbok_trio._session import Request, Session
+from bokbok_trio._session import Event, Request, Session
 
 Vectors: TypeAlias = dict[str, Any]
 
@@ -47,6 +48,7 @@ SERVICE = "maps"
 CLIENT_LIMITS = Limits(4194304, 100)
 SERVER_LIMITS = Limits(65536, 7)
 OPEN_LIMITS = Limits(2**20, 5)
+OPEN_CREDIT = 40
 
 
 def _packet(*fields: bytes, body: Sequence[bytes] | None = None) -> bytes:
@@ -406,6 +408,15 @@ def _connection_packets() -> Vectors:
     list(answerer.receive(_packet(b"req", b"3", b"", body=[b"a"])))
     answerer.fail(3, "unknown-request", "no such request")
     err = answerer.take(0.0)
+    asker.open_channel(["log"], deadline=1.5)
+    chan = asker.take(0.0)
+    list(answerer.receive(_packet(b"chan", b"5", b"", b"262144", body=[b"log"])))
+    answerer.channels.send(5, *answerer.channels.encode([b"line", b"12345"]))
+    item = answerer.take(0.0)
+    answerer.channels.grant(5, 1000)
+    credit = answerer.take(0.0)
+    answerer.channels.end(5)
+    end = answerer.take(0.0)
     list(answerer.receive(ping))
     pong = answerer.take(0.0)
     list(answerer.receive(bye))
@@ -425,12 +436,19 @@ def _connection_packets() -> Vectors:
         "pong": pong,
         "bye": bye,
         "bye-ok": bye_ok,
+        "chan with a timeout of 1.5 s": chan,
+        "chan with no credit": _packet(b"chan", b"6", b"", b"0", body=[]),
+        "chan with the most credit": _packet(b"chan", b"6", b"", b"4294967295", body=[]),
+        "item": item,
+        "item with no fields": _packet(b"item", b"5", body=[]),
+        "credit": credit,
+        "credit of nothing": encode_head(b"credit", b"5", b"0"),
+        "end": end,
     }
     size = OPEN_LIMITS.max_message_size
     bad = {
         "no fields": encode_head(),
         "an unknown first field": encode_head(b"hello"),
-        "a reserved first field": encode_head(b"end", b"0"),
         "65,537 bytes that are not in pieces, only the length of them": bytes.fromhex("00010001"),
         "req of three fields": encode_head(b"req", b"0", b""),
         "req with an id of the server's": _packet(b"req", b"1", b"", body=[]),
@@ -457,10 +475,26 @@ def _connection_packets() -> Vectors:
         "pong of two fields": encode_head(b"pong", b"12345"),
         "bye of two fields": encode_head(b"bye", b""),
         "bye-ok without bye": bye_ok,
+        "chan of four fields": _packet(b"chan", b"0", b"", body=[]),
+        "chan with an id of the server's": _packet(b"chan", b"1", b"", b"0", body=[]),
+        "chan with an id that is no number": _packet(b"chan", b"00", b"", b"0", body=[]),
+        "chan with a timeout that is no number": _packet(b"chan", b"0", b"1.5", b"0", body=[]),
+        "chan with a credit that is no number": _packet(b"chan", b"0", b"", b"", body=[]),
+        "chan with more credit than may be": _packet(b"chan", b"0", b"", b"4294967296", body=[]),
+        "chan with a body that is none": encode_head(b"chan", b"0", b"", b"0", b""),
+        "item of two fields": encode_head(b"item", b"0"),
+        "item with an id that is no number": _packet(b"item", b"-1", body=[]),
+        "item of nothing in flight, with a body that is none": encode_head(b"item", b"0", b"\1"),
+        "credit of two fields": encode_head(b"credit", b"0"),
+        "credit with an id that is no number": encode_head(b"credit", b"", b"5"),
+        "credit of nothing in flight, with no number of bytes": encode_head(b"credit", b"0", b"05"),
+        "end of three fields": encode_head(b"end", b"0", b""),
+        "end with an id that is no number": encode_head(b"end", b"01"),
     }
     return {
         "max_message_size": OPEN_LIMITS.max_message_size,
         "max_requests": OPEN_LIMITS.max_requests,
+        "credit": OPEN_CREDIT,
         "good": [
             {"name": name, "fields": [field.hex() for field in _fields(packet)], "packet": packet.hex()}
             for name, packet in good.items()
@@ -479,19 +513,110 @@ def _pieces(number: int, packet: bytes, *sizes: int) -> list[bytes]:
     return parts
 
 
+Sequences: TypeAlias = dict[str, tuple[bool, list[bytes]]]
+
+
+def _item(id: bytes, size: int) -> bytes:
+    """An item of one field, or of none, whose body is so large."""
+    return _packet(b"item", id, body=[b"a" * (size - 5)] if size > 1 else [])
+
+
+def _channel_sequences() -> tuple[Sequences, Sequences]:
+    """Those of the client's channel 0, to which the server grants 40, and of the server's channel 1."""
+    chan, request = _packet(b"chan", b"0", b"", b"100", body=[b"log"]), _packet(b"req", b"0", b"", body=[])
+    most = _packet(b"chan", b"0", b"", b"4294967295", body=[])
+    tenth = _packet(b"chan", b"10", b"", b"0", body=[])
+    five = [_packet(b"chan", encode_number(id), b"", b"0", body=[]) for id in range(0, 10, 2)]
+    large, small, end, cancel = _item(b"0", 300), _item(b"0", 1), _of(b"end 0"), _of(b"cancel 0")
+    a1, a2, a3 = _pieces(0, large, 10, 100)
+    ok = _packet(b"ok", b"1", body=[])
+    good: Sequences = {
+        "a channel": (False, [chan]),
+        "a channel in pieces": (False, _pieces(0, chan, 5)),
+        "a channel and a cancel": (False, [chan, cancel]),
+        "credit after cancel": (False, [chan, cancel, _of(b"credit 0 5")]),
+        "an item for all of the credit": (False, [chan, _item(b"0", 40)]),
+        "an item of no fields for the last byte of it": (False, [chan, _item(b"0", 39), small]),
+        "an item that starts with one byte of it": (False, [chan, _item(b"0", 39), large]),
+        "an item in three pieces, then the end": (False, [chan, a1, a2, a3, end]),
+        "an item of another channel between pieces": (False, [chan, a1, _item(b"1", 9), a2, a3]),
+        "a dropped item takes no credit": (False, [chan, a1, a2, _of(b"drop 0"), small, large]),
+        "items, credit and the end of a channel of the server's": (
+            False,
+            [_item(b"1", 99), _of(b"credit 1 5"), _item(b"1", 1), _of(b"end 1"), _of(b"credit 1 5")],
+        ),
+        "credit of nothing": (False, [most, _of(b"credit 0 0")]),
+        "the most credit": (False, [_of(b"credit 1 1"), _of(b"credit 1 4294967294")]),
+        "item, credit and ends of a channel that never was": (
+            False,
+            [_item(b"6", 1), _of(b"credit 6 5"), _of(b"end 6"), _of(b"end 6"), _item(b"6", 1)],
+        ),
+        "the same, with an id of the server's": (
+            False,
+            [_item(b"7", 1), _of(b"credit 7 5"), _of(b"end 7"), _of(b"end 7"), _item(b"7", 1)],
+        ),
+        "the same, after the answer": (
+            False,
+            [ok, _item(b"1", 1), _of(b"credit 1 5"), _of(b"end 1"), _of(b"end 1"), _item(b"1", 1)],
+        ),
+        "more credit than may be, for a channel that never was": (False, [_of(b"credit 6 4294967296")]),
+        "an item, before its channel has wholly come": (False, [*_pieces(0, chan, 5)[:1], small]),
+        "an item and the end after bye": (False, [chan, _of(b"bye"), small, end]),
+        "item, credit and end after bye-ok": (
+            True,
+            [_of(b"bye-ok"), _item(b"1", 9), _of(b"credit 1 5"), _of(b"end 1")],
+        ),
+        "a channel that crosses bye, and bye-ok": (True, [chan, _of(b"bye-ok")]),
+    }
+    bad: Sequences = {
+        "a channel in flight": (False, [chan, chan]),
+        "a channel with the id of a request in flight": (False, [request, chan]),
+        "a request with the id of a channel in flight": (False, [chan, request]),
+        "one request too many, with a channel": (False, [*five, tenth]),
+        "one request too many, after channels": (False, [*five, _packet(b"req", b"10", b"", body=[])]),
+        "a channel after bye-ok": (True, [_of(b"bye-ok"), chan]),
+        "an item before any credit": (True, [chan, small]),
+        "an item with a credit of 0": (False, [chan, _item(b"0", 40), small]),
+        "an item with a credit below 0": (False, [chan, large, small]),
+        "an item with a credit below 0, in pieces": (False, [chan, large, *_pieces(0, small, 5)]),
+        "an item after the end": (False, [chan, end, small]),
+        "an item after the end, of a channel of the server's": (False, [_of(b"end 1"), _item(b"1", 1)]),
+        "the last piece of an item after the end": (False, [chan, a1, a2, end, a3]),
+        "an item after cancel, with a credit below 0": (False, [chan, large, cancel, small]),
+        "a second end": (False, [chan, end, end]),
+        "a second end, of a channel of the server's": (False, [_of(b"end 1"), _of(b"end 1")]),
+        "an item for a request": (False, [request, small]),
+        "credit for a request": (False, [request, _of(b"credit 0 5")]),
+        "the end of a request": (False, [request, end]),
+        "an item for a request of the server's": (False, [_item(b"3", 1)]),
+        "credit for a request of the server's": (False, [_of(b"credit 3 5")]),
+        "the end of a request of the server's": (False, [_of(b"end 3")]),
+        "more credit than may be": (False, [_of(b"credit 1 4294967296")]),
+        "more credit than may be, in all": (False, [_of(b"credit 1 4294967295"), _of(b"credit 1 1")]),
+        "more credit than may be, with that of chan": (False, [most, _of(b"credit 0 1")]),
+        "end in pieces": (False, [chan, *_pieces(0, end, 5)]),
+        "credit in pieces": (False, [chan, *_pieces(0, _of(b"credit 0 5"), 5)]),
+    }
+    return good, bad
+
+
+def _of(words: bytes) -> bytes:
+    """A packet of these fields."""
+    return encode_head(*words.split())
+
+
 def _sequences() -> Vectors:
     """Packets of a client whose meaning depends on those before; True: the server has said `bye`."""
+    channels_good, channels_bad = _channel_sequences()
     first = _packet(b"req", b"0", b"", body=[b"ping", b"12345"])
     second = _packet(b"req", b"2", b"1500000", body=[b"a" * 30])
     a1, a2, a3 = _pieces(0, first, 10, 20)
     b1, b2 = _pieces(1, second, 40)
-    ping, pong, bye, bye_ok, drop = (
-        encode_head(*fields.split()) for fields in (b"ping", b"pong", b"bye", b"bye-ok", b"drop 0")
-    )
-    cancel = encode_head(b"cancel", b"0")
+    ping, pong, bye, bye_ok = _of(b"ping"), _of(b"pong"), _of(b"bye"), _of(b"bye-ok")
+    drop, cancel = _of(b"drop 0"), _of(b"cancel 0")
     size = OPEN_LIMITS.max_message_size
     four = [_part(number, size - 1, b"a") for number in range(4)]
-    good: dict[str, tuple[bool, list[bytes]]] = {
+    good: Sequences = {
         "a request in three pieces": (False, [a1, a2, a3]),
         "a request in a piece for each byte": (False, _pieces(0, first, *[1] * (len(first) - 5))),
         "a request in one piece": (False, _pieces(7, first)),
@@ -517,7 +642,7 @@ def _sequences() -> Vectors:
         "cancel, ping and pong after bye-ok": (True, [first, bye_ok, cancel, ping, pong]),
     }
     five = [_packet(b"req", encode_number(id), b"", body=[]) for id in range(0, 10, 2)]
-    bad: dict[str, tuple[bool, list[bytes]]] = {
+    bad: Sequences = {
         "a request in flight": (False, [first, first]),
         "a request in flight, in pieces": (False, [first, a1, a2, a3]),
         "one request too many": (False, [*five, _packet(b"req", b"10", b"", body=[])]),
@@ -551,26 +676,51 @@ def _sequences() -> Vectors:
     return {
         "good": [
             {"name": name, "bye": has_bye, **_result(has_bye, packets)}
-            for name, (has_bye, packets) in good.items()
+            for name, (has_bye, packets) in (good | channels_good).items()
         ],
         "bad": [
             {"name": name, "bye": has_bye, "packets": [packet.hex() for packet in packets]}
-            for name, (has_bye, packets) in bad.items()
+            for name, (has_bye, packets) in (bad | channels_bad).items()
         ],
     }
 
 
-def _result(has_bye: bool, packets: Sequence[bytes]) -> Vectors:
-    """What a server makes of a client's packets."""
+def server_of_a_sequence(has_bye: bool) -> tuple[Session, bytes]:
+    """The server that it is sent to, with a channel and a request of its own; and what it sent before."""
     server = _session("server")
+    server.open_channel([])
+    server.request([])
     if has_bye:
         server.drain()
-        server.take(0.0)
-    events = [event for packet in packets for event in server.receive(packet)]
-    found = [event for event in events if isinstance(event, Request)]
+    return server, server.take(0.0)
+
+
+def receive_sequence(server: Session, data: bytes) -> list[Event]:
+    """Let that server take packets, and grant credit to the channels that it takes."""
+    events = []
+    for event in server.receive(data):
+        events.append(event)
+        if isinstance(event, Request) and event.has_channel and not server.is_draining:
+            server.channels.grant(event.id, OPEN_CREDIT)
+    return events
+
+
+def _result(has_bye: bool, packets: Sequence[bytes]) -> Vectors:
+    """What a server makes of a client's packets."""
+    server, _ = server_of_a_sequence(has_bye)
+    events = receive_sequence(server, b"".join(packets))
+
+    def list_fields(kind: type[Request | Item]) -> list[Vectors]:
+        return [
+            {"id": event.id, "fields": [field.hex() for field in event.fields]}
+            for event in events
+            if isinstance(event, kind)
+        ]
+
     return {
         "packets": [packet.hex() for packet in packets],
-        "requests": [{"id": id, "fields": [field.hex() for field in fields]} for id, _, fields, _ in found],
+        "requests": list_fields(Request),
+        "items": list_fields(Item),
         "replies": server.take(0.0).hex(),
     }
 

@@ -240,6 +240,7 @@ class Server(Handshake):
 MAX_WHOLE = 65_536
 MAX_PIECE = 65_458
 MAX_OPEN = 4
+MAX_CREDIT = 4_294_967_295
 PONG = packet([b"pong"])
 BYE_OK = packet([b"bye-ok"])
 
@@ -248,13 +249,15 @@ class Open:
     """One side of an open connection; `me` as above, `limit` and `slots` as agreed.
 
     What it sends leaves at once: nothing waits here but the `replies`, the packets that are due to
-    what the other side sent.
+    what the other side sent. So is the first `credit` of each channel that it takes, of so many bytes.
     """
 
-    def __init__(self, me: int, limit: int, slots: int) -> None:
-        self.me, self.limit, self.slots = me, limit, slots
+    def __init__(self, me: int, limit: int, slots: int, credit: int = 262_144) -> None:
+        self.me, self.limit, self.slots, self.credit = me, limit, slots, credit
         self.asked: set[int] = set()  # own requests that are not answered
         self.asking: set[int] = set()  # those of the other side
+        self.to_send: dict[int, int] = {}  # of those that are channels: credit for own items
+        self.to_take: dict[int, int] = {}  # and for those of the other side, until its end
         self.pieces: dict[int, tuple[bytes, int]] = {}  # what came, and what is left
         self.count = 0  # own packets in pieces
         self.said_bye = self.heard_bye = self.heard_bye_ok = False
@@ -264,13 +267,22 @@ class Open:
 
     def put(self, fields: list[bytes]) -> list[bytes]:
         """The packets that these fields are sent as."""
-        if fields[0] == b"req":
-            assert not self.heard_bye
-            self.asked.add(int(fields[1]))
-        elif fields[0] in {b"ok", b"err"}:
-            self.asking.remove(int(fields[1]))
-        elif fields[0] == b"bye":
-            self.said_bye = True
+        match fields:
+            case [b"req" | b"chan", id, _, *credit, _]:
+                assert not self.heard_bye
+                self.asked.add(int(id))
+                if credit:
+                    self.to_send[int(id)], self.to_take[int(id)] = 0, int(credit[0])
+            case [b"ok" | b"err", id, *_]:
+                self.asking.remove(int(id))
+                self.forget(int(id))
+            case [b"item", id, inner]:
+                assert self.to_send[int(id)] > 0
+                self.to_send[int(id)] -= len(inner)
+            case [b"credit", id, size]:
+                self.to_take[int(id)] += int(size)
+            case [b"bye"]:
+                self.said_bye = True
         data = body(fields)
         assert len(data) <= self.limit
         if len(data) <= MAX_WHOLE:
@@ -288,7 +300,7 @@ class Open:
     # what is received
 
     def take(self, data: bytes) -> list[bytes] | None:
-        """Take one packet; the fields of a `req`, `ok`, `err` or `cancel`, if it is or ends one."""
+        """Take one packet; its fields, if it is one for the user, or ends one."""
         return self.interpret(unpack(data, min(self.limit, MAX_WHOLE)))
 
     def interpret(self, fields: list[bytes]) -> list[bytes] | None:
@@ -313,6 +325,8 @@ class Open:
                 if self.pieces.pop(number(n), None) is None:
                     raise Bad("drop")
                 return None
+            case [b"chan" | b"item" | b"credit" | b"end", *_]:
+                return fields if self.take_of_channel(fields) else None
             case _:
                 self.take_word(fields)
                 return None
@@ -348,6 +362,63 @@ class Open:
         if id not in self.asked:
             raise Bad("not awaited")
         self.asked.remove(id)
+        self.forget(id)
+
+    # channels
+
+    def take_of_channel(self, fields: list[bytes]) -> bool:
+        """Whether it is one for the user."""
+        match fields:
+            case [b"chan", id, timeout, credit, inner]:
+                self.interpret([b"req", id, timeout, inner])
+                self.begin(int(id), number(credit))
+                return True
+            case [b"item", id, inner]:
+                unpack_body(inner)
+                return self.take_item(number(id), len(inner))
+            case [b"credit", id, size]:
+                self.take_credit(number(id), number(size))
+                return False
+            case [b"end", id]:
+                return self.take_end(number(id))
+            case _:
+                raise Bad("number of fields")
+
+    def begin(self, id: int, credit: int) -> None:
+        self.to_send[id] = self.to_take[id] = 0
+        self.take_credit(id, credit)
+        if not self.said_bye:
+            self.replies += self.put([b"credit", b"%d" % id, b"%d" % self.credit])
+
+    def forget(self, id: int) -> None:
+        self.to_send.pop(id, None)
+        self.to_take.pop(id, None)
+
+    def is_channel(self, id: int) -> bool:
+        if id in self.asked | self.asking and id not in self.to_send:
+            raise Bad("no channel")
+        return id in self.to_send
+
+    def take_item(self, id: int, size: int) -> bool:
+        if not self.is_channel(id):
+            return False
+        if self.to_take.get(id, 0) <= 0:
+            raise Bad("no credit, or after the end")
+        self.to_take[id] -= size
+        return True
+
+    def take_end(self, id: int) -> bool:
+        if not self.is_channel(id):
+            return False
+        if self.to_take.pop(id, None) is None:
+            raise Bad("a second end")
+        return True
+
+    def take_credit(self, id: int, size: int) -> None:
+        if self.is_channel(id):
+            self.to_send[id] += size
+            if self.to_send[id] > MAX_CREDIT:
+                raise Bad("too much credit")
 
     def take_piece(self, n: int, left: int, piece: bytes) -> list[bytes] | None:
         if not piece:
@@ -365,7 +436,7 @@ class Open:
             self.pieces[n] = data, left
             return None
         fields = unpack_body(data)
-        if fields[:1] not in ([b"req"], [b"ok"]):
+        if fields[:1] not in ([b"req"], [b"chan"], [b"ok"], [b"item"]):
             raise Bad("not in pieces")
         return self.interpret(fields)
 

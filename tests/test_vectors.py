@@ -16,16 +16,20 @@ import trio.testing
 
 from bokbok_trio import (
     AuthenticationError,
+    Channel,
+    ChannelHandler,
     Connection,
     ConnectionLost,
     HandshakeError,
     Key,
     ProtocolError,
+    RemoteError,
     RequestHandler,
     Settings,
     open_connection,
     open_server,
 )
+from bokbok_trio._flow import WINDOW, End, Item
 from bokbok_trio._handshake import ClientHandshake, Limits, ServerHandshake
 from bokbok_trio._keys import encode_user
 from bokbok_trio._packets import PacketDecoder, decode_number
@@ -35,7 +39,7 @@ from bokbok_trio.testing import MemoryListener
 
 from . import second_implementation as second
 from .helpers import echo
-from .make_vectors import PATH, dump, make
+from .make_vectors import PATH, dump, make, receive_sequence, server_of_a_sequence
 
 TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
@@ -388,6 +392,7 @@ def test_packets_of_a_connection(vector: dict[str, Any]) -> None:
     server = package_session()
     for _ in range(2):
         server.request([b"ping", b"12345"])
+    server.open_channel([])
     if fields == [b"bye-ok"]:
         server.drain()
     assert server.take(0.0)
@@ -397,6 +402,14 @@ def test_packets_of_a_connection(vector: dict[str, Any]) -> None:
         case [b"req", id, timeout, body]:
             seconds = int(timeout) / 1e6 if timeout else math.inf
             assert events == [Request(int(id), seconds, second.unpack_body(body))]
+        case [b"chan", id, timeout, credit, body]:
+            seconds = int(timeout) / 1e6 if timeout else math.inf
+            assert events == [Request(int(id), seconds, second.unpack_body(body), has_channel=True)]
+            assert server.channels.may_send(int(id)) is (credit != b"0")
+        case [b"item", id, body]:
+            assert events == [Item(int(id), body, second.unpack_body(body))]
+        case [b"end", id]:
+            assert events == [End(int(id))]
         case [b"ok", id, body]:
             assert events == [(int(id), second.unpack_body(body))]
         case [b"err", id, code, message]:
@@ -415,12 +428,16 @@ def test_the_second_implementation_takes_packets_of_a_connection(vector: dict[st
     server = second.Open(1, *OPEN_LIMITS)
     for id in (b"1", b"3"):
         server.put([b"req", id, b"", second.body([])])
+    server.put([b"chan", b"5", b"", b"262144", second.body([])])
     if fields == [b"bye-ok"]:
         server.put([b"bye"])
     if before := packet_before(fields[0]):
         server.take(before)
     taken = server.take(packet)
-    assert taken == (fields if fields[0] in {b"req", b"ok", b"err", b"cancel"} else None)
+    kinds = {b"req", b"chan", b"ok", b"err", b"cancel", b"item", b"end"}
+    assert taken == (fields if fields[0] in kinds else None)
+    if fields[0] == b"credit":
+        assert server.to_send[5] == int(fields[2])
 
 
 @named(CONNECTION["bad"])
@@ -433,26 +450,31 @@ def test_bad_packets_of_a_connection(vector: dict[str, Any]) -> None:
 
 
 def servers_of_a_sequence(vector: dict[str, Any]) -> tuple[Session, second.Open]:
-    package, other = package_session(), second.Open(1, *OPEN_LIMITS)
+    package, sent = server_of_a_sequence(vector["bye"])
+    other = second.Open(1, *OPEN_LIMITS, CONNECTION["credit"])
+    before = [[b"chan", b"1", b"", b"262144", b"\0"], [b"req", b"3", b"", b"\0"]]
     if vector["bye"]:
-        package.drain()
-        assert [package.take(0.0)] == other.put([b"bye"])
+        before.insert(0, [b"bye"])
+    assert b"".join(packet for fields in before for packet in other.put(fields)) == sent
     return package, other
 
 
 @named(VECTORS["sequences"]["good"])
 def test_sequences_of_packets(vector: dict[str, Any]) -> None:
     package, other = servers_of_a_sequence(vector)
-    requests = [
-        (request["id"], [bytes.fromhex(field) for field in request["fields"]])
-        for request in vector["requests"]
-    ]
+    requests, items = (
+        [(event["id"], [bytes.fromhex(field) for field in event["fields"]]) for event in vector[name]]
+        for name in ("requests", "items")
+    )
     packets = [bytes.fromhex(packet) for packet in vector["packets"]]
-    events = [event for event in package.receive(b"".join(packets)) if isinstance(event, Request)]
-    assert [(id, fields) for id, _, fields, _ in events] == requests
+    events = receive_sequence(package, b"".join(packets))
+    assert [(event.id, event.fields) for event in events if isinstance(event, Request)] == requests
+    assert [(event.id, event.fields) for event in events if isinstance(event, Item)] == items
     assert package.take(0.0).hex() == vector["replies"]
-    taken = [fields for packet in packets if (fields := other.take(packet)) and fields[0] == b"req"]
-    assert [(int(id), second.unpack_body(body)) for _, id, _, body in taken] == requests
+    taken = [fields for packet in packets if (fields := other.take(packet))]
+    for kinds, expected in (({b"req", b"chan"}, requests), ({b"item"}, items)):
+        found = [(int(fields[1]), second.unpack_body(fields[-1])) for fields in taken if fields[0] in kinds]
+        assert found == expected
     assert b"".join(other.replies).hex() == vector["replies"]
 
 
@@ -460,11 +482,11 @@ def test_sequences_of_packets(vector: dict[str, Any]) -> None:
 def test_bad_sequences_of_packets(vector: dict[str, Any]) -> None:
     package, other = servers_of_a_sequence(vector)
     *good, bad = [bytes.fromhex(packet) for packet in vector["packets"]]
+    receive_sequence(package, b"".join(good))
     for packet in good:
-        list(package.receive(packet))
         other.take(packet)
     with pytest.raises(ProtocolError):
-        list(package.receive(bad))
+        receive_sequence(package, bad)
     with pytest.raises(second.Bad):
         other.take(bad)
 
@@ -516,6 +538,40 @@ def test_the_second_implementation_sees_that_a_request_was_dropped() -> None:
     package.request([b"small"])
     assert [fields[1] for fields in pump(package, other)] == [b"2"]
     assert not other.pieces
+
+
+def test_both_count_the_credit_of_the_packages_items_alike() -> None:
+    package = Session("client", max_message_size=2**20, max_requests=1, slots=1)
+    other = second.Open(1, 2**20, 1, 40)
+    package.open_channel([])
+    pump(package, other)
+    list(package.receive(other.replies.pop()))
+    # The body of an item is 5 bytes longer than its field. After the last of each row nothing may start.
+    for sizes, more in [([30, 0], 1), ([100_000], 100_004), ([], 7), ([0, 0], 0)]:
+        for size in sizes:
+            package.channels.send(0, *package.channels.encode([bytes(size)]))
+            assert [len(fields[2]) for fields in pump(package, other)] == [size + 5]
+        assert not package.channels.may_send(0)
+        assert other.to_take[0] == package.channels._flows[0].send_credit <= 0
+        list(package.receive(b"".join(other.put([b"credit", b"0", b"%d" % more]))))
+    assert other.to_take[0] == -3
+
+
+def test_both_count_the_credit_of_the_second_implementations_items_alike() -> None:
+    package = Session("client", max_message_size=2**20, max_requests=1, slots=1)
+    other = second.Open(1, 2**20, 1)
+    package.open_channel([])
+    pump(package, other)
+    for size in (0, 70_000, 250_000):
+        assert other.to_send[0] == package.channels._flows[0].receive_credit > 0
+        [event] = package.receive(b"".join(other.put([b"item", b"0", second.body([bytes(size)])])))
+        assert event == Item(0, second.body([bytes(size)]), [bytes(size)])
+        package.channels.consume(0, size + 5)
+        pump(package, other)
+    list(package.receive(b"".join(other.put([b"item", b"0", second.body([bytes(WINDOW - 5)])]))))
+    assert other.to_send[0] == 0, "all was given back before"
+    with pytest.raises(ProtocolError, match="without credit"):
+        list(package.receive(second.packet([b"item", b"0", b"\0"])))
 
 
 # ---- the second implementation and the package, connected ----
@@ -606,10 +662,10 @@ class Peer:
         for packet in replies:
             await self.send(packet)
 
-    async def take_word(self, word: bytes) -> None:
-        """Take a packet of this one field."""
+    async def take_word(self, *fields: bytes) -> None:
+        """Take a packet of these fields, which says nothing to the user."""
         packet = await self.receive()
-        assert second.unpack(packet) == [word]
+        assert second.unpack(packet) == list(fields)
         assert self.open.take(packet) is None
         await self.reply()
 
@@ -620,6 +676,12 @@ class Peer:
         assert await self.take() == [b"req", other, timeout, second.body([b"again?", b"ab"])]
         await self.put(b"ok", other, second.body([b"yes"]))
         assert await self.take() == [b"ok", own, second.body([b"abab", b"yes"])]
+
+    async def take_nothing(self) -> None:
+        """See that the other side waits for this one."""
+        with trio.move_on_after(1) as scope:
+            await self.take()
+        assert scope.cancelled_caught
 
     @property
     def ids(self) -> tuple[bytes, bytes]:
@@ -708,6 +770,7 @@ async def connected(
     role: str,
     handler: RequestHandler = echo,
     *,
+    channel_handler: ChannelHandler | None = None,
     settings: Settings = Settings(max_message_size=2**20),  # noqa: B008
 ) -> AsyncGenerator[tuple[Connection, Peer]]:
     """The package, and the second implementation in that role, connected in mode sealed."""
@@ -721,7 +784,12 @@ async def connected(
     if role == "client":
         listener = MemoryListener()
         async with open_server(
-            [listener], handler, user_key={"zo": KEY}, open_handler=on_open, settings=settings
+            [listener],
+            handler,
+            channel_handler=channel_handler,
+            user_key={"zo": KEY},
+            open_handler=on_open,
+            settings=settings,
         ):
             peer = Peer(listener.connect(), second.Client(b"zo", KEY.raw, b"", limits, SECRET))
             await peer.shake_hands()
@@ -733,7 +801,12 @@ async def connected(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.shake_hands)
         async with open_connection(
-            ours, user="zo", key=KEY, request_handler=handler, settings=settings
+            ours,
+            user="zo",
+            key=KEY,
+            request_handler=handler,
+            channel_handler=channel_handler,
+            settings=settings,
         ) as connection:
             yield connection, peer
 
@@ -816,6 +889,171 @@ async def test_pings_of_both_sides(role: str, autojump_clock: trio.testing.MockC
         with trio.fail_after(5):
             await connection.wait_closed()  # as the peer is silent from here on
         assert trio.current_time() == 17
+
+
+async def echo_items(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes]:
+    async for item in channel:
+        await channel.send(item)
+    return request
+
+
+@both_roles
+async def test_a_channel_of_the_second_implementation(
+    role: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Its credit goes to the very byte; one item of each side's travels in pieces."""
+    small, large = second.body([b"a"]), second.body([bytes(range(256)) * 1200])
+    async with connected(role, channel_handler=echo_items) as (_, peer):
+        own, _ = peer.ids
+        with trio.fail_after(9):
+            await peer.put(b"chan", own, b"", b"1000", second.body([b"log"]))
+            await peer.take_word(b"credit", own, b"262144")
+            for item in (small, large):
+                await peer.put(b"item", own, item)
+                assert await peer.take() == [b"item", own, item]
+            assert peer.open.to_send[int(own)] == WINDOW, "it gave back what was consumed"
+            await peer.put(b"item", own, small)
+            await peer.put(b"end", own)
+            await peer.take_nothing()
+            await peer.put(b"credit", own, b"%d" % (len(small) + len(large) - 1000))
+            assert peer.open.to_take[int(own)] == 0
+            await peer.take_nothing()
+            await peer.put(b"credit", own, b"1")
+            assert await peer.take() == [b"item", own, small]
+            assert await peer.take() == [b"ok", own, second.body([b"log"])]
+
+
+@both_roles
+async def test_a_channel_to_the_second_implementation(
+    role: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    received = []
+    text = bytes(100_000)
+
+    async def use(connection: Connection) -> None:
+        async with connection.open_channel(["log"]) as channel:
+            for _ in range(4):
+                await channel.send([text])
+            await channel.end()
+            received.extend([item async for item in channel])
+            received.append(await channel.answer())
+
+    async with connected(role) as (connection, peer), trio.open_nursery() as nursery:
+        _, other = peer.ids
+        nursery.start_soon(use, connection)
+        with trio.fail_after(9):
+            assert await peer.take() == [b"chan", other, b"", b"262144", second.body([b"log"])]
+            for _ in range(3):
+                assert await peer.take() == [b"item", other, second.body([text])]
+            await peer.take_nothing()
+            await peer.put(b"credit", other, b"%d" % (3 * 100_005 - WINDOW))
+            await peer.take_nothing()
+            await peer.put(b"credit", other, b"1")
+            assert await peer.take() == [b"item", other, second.body([text])]
+            assert await peer.take() == [b"end", other]
+            for item in ([b"small"], [bytes(200_000)], [b"after it"]):
+                await peer.put(b"item", other, second.body(item))
+            await peer.put(b"ok", other, second.body([b"done"]))
+    assert received == [[b"small"], [bytes(200_000)], [b"after it"], [b"done"]]
+
+
+@both_roles
+async def test_what_crosses_the_end_of_a_channel(role: str, autojump_clock: trio.testing.MockClock) -> None:
+    """A cancel, the answer of the second implementation, and that of the package."""
+
+    async def answer_at_once(connection: Connection, request: list[bytes], channel: Channel) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async with connected(role, channel_handler=answer_at_once) as (connection, peer):
+        own, other = peer.ids
+        following = b"%d" % (int(other) + 2)
+        with trio.fail_after(5):
+            async with connection.open_channel([]):
+                assert (await peer.take())[:2] == [b"chan", other]
+            assert await peer.take() == [b"cancel", other]
+            for fields in ([b"item", b"\0"], [b"credit", b"1"], [b"end"], [b"err", b"cancelled", b""]):
+                await peer.put(fields[0], other, *fields[1:])
+
+            async with connection.open_channel([]) as channel:
+                assert (await peer.take())[:2] == [b"chan", following]
+                await channel.send([b"crosses"])
+                await channel.end()
+                await trio.testing.wait_all_tasks_blocked()
+                await peer.put(b"ok", following, second.body([]))
+                await peer.take_word(b"item", following, second.body([b"crosses"]))
+                await peer.take_word(b"end", following)
+                assert await channel.answer() == []
+            await peer.put(b"chan", own, b"", b"0", second.body([]))
+            await peer.take_word(b"credit", own, b"262144")
+            await trio.testing.wait_all_tasks_blocked()  # it has answered
+            for fields in ([b"item", b"\0"], [b"credit", b"1"], [b"end"]):
+                await peer.put(fields[0], own, *fields[1:])
+            assert await peer.take() == [b"ok", own, second.body([])]
+            await peer.put(b"ping")
+            await peer.take_word(b"pong")
+            assert not peer.open.to_send
+            assert not peer.open.to_take
+
+
+@both_roles
+async def test_a_channel_that_the_second_implementation_cancels(
+    role: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with connected(role, channel_handler=echo_items) as (_, peer):
+        own, _ = peer.ids
+        with trio.fail_after(5):
+            await peer.put(b"chan", own, b"", b"9", second.body([]))
+            await peer.take_word(b"credit", own, b"262144")
+            await peer.put(b"cancel", own)
+            await peer.put(b"credit", own, b"1")
+            assert (await peer.take())[:3] == [b"err", own, b"cancelled"]
+
+
+@both_roles
+async def test_a_side_without_a_channel_handler(role: str, autojump_clock: trio.testing.MockClock) -> None:
+    async with connected(role) as (connection, peer):
+        own, other = peer.ids
+        with trio.fail_after(5):
+            await peer.put(b"chan", own, b"", b"9", second.body([]))
+            await peer.put(b"end", own)
+            assert (await peer.take())[:3] == [b"err", own, b"no-channel"]
+            with pytest.raises(RemoteError) as caught:
+                async with connection.open_channel([]) as channel:
+                    await peer.take()
+                    await peer.put(b"err", other, b"no-channel", b"")
+                    await channel.answer()
+            assert caught.value.code == "no-channel"
+
+
+@both_roles
+async def test_channels_go_on_while_both_drain(role: str, autojump_clock: trio.testing.MockClock) -> None:
+    """And one that crosses the `bye` does not begin."""
+    async with connected(role, channel_handler=echo_items) as (connection, peer):
+        own, other = peer.ids
+        crossing = b"%d" % (int(own) + 2)
+        with trio.fail_after(5):
+            async with connection.open_channel([]) as channel:
+                assert (await peer.take())[:2] == [b"chan", other]
+                await peer.put(b"chan", own, b"", b"99", second.body([]))
+                await peer.take_word(b"credit", own, b"262144")
+                connection.drain()
+                await peer.put(b"chan", crossing, b"", b"99", second.body([]))
+                await peer.take_word(b"bye")  # and sends bye-ok
+                assert (await peer.take())[:3] == [b"err", crossing, b"closing"]
+                await peer.put(b"bye")
+                await peer.take_word(b"bye-ok")
+                await peer.put(b"item", own, second.body([b"a"]))
+                assert await peer.take() == [b"item", own, second.body([b"a"])]
+                await peer.put(b"item", other, second.body([b"b"]))
+                assert await channel.receive() == [b"b"]
+                await channel.send([b"c"])
+                assert await peer.take() == [b"item", other, second.body([b"c"])]
+                await peer.put(b"ok", other, second.body([]))
+                assert await channel.answer() == []
+            await peer.put(b"end", own)
+            assert await peer.take() == [b"ok", own, second.body([])]
+            await peer.expect_end()
+            await connection.wait_closed()
 
 
 class Slow:
