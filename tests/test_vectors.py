@@ -540,6 +540,28 @@ def test_the_second_implementation_sees_that_a_request_was_dropped() -> None:
     assert not other.pieces
 
 
+@pytest.mark.parametrize("how", ["cancel", "answer"])
+def test_the_second_implementation_sees_that_an_item_was_dropped(how: str) -> None:
+    package = Session("client", max_message_size=2**20, max_requests=1, slots=1)
+    other = second.Open(1, 2**20, 1)
+    package.open_channel([])
+    pump(package, other)
+    list(package.receive(other.replies.pop()))
+    package.channels.send(0, *package.channels.encode([bytes(250_000)]))
+    package.channels.end(0)
+    for fields in PacketDecoder(second.MAX_WHOLE).decode(package.take(0.0)):
+        assert other.take(second.packet(fields)) is None
+    assert other.pieces
+    if how == "cancel":
+        package.cancel(0)
+        assert pump(package, other) == [[b"cancel", b"0"]]
+    else:
+        [packet] = other.put([b"ok", b"0", second.body([])])
+        assert list(package.receive(packet)) == [Answer(0, [])]
+        assert pump(package, other) == []
+    assert not other.pieces
+
+
 def test_both_count_the_credit_of_the_packages_items_alike() -> None:
     package = Session("client", max_message_size=2**20, max_requests=1, slots=1)
     other = second.Open(1, 2**20, 1, 40)
