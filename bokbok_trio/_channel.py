@@ -17,7 +17,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NoReturn, final
+from typing import final
 
 import trio
 
@@ -68,8 +68,9 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     An item is a list of fields, as a request is. Several tasks may send, and several receive, at
     once; each item goes to one of them, and they are served in turn. Cancelling one loses no item and
-    repeats none. What has been received and not been taken is bounded by 256 KiB and one item; past
-    that the other side's `send` waits. ``async for item in channel`` ends where the other side has
+    repeats none. What has been received and not been taken is bounded by 256 KiB of encoded items and
+    one item more; past that the other side's `send` waits. (Python may take ten times as much for items
+    of a few bytes.) ``async for item in channel`` ends where the other side has
     ended its direction, or answered.
 
     On the handler's side the channel is closed when the handler returns; what it sent before arrives
@@ -91,6 +92,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._deadline = deadline
         self._senders: dict[_Waiter, None] = {}
         self._receivers: dict[_Waiter, None] = {}
+        self._askers: dict[_Waiter, None] = {}
         self._buffer: deque[bytes] = deque()
         self._is_closed = False
         self._has_ended = False
@@ -98,7 +100,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._broken: Exception | None = None  # why nothing can be sent any more, and no more comes
         self._outcome: list[bytes] | BokbokError | None = None
         self._answer_told = False
-        self._answered = trio.Event()
+        self._has_given_up = False  # on the answer
+        self._held_until: float | None = None  # the error that came is not to be seen before
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open" if self._broken is None else "broken"
@@ -122,17 +125,13 @@ class Channel(trio.abc.Channel[list[bytes]]):
                 it; its error, if it answered with one, is the cause.
             ConnectionLost: which is such an error too.
         """
-        item = self._flows.encode(value)
         await trio.lowlevel.checkpoint_if_cancelled()
-        waiter = _Waiter(item)
-        if self._send_error() is None:
-            if self._flows.may_send(self._id):  # then nobody waits: see `_on_writable`
-                self._put(waiter)
-                await trio.lowlevel.cancel_shielded_checkpoint()
-            else:
-                await _sleep(self._senders, waiter)
-        if not waiter.done:
-            await self._raise(self._send_error)
+        waiter = _Waiter(self._flows.encode(value))
+        if self._send_error() is None and self._flows.may_send(self._id):
+            self._put(waiter)  # nobody waits: see `_on_writable`
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        else:
+            await self._wait(self._senders, waiter, self._send_error)
 
     async def receive(self) -> list[bytes]:
         """Receive an item.
@@ -140,7 +139,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
         Raises:
             trio.EndOfChannel: the other side has ended its direction, or answered, and all of its
                 items have been received.
-            trio.ClosedResourceError: this side called `aclose`, or closed the connection.
+            trio.ClosedResourceError: this side called `aclose`, or closed the connection before the
+                answer came.
             trio.BrokenResourceError: the other side cancelled, or answered with an error, which is
                 the cause, before it ended its direction.
             ConnectionLost: which is such an error too.
@@ -152,10 +152,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
             await trio.lowlevel.cancel_shielded_checkpoint()
             return decode_body(body)
         waiter = _Waiter()
-        if self._receive_error() is None:
-            await _sleep(self._receivers, waiter)
-        if not waiter.done:
-            await self._raise(self._receive_error)
+        await self._wait(self._receivers, waiter, self._receive_error)
         return waiter.fields
 
     async def end(self) -> None:
@@ -183,16 +180,13 @@ class Channel(trio.abc.Channel[list[bytes]]):
         """
         if self._cancel is None:
             raise RuntimeError("a handler gives the answer, and does not wait for it")
-        await self._answered.wait()
-        outcome = self._outcome
-        if outcome is None:
-            raise trio.ClosedResourceError("this side closed the channel before its answer came")
-        if isinstance(outcome, list):
-            self._answer_told = True
-            return list(outcome)
-        await self._hold_timeout()
+        if isinstance(self._outcome, list):
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._wait(self._askers, _Waiter(), self._answer_error)
         self._answer_told = True
-        raise copy.copy(outcome)
+        assert isinstance(self._outcome, list)
+        return list(self._outcome)
 
     async def aclose(self) -> None:
         """Close both directions; what is there or still comes is dropped.
@@ -208,7 +202,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
     def _send_error(self) -> Exception | None:
         if self._has_ended:
             return trio.ClosedResourceError("this side ended or closed the channel")
-        return self._broken
+        return self._shown(self._broken)
 
     def _receive_error(self) -> Exception | None:
         """Why nothing can be received, where nothing is buffered."""
@@ -216,30 +210,49 @@ class Channel(trio.abc.Channel[list[bytes]]):
             return trio.ClosedResourceError("this side closed the channel")
         if self._peer_has_ended:
             return trio.EndOfChannel()
-        return self._broken
+        return self._shown(self._broken)
 
-    async def _raise(self, find_error: Callable[[], Exception | None]) -> NoReturn:
-        await self._hold_timeout()
-        error = find_error()
-        assert error is not None
-        # A copy, as each time it is raised it would gather more of a traceback.
-        raise copy.copy(error) from error.__cause__
+    def _answer_error(self) -> Exception | None:
+        assert not isinstance(self._outcome, list)
+        error = self._shown(self._outcome)
+        if error is None and self._has_given_up:
+            return trio.ClosedResourceError("this side closed the channel before its answer came")
+        return error
 
-    async def _hold_timeout(self) -> None:
+    def _shown(self, error: Exception | None) -> Exception | None:
         """Where the deadline ran out over there first, our own is to be seen, as a cancellation."""
-        is_timeout = isinstance(self._outcome, RemoteError) and self._outcome.code == "timeout"
-        await trio.sleep_until(self._deadline if is_timeout and self._deadline < math.inf else -math.inf)
+        return None if self._held_until is not None and trio.current_time() < self._held_until else error
+
+    async def _wait(
+        self, waiters: dict[_Waiter, None], waiter: _Waiter, find_error: Callable[[], Exception | None]
+    ) -> None:
+        """Sleep among others until done, or raise why that cannot be."""
+        while not waiter.done:
+            error = find_error()
+            if error is not None:
+                self._answer_told = self._answer_told or waiters is self._askers
+                await trio.lowlevel.checkpoint()
+                # A copy, as each time it is raised it would gather more of a traceback.
+                raise copy.copy(error) from error.__cause__
+            if self._held_until is None:
+                await _sleep(waiters, waiter)
+            else:
+                with trio.move_on_at(self._held_until):
+                    await _sleep(waiters, waiter)
 
     # ---- for the connection ----
 
     def wake(self, outcome: list[bytes] | BokbokError) -> None:
         """The answer came, or none will."""
         self._outcome = outcome
-        self._answered.set()
         if isinstance(outcome, list):
             self._peer_has_ended = True
+            for asker in self._askers:
+                asker.done = True
             self._break(trio.BrokenResourceError("the handler over there has answered"))
         elif isinstance(outcome, RemoteError):
+            if outcome.code == "timeout" and self._deadline < math.inf:
+                self._held_until = self._deadline
             error = trio.BrokenResourceError(f"the handler over there has answered with an error: {outcome}")
             error.__cause__ = outcome
             self._break(error)
@@ -254,6 +267,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
                 self._buffer.clear()  # this side did it, and asks for nothing more
             _wake_all(self._senders)
             _wake_all(self._receivers)
+            _wake_all(self._askers)
 
     def _on_event(self, event: Item | End) -> None:
         if isinstance(event, Item):
@@ -267,6 +281,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
             waiter = _wake_first(self._receivers)
             waiter.fields = item.fields
             waiter.done = True
+        elif self._broken is not None:
+            return  # the other side has cancelled
         elif not self._is_closed:
             self._buffer.append(item.body)
             return
@@ -282,8 +298,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._wake_sender()
 
     def _consume(self, size: int) -> None:
-        self._flows.consume(self._id, size)
-        self._wake_sender()
+        if self._flows.consume(self._id, size):
+            self._wake_sender()
 
     async def _finish(self) -> None:
         """The block was left, and not by an exception."""
@@ -299,9 +315,12 @@ class Channel(trio.abc.Channel[list[bytes]]):
         _wake_all(self._senders)
         if self._cancel is not None:
             self._cancel()
-            self._answered.set()
+            self._has_given_up = True
+            _wake_all(self._askers)
         elif not was_ended and not answered:
             self._flows.end(self._id)
+        if self._cancel is not None or answered:
+            self._buffer.clear()  # nobody waits for credit
         self._stop_receiving()
 
     def _stop_receiving(self) -> None:

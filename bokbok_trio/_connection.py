@@ -272,7 +272,9 @@ class Connection:
                 answer = await channel.answer()
 
         Entering waits for nothing; a failure shows in the channel's methods. The deadline in force
-        here holds for the handler over there as well.
+        here, on entering, holds for the handler over there as well; it cannot be put off later, so a
+        time limit for each item goes around `Channel.receive`. The channel takes up a slot, as a
+        request does, for as long as it lasts.
 
         Leaving the block closes the channel, and cancels the handler over there unless its answer
         came; items that have not left yet are dropped. But if the block called `Channel.end`, and

@@ -11,8 +11,9 @@ zero by less than one item, and no further item starts before it is above zero a
 Invariants
 ==========
 
-- What has been received and not been consumed takes up less than `WINDOW` and one item.
-- What was queued and has not left takes up less than `MAX_QUEUED` and one item, whatever the peer grants.
+- What has been received and not been consumed is less than `WINDOW` and one item.
+- What was queued and has not left is less than `MAX_QUEUED` and one item, whatever the peer grants;
+  each item counts as `ITEM_OVERHEAD` more than its body, so this bounds the memory as well.
 - Every item that was queued has its credit, so nothing that is queued ever waits for the peer's user.
 """
 
@@ -32,6 +33,9 @@ in a round trip of 0.1 s, and little enough for a hundred channels."""
 MAX_QUEUED: Final = 2**16
 """Bytes of a channel's items that wait to leave, from which on the next one waits outside. It is as
 much as a batch, so that the sender never lacks work."""
+
+ITEM_OVERHEAD: Final = 512
+"""Bytes that an item takes up while it waits to leave, over those of its body."""
 
 MAX_CREDIT: Final = 2**32 - 1
 """Bytes of credit that there may be at once: no side has use for so much memory, so a peer that
@@ -83,7 +87,11 @@ class Flow:
         assert self.may_send
         assert not self.ended
         self.send_credit -= size
-        self.queued += size
+        self.queued += size + ITEM_OVERHEAD
+
+    def left(self, size: int) -> None:
+        """An item has wholly left."""
+        self.queued -= size + ITEM_OVERHEAD
 
     def add_credit(self, size: int) -> None:
         """The peer takes so many bytes more.
@@ -198,7 +206,7 @@ class Flows:
         """An item has wholly left."""
         flow = self._flows.get(id)
         if flow is not None:
-            flow.queued -= size
+            flow.left(size)
             self._note_writable(id, flow)
 
     def end(self, id: int) -> None:
@@ -211,6 +219,8 @@ class Flows:
 
     def take_writable(self) -> set[int]:
         """The channels of which an item may be queued, and perhaps could not be when last asked."""
+        if not self._writable:
+            return self._writable
         writable, self._writable = self._writable, set()
         return writable
 
@@ -226,13 +236,15 @@ class Flows:
     def grant(self, id: int, size: int = WINDOW) -> None:
         """Take so many bytes more."""
         self._flows[id].receive_credit += size
-        self._outbox.put_control_of(id, b"credit", encode_number(id), encode_number(size))
+        self._outbox.put_credit(id, size)
 
-    def consume(self, id: int, size: int) -> None:
-        """Our user has taken an item, or will take none."""
+    def consume(self, id: int, size: int) -> bool:
+        """Our user has taken an item, or will take none. Returns whether credit was granted for it."""
         flow = self._flows.get(id)
-        if flow is not None and (due := flow.consume(size)):
+        due = 0 if flow is None else flow.consume(size)
+        if due:
             self.grant(id, due)
+        return due > 0
 
     def on_item(self, id: int, size: int) -> None:
         """The peer sent an item of a channel in flight.

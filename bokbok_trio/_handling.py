@@ -89,10 +89,9 @@ class Handlers:
             nursery.start_soon(self._handle, request, channel, scope)
 
     def cancel(self, id: int) -> None:
-        """The peer no longer wants the answer; the handler may have ended."""
-        if id in self._scopes:
-            self._scopes[id].cancel()
-            self._channels.on_cancel(id)
+        """The peer no longer wants the answer, and the handler has not ended."""
+        self._scopes[id].cancel()
+        self._channels.on_cancel(id)
 
     def cancel_all(self) -> None:
         """Nobody wants any answer."""

@@ -5,10 +5,10 @@ Control packets leave first. A packet over `MAX_WHOLE_SIZE` leaves as pieces::
     part n left bytes       a piece of packet n; so many bytes are still to come, 0 ends it
     drop n                  the pieces of n so far are void, the packet never existed
 
-A batch is of small packets, in the order they were queued, and one piece, of whatever big packet has
-its turn: so neither waits long for the other. How large it is depends on how long the last one took.
-Of the packets of one id only the first has a place in the queues; the next takes one, the last, when
-that has wholly left. So they leave in order, and channels take turns.
+A batch is of small packets, in the order they were queued; of items of channels, which take turns;
+and of one piece, of whatever big packet has its turn: so none waits long for the others. How large it
+is depends on how long the last one took. Of the packets of one id only the first has a place in the
+queues; the next takes one when that has wholly left, so they leave in order.
 
 Invariants
 ==========
@@ -49,8 +49,16 @@ there were before, or on a timeout."""
 MAX_PIECE_SIZE: Final = 65_519 - 61
 """Bytes of a piece: with the longest head of `part` it fits one record."""
 
-PIECE_SHARE: Final = 4
-"""A quarter of each batch is kept for a piece that waits, so that small packets cannot starve it."""
+SHARE: Final = 4
+"""A quarter of each batch is kept for items that wait, and one for a piece, so that small packets
+cannot starve them."""
+
+TURN: Final = 2**14
+"""Bytes of items that a channel may send before it is the next one's turn, so that one of small items
+gets as much as one of large ones."""
+
+ITEM_KINDS: Final = frozenset({b"item", b"end"})
+"""What only channels have, and which so waits in a queue of its own."""
 
 MAX_OPEN: Final = 4
 """Packets of one direction that may have partly arrived, each up to the limit of a packet."""
@@ -144,8 +152,11 @@ class Outbox:
     """The queues of one direction. Packets are known by the id of their request or channel."""
 
     def __init__(self) -> None:
-        self._control: deque[bytes] = deque()
+        self._control: list[bytes] = []
+        self._credits: dict[int, int] = {}  # what is to be granted, by channel
         self._small: OrderedDict[int, Outgoing] = OrderedDict()
+        self._items: OrderedDict[int, Outgoing] = OrderedDict()  # the next one's turn is the first's
+        self._turn = TURN  # how much is left of it
         self._big: OrderedDict[int, Outgoing] = OrderedDict()
         self._open: OrderedDict[int, _Pieced] = OrderedDict()  # the next one's turn is the first's
         self._behind: dict[int, deque[Outgoing]] = {}  # what waits for the packet before it, of its id
@@ -154,12 +165,12 @@ class Outbox:
 
     def __contains__(self, id: int) -> bool:
         """Whether a packet of that id has not wholly left."""
-        return id in self._small or id in self._big or id in self._open
+        return id in self._small or id in self._items or id in self._big or id in self._open
 
     def __len__(self) -> int:
         """How many packets have not wholly left."""
-        behind = sum(map(len, self._behind.values()))
-        return len(self._control) + len(self._small) + len(self._big) + len(self._open) + behind
+        queues = (self._control, self._credits, self._small, self._items, self._big, self._open)
+        return sum(map(len, queues)) + sum(map(len, self._behind.values()))
 
     def put_control(self, *fields: bytes) -> None:
         """Queue a control packet."""
@@ -170,19 +181,24 @@ class Outbox:
         if id in self:
             self._behind.setdefault(id, deque()).append(packet)
         else:
-            (self._big if packet.is_big else self._small)[id] = packet
+            self._place(id, packet)
 
-    def put_control_of(self, id: int, *fields: bytes) -> None:
-        """Queue a control packet; it leaves after those of its id that were queued before."""
-        if id in self:
-            self.put(id, Outgoing(*fields))
+    def _place(self, id: int, packet: Outgoing) -> None:
+        if packet.is_big:
+            self._big[id] = packet
+        elif packet.kind in ITEM_KINDS:
+            self._items[id] = packet
         else:
-            self.put_control(*fields)
+            self._small[id] = packet
+
+    def put_credit(self, id: int, size: int) -> None:
+        """Queue credit for a channel, in one packet with what waits already."""
+        self._credits[id] = self._credits.get(id, 0) + size
 
     def remove(self, id: int) -> bool:
         """Take back what of that id has not wholly left. Returns whether there was anything."""
         self._behind.pop(id, None)
-        if self._small.pop(id, None) is not None or self._big.pop(id, None) is not None:
+        if any(queue.pop(id, None) is not None for queue in (self._small, self._items, self._big)):
             return True
         pieced = self._open.pop(id, None)
         if pieced is not None:
@@ -202,23 +218,44 @@ class Outbox:
         Returns:
             It, in one piece, and what has thereby wholly left.
         """
-        chunks: Chunks = list(self._control)
-        self._control.clear()
+        chunks: Chunks = self._control
+        self._control = []
+        for id, credit in self._credits.items():
+            chunks.append(encode_head(b"credit", encode_number(id), encode_number(credit)))
+        self._credits.clear()
         size = sum(map(len, chunks))
         done: list[Left] = []
+        least = self._batch_size // SHARE
         has_piece = bool(self._open or self._big)
-        least = self._batch_size // PIECE_SHARE
         room = self._batch_size - (least if has_piece else 0)
-        while self._small and size < room:
-            id, packet = self._small.popitem(last=False)
-            encoded = packet.encode(now)
-            chunks += encoded
-            size += sum(map(len, encoded))
-            self._on_left(Left(id, packet.kind, packet.body_size), done)
+        while size < room and (self._small or self._items):
+            if self._small and (size < room - least or not self._items):
+                size += self._take_first(self._small, now, chunks, done)
+            else:
+                size += self._take_item(now, chunks, done)
         if has_piece:
             piece_size = max(least, min(MAX_PIECE_SIZE, self._batch_size - size))
             self._take_piece(piece_size, now, chunks, done)
         return b"".join(chunks), done
+
+    def _take_first(
+        self, queue: OrderedDict[int, Outgoing], now: float, chunks: Chunks, done: list[Left]
+    ) -> int:
+        id, packet = queue.popitem(last=False)
+        encoded = packet.encode(now)
+        chunks += encoded
+        self._on_left(Left(id, packet.kind, packet.body_size), done)
+        return sum(map(len, encoded))
+
+    def _take_item(self, now: float, chunks: Chunks, done: list[Left]) -> int:
+        id = next(iter(self._items))
+        size = self._take_first(self._items, now, chunks, done)
+        self._turn -= size
+        if self._turn > 0 and id in self._items:
+            self._items.move_to_end(id, last=False)
+        else:
+            self._turn = TURN
+        return size
 
     def _take_piece(self, size: int, now: float, chunks: Chunks, done: list[Left]) -> None:
         if self._big and len(self._open) < MAX_OPEN:
@@ -242,7 +279,7 @@ class Outbox:
             packet = behind.popleft()
             if not behind:
                 del self._behind[left.id]
-            (self._big if packet.is_big else self._small)[left.id] = packet
+            self._place(left.id, packet)
 
 
 @final

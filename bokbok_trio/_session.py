@@ -75,7 +75,7 @@ class Request(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """The peer no longer wants the answer to a request of its own that is being handled."""
+    """The peer no longer wants the answer to a request of its own that has not been answered."""
 
     id: int
 
@@ -129,7 +129,7 @@ class Session:
         self._asked: set[int] = set()
         self._unsent: set[int] = set()
         self._cancelled: set[int] = set()
-        self._handling: set[int] = set()
+        self._handling: dict[int, bool] = {}  # whether it has been answered
         self._backlog: OrderedDict[int, Outgoing] = OrderedDict()
         self._outbox = Outbox()
         self.channels = Flows(self._outbox, self._max_body_size)
@@ -228,8 +228,8 @@ class Session:
         self._queue_answer(id, Outgoing(b"err", encode_number(id), code.encode(), text))
 
     def _queue_answer(self, id: int, packet: Outgoing) -> None:
-        assert id in self._handling, "never asked, or done"
-        assert id not in self._outbox or id in self.channels, "answered twice"
+        assert self._handling[id] is False, "answered twice"
+        self._handling[id] = True
         if not self._is_closed:
             self._outbox.put(id, packet)
 
@@ -291,9 +291,11 @@ class Session:
     def close(self) -> None:
         """It is over: what leaves now is the answers and control packets that are queued, and no more."""
         self._is_closed = True
-        self._backlog.clear()
         for id in self._asked:
             self._outbox.remove(id)
+        for id in (*self._asked, *self._backlog):
+            self.channels.remove(id)
+        self._backlog.clear()
         self._asked.clear()
         self._unsent.clear()
         self._cancelled.clear()
@@ -314,7 +316,7 @@ class Session:
         batch, done = self._outbox.take(now)
         for id, kind, size in done:
             if kind in (b"ok", b"err"):
-                self._handling.remove(id)
+                del self._handling[id]
                 self.channels.remove(id)
             elif kind == b"item":
                 self.channels.left(id, size)
@@ -360,7 +362,7 @@ class Session:
                 return failure if self._on_answered(failure.id) else None
             case [b"cancel", id]:
                 number = self._check_parity(decode_number(id), self._peer_parity)
-                return Cancel(number) if number in self._handling else None
+                return self._on_cancel(number)
             case [b"part", n, left, piece]:
                 return self._on_piece(decode_number(n), decode_number(left), piece)
             case _:
@@ -433,8 +435,14 @@ class Session:
             raise ProtocolError(f"more than {self._max_requests} requests in flight")
         if self._peer_bye_ok:
             raise ProtocolError("a new request after bye-ok")
-        self._handling.add(id)
+        self._handling[id] = False
         return request
+
+    def _on_cancel(self, id: int) -> Cancel | None:
+        if self._handling.get(id) is not False:
+            return None  # never asked, answered, or done: they crossed
+        self._outbox.remove(id)  # items that nobody wants
+        return Cancel(id)
 
     def _on_answered(self, id: int) -> bool:
         """Note an answer to a request of ours; False: nobody wants it any more."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -20,7 +22,7 @@ from bokbok_trio import (
     RequestError,
     Settings,
 )
-from bokbok_trio._flow import MAX_QUEUED, WINDOW
+from bokbok_trio._flow import ITEM_OVERHEAD, MAX_QUEUED, WINDOW
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.helpers import RawPeer, packet, raw_peer, settle
 
@@ -83,7 +85,7 @@ def assert_nothing_is_left(*connections: Connection) -> None:
             assert not session._asked
             assert not session._handling
         outbox = session._outbox
-        assert not any((outbox._small, outbox._big, outbox._open, outbox._behind))
+        assert not any((outbox._small, outbox._items, outbox._big, outbox._open, outbox._behind))
 
 
 async def test_items_go_both_ways_and_then_the_answer_comes(sealed: bool, autojump_clock: MockClock) -> None:
@@ -351,6 +353,53 @@ async def test_small_items_take_up_no_multiple_of_the_window(autojump_clock: Moc
         assert len(buffer) == 5000
         # Python has one object for each single byte.
         assert all(body is buffer[0] for body in buffer)
+        channel._buffer.clear()
+        await peer.stream.send_all(packet(b"item", b"0", body=[b""]) * 5000)
+        await settle()
+        assert sum(sys.getsizeof(body) + 8 for body in channel._buffer) < 5000 * 60
+
+
+async def test_leaving_grants_no_credit_for_what_nobody_read(autojump_clock: MockClock) -> None:
+    async with raw_peer() as (connection, peer):
+        async with connection.open_channel([]):
+            await receive_chan(peer)
+            await peer.stream.send_all(packet(b"item", b"0", body=[bytes(1019)]) * (WINDOW // 1024))
+            await settle()
+        assert await peer.receive() == [b"cancel", b"0"]
+        connection.drain()
+        assert await peer.receive() == [b"bye"]
+
+
+async def test_a_handler_that_returns_grants_no_credit_for_what_it_did_not_read(
+    autojump_clock: MockClock,
+) -> None:
+    handler = Handler()
+    async with raw_peer(channel_handler=handler) as (_, peer):
+        await peer.send(b"chan", b"1", b"", b"0", body=[])
+        assert (await peer.receive())[0] == b"credit"
+        await peer.stream.send_all(packet(b"item", b"1", body=[bytes(1019)]) * (WINDOW // 1024))
+        await settle()
+        handler.may_end.set()
+        assert (await peer.receive())[:2] == [b"ok", b"1"]
+
+
+async def test_a_shielded_handler_that_was_cancelled_gathers_nothing(autojump_clock: MockClock) -> None:
+    channels: list[Channel] = []
+
+    async def handler(connection: Connection, request: list[bytes], channel: Channel) -> None:
+        channels.append(channel)
+        with trio.CancelScope(shield=True):
+            await trio.sleep(5)
+
+    async with raw_peer(channel_handler=handler) as (_, peer):
+        await peer.send(b"chan", b"1", b"", b"0", body=[])
+        await peer.send(b"item", b"1", body=[b"before"])
+        await peer.send(b"cancel", b"1")
+        await peer.send(b"item", b"1", body=[b"after"])
+        await settle()
+        assert await channels[0].receive() == [b"before"]
+        with pytest.raises(trio.BrokenResourceError):
+            await channels[0].receive()
 
 
 async def test_the_sending_side_holds_little_where_the_transport_is_stuck(autojump_clock: MockClock) -> None:
@@ -366,6 +415,7 @@ async def test_the_sending_side_holds_little_where_the_transport_is_stuck(autoju
         await channel.receive()
         streams[0].stall()
         assert await fill(channel) <= MAX_QUEUED + 2**16 + 1000
+        assert 0 < len(client._session._outbox) <= MAX_QUEUED / (1000 + ITEM_OVERHEAD) + 1
         with trio.fail_after(5):
             streams[0].resume()
             await channel.send(["goes on"])
@@ -728,6 +778,67 @@ async def test_a_timeout_over_there_that_is_early_is_held(use: str, autojump_clo
                 await (channel.send([]) if use == "send" else getattr(channel, use)())
         assert scope.cancelled_caught
         assert trio.current_time() == 7
+
+
+@pytest.mark.parametrize("use", ["receive", "send", "answer"])
+async def test_whoever_waits_for_an_early_timeout_to_be_due_is_told_when_it_is(
+    use: str, autojump_clock: MockClock
+) -> None:
+    """Outside of the scope that gave the deadline, it is an error like any other."""
+    async with raw_peer() as (connection, peer), trio.open_nursery() as nursery:
+        with trio.CancelScope(deadline=7) as scope:
+            opening = connection.open_channel([])
+            channel = await opening.__aenter__()
+            scope.deadline = math.inf
+        await receive_chan(peer)
+        caught: list[tuple[type[Exception], float]] = []
+
+        @nursery.start_soon
+        async def wait() -> None:
+            try:
+                await (channel.send([]) if use == "send" else getattr(channel, use)())
+            except Exception as exc:
+                caught.append((type(exc), trio.current_time()))
+
+        await settle()
+        await peer.send(b"err", b"0", b"timeout", b"")
+        await trio.sleep_until(8)
+        assert caught == [(RemoteError if use == "answer" else trio.BrokenResourceError, 7)]
+        with suppress(RemoteError):
+            await opening.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("use", ["receive", "send", "answer"])
+async def test_closing_tells_those_who_wait_for_an_early_timeout(use: str, autojump_clock: MockClock) -> None:
+    async with raw_peer() as (connection, peer):
+        with trio.fail_after(7):
+            async with connection.open_channel([]) as channel, trio.open_nursery() as nursery:
+                await receive_chan(peer)
+                await peer.send(b"err", b"0", b"timeout", b"")
+                await settle()
+
+                @nursery.start_soon
+                async def wait() -> None:
+                    with pytest.raises(trio.ClosedResourceError):
+                        await (channel.send([]) if use == "send" else getattr(channel, use)())
+
+                await settle()
+                await channel.aclose()
+                with pytest.raises(trio.ClosedResourceError):
+                    await channel.send([])
+        assert trio.current_time() < 7
+
+
+async def test_an_early_timeout_after_the_end_is_no_error_of_receiving(autojump_clock: MockClock) -> None:
+    async with raw_peer() as (connection, peer):
+        with trio.move_on_after(7):
+            async with connection.open_channel([]) as channel:
+                await receive_chan(peer)
+                await peer.stream.send_all(packet(b"item", b"0", body=[b"x"]) + packet(b"end", b"0"))
+                await peer.send(b"err", b"0", b"timeout", b"")
+                await settle()
+                assert [item async for item in channel] == [[b"x"]]
+                assert trio.current_time() < 7
 
 
 async def test_a_timeout_of_the_handlers_own_is_an_error(autojump_clock: MockClock) -> None:

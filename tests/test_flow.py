@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from itertools import groupby
+
 import pytest
 
 from bokbok_trio import MessageTooLarge, ProtocolError
-from bokbok_trio._flow import MAX_CREDIT, MAX_QUEUED, WINDOW, Flow, Flows
-from bokbok_trio._outbox import Outbox
+from bokbok_trio._flow import ITEM_OVERHEAD, MAX_CREDIT, MAX_QUEUED, WINDOW, Flow, Flows
+from bokbok_trio._outbox import TURN, Outbox, Outgoing
 from bokbok_trio._packets import PacketDecoder
 
 
@@ -22,7 +24,8 @@ class Ends:
     def take(self) -> list[list[bytes]]:
         batch, done = self.outbox.take(0)
         for left in done:
-            self.flows.left(left.id, left.body_size)
+            if left.kind == b"item":
+                self.flows.left(left.id, left.body_size)
         return list(PacketDecoder(2**20).decode(batch))
 
     def send(self, id: int, size: int) -> None:
@@ -60,10 +63,22 @@ def test_without_any_credit_nothing_may_start() -> None:
 
 def test_what_waits_to_leave_is_bounded_whatever_the_credit() -> None:
     flow = make_flow(send_credit=MAX_CREDIT)
-    flow.send(MAX_QUEUED - 1)
+    flow.send(MAX_QUEUED - ITEM_OVERHEAD - 1)
     assert flow.may_send
     flow.send(1)
     assert not flow.may_send
+
+
+def test_the_smallest_items_that_wait_are_bounded_too() -> None:
+    flow = make_flow(send_credit=MAX_CREDIT)
+    sent = 0
+    while flow.may_send:
+        flow.send(1)
+        sent += 1
+    assert sent <= MAX_QUEUED / ITEM_OVERHEAD
+    for _ in range(sent):
+        flow.left(1)
+    assert flow.queued == 0
 
 
 def test_too_much_credit_is_an_error() -> None:
@@ -96,7 +111,7 @@ def test_credit_is_granted_by_half_windows_and_none_is_forgotten() -> None:
 # ---- all of them ----
 
 
-def test_items_end_and_credit_leave_in_the_order_of_their_channel() -> None:
+def test_credit_goes_first_in_one_packet_and_the_end_last() -> None:
     ends = Ends()
     ends.flows.add_theirs(0, WINDOW)
     ends.flows.grant(0)
@@ -106,9 +121,8 @@ def test_items_end_and_credit_leave_in_the_order_of_their_channel() -> None:
     ends.flows.end(0)
     sent = ends.take()
     assert [packet[:1] + packet[2:] for packet in sent] == [
-        [b"credit", b"%d" % WINDOW],
+        [b"credit", b"%d" % (WINDOW + 7)],
         [b"item", b"\x01\x00\x00\x00\x05" + bytes(5)],
-        [b"credit", b"7"],
         [b"end"],
     ]
     assert {packet[1] for packet in sent} == {b"0"}
@@ -137,11 +151,47 @@ def test_an_end_waits_for_the_beginning() -> None:
 
 def test_channels_take_turns() -> None:
     ends = Ends()
-    for id in (0, 2, 4):
+    for id, size in ((0, 10), (2, TURN // 2), (4, MAX_QUEUED - 1000)):
         ends.flows.add_theirs(id, WINDOW)
-        for _ in range(2):
-            ends.send(id, 10)
-    assert [packet[1] for packet in ends.take()] == [b"0", b"2", b"4"] * 2
+        while ends.flows.may_send(id):
+            ends.send(id, size)
+    taken = [int(packet[1]) for _ in range(9) for packet in ends.take()]
+    turns = [(id, len(list(items))) for id, items in groupby(taken)]
+    assert [id for id, _ in turns[:6]] == [0, 2, 4, 2, 4, 2], "the items of 0 take less than a turn"
+    assert [count for _, count in turns[1:4]] == [2, 1, 2]
+
+
+def test_a_channel_of_small_items_gets_as_much_as_one_of_large_ones() -> None:
+    ends = Ends()
+    for id in (0, 2, 4):
+        ends.flows.add_theirs(id, MAX_CREDIT)
+    shares = {0: 0, 2: 0, 4: 0}
+    for _ in range(200):
+        for id, size in ((0, 1000), (2, MAX_QUEUED - 2000), (4, 20)):
+            while ends.flows.may_send(id):
+                ends.send(id, size)
+        for packet in ends.take():
+            shares[int(packet[1])] += len(packet[2])
+    assert shares[0] > shares[2] / 5, "what may wait of it is a turn of 16 KiB, beside items of 62 KiB"
+    assert shares[4] > 200 * 20, "more than an item for each batch"
+
+
+def test_small_packets_go_between_the_items_of_many_channels() -> None:
+    ends = Ends()
+    for id in range(0, 40, 2):
+        ends.flows.add_theirs(id, MAX_CREDIT)
+        ends.send(id, MAX_QUEUED - 2000)
+    ends.outbox.put(100, Outgoing(b"ok", b"100", body=[b"\0"], body_size=1))
+    assert [b"ok", b"100", b"\0"] in ends.take()
+
+
+def test_items_are_not_starved_by_small_packets() -> None:
+    ends = Ends()
+    ends.flows.add_theirs(0, MAX_CREDIT)
+    ends.send(0, 1000)
+    for id in range(100, 1000, 2):
+        ends.outbox.put(id, Outgoing(b"ok", b"%d" % id, body=[bytes(1000)], body_size=1000))
+    assert b"item" in [packet[0] for packet in ends.take()]
 
 
 def test_writers_are_told_when_credit_comes_and_when_items_have_left() -> None:

@@ -11,7 +11,7 @@ from bokbok_trio._outbox import (
     MAX_PIECE_SIZE,
     MAX_WHOLE_SIZE,
     MIN_BATCH_SIZE,
-    PIECE_SHARE,
+    SHARE,
     SLOW_SEND,
     Left,
     Outbox,
@@ -122,7 +122,7 @@ def test_small_packets_and_pieces_do_not_starve_each_other() -> None:
         packets = receiver.receive(batch)
         assert kinds(packets)[-1] == b"part"
         assert kinds(packets).count(b"part") == 1
-        assert len(packets[-1][3]) >= MAX_BATCH_SIZE // PIECE_SHARE or 200 not in outbox
+        assert len(packets[-1][3]) >= MAX_BATCH_SIZE // SHARE or 200 not in outbox
         sizes.append(len(batch))
     assert receiver.whole == [*((id, 4000) for id in range(100)), (200, LIMIT // 2)]
     assert max(sizes) <= MAX_BATCH_SIZE + 5000
