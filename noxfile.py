@@ -63,6 +63,20 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measure ours and the yardsticks: two minutes, on a machine that does nothing else."""
+    session.install("-e", ".[bench]")
+    session.run("python", "benchmarks/run.py", *session.posargs)
+
+
+@nox.session
+def compare(session: nox.Session) -> None:
+    """Measure all libraries: a quarter of an hour."""
+    session.install("-e", ".[compare]")
+    session.run("python", "benchmarks/run.py", "all", "--rounds", "5", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build the wheel, install it alone, and use it."""
     session.install("build")
