@@ -50,7 +50,13 @@ def lowest(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Every text is valid reStructuredText."""
     session.install("-e", ".[docs]")
-    for text in ("README.rst", "CHANGELOG.rst", "docs/protocol.rst", "docs/security.rst"):
+    for text in (
+        "README.rst",
+        "CHANGELOG.rst",
+        "docs/protocol.rst",
+        "docs/security.rst",
+        "benchmarks/README.rst",
+    ):
         session.run("docutils", "--strict", text, "--writer=null")
 
 
@@ -73,7 +79,7 @@ def bench(session: nox.Session) -> None:
 def compare(session: nox.Session) -> None:
     """Measure all libraries: a quarter of an hour."""
     session.install("-e", ".[compare]")
-    session.run("python", "benchmarks/run.py", "all", "--rounds", "5", *session.posargs)
+    session.run("python", "benchmarks/run.py", "all", "--rounds", "5", "--seconds", "0.25", *session.posargs)
 
 
 @nox.session

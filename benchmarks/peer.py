@@ -10,13 +10,15 @@ import resource
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import adapters
 from adapters.base import Adapter, Unsupported
 from scenarios import SCENARIOS, Client, scale, transfer
 
-MORE_SCENARIOS = {"scale": scale, "transfer": transfer}
+MORE_SCENARIOS: dict[str, Any] = {"scale": scale, "transfer": transfer}
 """Those of `scaling.py`, which take arguments."""
 
 PR_SET_PDEATHSIG = 1
@@ -29,7 +31,7 @@ async def run_scenarios(adapter: Adapter) -> None:
         scenario = (SCENARIOS | MORE_SCENARIOS)[order["scenario"]]
         client = Client(adapter, order["address"], order["server"], order["seconds"])
         try:
-            answer = (await scenario(client, **order["arguments"])).as_json()
+            answer = asdict(await scenario(client, **order["arguments"]))
         except Exception as exc:  # noqa: BLE001  (it is reported, whatever it is)
             reason = find_reason(exc)
             answer = {"unsupported": reason} if reason else {"error": traceback.format_exc()}
@@ -40,8 +42,7 @@ def find_reason(exc: BaseException) -> str | None:
     """The message of an `Unsupported`, which an event loop may have put into a group."""
     if isinstance(exc, BaseExceptionGroup):
         return next(filter(None, map(find_reason, exc.exceptions)), None)
-    inner = getattr(exc, "subFailure", None)  # Twisted's way
-    return str(exc) if isinstance(exc, Unsupported) else find_reason(inner.value) if inner else None
+    return str(exc) if isinstance(exc, Unsupported) else None
 
 
 def main(side: str, name: str) -> None:

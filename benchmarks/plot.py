@@ -7,7 +7,6 @@ Results of `run.py` become a chart for each figure (``seq-calls-s.svg``, ...) an
 """
 
 import json
-import math
 import os
 import re
 import sys
@@ -16,105 +15,82 @@ from typing import Any
 import adapters
 import matplotlib as mpl
 from matplotlib import pyplot as plt
-from run import show_number
+from report import Record, show_number
 from scenarios import LOWER_IS_BETTER
 
-mpl.rcParams |= {"svg.hashsalt": "bokbok", "svg.fonttype": "none", "axes.spines.top": False}
-mpl.rcParams |= {"axes.spines.right": False, "font.size": 9, "figure.constrained_layout.use": True}
+mpl.rcParams |= {"svg.hashsalt": "bokbok", "svg.fonttype": "none", "font.size": 9}
+mpl.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
 
-COLOURS = {"bokbok plain": "#1b7837", "bokbok sealed": "#5aae61"}
-YARDSTICKS = ("bare", "bare pipelined", "bare TLS")
+OURS = {"bokbok plain": "#1b7837", "bokbok sealed": "#5aae61"}
 CORES = {"free": "free cores", "one": "both processes on one core"}
-MOST_RATIO = 8.0
-"""Where the ratios' axis ends, and its inverse, where it begins."""
 
 
 def colour(adapter: str) -> str:
     """Ours green, yardsticks dark, others light."""
-    return COLOURS.get(adapter, "#555555" if adapter in YARDSTICKS else "#b0b8c4")
+    return OURS.get(adapter, "#555555" if adapter in adapters.OURS else "#b0b8c4")
 
 
-def draw_figure(rows: list[dict[str, Any]], title: str, path: str) -> None:
-    """Bars with their spread; one panel with free cores, and one with one core."""
+def draw_bars(rows: list[Record], title: str, path: str) -> None:
+    """Medians with their spread, with free cores and on one."""
     panels = [cores for cores in CORES if any(row["cores"] == cores for row in rows)]
     size = (4.2 * len(panels), 0.9 + 0.27 * len({row["adapter"] for row in rows}))
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axis, cores in zip(axes[0], panels, strict=True):
         shown = [row for row in reversed(rows) if row["cores"] == cores]
         names = [row["adapter"] for row in shown]
-        medians = [row["median"] for row in shown]
-        spread = [
-            [row["median"] - row["min"] for row in shown],
-            [row["max"] - row["median"] for row in shown],
-        ]
-        bars = axis.barh(
-            names, medians, xerr=spread, color=[colour(name) for name in names], ecolor="#222222"
-        )
-        axis.bar_label(bars, [show_number(median) for median in medians], padding=4, fontsize=8)
+        below = [row["median"] - row["min"] for row in shown]
+        above = [row["max"] - row["median"] for row in shown]
+        medians, colours = [row["median"] for row in shown], [colour(name) for name in names]
+        bars = axis.barh(names, medians, xerr=[below, above], color=colours)
+        axis.bar_label(bars, list(map(show_number, medians)), padding=4, fontsize=8)
         axis.margins(x=0.18)
         axis.set_title(CORES[cores], fontsize=9)
     figure.suptitle(title)
     save(figure, path)
 
 
-def draw_ratios(rows: list[dict[str, Any]], path: str) -> None:
-    """A point for each adapter in each scenario, relative to the yardstick."""
-    kept = [row for row in rows if row["ratio"] and row["cores"] == "free" and "client_cpu_us" in row]
-    kept = [row for row in kept if row["unit"] not in LOWER_IS_BETTER]
-    scenarios = list(dict.fromkeys(row["scenario"] for row in kept))
+def draw_ratios(rows: list[Record], path: str) -> None:
+    """A mark for each adapter in each scenario, relative to the yardstick."""
+    rows = [row for row in rows if row["cores"] == "free" and row["ratio"] and "client_cpu_us" in row]
+    rows = [row for row in rows if row["unit"] not in LOWER_IS_BETTER]
+    scenarios = list(dict.fromkeys(row["scenario"] for row in rows))
     figure, axis = plt.subplots(figsize=(9, 0.8 + 0.42 * len(scenarios)))
+    for number, adapter in enumerate(adapters.WHERE):
+        shown = [row for row in rows if row["adapter"] == adapter]
+        places = [-scenarios.index(row["scenario"]) for row in shown]
+        mark = "o" if adapter in OURS else f"${number}$"
+        colours = OURS.get(adapter, "#444444")
+        axis.scatter([row["ratio"] for row in shown], places, s=45, marker=mark, color=colours, label=adapter)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
     axis.axvline(1, color="#555555", linewidth=0.8)
-    for adapter in dict.fromkeys(row["adapter"] for row in kept):
-        of_adapter = [row for row in kept if row["adapter"] == adapter]
-        axis.scatter(
-            [min(max(row["ratio"], 1 / MOST_RATIO), MOST_RATIO) for row in of_adapter],
-            [len(scenarios) - scenarios.index(row["scenario"]) for row in of_adapter],
-            s=45,
-            marker="o" if adapter in COLOURS else f"${list(adapters.WHERE).index(adapter)}$",
-            color=COLOURS.get(adapter, "#444444"),
-            label=adapter,
-        )
-    axis.set_xscale("log", base=2)
-    axis.set_xlim(1 / MOST_RATIO / 1.1, MOST_RATIO * 1.1)
-    ticks = [2.0**power for power in range(-int(math.log2(MOST_RATIO)), int(math.log2(MOST_RATIO)) + 1)]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.set_yticks(range(len(scenarios), 0, -1), scenarios)
+    axis.set_yticks([-place for place in range(len(scenarios))], scenarios)
     axis.grid(axis="y", linewidth=0.3)
-    axis.set_title(f"as much as {adapters.YARDSTICK}, or more: free cores, medians of the rounds' ratios")
+    axis.set_title(f"ratio to {adapters.YARDSTICK}, free cores; more is better")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     save(figure, path)
 
 
-def draw_scaling(records: list[dict[str, Any]], path: str) -> None:
+def draw_scaling(records: list[Record], path: str) -> None:
     """Calls per second and memory, by callers on one connection and by connections."""
     figure, axes = plt.subplots(2, 2, figsize=(8, 5), sharex="col")
     ways = (("callers", "callers on one connection"), ("connections", "connections with a caller each"))
+    rows = (("calls/s", "-o", 0), ("server's peak MiB", "-o", 1), ("client's peak MiB", "--s", 1))
     for column, (by, label) in enumerate(ways):
-        other = "connections" if by == "callers" else "callers"
-        for adapter in dict.fromkeys(record["adapter"] for record in records):
-            points = [
-                record
-                for record in records
-                if record["adapter"] == adapter
-                and record["scenario"] == "scale"
-                and "figures" in record
-                and (record["connections"] == 1 or (by == "connections" and record[by] == record[other]))
-            ]
-            for row, units in enumerate((["calls/s"], ["server's peak MiB", "client's peak MiB"])):
-                for unit, style in zip(units, ("-o", "--s"), strict=False):
-                    axes[row][column].plot(
-                        [point[by] for point in points],
-                        [point["figures"][unit] for point in points],
-                        style,
-                        color=colour(adapter),
-                        label=adapter if row == 0 else f"{adapter}, {unit.split(chr(39))[0]}",
-                    )
         axes[1][column].set_xlabel(label)
         axes[1][column].set_xscale("log")
-        for row, name in enumerate(("calls/s", "peak of memory, MiB")):
-            axes[row][column].set_ylim(bottom=0)
-            axes[row][column].set_ylabel(name)
-            axes[row][column].legend(fontsize=8, frameon=False)
+        for adapter, (unit, style, row) in ((adapter, row) for adapter in OURS for row in rows):
+            points = [
+                (record[by], record["figures"][unit])
+                for record in records
+                if record["adapter"] == adapter and record["scenario"] == "scale" and "figures" in record
+                if record["connections"] == (1 if by == "callers" else record["callers"])
+            ]
+            if points:
+                axis = axes[row][column]
+                axis.plot(*zip(*points, strict=True), style, color=OURS[adapter], label=f"{adapter}, {unit}")
+                axis.set_ylim(bottom=0)
+                axis.legend(fontsize=7, frameon=False)
     save(figure, path)
 
 
@@ -138,7 +114,7 @@ def main(results_path: str, directory: str) -> None:
         name = re.sub(r"[^a-z0-9]+", "-", f"{scenario} {unit}".lower())
         title = f"{scenario}: {unit}" + (", less is better" if unit in LOWER_IS_BETTER else "")
         chosen = [row for row in rows if (row["scenario"], row["unit"]) == (scenario, unit)]
-        draw_figure(chosen, title, os.path.join(directory, f"{name}.svg"))
+        draw_bars(chosen, title, os.path.join(directory, f"{name}.svg"))
     draw_ratios(rows, os.path.join(directory, "ratios.svg"))
 
 

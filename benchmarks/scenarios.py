@@ -1,6 +1,6 @@
-"""What is measured: each scenario is an async function, run in the client's process, that returns figures.
+"""What is measured: each scenario is an async function, run in the client's process.
 
-The first figure of a scenario is the one its CPU time is shown with.
+A scenario's first figure is the one that its CPU time is shown with.
 """
 
 import gc
@@ -11,26 +11,22 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NoReturn
 
+import trio
 from adapters.base import Adapter, Connection
 
 SMALL = bytes(range(16))
-BIG = 4 * 2**20
-"""Bytes of the answer that `interleave` fetches."""
+BIG = 4 * 2**20  # bytes of the answer that `interleave` fetches
 IDLE_CONNECTIONS = 500
 CHURN_CONNECTIONS = 1_000
-CHURN_TASKS = 10
-"""How many of them are opened at once."""
-STEADY_PAUSE = 0.001
-"""Seconds between two calls of the steady caller of `churn`."""
-SLOW_PAUSE = 0.01
-"""Seconds that a slow reader pauses, again and again."""
-SETTLE = 0.3
-"""Seconds for a server to finish what it does with new connections, before its memory is read."""
-WARM_UP = 0.2
-"""The part of the measured time that is spent before, unmeasured."""
+CHURN_TASKS = 10  # how many of those are opened at once
+STEADY_PAUSE = 0.001  # seconds between two calls of the steady caller of `churn`
+SLOW_PAUSE = 0.01  # seconds that a slow reader pauses, again and again
+SETTLE = 0.3  # seconds for a server to be done with new connections, before its memory is read
+WARM_UP = 0.2  # the part of the measured time that is spent before, unmeasured
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,6 @@ class Client:
     seconds: float
 
     def connect(self) -> AbstractAsyncContextManager[Connection]:
-        """Open a connection."""
         return self.adapter.connect(self.address)
 
 
@@ -57,37 +52,29 @@ class Result:
     client_cpu: float = 0.0
     server_cpu: float = 0.0
 
-    @property
-    def rate(self) -> float:
-        """Calls per second."""
-        return self.calls / self.seconds
-
-    def as_json(self) -> dict[str, object]:
-        """As what can be made JSON."""
-        return asdict(self)
+    def add_rate(self, unit: str, size: int = 0) -> None:
+        """Add calls per second, or MiB per second where each call is of `size` bytes."""
+        self.figures[unit] = self.calls / self.seconds * (size / 2**20 if unit == "MiB/s" else 1)
 
 
 class Meter:
     """Times a block: by the clock, and by the CPU time of both processes."""
 
     def __init__(self, server: int) -> None:
-        self._clocks = (time.CLOCK_MONOTONIC, time.CLOCK_PROCESS_CPUTIME_ID, cpu_clock(server))
-        self.result = Result()
+        # The server's is what clock_getcpuclockid(3) returns. It counts ended threads, too.
+        self._clocks = (time.CLOCK_MONOTONIC, time.CLOCK_PROCESS_CPUTIME_ID, ~server << 3 | 2)
+        self._result = Result()
 
     def __enter__(self) -> Result:
         gc.collect()
         self._began = [time.clock_gettime(clock) for clock in self._clocks]
-        return self.result
+        return self._result
 
     def __exit__(self, *_: object) -> None:
-        ended = [time.clock_gettime(clock) for clock in self._clocks]
-        took = [end - began for began, end in zip(self._began, ended, strict=True)]
-        self.result.seconds, self.result.client_cpu, self.result.server_cpu = took
-
-
-def cpu_clock(pid: int) -> int:
-    """The clock of a process' CPU time, ended threads included; see clock_getcpuclockid(3)."""
-    return ~pid << 3 | 2
+        took = [
+            time.clock_gettime(clock) - began for clock, began in zip(self._clocks, self._began, strict=True)
+        ]
+        self._result.seconds, self._result.client_cpu, self._result.server_cpu = took
 
 
 def own_memory(pid: int) -> int:
@@ -97,21 +84,18 @@ def own_memory(pid: int) -> int:
 
 
 def reset_peak_memory(pid: int) -> None:
-    """Forget the peak so far."""
     with open(f"/proc/{pid}/clear_refs", "w") as file:
         file.write("5")
 
 
 def peak_memory(pid: int) -> int:
-    """Bytes of a process at most, since its start or a reset."""
+    """Bytes of a process at most, since it was reset."""
     with open(f"/proc/{pid}/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
-def in_milliseconds(times: list[float]) -> tuple[float, float]:
-    """The median, and the 99th percentile."""
-    p99 = sorted(times)[math.ceil(len(times) * 0.99) - 1]
-    return statistics.median(times) * 1e3, p99 * 1e3
+def p99(times: list[float]) -> float:
+    return sorted(times)[math.ceil(len(times) * 0.99) - 1]
 
 
 async def echo(connection: Connection, data: bytes) -> None:
@@ -121,13 +105,20 @@ async def echo(connection: Connection, data: bytes) -> None:
         raise AssertionError(f"asked to echo {len(data)} bytes, and was answered with {len(answer)}")
 
 
+async def timed_echo(connection: Connection, times: list[float]) -> None:
+    """Make a small call, and note how many milliseconds it took."""
+    began = time.perf_counter()
+    await echo(connection, SMALL)
+    times.append((time.perf_counter() - began) * 1e3)
+
+
 async def repeat(
     client: Client,
     call: Callable[[], Awaitable[object]],
     callers: int = 1,
     shared: Connection | None = None,
 ) -> Result:
-    """Let callers repeat a call, until the time is over, and count."""
+    """Let callers repeat a call until the time is over, and count; several share a connection."""
     calls = 0
     end = 0.0
 
@@ -151,11 +142,10 @@ async def repeat(
 
 async def echoes(client: Client, size: int, callers: int, unit: str) -> Result:
     """Echo over one connection, from one caller or several."""
-    data = os.urandom(size)
     async with client.connect() as connection:
-        shared = connection if callers > 1 else None
-        result = await repeat(client, partial(echo, connection, data), callers, shared)
-    result.figures[unit] = result.rate * (size / 2**20 if unit == "MiB/s" else 1)
+        call = partial(echo, connection, os.urandom(size))
+        result = await repeat(client, call, callers, connection if callers > 1 else None)
+    result.add_rate(unit, size)
     return result
 
 
@@ -167,19 +157,19 @@ async def connect(client: Client) -> Result:
             await echo(connection, SMALL)
 
     result = await repeat(client, once)
-    result.figures["connections/s"] = result.rate
+    result.add_rate("connections/s")
     return result
 
 
 async def idle(client: Client) -> Result:
     """Open connections, make a call on each, and see what memory the server has taken for them."""
     async with AsyncExitStack() as stack:
-        await echo(await stack.enter_async_context(client.connect()), SMALL)  # not the first: it costs more
+        await echo(await stack.enter_async_context(client.connect()), SMALL)  # the first costs more
         before = own_memory(client.server)
         with Meter(client.server) as result:
             for _ in range(IDLE_CONNECTIONS):
                 await echo(await stack.enter_async_context(client.connect()), SMALL)
-            result.calls = IDLE_CONNECTIONS
+        result.calls = IDLE_CONNECTIONS
         await client.adapter.sleep(SETTLE)
         result.figures["KiB"] = (own_memory(client.server) - before) / IDLE_CONNECTIONS / 1024
     return result
@@ -189,7 +179,7 @@ async def callback(client: Client) -> Result:
     """Call a handler that calls back before it answers."""
     async with client.connect() as connection:
         result = await repeat(client, partial(connection.call_back, SMALL))
-    result.figures["calls/s"] = result.rate
+    result.add_rate("calls/s")
     return result
 
 
@@ -197,31 +187,29 @@ async def interleave(client: Client) -> Result:
     """Make small calls, one after another, while big answers travel, one after another."""
     times: list[float] = []
     fetched = 0
+
+    async def fetch() -> None:
+        nonlocal fetched
+        while time.perf_counter() < end:
+            await connection.give(BIG)
+            fetched += 1
+
+    async def call() -> None:
+        while time.perf_counter() < end:
+            await timed_echo(connection, times)
+
     async with client.connect() as connection:
-
-        async def fetch() -> None:
-            nonlocal fetched
-            while time.perf_counter() < end:
-                await connection.give(BIG)
-                fetched += 1
-
-        async def call() -> None:
-            while time.perf_counter() < end:
-                began = time.perf_counter()
-                await echo(connection, SMALL)
-                times.append(time.perf_counter() - began)
-
         with Meter(client.server) as result:
             end = time.perf_counter() + client.seconds
             await connection.gather(client.adapter, [fetch, call])
     result.calls = len(times)
-    _, result.figures["p99 ms"] = in_milliseconds(times)
+    result.figures["p99 ms"] = p99(times)
     result.figures["MiB/s beside"] = fetched * BIG / 2**20 / result.seconds
     return result
 
 
 async def channel(client: Client, size: int, unit: str, pause_every: int = 0) -> Result:
-    """Receive a stream of items; a slow reader pauses, and the server's memory is looked at."""
+    """Receive a stream of items; a slow reader pauses, and sees what memory the server has taken for it."""
     items = 0
     server_grew = 0
 
@@ -234,8 +222,7 @@ async def channel(client: Client, size: int, unit: str, pause_every: int = 0) ->
             await client.adapter.sleep(SLOW_PAUSE)
         if time.perf_counter() < end:
             return True
-        if pause_every:
-            server_grew = own_memory(client.server) - before
+        server_grew = own_memory(client.server) - before
         return False
 
     async with client.connect() as connection:
@@ -245,7 +232,7 @@ async def channel(client: Client, size: int, unit: str, pause_every: int = 0) ->
             end = time.perf_counter() + client.seconds
             await connection.stream(size, take)
     result.calls = items
-    result.figures[unit] = result.rate * (size / 2**20 if unit == "MiB/s" else 1)
+    result.add_rate(unit, size)
     if pause_every:
         result.figures["KiB of server"] = server_grew / 1024
     return result
@@ -254,48 +241,53 @@ async def channel(client: Client, size: int, unit: str, pause_every: int = 0) ->
 async def churn(client: Client) -> Result:
     """Open and close connections, a call on each, beside a caller who calls all the time."""
     times: list[float] = []
-    opening = CHURN_TASKS
+    opening = [True] * CHURN_TASKS  # a list, as threads may share it
 
     async def steady() -> None:
         async with client.connect() as connection:
             while opening:
-                began = time.perf_counter()
-                await echo(connection, SMALL)
-                times.append(time.perf_counter() - began)
+                await timed_echo(connection, times)
                 await client.adapter.sleep(STEADY_PAUSE)
 
     async def open_and_close() -> None:
-        nonlocal opening
         try:
             for _ in range(CHURN_CONNECTIONS // CHURN_TASKS):
                 async with client.connect() as connection:
                     await echo(connection, SMALL)
         finally:
-            opening -= 1
+            opening.pop()
 
     with Meter(client.server) as result:
         await client.adapter.gather([steady, *[open_and_close] * CHURN_TASKS])
     result.calls = CHURN_CONNECTIONS
-    result.figures["connections/s"] = result.rate
-    result.figures["caller's median ms"], result.figures["caller's p99 ms"] = in_milliseconds(times)
+    result.add_rate("connections/s")
+    result.figures["caller's median ms"] = statistics.median(times)
+    result.figures["caller's p99 ms"] = p99(times)
     return result
 
 
 async def scale(client: Client, callers: int, connections: int) -> Result:
-    """Let callers, spread over connections, call; with the peak of memory on both sides."""
-    async with AsyncExitStack() as stack:
-        opened = [await stack.enter_async_context(client.connect()) for _ in range(connections)]
+    """Let callers, spread over connections, call; with the peak of both sides' memory. In Trio only."""
+
+    async def hold(task_status: trio.TaskStatus[Connection]) -> NoReturn:
+        async with client.connect() as connection:
+            task_status.started(connection)
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        opened = [await nursery.start(hold) for _ in range(connections)]
         turn = itertools.cycle(opened)
-        reset_peak_memory(client.server)
-        reset_peak_memory(os.getpid())
+        for pid in (client.server, os.getpid()):
+            reset_peak_memory(pid)
         result = await repeat(client, lambda: echo(next(turn), SMALL), callers, opened[0])
-    result.figures["calls/s"] = result.rate
+        nursery.cancel_scope.cancel()
+    result.add_rate("calls/s")
     add_peaks(client, result)
     return result
 
 
 async def transfer(client: Client, total: int, size: int) -> Result:
-    """Receive so many bytes over one stream, in items of a size; with the peak of memory on both sides."""
+    """Receive so many bytes over one stream, in items of a size; with the peak of both sides' memory."""
     left = total
 
     async def take(received: int) -> bool:
@@ -305,25 +297,22 @@ async def transfer(client: Client, total: int, size: int) -> Result:
 
     async with client.connect() as connection:
         await echo(connection, SMALL)
-        reset_peak_memory(client.server)
-        reset_peak_memory(os.getpid())
+        for pid in (client.server, os.getpid()):
+            reset_peak_memory(pid)
         with Meter(client.server) as result:
             await connection.stream(size, take)
     result.calls = total // size
-    result.figures["MiB/s"] = total / 2**20 / result.seconds
+    result.add_rate("MiB/s", size)
     add_peaks(client, result)
     return result
 
 
 def add_peaks(client: Client, result: Result) -> None:
-    """Add the peak of both processes' memory."""
     result.figures["client's peak MiB"] = peak_memory(os.getpid()) / 2**20
     result.figures["server's peak MiB"] = peak_memory(client.server) / 2**20
 
 
-Scenario = Callable[[Client], Awaitable[Result]]
-
-SCENARIOS: dict[str, Scenario] = {
+SCENARIOS: dict[str, Callable[[Client], Awaitable[Result]]] = {
     "seq": partial(echoes, size=16, callers=1, unit="calls/s"),
     "conc100": partial(echoes, size=16, callers=100, unit="calls/s"),
     "bulk64k": partial(echoes, size=64 * 1024, callers=1, unit="MiB/s"),

@@ -63,7 +63,8 @@ class TwistedAMP(Adapter):
         react(lambda _: ensureDeferred(main()))
 
     async def gather(self, tasks: Sequence[Task]) -> None:
-        await gatherResults([ensureDeferred(task()) for task in tasks], consumeErrors=True)
+        running = [ensureDeferred(task()) for task in tasks]
+        await gatherResults(running, consumeErrors=True).addErrback(lambda first: first.value.subFailure)
 
     async def sleep(self, seconds: float) -> None:
         await deferLater(reactor, seconds)
