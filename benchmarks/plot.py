@@ -89,8 +89,9 @@ def draw_scaling(records: list[Record], path: str) -> None:
             if points:
                 axis = axes[row][column]
                 axis.plot(*zip(*points, strict=True), style, color=OURS[adapter], label=f"{adapter}, {unit}")
-                axis.set_ylim(bottom=0)
                 axis.legend(fontsize=7, frameon=False)
+    for axis in axes.flat:
+        axis.set_ylim(bottom=0)
     save(figure, path)
 
 
