@@ -54,6 +54,8 @@ from ._errors import (
 from ._flow import End, Item
 from ._handling import PEER_DRAINS, ChannelHandler, Handlers, RequestHandler
 from ._nursery import bare_nursery, contain, is_within
+from ._outbox import MAX_BATCH_SIZE
+from ._pacing import PAUSE, Pacer, read_load
 from ._session import Answer, Bye, Event, Failure, Request, Session
 from ._statistics import ConnectionStatistics
 from ._watchdog import Watchdog
@@ -140,6 +142,7 @@ class Connection:
             describe_error=settings.describe_error,
             wake_sender=self._work.unpark,
         )
+        self._pacer = Pacer(partial(read_load, opened.transport))
         self._watchdog = Watchdog(
             settings.ping_after, settings.ping_timeout, ping=self._ping, lose=self._lose
         )
@@ -449,7 +452,8 @@ class Connection:
         try:
             while True:
                 now = trio.current_time()
-                if batch := self._session.take(now):
+                room = self._room(now)
+                if batch := self._session.take(now, room):
                     self._channels.wake_writers()
                     self._watchdog.send_begins(now)
                     await self._stream.send_all(batch)
@@ -457,6 +461,9 @@ class Connection:
                     self._watchdog.send_ended(ping_left=not self._session.is_ping_queued)
                 elif self._make_error is not None:
                     return
+                elif room == 0:
+                    with trio.move_on_after(PAUSE):
+                        await self._work.park()
                 elif self._session.is_drained and self._handlers.ready.is_set():
                     self._close("this side drained the connection")
                 else:
@@ -467,6 +474,12 @@ class Connection:
             self._receiving.deadline = trio.current_time() + CLOSE_TIMEOUT
             while self._make_error is None:
                 await self._work.park()
+
+    def _room(self, now: float) -> int:
+        """How many bytes of big packets may be sent now; without a bound in the last second."""
+        if self._make_error is not None or not self._session.has_big:
+            return MAX_BATCH_SIZE
+        return self._pacer.room(now)
 
     # ---- the reader ----
 

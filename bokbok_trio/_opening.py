@@ -46,8 +46,9 @@ logger = logging.getLogger("bokbok_trio")
 @final
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An open connection's stream, and what the handshake settled."""
+    """An open connection's stream, the transport below it, and what the handshake settled."""
 
+    transport: trio.abc.Stream
     stream: trio.abc.Stream
     user: str | None
     peer_credentials: PeerCredentials | None
@@ -73,15 +74,18 @@ def _limits(settings: Settings) -> Limits:
 
 
 def _opened(
+    transport: trio.abc.Stream,
     stream: trio.abc.Stream,
     user: str | None,
     credentials: PeerCredentials | None,
     handshake: ClientHandshake | ServerHandshake,
+    *,
     settings: Settings,
 ) -> Opened:
     if isinstance(stream, SecretboxStream) and handshake.final_keys is not None:
         stream.rekey(**handshake.final_keys.for_side(handshake.side))
     return Opened(
+        transport,
         stream,
         user,
         credentials,
@@ -107,7 +111,7 @@ async def open_as_client(
         stream = await _exchange_hello(transport, handshake)
         await stream.send_all(handshake.open())
         handshake.receive_reply(await _receive_packet(stream))
-        opened = _opened(stream, user, credentials, handshake, settings)
+        opened = _opened(transport, stream, user, credentials, handshake, settings=settings)
     assert opened is not None
     return opened
 
@@ -156,7 +160,7 @@ async def open_as_server(
             await stream.send_all(encode_refused(refusal, f"the server is {refusal}"))
             raise ConnectionRefused("the client was refused", refusal)
         await stream.send_all(accepted)
-        opened = _opened(stream, user, credentials, handshake, settings)
+        opened = _opened(transport, stream, user, credentials, handshake, settings=settings)
     assert opened is not None
     return opened
 

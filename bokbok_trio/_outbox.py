@@ -162,6 +162,7 @@ class Outbox:
         self._behind: dict[int, deque[Outgoing]] = {}  # what waits for the packet before it, of its id
         self._next_number = 0
         self._batch_size = MAX_BATCH_SIZE
+        self._overtaken = 0  # bytes that left since the last piece, while one waited
 
     def __contains__(self, id: int) -> bool:
         """Whether a packet of that id has not wholly left."""
@@ -212,8 +213,17 @@ class Outbox:
         elif seconds < SLOW_SEND / 4:
             self._batch_size = min(MAX_BATCH_SIZE, self._batch_size * 2)
 
-    def take(self, now: float) -> tuple[bytes, list[Left]]:
+    @property
+    def has_big(self) -> bool:
+        """Whether a big packet waits, or has partly left."""
+        return bool(self._open or self._big)
+
+    def take(self, now: float, room: int = MAX_BATCH_SIZE) -> tuple[bytes, list[Left]]:
         """Take the next batch.
+
+        Arguments:
+            now: the time, in seconds, by the clock of the deadlines.
+            room: bytes of a batch with a piece in it, about; at 0 pieces wait, but are not starved.
 
         Returns:
             It, in one piece, and what has thereby wholly left.
@@ -225,17 +235,21 @@ class Outbox:
         self._credits.clear()
         size = sum(map(len, chunks))
         done: list[Left] = []
-        least = self._batch_size // SHARE
-        has_piece = bool(self._open or self._big)
-        room = self._batch_size - (least if has_piece else 0)
-        while size < room and (self._small or self._items):
-            if self._small and (size < room - least or not self._items):
+        if room == 0 and self._overtaken >= MIN_BATCH_SIZE:
+            room = MIN_BATCH_SIZE
+        has_piece = self.has_big and room > 0
+        most = min(self._batch_size, room) if has_piece else self._batch_size
+        least = most // SHARE
+        most_others = most - least if has_piece else most
+        while size < most_others and (self._small or self._items):
+            if self._small and (size < most_others - least or not self._items):
                 size += self._take_first(self._small, now, chunks, done)
             else:
                 size += self._take_item(now, chunks, done)
         if has_piece:
-            piece_size = max(least, min(MAX_PIECE_SIZE, self._batch_size - size))
+            piece_size = max(least, min(MAX_PIECE_SIZE, most - size))
             self._take_piece(piece_size, now, chunks, done)
+        self._overtaken = self._overtaken + size if self.has_big and not has_piece else 0
         return b"".join(chunks), done
 
     def _take_first(

@@ -48,7 +48,7 @@ from typing import Final, NamedTuple, TypeAlias, final
 from ._errors import MAX_ERROR_TEXT_SIZE, ProtocolError
 from ._flow import WINDOW, End, Flows, Item
 from ._handshake import Side
-from ._outbox import HEAD_ROOM, MAX_WHOLE_SIZE, Outbox, Outgoing, Reassembler
+from ._outbox import HEAD_ROOM, MAX_BATCH_SIZE, MAX_WHOLE_SIZE, Outbox, Outgoing, Reassembler
 from ._packets import (
     Field,
     PacketDecoder,
@@ -303,7 +303,12 @@ class Session:
 
     # ---- what leaves ----
 
-    def take(self, now: float) -> bytes:
+    @property
+    def has_big(self) -> bool:
+        """Whether a big packet waits, or has partly left."""
+        return self._outbox.has_big
+
+    def take(self, now: float, room: int = MAX_BATCH_SIZE) -> bytes:
         """Take the next batch to be sent, in one piece.
 
         The slots of the answers that wholly leave with it are free from here on, as the peer may use
@@ -311,9 +316,10 @@ class Session:
 
         Arguments:
             now: the time, in seconds, by the clock of the deadlines.
+            room: see `Outbox.take`.
         """
         self._ping_queued = self._pong_queued = False
-        batch, done = self._outbox.take(now)
+        batch, done = self._outbox.take(now, room)
         for id, kind, size in done:
             if kind in (b"ok", b"err"):
                 del self._handling[id]

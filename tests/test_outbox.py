@@ -169,6 +169,43 @@ def test_batches_fit_how_long_they_take() -> None:
     assert [round(size / 2**14) for size in sizes[-4:]] == [2, 4, 4, 4]
 
 
+def test_without_room_pieces_wait_and_small_packets_go() -> None:
+    outbox, receiver = Outbox(), Receiver()
+    assert not outbox.has_big
+    outbox.put(0, message(0, LIMIT // 2))
+    outbox.put(1, message(1, 100))
+    assert outbox.has_big
+    assert kinds(receiver.receive(outbox.take(0, 0)[0])) == [b"ok"]
+    assert outbox.take(0, 0) == (b"", [])
+    batch, _ = outbox.take(0, MIN_BATCH_SIZE)
+    assert kinds(receiver.receive(batch)) == [b"part"]
+    assert MIN_BATCH_SIZE - 100 < len(batch) <= MIN_BATCH_SIZE + 100
+    assert outbox.has_big
+    outbox.remove(0)
+    assert not outbox.has_big
+
+
+def test_room_is_for_pieces_and_no_bound_without_them() -> None:
+    outbox = Outbox()
+    for id in range(20):
+        outbox.put(id, message(id, 4000))
+    assert len(outbox.take(0, 0)[0]) > MAX_BATCH_SIZE - 4000
+
+
+def test_pieces_without_room_are_not_starved() -> None:
+    outbox, receiver = Outbox(), Receiver()
+    outbox.put(1000, message(200, LIMIT - HEAD_ROOM))
+    pieces, between, longest = 0, 0, 0
+    for id in range(200):
+        outbox.put(id, message(id, 4000))
+        for fields in receiver.receive(outbox.take(0, 0)[0]):
+            between = 0 if fields[0] == b"part" else between + 4000
+            pieces += fields[0] == b"part"
+            longest = max(longest, between)
+    assert pieces > 30
+    assert longest < MIN_BATCH_SIZE * 2
+
+
 def test_a_packet_is_taken_back_unless_it_has_left() -> None:
     outbox, receiver = Outbox(), Receiver()
     for id, size in ((0, 10), (1, LIMIT // 2), (2, LIMIT // 2)):

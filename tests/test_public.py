@@ -39,6 +39,7 @@ LAYERS = [
         "_opening",
         "_outbox",
         "_flow",
+        "_pacing",
         "_session",
         "_watchdog",
         "_channel",
@@ -53,15 +54,8 @@ LAYERS = [
 ]
 
 MAY_USE_TRIO = {
-    "_errors",
-    "_keys",
-    "_addresses",
-    "_secretbox_stream",
-    "_opening",
-    "_nursery",
-    "_watchdog",
-    "_channel",
-    "_handling",
+    *("_errors", "_keys", "_addresses", "_secretbox_stream", "_opening", "_nursery"),
+    *("_pacing", "_watchdog", "_channel", "_handling"),
 }
 """Of those below the connection."""
 
