@@ -155,11 +155,13 @@ def set_up(network: str, near: str, far: str) -> None:
 def bucket(kind: Kind, network: str, near: str, far: str) -> Iterator[None]:
     """A cable in the kernel, slowed at the server's end."""
     run(f"ip link add {near} type veth peer name {far} netns {network}")
-    set_up(network, near, far)
-    run(
-        f"tc -n {network} qdisc add dev {far} root tbf rate {kind.rate}mbit burst 16kb latency {kind.queue}ms"
-    )
-    yield
+    try:
+        set_up(network, near, far)
+        shape = f"tbf rate {kind.rate}mbit burst 16kb latency {kind.queue}ms"
+        run(f"tc -n {network} qdisc add dev {far} root {shape}")
+        yield
+    finally:
+        run(f"ip link delete {near}")  # the namespace would take it along, but only later
 
 
 @contextmanager
