@@ -11,7 +11,8 @@ A piece waits while more than that is unacknowledged, and either the round trip 
 sent says that there is a queue. Twice the way, since that is what BBR (Cardwell et al., ACM Queue
 2016) allows itself, and with less a long way would not be used to the full. Small packets never wait.
 
-A way that others fill looks like a slow one, and gets `LEAST_BOUND` for a round trip. Where nothing
+A way that others fill looks like a slow one, so beside a flow that fills a long queue big packets get
+less than their share: at least `LEAST_BOUND` for each round trip. Where nothing
 drains, a piece is sent nevertheless after `MAX_WAIT`: then the send is stuck, which the watchdog sees.
 """
 

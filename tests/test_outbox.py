@@ -192,6 +192,14 @@ def test_room_is_for_pieces_and_no_bound_without_them() -> None:
     assert len(outbox.take(0, 0)[0]) > MAX_BATCH_SIZE - 4000
 
 
+def test_pieces_that_were_overtaken_use_all_the_room_there_is() -> None:
+    outbox = Outbox()
+    outbox.put(0, message(0, LIMIT // 2))
+    outbox.put(1, message(1, MIN_BATCH_SIZE))
+    assert outbox.take(0, 0)[1] == [1]
+    assert len(outbox.take(0)[0]) > MAX_BATCH_SIZE - 200
+
+
 def test_pieces_without_room_are_not_starved() -> None:
     outbox, receiver = Outbox(), Receiver()
     outbox.put(1000, message(200, LIMIT - HEAD_ROOM))
