@@ -7,8 +7,8 @@ Credit is counted by the session's `Flows`; here are the tasks that wait. An ite
 handed over in the very moment that its waiter is woken, as Trio's memory channels do it: so tasks are
 served in turn, and a cancelled `send` or `receive` either did all of its work or none of it.
 
-Items that no task waits for are kept as they came, encoded: a list of small fields would take up
-a multiple of the window.
+Small items that no task waits for are kept as they came, encoded: lists of fields would take up a
+multiple of the window.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._senders: dict[_Waiter, None] = {}
         self._receivers: dict[_Waiter, None] = {}
         self._askers: dict[_Waiter, None] = {}
-        self._buffer: deque[bytes] = deque()
+        self._buffer: deque[bytes | tuple[int, list[bytes]]] = deque()
         self._is_closed = False
         self._has_ended = False
         self._peer_has_ended = False
@@ -147,10 +147,9 @@ class Channel(trio.abc.Channel[list[bytes]]):
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._buffer:
-            body = self._buffer.popleft()
-            self._consume(len(body))
+            fields = self._take_buffered()
             await trio.lowlevel.cancel_shielded_checkpoint()
-            return decode_body(body)
+            return fields
         waiter = _Waiter()
         await self._wait(self._receivers, waiter, self._receive_error)
         return waiter.fields
@@ -284,9 +283,9 @@ class Channel(trio.abc.Channel[list[bytes]]):
         elif self._broken is not None:
             return  # the other side has cancelled
         elif not self._is_closed:
-            self._buffer.append(item.body)
+            self._buffer.append((item.size, item.fields) if item.body is None else item.body)
             return
-        self._consume(len(item.body))
+        self._consume(item.size)
 
     def _on_writable(self) -> None:
         while self._senders and self._flows.may_send(self._id):
@@ -296,6 +295,12 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._flows.send(self._id, *waiter.item)
         waiter.done = True
         self._wake_sender()
+
+    def _take_buffered(self) -> list[bytes]:
+        item = self._buffer.popleft()
+        size, fields = (len(item), decode_body(item)) if isinstance(item, bytes) else item
+        self._consume(size)
+        return fields
 
     def _consume(self, size: int) -> None:
         if self._flows.consume(self._id, size):
@@ -328,7 +333,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._is_closed = True
         _wake_all(self._receivers)
         while self._buffer:
-            self._consume(len(self._buffer.popleft()))
+            self._take_buffered()
 
 
 @final

@@ -7,13 +7,15 @@ Theory
 
 - the **reader**, which decodes what arrives, hands answers to waiters and starts a task per request;
   it never waits for user code, for a slot, or for room to send;
-- the **sender**, which alone writes to the stream, and closes it. Everything that was queued while
-  one send was under way leaves in the next. As no other task ever writes, no cancelled task can
-  leave half a packet behind, and closing needs no lock to come after the last packet;
+- the **sender**, which alone waits for the stream to take something, and closes it. Everything that
+  was queued while one send was under way leaves in the next. As no other task waits in a send, no
+  cancelled task can leave half a packet behind, and closing needs no lock to come after the last
+  packet;
 - the **watchdog**, which pings a silent peer, and notices one that is gone;
 - a task per incoming request, with a channel or without, each in a cancel scope of its own.
 
-`request` queues a packet, wakes the sender and sleeps until the reader or `_end` wakes it.
+`request` queues a packet, wakes the sender and sleeps until the reader or `_end` wakes it. A packet
+that is alone, while the sender sleeps, is given to the socket at once: see `_flush`.
 
 Ending
 ======
@@ -59,6 +61,7 @@ from ._pacing import PAUSE, Pacer, read_load
 from ._session import Answer, Bye, Event, Failure, Request, Session
 from ._statistics import ConnectionStatistics
 from ._watchdog import Watchdog
+from ._wire import Wire
 
 if TYPE_CHECKING:
     from ._addresses import Address, PeerCredentials
@@ -71,9 +74,6 @@ if TYPE_CHECKING:
 CLOSE_TIMEOUT: Final = 1.0
 """Seconds that a send under way and the end record may take when the connection is closed, and
 that a connection which can no longer send goes on receiving."""
-
-RECEIVE_SIZE: Final = 2**16
-"""Bytes asked of a plain transport at once; a sealed one gives a record at a time."""
 
 ConnectionHandler: TypeAlias = "Callable[[Connection], Awaitable[object]]"
 """``async def handler(connection)``: an open or a close handler."""
@@ -131,7 +131,10 @@ class Connection:
             slots=opened.peer_max_requests,
         )
         self._waiters: dict[int, _Waiter | Channel] = {}  # for the answers to what this side asked
+        self._wire = Wire(opened.stream, opened.transport)
         self._work = trio.lowlevel.ParkingLot()  # where the sender sleeps
+        self._can_flush = False  # the sender sleeps, and nothing keeps what is queued from leaving
+        self._is_lone = True  # whether what is queued next is probably alone
         self._channels = Channels(self._session.channels, self._work.unpark)
         self._handlers = Handlers(
             self,
@@ -140,7 +143,7 @@ class Connection:
             request_handler=request_handler,
             channel_handler=channel_handler,
             describe_error=settings.describe_error,
-            wake_sender=self._work.unpark,
+            wake_sender=self._flush,
         )
         self._pacer = Pacer(partial(read_load, opened.transport))
         self._watchdog = Watchdog(
@@ -246,7 +249,7 @@ class Connection:
         deadline = trio.current_effective_deadline()
         id = self._session.request(fields, deadline)
         waiter = self._waiters[id] = _Waiter()
-        self._work.unpark()
+        self._flush()
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             self._cancel(id)
@@ -413,6 +416,7 @@ class Connection:
         if self._make_error is not None:
             return
         self._make_error = make_error
+        self._can_flush = False
         if graceful:
             self._sending.deadline = trio.current_time() + CLOSE_TIMEOUT
             self._work.unpark()
@@ -430,6 +434,29 @@ class Connection:
         self._session.close()
 
     # ---- the sender ----
+
+    def _flush(self) -> None:
+        """Something was queued: send it at once if it is alone, else wake the sender.
+
+        It saves waking a task on either side: 1.6 times as many requests one after another. Whatever is
+        queued together is to leave together; so only the first packet goes at once, until the sender
+        has nothing to do, or the peer sends a lone packet.
+        """
+        if not self._is_lone or not self._can_flush:
+            self._work.unpark()
+            return
+        self._is_lone = False
+        now = trio.current_time()
+        batch = self._session.take(now, self._room(now))
+        if batch and not self._wire.send_now(batch):
+            self._can_flush = False
+            self._work.unpark()
+            return
+        self._watchdog.send_ended(ping_left=True)
+        if self._session.channels.has_writable:
+            self._channels.wake_writers()
+        if self._session.has_queued:
+            self._work.unpark()
 
     async def _send(self) -> None:
         log = partial(self._log, "closing the stream failed")
@@ -453,10 +480,11 @@ class Connection:
             while True:
                 now = trio.current_time()
                 room = self._room(now)
-                if batch := self._session.take(now, room):
+                batch = self._session.take(now, room)
+                if batch or self._wire.has_rest:
                     self._channels.wake_writers()
                     self._watchdog.send_begins(now)
-                    await self._stream.send_all(batch)
+                    await self._wire.send(batch)
                     self._session.note_sent(trio.current_time() - now)
                     self._watchdog.send_ended(ping_left=not self._session.is_ping_queued)
                 elif self._make_error is not None:
@@ -467,7 +495,10 @@ class Connection:
                 elif self._session.is_drained and self._handlers.ready.is_set():
                     self._close("this side drained the connection")
                 else:
+                    self._is_lone = True
+                    self._can_flush = self._wire.can_send_now and not self._session.is_draining
                     await self._work.park()
+                    self._can_flush = False
         except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
             # Answers that came before it broke are still good: the reader gets a moment for them.
             self._send_failure = f"sending failed: {exc!r}"
@@ -496,14 +527,20 @@ class Connection:
 
     async def _receive_events(self, nursery: trio.Nursery) -> None:
         """Do what arrives until the stream ends, or it is over."""
-        while data := await self._stream.receive_some(RECEIVE_SIZE):
+        while data := await self._wire.receive():
             if self._make_error is not None:
                 return
             self._watchdog.heard()
+            count = 0
             for event in self._session.receive(data):
                 self._on_event(event, nursery)
-            self._channels.wake_writers()
-            self._work.unpark()
+                count += 1
+            if count:
+                self._is_lone = count == 1
+            if self._session.channels.has_writable:
+                self._channels.wake_writers()
+            if self._session.has_queued or self._session.is_draining:
+                self._work.unpark()
 
     def _on_event(self, event: Event, nursery: trio.Nursery) -> None:
         if isinstance(event, Request):

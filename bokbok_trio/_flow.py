@@ -24,7 +24,7 @@ from typing import Final, NamedTuple, final
 
 from ._errors import ProtocolError
 from ._outbox import Outbox, Outgoing
-from ._packets import Chunks, Field, encode_body, encode_number
+from ._packets import Chunks, Field, encode_body
 
 WINDOW: Final = 2**18
 """Bytes of items that a side takes before its user has consumed any: what a link of 20 Mbit/s carries
@@ -43,11 +43,17 @@ grants more has lost count."""
 
 
 class Item(NamedTuple):
-    """The peer sent an item. `body` is the same as `fields`, and takes up less room."""
+    """The peer sent an item.
+
+    Attributes:
+        size: bytes of its body.
+        body: the same as `fields`, where it is small and so takes up less room; else None.
+    """
 
     id: int
-    body: bytes
+    size: int
     fields: list[bytes]
+    body: bytes | None
 
 
 class End(NamedTuple):
@@ -200,7 +206,7 @@ class Flows:
     def send(self, id: int, body: Chunks, size: int) -> None:
         """Queue an item; `may_send` must be so."""
         self._flows[id].send(size)
-        self._outbox.put(id, Outgoing(b"item", encode_number(id), body=body, body_size=size))
+        self._outbox.put(Outgoing(b"item", id, body=body, body_size=size))
 
     def left(self, id: int, size: int) -> None:
         """An item has wholly left."""
@@ -217,10 +223,13 @@ class Flows:
             if flow.started:
                 self._put_end(id)
 
+    @property
+    def has_writable(self) -> bool:
+        """Whether `take_writable` would return any."""
+        return bool(self._writable)
+
     def take_writable(self) -> set[int]:
         """The channels of which an item may be queued, and perhaps could not be when last asked."""
-        if not self._writable:
-            return self._writable
         writable, self._writable = self._writable, set()
         return writable
 
@@ -229,7 +238,7 @@ class Flows:
             self._writable.add(id)
 
     def _put_end(self, id: int) -> None:
-        self._outbox.put(id, Outgoing(b"end", encode_number(id)))
+        self._outbox.put(Outgoing(b"end", id))
 
     # ---- receiving ----
 

@@ -7,6 +7,7 @@ ends the program, see `_nursery`).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias, final
@@ -15,7 +16,7 @@ import trio
 
 from ._channel import Channel, Channels
 from ._errors import MessageTooLarge, RequestError
-from ._nursery import contain
+from ._nursery import keep
 from ._packets import Field
 from ._session import Request, Session
 
@@ -83,9 +84,10 @@ class Handlers:
             self._session.fail(request.id, "no-handler", "this side handles no requests")
         else:
             channel = self._channels.take(request.id) if request.has_channel else None
-            self._scopes[request.id] = scope = trio.CancelScope(
-                deadline=trio.current_time() + request.timeout
-            )
+            scope = trio.CancelScope()
+            if request.timeout < math.inf:
+                scope.deadline = trio.current_time() + request.timeout
+            self._scopes[request.id] = scope
             nursery.start_soon(self._handle, request, channel, scope)
 
     def cancel(self, id: int) -> None:
@@ -102,26 +104,28 @@ class Handlers:
         """Handle a request and queue its one answer."""
         fields: Sequence[Field] | None = None
         try:
-            with contain(partial(self._fail, request.id)):
-                with scope:
-                    if not self.ready.is_set():
-                        await self.ready.wait()
-                    fields = await self._call(request, channel)
-                # Only now, as leaving the scope may raise: a handler can leave one of its own open.
-                if scope.cancelled_caught and trio.current_time() >= scope.deadline:
-                    self._session.fail(request.id, "timeout", "the deadline of the request has passed")
-                elif scope.cancelled_caught:
-                    self._session.fail(request.id, "cancelled", "the handler was cancelled")
+            with scope:
+                if not self.ready.is_set():
+                    await self.ready.wait()
+                if channel is None:
+                    assert self._request_handler is not None
+                    fields = await self._request_handler(self._connection, request.fields)
                 else:
-                    self._answer(request.id, () if fields is None else fields)
+                    fields = await self._use_channel(request, channel)
+            # Only now, as leaving the scope may raise: a handler can leave one of its own open.
+            if scope.cancelled_caught and trio.current_time() >= scope.deadline:
+                self._session.fail(request.id, "timeout", "the deadline of the request has passed")
+            elif scope.cancelled_caught:
+                self._session.fail(request.id, "cancelled", "the handler was cancelled")
+            else:
+                self._answer(request.id, () if fields is None else fields)
+        except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
+            keep(exc, partial(self._fail, request.id))
         finally:
             del self._scopes[request.id]
             self._wake_sender()
 
-    async def _call(self, request: Request, channel: Channel | None) -> Sequence[Field] | None:
-        if channel is None:
-            assert self._request_handler is not None
-            return await self._request_handler(self._connection, request.fields)
+    async def _use_channel(self, request: Request, channel: Channel) -> Sequence[Field] | None:
         assert self._channel_handler is not None
         try:
             return await self._channel_handler(self._connection, request.fields, channel)

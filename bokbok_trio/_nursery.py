@@ -59,11 +59,16 @@ def contain(log: Callable[[BaseException], object]) -> Generator[None]:
     try:
         yield
     except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
-        error, rest = split_exception(exc)
-        if error is not None:
-            log(error)
-        if rest is not None:
-            raise rest from rest.__cause__
+        keep(exc, log)
+
+
+def keep(exc: BaseException, log: Callable[[BaseException], object]) -> None:
+    """Give a failure to `log`, and raise what of it must go further, as `split_exception` tells."""
+    error, rest = split_exception(exc)
+    if error is not None:
+        log(error)
+    if rest is not None:
+        raise rest from rest.__cause__
 
 
 @asynccontextmanager

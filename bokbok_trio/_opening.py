@@ -16,6 +16,7 @@ from typing import Final, Literal, TypeAlias, cast, final
 import trio
 
 from ._addresses import PeerCredentials, stream_credentials
+from ._direct_stream import make_direct
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake, encode_refused
 from ._keys import Key, encode_user
@@ -105,6 +106,7 @@ async def open_as_client(
     """
     handshake = ClientHandshake(user=user, key=key, service=service, limits=_limits(settings))
     credentials = stream_credentials(transport)
+    transport = make_direct(transport)
     opened: Opened | None = None
     with _handshake_errors(settings.handshake_timeout):
         await transport.send_all(handshake.hello)
@@ -137,6 +139,7 @@ async def open_as_server(
     """
     handshake = ServerHandshake(sealed=user_key is not None, service=service, limits=_limits(settings))
     credentials = stream_credentials(transport)
+    transport = make_direct(transport)
     opened: Opened | None = None
     with _handshake_errors(settings.handshake_timeout):
         stream = await _exchange_hello(transport, handshake)

@@ -23,10 +23,10 @@ Invariants
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from typing import Final, NamedTuple, final
+from typing import Final, final
 
 from ._errors import ProtocolError
-from ._packets import LENGTH_SIZE, Chunks, encode_head, encode_number
+from ._packets import LENGTH_SIZE, Chunks, Received, encode_head, encode_number
 
 MAX_BATCH_SIZE: Final = 2**16
 """Bytes after which no further packet is added to a batch: enough to make system calls rare."""
@@ -48,6 +48,10 @@ there were before, or on a timeout."""
 
 MAX_PIECE_SIZE: Final = 65_519 - 61
 """Bytes of a piece: with the longest head of `part` it fits one record."""
+
+MAX_TAIL_SIZE: Final = 2**12
+"""Bytes of a last piece that goes along with the one before it, as it is not worth a batch: so a message
+of 64 KiB leaves in one."""
 
 SHARE: Final = 4
 """A quarter of each batch is kept for items that wait, and one for a piece, so that small packets
@@ -72,79 +76,84 @@ class Outgoing:
     """A packet that waits to be sent: a few fields, and a user's body.
 
     Arguments:
-        fields: those before the body.
+        kind: its first field.
+        id: its second one; a packet belongs to a request or channel.
+        fields: those after that, before the body.
         body: in chunks, and its size in bytes; None for a packet without one.
-        deadline: of a request, by the clock that `Outbox.take` is told; its timeout is the third
-            field. None where the packet has no such field.
-        rest: the fields between the timeout and the body.
+        deadline: of a request, by the clock that `Outbox.take` is told; its timeout goes before
+            `fields`. None where the packet has no such field.
     """
 
-    __slots__ = ("_body", "_body_size", "_deadline", "_fields", "_rest")
+    __slots__ = ("_body", "_deadline", "_fields", "_has_body", "body_size", "id", "kind")
 
     def __init__(
         self,
+        kind: bytes,
+        id: int,
         *fields: bytes,
         body: Chunks | None = None,
-        body_size: int | None = None,
+        body_size: int = 0,
         deadline: float | None = None,
-        rest: tuple[bytes, ...] = (),
     ) -> None:
+        self.kind = kind
+        self.id = id
+        self.body_size = body_size
         self._fields = fields
-        self._rest = rest
+        self._has_body = body is not None
         self._body = body or []
-        self._body_size = body_size
         self._deadline = deadline
-
-    @property
-    def kind(self) -> bytes:
-        """Its first field."""
-        return self._fields[0]
-
-    @property
-    def body_size(self) -> int:
-        """Bytes of its body; 0 without one."""
-        return self._body_size or 0
 
     @property
     def is_big(self) -> bool:
         """Whether it must leave in pieces, whatever its timeout will be."""
         return self.body_size > MAX_WHOLE_SIZE - HEAD_ROOM
 
-    def encode(self, now: float) -> Chunks:
-        """The packet in chunks, as of now."""
+    def encode(self, now: float, chunks: Chunks) -> int:
+        """Append the packet to some chunks, as of now. Returns its size in bytes."""
         fields = self._fields
         if self._deadline is not None:
             left = max(0.0, self._deadline - now) * 1e6
-            timeout = b"" if left > MAX_TIMEOUT else encode_number(int(left))
-            fields = (*fields, timeout, *self._rest)
-        return [encode_head(*fields, body_size=self._body_size), *self._body]
-
-
-class Left(NamedTuple):
-    """A packet that has wholly left: of which id and kind, and the size of its body."""
-
-    id: int
-    kind: bytes
-    body_size: int
+            fields = (b"" if left > MAX_TIMEOUT else encode_number(int(left)), *fields)
+        head = encode_head(
+            self.kind, encode_number(self.id), *fields, body_size=self.body_size if self._has_body else None
+        )
+        chunks.append(head)
+        chunks += self._body
+        return len(head) + self.body_size
 
 
 @final
 class _Pieced:
-    """A packet that has partly left, and what to say when it wholly has."""
+    """A packet that has partly left.
 
-    __slots__ = ("_bytes", "left", "number")
+    Arguments:
+        number: of the pieces.
+        packet: what it is.
+        now: as of when.
+    """
 
-    def __init__(self, number: int, packet: bytes, left: Left) -> None:
+    __slots__ = ("_chunks", "left", "number", "packet")
+
+    def __init__(self, number: int, packet: Outgoing, now: float) -> None:
         self.number = encode_number(number)
-        self.left = left
-        self._bytes = memoryview(packet)
+        self.packet = packet
+        chunks: Chunks = []
+        self.left = packet.encode(now, chunks) - LENGTH_SIZE  # bytes
+        chunks[0] = chunks[0][LENGTH_SIZE:]
+        self._chunks = deque(memoryview(chunk) for chunk in chunks)
 
-    def take(self, size: int) -> tuple[Chunks, int]:
-        """Its next piece, of at most so many bytes, and how many are left."""
-        piece, self._bytes = self._bytes[:size], self._bytes[size:]
-        left = len(self._bytes)
-        head = encode_head(b"part", self.number, encode_number(left), body_size=len(piece))
-        return [head, bytes(piece)], left
+    def take(self, size: int, chunks: Chunks) -> None:
+        """Append its next piece, of at most so many bytes, to some chunks."""
+        size = min(size, self.left)
+        self.left -= size
+        chunks.append(encode_head(b"part", self.number, encode_number(self.left), body_size=size))
+        while size:
+            chunk = self._chunks.popleft()
+            if len(chunk) > size:
+                self._chunks.appendleft(chunk[size:])
+                chunk = chunk[:size]
+            chunks.append(chunk)
+            size -= len(chunk)
 
 
 @final
@@ -177,20 +186,25 @@ class Outbox:
         """Queue a control packet."""
         self._control.append(encode_head(*fields))
 
-    def put(self, id: int, packet: Outgoing) -> None:
+    def put(self, packet: Outgoing) -> None:
         """Queue a packet; it leaves after those of its id that were queued before."""
-        if id in self:
-            self._behind.setdefault(id, deque()).append(packet)
+        if packet.id in self:
+            self._behind.setdefault(packet.id, deque()).append(packet)
         else:
-            self._place(id, packet)
+            self._place(packet)
 
-    def _place(self, id: int, packet: Outgoing) -> None:
+    def _place(self, packet: Outgoing) -> None:
         if packet.is_big:
-            self._big[id] = packet
+            self._big[packet.id] = packet
         elif packet.kind in ITEM_KINDS:
-            self._items[id] = packet
+            self._items[packet.id] = packet
         else:
-            self._small[id] = packet
+            self._small[packet.id] = packet
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits."""
+        return not (self._small or self._control or self._credits or self._items or self._big or self._open)
 
     def put_credit(self, id: int, size: int) -> None:
         """Queue credit for a channel, in one packet with what waits already."""
@@ -218,7 +232,7 @@ class Outbox:
         """Whether a big packet waits, or has partly left."""
         return bool(self._open or self._big)
 
-    def take(self, now: float, room: int = MAX_BATCH_SIZE) -> tuple[bytes, list[Left]]:
+    def take(self, now: float, room: int = MAX_BATCH_SIZE) -> tuple[bytes, list[Outgoing]]:
         """Take the next batch.
 
         Arguments:
@@ -228,13 +242,16 @@ class Outbox:
         Returns:
             It, in one piece, and what has thereby wholly left.
         """
-        chunks: Chunks = self._control
-        self._control = []
-        for id, credit in self._credits.items():
-            chunks.append(encode_head(b"credit", encode_number(id), encode_number(credit)))
-        self._credits.clear()
-        size = sum(map(len, chunks))
-        done: list[Left] = []
+        chunks: Chunks = []
+        size = 0
+        if self._control or self._credits:
+            chunks += self._control
+            self._control.clear()
+            for id, credit in self._credits.items():
+                chunks.append(encode_head(b"credit", encode_number(id), encode_number(credit)))
+            self._credits.clear()
+            size = sum(map(len, chunks))
+        done: list[Outgoing] = []
         if room == 0 and self._overtaken >= MIN_BATCH_SIZE:
             room = MIN_BATCH_SIZE
         has_piece = self.has_big and room > 0
@@ -247,21 +264,18 @@ class Outbox:
             else:
                 size += self._take_item(now, chunks, done)
         if has_piece:
-            piece_size = max(least, min(MAX_PIECE_SIZE, most - size))
-            self._take_piece(piece_size, now, chunks, done)
+            self._take_piece(max(least, min(MAX_PIECE_SIZE, most - size)), now, chunks, done)
         self._overtaken = self._overtaken + size if self.has_big and not has_piece else 0
         return b"".join(chunks), done
 
     def _take_first(
-        self, queue: OrderedDict[int, Outgoing], now: float, chunks: Chunks, done: list[Left]
+        self, queue: OrderedDict[int, Outgoing], now: float, chunks: Chunks, done: list[Outgoing]
     ) -> int:
-        id, packet = queue.popitem(last=False)
-        encoded = packet.encode(now)
-        chunks += encoded
-        self._on_left(Left(id, packet.kind, packet.body_size), done)
-        return sum(map(len, encoded))
+        _, packet = queue.popitem(last=False)
+        self._note_left(packet, done)
+        return packet.encode(now, chunks)
 
-    def _take_item(self, now: float, chunks: Chunks, done: list[Left]) -> int:
+    def _take_item(self, now: float, chunks: Chunks, done: list[Outgoing]) -> int:
         id = next(iter(self._items))
         size = self._take_first(self._items, now, chunks, done)
         self._turn -= size
@@ -271,29 +285,28 @@ class Outbox:
             self._turn = TURN
         return size
 
-    def _take_piece(self, size: int, now: float, chunks: Chunks, done: list[Left]) -> None:
+    def _take_piece(self, size: int, now: float, chunks: Chunks, done: list[Outgoing]) -> None:
         if self._big and len(self._open) < MAX_OPEN:
             id, packet = self._big.popitem(last=False)
-            body = b"".join(packet.encode(now))[LENGTH_SIZE:]
-            pieced = _Pieced(self._next_number, body, Left(id, packet.kind, packet.body_size))
+            pieced = _Pieced(self._next_number, packet, now)
             self._next_number += 1
         else:
             id, pieced = self._open.popitem(last=False)
-        piece, to_come = pieced.take(size)
-        chunks += piece
-        if to_come:
+        pieced.take(size, chunks)
+        if 0 < pieced.left <= MAX_TAIL_SIZE:
+            pieced.take(MAX_TAIL_SIZE, chunks)
+        if pieced.left:
             self._open[id] = pieced
         else:
-            self._on_left(pieced.left, done)
+            self._note_left(pieced.packet, done)
 
-    def _on_left(self, left: Left, done: list[Left]) -> None:
-        """Note it, and let the next packet of its id take a place."""
-        done.append(left)
-        if behind := self._behind.get(left.id):
-            packet = behind.popleft()
+    def _note_left(self, packet: Outgoing, done: list[Outgoing]) -> None:
+        """It has wholly left, or is about to: let the next packet of its id take a place."""
+        done.append(packet)
+        if self._behind and (behind := self._behind.get(packet.id)):
+            self._place(behind.popleft())
             if not behind:
-                del self._behind[left.id]
-            self._place(left.id, packet)
+                del self._behind[packet.id]
 
 
 @final
@@ -313,7 +326,7 @@ class Reassembler:
         """How many bytes of unfinished packets are held."""
         return sum(len(buffer) for buffer, _ in self._open.values())
 
-    def add(self, number: int, left: int, piece: bytes) -> bytes | None:
+    def add(self, number: int, left: int, piece: Received) -> memoryview | None:
         """Take in a piece; return the body of the packet that it completes.
 
         Raises:
@@ -337,7 +350,7 @@ class Reassembler:
             self._open[number] = (buffer, left)
             return None
         self._open.pop(number, None)
-        return bytes(buffer)
+        return memoryview(buffer)
 
     def drop(self, number: int) -> None:
         """Forget the pieces of a packet.

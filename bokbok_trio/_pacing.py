@@ -26,6 +26,7 @@ from typing import Final, NamedTuple, final
 
 import trio
 
+from ._direct_stream import DirectStream
 from ._outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
 
 if sys.platform == "linux":  # pragma: no branch
@@ -72,7 +73,7 @@ class Load(NamedTuple):
 
 def read_load(stream: trio.abc.Stream) -> Load | None:
     """Ask the system; None of streams but TCP sockets, and of systems but Linux since 4.6."""
-    if sys.platform != "linux" or not isinstance(stream, trio.SocketStream):
+    if sys.platform != "linux" or not isinstance(stream, DirectStream):
         return None
     try:
         found = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)

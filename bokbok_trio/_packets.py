@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from ._errors import MessageTooLarge, ProtocolError
 
@@ -32,10 +32,19 @@ LENGTH_SIZE: Final = 4
 Field: TypeAlias = bytes | bytearray | memoryview | str
 """What a user may give as a field. A str is sent as UTF-8; bytes is what arrives."""
 
-Chunks: TypeAlias = list[bytes]
+Chunks: TypeAlias = list[bytes | memoryview]
 """Bytes in pieces, to be joined once, when they are sent: a big field is not copied before that."""
 
+Received: TypeAlias = bytes | memoryview
+"""What was received. A memoryview is of a buffer that will be used again: it is good until the next
+checkpoint, and what is kept of it must be copied."""
+
+LARGE: Final = 2**12
+"""Bytes from which on it is worth the while to look at what was received where it is; less is copied."""
+
 _U32 = struct.Struct(">I")
+_NO_LISTS = (str, bytes, bytearray, memoryview)  # though they are sequences
+_HEAD = struct.Struct(">IB")
 _NUMBER = re.compile(rb"0|[1-9][0-9]{0,17}")
 
 
@@ -45,7 +54,7 @@ def encode_fields(fields: Sequence[Field]) -> list[bytes]:
     Raises:
         TypeError, ValueError: as `encode_body` does.
     """
-    if isinstance(fields, str | bytes | bytearray | memoryview) or not isinstance(fields, Sequence):
+    if isinstance(fields, _NO_LISTS) or not isinstance(fields, Sequence):
         raise TypeError(f"a packet is a list of fields, not {type(fields).__name__}")
     if len(fields) > MAX_FIELDS:
         raise ValueError(f"a packet has at most {MAX_FIELDS} fields, and not {len(fields)}")
@@ -72,7 +81,7 @@ def encode_body(fields: Sequence[Field], limit: int) -> tuple[Chunks, int]:
     size = 1 + sum(map(len, encoded)) + LENGTH_SIZE * len(encoded)
     if size > limit:
         raise MessageTooLarge(size, limit)
-    chunks = [bytes((len(encoded),))]
+    chunks: Chunks = [bytes((len(encoded),))]
     for field in encoded:
         chunks += (_U32.pack(len(field)), field)
     return chunks, size
@@ -93,44 +102,60 @@ def encode_head(*fields: bytes, body_size: int | None = None) -> bytes:
         fields: the fields, few and small.
         body_size: where given, one more field follows, of so many bytes, which the caller appends.
     """
-    parts = [part for field in fields for part in (_U32.pack(len(field)), field)]
-    count = len(fields)
-    rest = 0
-    if body_size is not None:
-        parts.append(_U32.pack(body_size))
-        count += 1
-        rest = body_size
-    content = b"".join(parts)
-    return _U32.pack(1 + len(content) + rest) + bytes((count,)) + content
+    content = b"".join([part for field in fields for part in (_U32.pack(len(field)), field)])
+    if body_size is None:
+        return _HEAD.pack(1 + len(content), len(fields)) + content
+    length = 1 + len(content) + LENGTH_SIZE + body_size
+    return _HEAD.pack(length, len(fields) + 1) + content + _U32.pack(body_size)
 
 
-def decode_body(body: bytes) -> list[bytes]:
-    """Decode the bytes of a body into fields.
-
-    Raises:
-        ProtocolError: the sizes do not use up the bytes exactly.
-    """
-    end = len(body)
+def _decode_fields(data: Received) -> list[Any]:
+    """Cut a body into fields, of the same type."""
+    end = len(data)
     if not end:
         raise ProtocolError("a body without a count")
-    fields: list[bytes] = []
+    fields: list[Received] = []
     position = 1
-    for _ in range(body[0]):
+    for _ in range(data[0]):
         start = position + LENGTH_SIZE
         if start > end:
             raise ProtocolError("a packet that ends inside a field's size")
-        position = start + _U32.unpack_from(body, position)[0]
+        position = start + _U32.unpack_from(data, position)[0]
         if position > end:
             raise ProtocolError("a field that is larger than its packet")
-        fields.append(body[start:position])
+        fields.append(data[start:position])
     if position != end:
         raise ProtocolError(f"{end - position} bytes after the last field of a packet")
     return fields
 
 
-def describe(fields: Sequence[bytes]) -> str:
+def decode_body(body: Received) -> list[bytes]:
+    """Decode the bytes of a body into fields.
+
+    Raises:
+        ProtocolError: the sizes do not use up the bytes exactly.
+    """
+    fields = _decode_fields(body)
+    return fields if isinstance(body, bytes) else list(map(bytes, fields))
+
+
+def decode_ours(body: Received) -> list[Received]:
+    """Decode the body of a packet of our own, and leave large fields where they are.
+
+    Raises:
+        ProtocolError: as `decode_body` does.
+    """
+    if len(body) < LARGE:
+        body = bytes(body)
+    fields = _decode_fields(body)
+    if isinstance(body, bytes):
+        return fields
+    return [field if len(field) >= LARGE else bytes(field) for field in fields]
+
+
+def describe(fields: Sequence[Received]) -> str:
     """A packet in a few words, for an error: a peer must not choose how long they are."""
-    return f"{fields[0][:20]!r} with {len(fields)} fields" if fields else "no field at all"
+    return f"{bytes(fields[0][:20])!r} with {len(fields)} fields" if fields else "no field at all"
 
 
 def encode_number(number: int) -> bytes:
@@ -138,25 +163,25 @@ def encode_number(number: int) -> bytes:
     return b"%d" % number
 
 
-def decode_number(field: bytes) -> int:
+def decode_number(field: Received) -> int:
     """Decode a number inside a packet.
 
     Raises:
         ProtocolError: it does not match ``0|[1-9][0-9]{0,17}``. ``int()`` alone would take more.
     """
     if _NUMBER.fullmatch(field) is None:
-        raise ProtocolError(f"no number: {field[:20]!r}")
+        raise ProtocolError(f"no number: {bytes(field[:20])!r}")
     return int(field)
 
 
-def decode_text(field: bytes) -> str:
+def decode_text(field: Received) -> str:
     """Decode a text inside a packet of ours.
 
     Raises:
         ProtocolError: it is not UTF-8.
     """
     try:
-        return field.decode()
+        return str(field, "utf-8")
     except UnicodeDecodeError as exc:
         raise ProtocolError(f"a text that is not UTF-8: {exc}") from None
 
@@ -177,8 +202,8 @@ class PacketDecoder:
         """How many bytes of an unfinished packet are held."""
         return len(self._buffer)
 
-    def decode(self, data: bytes | bytearray) -> Iterator[list[bytes]]:
-        """Take in more bytes; yield each packet that they complete, as fields.
+    def decode(self, data: Received | bytearray) -> Iterator[list[Received]]:
+        """Take in more bytes; yield each packet that they complete, as `decode_ours` does.
 
         The packets before a bad one are yielded before it raises. After that the decoder is of no
         use: where the next packet begins is not known.
@@ -186,24 +211,36 @@ class PacketDecoder:
         Raises:
             ProtocolError: a length over the limit, or a packet that is not one.
         """
-        buffer = self._buffer
-        buffer += data
+        # Views of what is small would cost more than copies.
+        data = bytes(data) if len(data) < LARGE else memoryview(data)
         position = 0
-        try:
-            while len(buffer) - position >= LENGTH_SIZE:
-                length = _U32.unpack_from(buffer, position)[0]
-                if length > self._limit:
-                    raise ProtocolError(f"a packet of {length} bytes, and {self._limit} are allowed")
-                start = position + LENGTH_SIZE
-                end = start + length
-                if end > len(buffer):
-                    break
-                with memoryview(buffer) as view:
-                    body = bytes(view[start:end])
-                position = end
-                yield decode_body(body)
-        except ProtocolError:
-            buffer.clear()
-            raise
-        finally:
-            del buffer[:position]
+        buffer = self._buffer
+        if buffer:
+            position = max(0, LENGTH_SIZE - len(buffer))
+            buffer += data[:position]
+            if len(buffer) < LENGTH_SIZE:
+                return
+            end = LENGTH_SIZE + self._check(_U32.unpack_from(buffer)[0])
+            missing = end - len(buffer)
+            buffer += data[position : position + missing]
+            if len(buffer) < end:
+                return
+            position += missing
+            self._buffer = bytearray()
+            yield decode_ours(memoryview(buffer)[LENGTH_SIZE:])
+        size = len(data)
+        while size - position >= LENGTH_SIZE:
+            start = position + LENGTH_SIZE
+            end = start + self._check(_U32.unpack_from(data, position)[0])
+            if end > size:
+                break
+            body = data[start:end]
+            position = end
+            yield decode_ours(body)
+        self._buffer += data[position:]
+
+    def _check(self, length: int) -> int:
+        if length > self._limit:
+            self._buffer.clear()
+            raise ProtocolError(f"a packet of {length} bytes, and {self._limit} are allowed")
+        return length

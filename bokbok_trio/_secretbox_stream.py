@@ -37,6 +37,8 @@ import trio
 from nacl.bindings import crypto_secretbox, crypto_secretbox_open
 from nacl.exceptions import CryptoError
 
+from ._direct_stream import RECEIVE_SIZE, DirectStream
+
 HEADER_SIZE: Final = 2
 """Bytes of a record's length."""
 
@@ -72,8 +74,8 @@ class _Direction:
         box = crypto_secretbox(plaintext, self._nonce(), self._key)  # type: ignore[arg-type]  # any buffer
         return len(box).to_bytes(HEADER_SIZE, "big") + box
 
-    def open(self, box: bytes) -> bytes:
-        return crypto_secretbox_open(box, self._nonce(), self._key)
+    def open(self, box: memoryview) -> bytes:
+        return crypto_secretbox_open(box, self._nonce(), self._key)  # type: ignore[arg-type]  # any buffer
 
 
 @final
@@ -102,7 +104,9 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         self._send_broken = False
         self._send_ended = False
         self._opener = _Direction(receive_key)
+        self._direct = transport if isinstance(transport, DirectStream) else None
         self._max_record_size = max_record_size
+        self._receive_size = HEADER_SIZE + max_record_size
         self._receive_busy = False
         self._receive_failure: str | None = None
         self._receive_ended = False
@@ -119,6 +123,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         self._sealer = _Direction(send_key)
         self._opener = _Direction(receive_key)
         self._max_record_size = MAX_RECORD_SIZE
+        self._receive_size = HEADER_SIZE + MAX_RECORD_SIZE if self._direct is None else RECEIVE_SIZE
 
     # ---- sending ----
 
@@ -158,6 +163,18 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
                         for at in range(start, min(start + step, len(plaintext)), MAX_PLAINTEXT_SIZE)
                     ]
                     await self._transmit(b"".join(records))
+
+    def seal(self, data: bytes) -> bytes:
+        """The records of some data, which must leave next, and whole; see `send_records`."""
+        return b"".join(
+            self._sealer.seal(data[at : at + MAX_PLAINTEXT_SIZE])
+            for at in range(0, len(data), MAX_PLAINTEXT_SIZE)
+        )
+
+    async def send_records(self, records: bytes) -> None:
+        """Send what `seal` returned, or the rest of it. Raises as `send_all` does."""
+        with self._sending():
+            await self._transmit(records)
 
     async def wait_send_all_might_not_block(self) -> None:
         """See `trio.abc.SendStream.wait_send_all_might_not_block`. Raises as `send_all` does."""
@@ -223,6 +240,15 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         self._position += len(received)
         return received
 
+    async def receive_available(self) -> bytes:
+        """As `receive_some`, but of all records that are here already, together."""
+        plaintexts = [await self.receive_some()]
+        with suppress(trio.BrokenResourceError):  # which the next call raises
+            while plaintexts[-1] and self._open_next():
+                plaintexts.append(self._plaintext)
+                self._position = len(self._plaintext)
+        return plaintexts[0] if len(plaintexts) == 1 else b"".join(plaintexts)
+
     async def _fill(self) -> None:
         """Have some plaintext, or the end, or raise. One checkpoint at least."""
         if self._receive_failure is not None:
@@ -231,7 +257,8 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
             return
         while not self._open_next():
-            data = await self._transport.receive_some(HEADER_SIZE + self._max_record_size)
+            receive = self._transport.receive_some if self._direct is None else self._direct.receive_view
+            data = await receive(self._receive_size)
             if not data:
                 raise self._broken("the stream was cut short: it ended without an end record")
             self._ciphertext += data
@@ -248,11 +275,10 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         end = HEADER_SIZE + size
         if len(self._ciphertext) < end:
             return False
-        with memoryview(self._ciphertext) as view:
-            box = bytes(view[HEADER_SIZE:end])
-        del self._ciphertext[:end]
         with suppress(CryptoError):
-            self._plaintext = self._opener.open(box)
+            with memoryview(self._ciphertext) as view, view[HEADER_SIZE:end] as box:
+                self._plaintext = self._opener.open(box)
+            del self._ciphertext[:end]
             self._position = 0
             self._receive_ended = not self._plaintext
             return True

@@ -52,8 +52,10 @@ from ._outbox import HEAD_ROOM, MAX_BATCH_SIZE, MAX_WHOLE_SIZE, Outbox, Outgoing
 from ._packets import (
     Field,
     PacketDecoder,
+    Received,
     decode_body,
     decode_number,
+    decode_ours,
     decode_text,
     describe,
     encode_body,
@@ -63,6 +65,10 @@ from ._packets import (
 
 PIECED_KINDS: Final = frozenset({b"req", b"chan", b"ok", b"item"})
 """What may come in pieces: all that carries a body of the user's."""
+
+
+ANSWER_KINDS: Final = frozenset({b"ok", b"err"})
+"""What ends a request."""
 
 
 class Request(NamedTuple):
@@ -168,14 +174,15 @@ class Session:
         body, size = encode_body(fields, self._max_body_size)
         id = self._next_id
         self._next_id += 2
-        rest: tuple[bytes, ...] = ()
         if kind == b"chan":
             self.channels.add_ours(id)
-            rest = (encode_number(WINDOW),)
-        self._backlog[id] = Outgoing(
-            kind, encode_number(id), body=body, body_size=size, deadline=deadline, rest=rest
-        )
-        self._use_free_slots()
+            packet = Outgoing(kind, id, encode_number(WINDOW), body=body, body_size=size, deadline=deadline)
+        else:
+            packet = Outgoing(kind, id, body=body, body_size=size, deadline=deadline)
+        if self._backlog or len(self._asked) >= self._slots:
+            self._backlog[id] = packet
+        else:
+            self._use_slot(packet)
         return id
 
     def cancel(self, id: int) -> None:
@@ -196,17 +203,23 @@ class Session:
 
     def _use_free_slots(self) -> None:
         while self._backlog and len(self._asked) < self._slots:
-            id, packet = self._backlog.popitem(last=False)
-            self._asked.add(id)
-            self._unsent.add(id)
-            self._outbox.put(id, packet)
-            self.channels.start(id)
+            self._use_slot(self._backlog.popitem(last=False)[1])
+
+    def _use_slot(self, packet: Outgoing) -> None:
+        self._asked.add(packet.id)
+        self._unsent.add(packet.id)
+        self._outbox.put(packet)
+        if packet.kind == b"chan":
+            self.channels.start(packet.id)
 
     def _free_slot(self, id: int) -> None:
-        self.channels.remove(id)
+        if id in self.channels:
+            self._outbox.remove(id)  # items that nobody wants
+            self.channels.remove(id)
         self._asked.remove(id)
         self._unsent.discard(id)
-        self._use_free_slots()
+        if self._backlog:
+            self._use_free_slots()
 
     # ---- answering ----
 
@@ -217,7 +230,7 @@ class Session:
             TypeError, ValueError, MessageTooLarge: as `encode_body` does; it is still to be answered.
         """
         body, size = encode_body(fields, self._max_body_size)
-        self._queue_answer(id, Outgoing(b"ok", encode_number(id), body=body, body_size=size))
+        self._queue_answer(Outgoing(b"ok", id, body=body, body_size=size))
 
     def fail(self, id: int, code: str, message: str) -> None:
         """Queue an error as the answer to a request of the peer's. A long message is cut off."""
@@ -225,13 +238,13 @@ class Session:
         if len(text) > MAX_ERROR_TEXT_SIZE:
             # Cut between characters: what is left of one that was cut is no UTF-8, and is dropped.
             text = text[:MAX_ERROR_TEXT_SIZE].decode(errors="ignore").encode()
-        self._queue_answer(id, Outgoing(b"err", encode_number(id), code.encode(), text))
+        self._queue_answer(Outgoing(b"err", id, code.encode(), text))
 
-    def _queue_answer(self, id: int, packet: Outgoing) -> None:
-        assert self._handling[id] is False, "answered twice"
-        self._handling[id] = True
+    def _queue_answer(self, packet: Outgoing) -> None:
+        assert self._handling[packet.id] is False, "answered twice"
+        self._handling[packet.id] = True
         if not self._is_closed:
-            self._outbox.put(id, packet)
+            self._outbox.put(packet)
 
     # ---- what there is of them ----
 
@@ -259,6 +272,11 @@ class Session:
     def handling(self) -> int:
         """How many of the peer's requests are not done."""
         return len(self._handling)
+
+    @property
+    def has_queued(self) -> bool:
+        """Whether a packet waits to be sent."""
+        return self._bye_ok_queued or not self._outbox.is_empty
 
     # ---- liveness, draining, closing ----
 
@@ -320,14 +338,14 @@ class Session:
         """
         self._ping_queued = self._pong_queued = False
         batch, done = self._outbox.take(now, room)
-        for id, kind, size in done:
-            if kind in (b"ok", b"err"):
-                del self._handling[id]
-                self.channels.remove(id)
-            elif kind == b"item":
-                self.channels.left(id, size)
+        for packet in done:
+            if packet.kind in ANSWER_KINDS:
+                del self._handling[packet.id]
+                self.channels.remove(packet.id)
+            elif packet.kind == b"item":
+                self.channels.left(packet.id, packet.body_size)
             else:
-                self._unsent.discard(id)
+                self._unsent.discard(packet.id)
         if self._bye_ok_queued and not self._unsent:
             self._bye_ok_queued = False
             batch += encode_head(b"bye-ok")
@@ -344,7 +362,7 @@ class Session:
         """Whether the end of the stream would cut a packet short."""
         return self._decoder.buffered > 0
 
-    def receive(self, data: bytes | bytearray) -> Iterator[Event]:
+    def receive(self, data: Received | bytearray) -> Iterator[Event]:
         """Take in what was received; yield what it says, as far as it is good.
 
         Raises:
@@ -355,14 +373,13 @@ class Session:
             if event is not None:
                 yield event
 
-    def _interpret(self, fields: list[bytes]) -> Event | None:
+    def _interpret(self, fields: list[Received]) -> Event | None:
         match fields:
             case [b"req", id, timeout, body]:
                 return self._on_request(decode_number(id), timeout, body)
             case [b"ok", id, body]:
-                fields = decode_body(body)
-                number = decode_number(id)
-                return Answer(number, fields) if self._on_answered(number) else None
+                answer = Answer(decode_number(id), decode_body(body))
+                return answer if self._on_answered(answer.id) else None
             case [b"err", id, code, message]:
                 failure = Failure(decode_number(id), decode_text(code), decode_text(message))
                 return failure if self._on_answered(failure.id) else None
@@ -382,7 +399,7 @@ class Session:
             raise ProtocolError(f"the request {id} has no channel")
         return True
 
-    def _interpret_rest(self, fields: list[bytes]) -> Event | None:
+    def _interpret_rest(self, fields: list[Received]) -> Event | None:
         """What belongs to no request."""
         match fields:
             case [b"drop", n]:
@@ -399,7 +416,7 @@ class Session:
                 return self._interpret_channel(fields)
         return None
 
-    def _interpret_channel(self, fields: list[bytes]) -> Event | None:
+    def _interpret_channel(self, fields: list[Received]) -> Event | None:
         """What belongs to a channel, of either side's."""
         match fields:
             case [b"chan", id, timeout, credit, body]:
@@ -408,7 +425,8 @@ class Session:
                 self.channels.add_theirs(request.id, first_credit)
                 return request._replace(has_channel=True)
             case [b"item", id, body]:
-                return self._on_item(Item(decode_number(id), body, decode_body(body)))
+                encoded = body if isinstance(body, bytes) else None
+                return self._on_item(Item(decode_number(id), len(body), decode_body(body), encoded))
             case [b"credit", id, size]:
                 number, more = decode_number(id), decode_number(size)
                 if self._has_channel(number):
@@ -422,7 +440,7 @@ class Session:
     def _on_item(self, item: Item) -> Item | None:
         if not self._has_channel(item.id):
             return None
-        self.channels.on_item(item.id, len(item.body))
+        self.channels.on_item(item.id, item.size)
         return None if item.id in self._cancelled else item
 
     def _on_end(self, id: int) -> End | None:
@@ -431,7 +449,7 @@ class Session:
         self.channels.on_end(id)
         return None if id in self._cancelled else End(id)
 
-    def _on_request(self, id: int, timeout: bytes, body: bytes) -> Request:
+    def _on_request(self, id: int, timeout: Received, body: Received) -> Request:
         self._check_parity(id, self._peer_parity)
         seconds = decode_number(timeout) / 1e6 if timeout else math.inf
         request = Request(id, seconds, decode_body(body))
@@ -454,18 +472,17 @@ class Session:
         """Note an answer to a request of ours; False: nobody wants it any more."""
         if id not in self._asked or id in self._unsent:
             raise ProtocolError(f"an answer to {id}, which is not awaited")
-        self._outbox.remove(id)  # items that it will not take
         self._free_slot(id)
         if id in self._cancelled:
             self._cancelled.remove(id)
             return False
         return True
 
-    def _on_piece(self, number: int, left: int, piece: bytes) -> Event | None:
+    def _on_piece(self, number: int, left: int, piece: Received) -> Event | None:
         body = self._pieces.add(number, left, piece)
         if body is None:
             return None
-        fields = decode_body(body)
+        fields = decode_ours(body)
         if not fields or fields[0] not in PIECED_KINDS:
             raise ProtocolError(f"this may not come in pieces: {describe(fields)}")
         return self._interpret(fields)

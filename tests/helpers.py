@@ -42,6 +42,11 @@ def packet(*fields: bytes, body: list[bytes] | None = None) -> bytes:
     return encode_head(*fields, body_size=size) + b"".join(chunks)
 
 
+def decode(decoder: PacketDecoder, data: bytes | bytearray) -> list[list[bytes]]:
+    """The packets that some bytes complete, copied."""
+    return [list(map(bytes, fields)) for fields in decoder.decode(data)]
+
+
 class RawPeer:
     """The server's end of a plain connection, made by hand."""
 
@@ -57,7 +62,7 @@ class RawPeer:
         while not self._packets:
             data = await self.stream.receive_some()
             assert data, "the connection was closed"
-            self._packets += self._decoder.decode(data)
+            self._packets += decode(self._decoder, data)
         return self._packets.pop(0)
 
     async def shake_hands(self, max_message_size: int = 2**20, max_requests: int = 3) -> None:
@@ -79,9 +84,15 @@ async def raw_peer(
     channel_handler: ChannelHandler | None = None,
     max_message_size: int = 2**20,
     max_requests: int = 3,
+    over_sockets: bool = False,
 ) -> AsyncGenerator[tuple[Connection, RawPeer]]:
     """An open connection of ours, and a peer made by hand at its other end."""
-    ours, theirs = trio.testing.memory_stream_pair()
+    ours: trio.abc.Stream
+    theirs: trio.abc.Stream
+    if over_sockets:
+        ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
+    else:
+        ours, theirs = trio.testing.memory_stream_pair()
     peer = RawPeer(theirs)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.shake_hands, max_message_size, max_requests)
@@ -89,6 +100,7 @@ async def raw_peer(
             ours, request_handler=request_handler, channel_handler=channel_handler, settings=settings
         ) as connection:
             yield connection, peer
+    await trio.aclose_forcefully(theirs)
 
 
 async def settle() -> None:

@@ -393,6 +393,7 @@ async def test_a_shielded_handler_that_was_cancelled_gathers_nothing(autojump_cl
 
     async with raw_peer(channel_handler=handler) as (_, peer):
         await peer.send(b"chan", b"1", b"", b"0", body=[])
+        assert (await peer.receive())[0] == b"credit"
         await peer.send(b"item", b"1", body=[b"before"])
         await peer.send(b"cancel", b"1")
         await peer.send(b"item", b"1", body=[b"after"])

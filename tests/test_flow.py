@@ -8,6 +8,7 @@ from bokbok_trio import MessageTooLarge, ProtocolError
 from bokbok_trio._flow import ITEM_OVERHEAD, MAX_CREDIT, MAX_QUEUED, WINDOW, Flow, Flows
 from bokbok_trio._outbox import TURN, Outbox, Outgoing
 from bokbok_trio._packets import PacketDecoder
+from tests.helpers import decode
 
 
 def make_flow(send_credit: int = 0, receive_credit: int = 0) -> Flow:
@@ -26,7 +27,7 @@ class Ends:
         for left in done:
             if left.kind == b"item":
                 self.flows.left(left.id, left.body_size)
-        return list(PacketDecoder(2**20).decode(batch))
+        return decode(PacketDecoder(2**20), batch)
 
     def send(self, id: int, size: int) -> None:
         self.flows.send(id, *self.flows.encode([bytes(size - 5)]))
@@ -181,7 +182,7 @@ def test_small_packets_go_between_the_items_of_many_channels() -> None:
     for id in range(0, 40, 2):
         ends.flows.add_theirs(id, MAX_CREDIT)
         ends.send(id, MAX_QUEUED - 2000)
-    ends.outbox.put(100, Outgoing(b"ok", b"100", body=[b"\0"], body_size=1))
+    ends.outbox.put(Outgoing(b"ok", 100, body=[b"\0"], body_size=1))
     assert [b"ok", b"100", b"\0"] in ends.take()
 
 
@@ -190,7 +191,7 @@ def test_items_are_not_starved_by_small_packets() -> None:
     ends.flows.add_theirs(0, MAX_CREDIT)
     ends.send(0, 1000)
     for id in range(100, 1000, 2):
-        ends.outbox.put(id, Outgoing(b"ok", b"%d" % id, body=[bytes(1000)], body_size=1000))
+        ends.outbox.put(Outgoing(b"ok", id, body=[bytes(1000)], body_size=1000))
     assert b"item" in [packet[0] for packet in ends.take()]
 
 

@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from bokbok_trio import Connection, ConnectionLost, Key, Settings, open_connection, open_server
+from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
 from bokbok_trio._pacing import LEAST_BOUND, MAX_WAIT, PAUSE, QUEUE_TIME, Load, Pacer, read_load
 from bokbok_trio.testing import FaultyStream, open_connection_pair
@@ -144,28 +145,29 @@ async def test_the_load_of_a_tcp_socket() -> None:
             received = 0
             while received < 50_000:
                 received += len(await theirs.receive_some())
-            load = read_load(ours)
+            load = read_load(DirectStream(ours))
             assert load is not None
             assert load.queued == load.unsent == 0
             assert load.acknowledged in (50_000, 50_001), "some systems count the opening"
             assert 0 < load.least_round_trip <= load.round_trip < 10
             with trio.move_on_after(0.1):
                 await ours.send_all(bytes(64 * MIB))  # it is not read
-            load = read_load(ours)
+            load = read_load(DirectStream(ours))
             assert load is not None
             assert load.queued >= load.unsent > 0
             assert load.acknowledged + load.queued >= 50_000 + load.unsent
-    assert read_load(ours) is None, "it is closed"
+    assert read_load(DirectStream(ours)) is None, "it is closed"
 
 
 async def test_other_streams_have_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = socket.socketpair()
     with other:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(one)) as stream:
+            assert read_load(DirectStream(stream)) is None
             assert read_load(stream) is None
     memory, _ = trio.testing.memory_stream_pair()
     assert read_load(memory) is None
-    tcp = trio.SocketStream(trio.socket.socket())
+    tcp = DirectStream(trio.SocketStream(trio.socket.socket()))
     assert read_load(tcp) is not None
     with monkeypatch.context() as patch:
         patch.setattr(tcp.socket, "getsockopt", lambda *_: bytes(100))

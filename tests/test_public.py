@@ -33,14 +33,17 @@ PUBLIC = {
 
 # Lower files never import higher ones.
 LAYERS = [
-    *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_packets", "_secretbox_stream"),
+    *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_packets"),
     *(
+        "_direct_stream",
+        "_secretbox_stream",
         "_handshake",
         "_opening",
         "_outbox",
         "_flow",
         "_pacing",
         "_session",
+        "_wire",
         "_watchdog",
         "_channel",
         "_handling",
@@ -54,8 +57,8 @@ LAYERS = [
 ]
 
 MAY_USE_TRIO = {
-    *("_errors", "_keys", "_addresses", "_secretbox_stream", "_opening", "_nursery"),
-    *("_pacing", "_watchdog", "_channel", "_handling"),
+    *("_errors", "_keys", "_addresses", "_direct_stream", "_secretbox_stream", "_opening", "_nursery"),
+    *("_pacing", "_wire", "_watchdog", "_channel", "_handling"),
 }
 """Of those below the connection."""
 

@@ -1,0 +1,67 @@
+"""`Wire`: the stream of a connection, as its sender and its reader use it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import final
+
+import trio
+
+from ._direct_stream import DirectStream
+from ._packets import Received
+from ._secretbox_stream import SecretboxStream
+
+
+@final
+class Wire:
+    """Takes batches, and sends them at once where that can be.
+
+    Arguments:
+        stream: sealed or plain.
+        transport: what is below it, or it.
+
+    Attributes:
+        receive: receives what is there, or some of it, which is good until the next checkpoint; raises
+            as the stream's `receive_some` does.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, transport: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._sealed = stream if isinstance(stream, SecretboxStream) else None
+        self._direct = transport if isinstance(transport, DirectStream) else None
+        self._rest = b""  # of what `send_now` was given
+        self.receive: Callable[[], Awaitable[Received | bytearray]]
+        if self._sealed is not None:
+            self.receive = self._sealed.receive_available
+        elif self._direct is not None:
+            self.receive = self._direct.receive_view
+        else:
+            self.receive = partial(stream.receive_some, 2**16)
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether something that `send_now` was given has not left: `send` is to be called."""
+        return bool(self._rest)
+
+    @property
+    def can_send_now(self) -> bool:
+        """Whether `send_now` may be called, if no `send` is under way."""
+        return self._direct is not None and not self._rest
+
+    def send_now(self, batch: bytes) -> bool:
+        """Send what can leave at once, and keep the rest. Returns whether there is none."""
+        assert self._direct is not None
+        data = batch if self._sealed is None else self._sealed.seal(batch)
+        self._rest = data[self._direct.send_now(data) :]
+        return not self._rest
+
+    async def send(self, batch: bytes) -> None:
+        """Send the rest, if there is one, and a batch. Raises as the stream's `send_all` does."""
+        if self._rest:
+            rest, self._rest = self._rest, b""
+            if self._sealed is None:
+                await self._stream.send_all(rest)
+            else:
+                await self._sealed.send_records(rest)
+        await self._stream.send_all(batch)

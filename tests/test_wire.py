@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import trio
+import trio.testing
+
+from bokbok_trio._direct_stream import DirectStream
+from bokbok_trio._secretbox_stream import SecretboxStream
+from bokbok_trio._wire import Wire
+
+BATCH = bytes(range(256)) * 256
+
+
+def wires(*, sealed: bool) -> tuple[Wire, Wire]:
+    """Both ends, over sockets that take little at once."""
+    sockets = trio.socket.socketpair()
+    for each in sockets:
+        each.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_SNDBUF, 2**13)
+    transports = [DirectStream(trio.SocketStream(each)) for each in sockets]
+    streams: Sequence[trio.abc.Stream] = transports
+    if sealed:
+        keys = (bytes(32), bytes([1]) * 32)
+        streams = [
+            SecretboxStream(stream, send_key=send, receive_key=receive)
+            for stream, send, receive in zip(transports, keys, reversed(keys), strict=True)
+        ]
+    ours, theirs = map(Wire, streams, transports)
+    return ours, theirs
+
+
+async def receive(wire: Wire, size: int) -> bytes:
+    received = b""
+    while len(received) < size:
+        received += await wire.receive()
+    return received
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "sealed"])
+def sealed(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+async def test_what_leaves_at_once_arrives(sealed: bool) -> None:
+    ours, theirs = wires(sealed=sealed)
+    async with ours._stream, theirs._stream:
+        assert ours.can_send_now
+        assert ours.send_now(b"small")
+        assert ours.can_send_now
+        assert not ours.has_rest
+        assert await theirs.receive() == b"small"
+
+
+async def test_what_did_not_leave_at_once_leaves_first(sealed: bool) -> None:
+    ours, theirs = wires(sealed=sealed)
+    async with ours._stream, theirs._stream, trio.open_nursery() as nursery:
+        assert not ours.send_now(BATCH)
+        assert ours.has_rest
+        assert not ours.can_send_now
+
+        @nursery.start_soon
+        async def send() -> None:
+            await ours.send(b"next")
+            assert not ours.has_rest
+            await ours.send(b"and next")
+
+        whole = BATCH + b"next" + b"and next"
+        assert await receive(theirs, len(whole)) == whole
+
+
+async def test_a_rest_that_cannot_leave_breaks_sending(sealed: bool) -> None:
+    ours, theirs = wires(sealed=sealed)
+    async with ours._stream:
+        await theirs._stream.aclose()
+        assert not ours.send_now(b"x")
+        with pytest.raises(trio.BrokenResourceError):
+            await ours.send(b"")
+
+
+async def test_a_rest_cut_by_cancellation_is_followed_by_no_end_record() -> None:
+    ours, theirs = wires(sealed=True)
+    assert not ours.send_now(BATCH)
+    with trio.move_on_after(0.01):
+        await ours.send(b"")
+    await ours._stream.aclose()
+    with pytest.raises(trio.BrokenResourceError, match="cut short"):
+        while await theirs.receive():
+            pass
+    await theirs._stream.aclose()
+
+
+async def test_a_stream_that_is_no_socket_only_sends() -> None:
+    left, right = trio.testing.memory_stream_pair()
+    ours, theirs = Wire(left, left), Wire(right, right)
+    assert not ours.can_send_now
+    await ours.send(b"hello")
+    assert await theirs.receive() == b"hello"
