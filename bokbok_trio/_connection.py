@@ -7,15 +7,12 @@ Theory
 
 - the **reader**, which decodes what arrives, hands answers to waiters and starts a task per request;
   it never waits for user code, for a slot, or for room to send;
-- the **sender**, which alone waits for the stream to take something, and closes it. Everything that
-  was queued while one send was under way leaves in the next. As no other task waits in a send, no
-  cancelled task can leave half a packet behind, and closing needs no lock to come after the last
-  packet;
+- the **sender** (`Sender`), which alone waits for the stream to take something, and closes it: so
+  closing needs no lock to come after the last packet;
 - the **watchdog**, which pings a silent peer, and notices one that is gone;
 - a task per incoming request, with a channel or without, each in a cancel scope of its own.
 
-`request` queues a packet, wakes the sender and sleeps until the reader or `_end` wakes it. A packet
-that is alone, while the sender sleeps, is given to the socket at once: see `_flush`.
+`request` queues a packet, has it sent and sleeps until the reader or `_end` wakes it.
 
 Ending
 ======
@@ -56,12 +53,10 @@ from ._errors import (
 from ._flow import End, Item
 from ._handling import PEER_DRAINS, ChannelHandler, Handlers, RequestHandler
 from ._nursery import bare_nursery, contain, is_within
-from ._outbox import MAX_BATCH_SIZE
-from ._pacing import PAUSE, Pacer, read_load
+from ._sender import Sender
 from ._session import Answer, Bye, Event, Failure, Request, Session
 from ._statistics import ConnectionStatistics
 from ._watchdog import Watchdog
-from ._wire import Wire
 
 if TYPE_CHECKING:
     from ._addresses import Address, PeerCredentials
@@ -131,11 +126,17 @@ class Connection:
             slots=opened.peer_max_requests,
         )
         self._waiters: dict[int, _Waiter | Channel] = {}  # for the answers to what this side asked
-        self._wire = Wire(opened.stream, opened.transport)
-        self._work = trio.lowlevel.ParkingLot()  # where the sender sleeps
-        self._can_flush = False  # the sender sleeps, and nothing keeps what is queued from leaving
-        self._is_lone = True  # whether what is queued next is probably alone
-        self._channels = Channels(self._session.channels, self._work.unpark)
+        self._watchdog = Watchdog(
+            settings.ping_after, settings.ping_timeout, ping=self._ping, lose=self._lose
+        )
+        self._sender = Sender(
+            self._session,
+            opened,
+            self._watchdog,
+            wake_writers=self._wake_writers,
+            on_idle=self._on_idle,
+        )
+        self._channels = Channels(self._session.channels, self._sender.wake)
         self._handlers = Handlers(
             self,
             self._session,
@@ -143,13 +144,10 @@ class Connection:
             request_handler=request_handler,
             channel_handler=channel_handler,
             describe_error=settings.describe_error,
-            wake_sender=self._flush,
-        )
-        self._pacer = Pacer(partial(read_load, opened.transport))
-        self._watchdog = Watchdog(
-            settings.ping_after, settings.ping_timeout, ping=self._ping, lose=self._lose
+            wake_sender=self._sender.flush,
         )
         self._make_error: Callable[[bool], BokbokError] | None = None  # set: it is over
+        self._over = trio.Event()
         self._send_failure = ""
         self._opening = trio.CancelScope()
         self._receiving = trio.CancelScope()
@@ -249,7 +247,7 @@ class Connection:
         deadline = trio.current_effective_deadline()
         id = self._session.request(fields, deadline)
         waiter = self._waiters[id] = _Waiter()
-        self._flush()
+        self._sender.flush()
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             self._cancel(id)
@@ -302,7 +300,7 @@ class Connection:
         deadline = trio.current_effective_deadline()
         id = self._session.open_channel(fields, deadline)
         channel = self._waiters[id] = self._channels.open(id, partial(self._cancel, id), deadline)
-        self._work.unpark()
+        self._sender.wake()
         try:
             await trio.lowlevel.checkpoint()
             yield channel
@@ -325,7 +323,7 @@ class Connection:
         """Nobody wants the answer any more, if it has not come."""
         if self._waiters.pop(id, None) is not None:
             self._session.cancel(id)
-            self._work.unpark()
+            self._sender.wake()
 
     async def aclose(self) -> None:
         """Close the connection, and wait until the transport is closed, for at most a second or so.
@@ -346,7 +344,7 @@ class Connection:
         """
         if not self.closed:
             self._session.drain()
-            self._work.unpark()
+            self._sender.wake()
 
     async def wait_closed(self) -> None:
         """Wait until all of it has ended: transport, handlers and close handler.
@@ -392,7 +390,7 @@ class Connection:
                 if open_handler is not None:
                     await open_handler(self)
                 self._handlers.ready.set()
-                self._work.unpark()
+                self._sender.wake()
         finally:
             if not self._handlers.ready.is_set():
                 self._close("the open handler failed")
@@ -400,9 +398,16 @@ class Connection:
     def _log(self, what: str, error: BaseException) -> None:
         logger.error("%r: %s", self, what, exc_info=error)
 
+    def _wake_writers(self) -> None:
+        self._channels.wake_writers()
+
+    def _on_idle(self) -> None:
+        if self._session.is_drained and self._handlers.ready.is_set():
+            self._close("this side drained the connection")
+
     def _ping(self) -> None:
         self._session.ping()
-        self._work.unpark()
+        self._sender.wake()
 
     def _close(self, reason: str) -> None:
         """Close from this side; `aclose` without the waiting."""
@@ -416,10 +421,10 @@ class Connection:
         if self._make_error is not None:
             return
         self._make_error = make_error
-        self._can_flush = False
+        self._over.set()
+        self._sender.stop()
         if graceful:
             self._sending.deadline = trio.current_time() + CLOSE_TIMEOUT
-            self._work.unpark()
         else:
             self._sending.cancel()
         self._receiving.cancel()
@@ -434,29 +439,6 @@ class Connection:
         self._session.close()
 
     # ---- the sender ----
-
-    def _flush(self) -> None:
-        """Something was queued: send it at once if it is alone, else wake the sender.
-
-        It saves waking a task on either side: 1.6 times as many requests one after another. Whatever is
-        queued together is to leave together; so only the first packet goes at once, until the sender
-        has nothing to do, or the peer sends a lone packet.
-        """
-        if not self._is_lone or not self._can_flush:
-            self._work.unpark()
-            return
-        self._is_lone = False
-        now = trio.current_time()
-        batch = self._session.take(now, self._room(now))
-        if batch and not self._wire.send_now(batch):
-            self._can_flush = False
-            self._work.unpark()
-            return
-        self._watchdog.send_ended(ping_left=True)
-        if self._session.channels.has_writable:
-            self._channels.wake_writers()
-        if self._session.has_queued:
-            self._work.unpark()
 
     async def _send(self) -> None:
         log = partial(self._log, "closing the stream failed")
@@ -475,42 +457,13 @@ class Connection:
                 self._stream_closed.set()
 
     async def _send_queued(self) -> None:
-        """Send what is queued, as it comes, until it is over and nothing is queued any more."""
         try:
-            while True:
-                now = trio.current_time()
-                room = self._room(now)
-                batch = self._session.take(now, room)
-                if batch or self._wire.has_rest:
-                    self._channels.wake_writers()
-                    self._watchdog.send_begins(now)
-                    await self._wire.send(batch)
-                    self._session.note_sent(trio.current_time() - now)
-                    self._watchdog.send_ended(ping_left=not self._session.is_ping_queued)
-                elif self._make_error is not None:
-                    return
-                elif room == 0:
-                    with trio.move_on_after(PAUSE):
-                        await self._work.park()
-                elif self._session.is_drained and self._handlers.ready.is_set():
-                    self._close("this side drained the connection")
-                else:
-                    self._is_lone = True
-                    self._can_flush = self._wire.can_send_now and not self._session.is_draining
-                    await self._work.park()
-                    self._can_flush = False
+            await self._sender.run()
         except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
             # Answers that came before it broke are still good: the reader gets a moment for them.
             self._send_failure = f"sending failed: {exc!r}"
             self._receiving.deadline = trio.current_time() + CLOSE_TIMEOUT
-            while self._make_error is None:
-                await self._work.park()
-
-    def _room(self, now: float) -> int:
-        """How many bytes of big packets may be sent now; without a bound in the last second."""
-        if self._make_error is not None or not self._session.has_big:
-            return MAX_BATCH_SIZE
-        return self._pacer.room(now)
+            await self._over.wait()
 
     # ---- the reader ----
 
@@ -527,7 +480,7 @@ class Connection:
 
     async def _receive_events(self, nursery: trio.Nursery) -> None:
         """Do what arrives until the stream ends, or it is over."""
-        while data := await self._wire.receive():
+        while data := await self._sender.wire.receive():
             if self._make_error is not None:
                 return
             self._watchdog.heard()
@@ -535,12 +488,11 @@ class Connection:
             for event in self._session.receive(data):
                 self._on_event(event, nursery)
                 count += 1
-            if count:
-                self._is_lone = count == 1
+            self._sender.heard(count)
             if self._session.channels.has_writable:
                 self._channels.wake_writers()
             if self._session.has_queued or self._session.is_draining:
-                self._work.unpark()
+                self._sender.wake()
 
     def _on_event(self, event: Event, nursery: trio.Nursery) -> None:
         if isinstance(event, Request):

@@ -1128,14 +1128,14 @@ async def test_a_lone_request_leaves_before_its_task_sleeps() -> None:
         await settle()
         nursery.start_soon(connection.request, ["x"])
         sends = 0
-        real_send = connection._wire.send
+        real_send = connection._sender.wire.send
 
         async def count(batch: bytes) -> None:
             nonlocal sends
             sends += 1
             await real_send(batch)
 
-        connection._wire.send = count  # type: ignore[method-assign]
+        connection._sender.wire.send = count  # type: ignore[method-assign]
         assert await peer.receive() == [b"req", b"0", b"", b"\1\0\0\0\1x"]
         await peer.send(b"ok", b"0", body=[])
         assert sends == 0
@@ -1145,13 +1145,13 @@ async def test_requests_made_together_leave_together() -> None:
     async with raw_peer(over_sockets=True) as (connection, peer), trio.open_nursery() as nursery:
         await settle()
         batches: list[bytes] = []
-        real_send = connection._wire.send
+        real_send = connection._sender.wire.send
 
         async def note(batch: bytes) -> None:
             batches.append(batch)
             await real_send(batch)
 
-        connection._wire.send = note  # type: ignore[method-assign]
+        connection._sender.wire.send = note  # type: ignore[method-assign]
         for _ in range(3):
             nursery.start_soon(connection.request, ["x"])
         ids = {(await peer.receive())[1] for _ in range(3)}
@@ -1163,7 +1163,7 @@ async def test_requests_made_together_leave_together() -> None:
 
 async def test_what_a_socket_does_not_take_at_once_leaves_later_and_whole() -> None:
     async with raw_peer(over_sockets=True) as (connection, peer), trio.open_nursery() as nursery:
-        stream = connection._wire._direct
+        stream = connection._sender.wire._direct
         assert stream is not None
         real_send_now = stream.send_now
         await settle()

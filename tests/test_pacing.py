@@ -191,7 +191,7 @@ async def test_while_a_big_packet_waits_small_ones_go(sealed: bool, autojump_clo
     began = trio.current_time()
     finished: list[float] = []
     async with open_connection_pair(server_handler=answer_by_size, sealed=sealed) as (client, server):
-        server._pacer = Pacer(lambda: stuck if trio.current_time() < began + MAX_WAIT / 2 else None)
+        server._sender._pacer = Pacer(lambda: stuck if trio.current_time() < began + MAX_WAIT / 2 else None)
 
         async def fetch() -> None:
             assert await client.request(["300000"]) == [bytes(300_000)]
@@ -218,7 +218,7 @@ async def test_a_peer_that_does_not_read_is_noticed_though_pieces_wait(autojump_
         return streams[0]
 
     async with open_connection_pair(echo, echo, client_settings=settings, wrap=wrap) as (client, server):
-        client._pacer = Pacer(lambda: Load(MIB, MIB, 0, 0.0, 0.0))
+        client._sender._pacer = Pacer(lambda: Load(MIB, MIB, 0, 0.0, 0.0))
         streams[0].stall()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(talk, server)
@@ -244,7 +244,7 @@ async def ask(connection: Connection) -> None:
 
 async def test_closing_does_not_wait_for_the_queue_to_drain(autojump_clock: MockClock) -> None:
     async with open_connection_pair(server_handler=answer_by_size) as (client, server):
-        server._pacer = Pacer(lambda: Load(MIB, MIB, 0, 0.0, 0.0))
+        server._sender._pacer = Pacer(lambda: Load(MIB, MIB, 0, 0.0, 0.0))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_for, client, "300000")
             await trio.testing.wait_all_tasks_blocked()
@@ -264,5 +264,5 @@ async def test_a_connection_over_tcp_asks_its_socket() -> None:
     async with open_server("127.0.0.1:0", answer_by_size, user_key={"u": key}) as server:
         async with open_connection(str(server.addresses[0]), user="u", key=key) as connection:
             assert len((await connection.request(["1000000"]))[0]) == 1_000_000
-            load: Callable[[], Load | None] = connection._pacer._load
+            load: Callable[[], Load | None] = connection._sender._pacer._load
             assert load() is not None

@@ -45,6 +45,7 @@ LAYERS = [
         "_session",
         "_wire",
         "_watchdog",
+        "_sender",
         "_channel",
         "_handling",
         "_statistics",
@@ -58,7 +59,7 @@ LAYERS = [
 
 MAY_USE_TRIO = {
     *("_errors", "_keys", "_addresses", "_direct_stream", "_secretbox_stream", "_opening", "_nursery"),
-    *("_pacing", "_wire", "_watchdog", "_channel", "_handling"),
+    *("_pacing", "_wire", "_watchdog", "_sender", "_channel", "_handling"),
 }
 """Of those below the connection."""
 
