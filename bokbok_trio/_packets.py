@@ -43,6 +43,7 @@ LARGE: Final = 2**12
 """Bytes from which on it is worth the while to look at what was received where it is; less is copied."""
 
 _U32 = struct.Struct(">I")
+_COUNTS = [bytes((count,)) for count in range(256)]
 _NO_LISTS = (str, bytes, bytearray, memoryview)  # though they are sequences
 _HEAD = struct.Struct(">IB")
 _NUMBER = re.compile(rb"0|[1-9][0-9]{0,17}")
@@ -78,12 +79,15 @@ def encode_body(fields: Sequence[Field], limit: int) -> tuple[Chunks, int]:
         MessageTooLarge: the body would be larger than `limit`.
     """
     encoded = encode_fields(fields)
-    size = 1 + sum(map(len, encoded)) + LENGTH_SIZE * len(encoded)
+    chunks: Chunks = [_COUNTS[len(encoded)]]
+    size = 1
+    for field in encoded:
+        length = len(field)
+        size += LENGTH_SIZE + length
+        chunks.append(_U32.pack(length))
+        chunks.append(field)
     if size > limit:
         raise MessageTooLarge(size, limit)
-    chunks: Chunks = [bytes((len(encoded),))]
-    for field in encoded:
-        chunks += (_U32.pack(len(field)), field)
     return chunks, size
 
 
@@ -102,11 +106,19 @@ def encode_head(*fields: bytes, body_size: int | None = None) -> bytes:
         fields: the fields, few and small.
         body_size: where given, one more field follows, of so many bytes, which the caller appends.
     """
-    content = b"".join([part for field in fields for part in (_U32.pack(len(field)), field)])
-    if body_size is None:
-        return _HEAD.pack(1 + len(content), len(fields)) + content
-    length = 1 + len(content) + LENGTH_SIZE + body_size
-    return _HEAD.pack(length, len(fields) + 1) + content + _U32.pack(body_size)
+    parts: list[bytes] = []
+    size = 1
+    for field in fields:
+        length = len(field)
+        size += LENGTH_SIZE + length
+        parts.append(_U32.pack(length))
+        parts.append(field)
+    count = len(fields)
+    if body_size is not None:
+        count += 1
+        size += LENGTH_SIZE + body_size
+        parts.append(_U32.pack(body_size))
+    return _HEAD.pack(size, count) + b"".join(parts)
 
 
 def _decode_fields(data: Received) -> list[Any]:

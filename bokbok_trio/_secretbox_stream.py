@@ -166,9 +166,14 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
 
     def seal(self, data: bytes) -> bytes:
         """The records of some data, which must leave next, and whole; see `send_records`."""
+        assert data, "an empty record would be the end"
+        if len(data) <= MAX_PLAINTEXT_SIZE:
+            return self._sealer.seal(data)
         return b"".join(
-            self._sealer.seal(data[at : at + MAX_PLAINTEXT_SIZE])
-            for at in range(0, len(data), MAX_PLAINTEXT_SIZE)
+            [
+                self._sealer.seal(data[at : at + MAX_PLAINTEXT_SIZE])
+                for at in range(0, len(data), MAX_PLAINTEXT_SIZE)
+            ]
         )
 
     async def send_records(self, records: bytes) -> None:
