@@ -55,6 +55,7 @@ def docs(session: nox.Session) -> None:
         "CHANGELOG.rst",
         "docs/protocol.rst",
         "docs/security.rst",
+        "docs/performance.rst",
         "benchmarks/README.rst",
     ):
         session.run("docutils", "--strict", text, "--writer=null")
