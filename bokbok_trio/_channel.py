@@ -22,7 +22,8 @@ from typing import final
 import trio
 
 from ._errors import BokbokError, RemoteError
-from ._flow import End, Flows, Item
+from ._events import End, Item
+from ._flow import Flows
 from ._packets import Chunks, Field, decode_body
 
 

@@ -50,11 +50,11 @@ from ._errors import (
     ProtocolError,
     RemoteError,
 )
-from ._flow import End, Item
+from ._events import Answer, Bye, End, Event, Failure, Item, Request
 from ._handling import PEER_DRAINS, ChannelHandler, Handlers, RequestHandler
 from ._nursery import bare_nursery, contain, is_within
 from ._sender import Sender
-from ._session import Answer, Bye, Event, Failure, Request, Session
+from ._session import Session
 from ._statistics import ConnectionStatistics
 from ._watchdog import Watchdog
 

@@ -20,7 +20,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple, final
+from typing import Final, final
 
 from ._errors import ProtocolError
 from ._outbox import Outbox, Outgoing
@@ -40,26 +40,6 @@ ITEM_OVERHEAD: Final = 512
 MAX_CREDIT: Final = 2**32 - 1
 """Bytes of credit that there may be at once: no side has use for so much memory, so a peer that
 grants more has lost count."""
-
-
-class Item(NamedTuple):
-    """The peer sent an item.
-
-    Attributes:
-        size: bytes of its body.
-        body: the same as `fields`, where it is small and so takes up less room; else None.
-    """
-
-    id: int
-    size: int
-    fields: list[bytes]
-    body: bytes | None
-
-
-class End(NamedTuple):
-    """The peer will send no more items."""
-
-    id: int
 
 
 @final

@@ -16,9 +16,10 @@ import trio
 
 from ._channel import Channel, Channels
 from ._errors import MessageTooLarge, RequestError
+from ._events import Request
 from ._nursery import keep
 from ._packets import Field
-from ._session import Request, Session
+from ._session import Session
 
 if TYPE_CHECKING:
     from ._connection import Connection

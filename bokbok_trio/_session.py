@@ -43,10 +43,11 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple, TypeAlias, final
+from typing import Final, final
 
 from ._errors import MAX_ERROR_TEXT_SIZE, ProtocolError
-from ._flow import WINDOW, End, Flows, Item
+from ._events import Answer, Bye, Cancel, End, Event, Failure, Item, Request
+from ._flow import WINDOW, Flows
 from ._handshake import Side
 from ._outbox import HEAD_ROOM, MAX_BATCH_SIZE, MAX_WHOLE_SIZE, Outbox, Outgoing, Reassembler
 from ._packets import (
@@ -66,48 +67,8 @@ from ._packets import (
 PIECED_KINDS: Final = frozenset({b"req", b"chan", b"ok", b"item"})
 """What may come in pieces: all that carries a body of the user's."""
 
-
 ANSWER_KINDS: Final = frozenset({b"ok", b"err"})
 """What ends a request."""
-
-
-class Request(NamedTuple):
-    """The peer asks. `timeout` is the seconds it had left, or `math.inf`."""
-
-    id: int
-    timeout: float
-    fields: list[bytes]
-    has_channel: bool = False
-
-
-class Cancel(NamedTuple):
-    """The peer no longer wants the answer to a request of its own that has not been answered."""
-
-    id: int
-
-
-class Answer(NamedTuple):
-    """The answer to a request of ours."""
-
-    id: int
-    fields: list[bytes]
-
-
-class Failure(NamedTuple):
-    """The answer to a request of ours that failed."""
-
-    id: int
-    code: str
-    message: str
-
-
-class Bye(NamedTuple):
-    """The peer takes no new request. Those of ours that waited for a slot will not be sent."""
-
-    ids: list[int]
-
-
-Event: TypeAlias = Request | Cancel | Answer | Failure | Bye | Item | End
 
 
 @final

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 from nacl.bindings import crypto_secretbox
 
-from bokbok_trio._flow import Item
+from bokbok_trio._events import Event, Item, Request
 from bokbok_trio._handshake import (
     MAGIC,
     ClientHandshake,
@@ -31,7 +31,7 @@ from bokbok_trio._handshake import (
 from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, Key, encode_user, passphrase_to_key
 from bokbok_trio._packets import decode_body, encode_body, encode_head, encode_number
 from bokbok_trio._secretbox_stream import SecretboxStream
-from bokbok_trio._session import Event, Request, Session
+from bokbok_trio._session import Session
 
 Vectors: TypeAlias = dict[str, Any]
 

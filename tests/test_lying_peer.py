@@ -24,9 +24,10 @@ from hypothesis.stateful import (
 )
 
 from bokbok_trio import ProtocolError
-from bokbok_trio._flow import ITEM_OVERHEAD, MAX_QUEUED, WINDOW, End, Item
+from bokbok_trio._events import Answer, Bye, Cancel, End, Event, Failure, Item, Request
+from bokbok_trio._flow import ITEM_OVERHEAD, MAX_QUEUED, WINDOW
 from bokbok_trio._packets import LARGE
-from bokbok_trio._session import Answer, Bye, Cancel, Event, Failure, Request, Session
+from bokbok_trio._session import Session
 
 from .second_implementation import (
     MAX_CREDIT,

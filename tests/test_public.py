@@ -40,6 +40,7 @@ LAYERS = [
         "_handshake",
         "_opening",
         "_outbox",
+        "_events",
         "_flow",
         "_pacing",
         "_session",

@@ -19,10 +19,11 @@ from hypothesis.stateful import (
 
 from bokbok_trio import MessageTooLarge, ProtocolError
 from bokbok_trio._errors import MAX_ERROR_TEXT_SIZE
-from bokbok_trio._flow import MAX_CREDIT, MAX_QUEUED, WINDOW, End, Item
+from bokbok_trio._events import Answer, Bye, Cancel, End, Event, Failure, Item, Request
+from bokbok_trio._flow import MAX_CREDIT, MAX_QUEUED, WINDOW
 from bokbok_trio._outbox import HEAD_ROOM
 from bokbok_trio._packets import LARGE, encode_body, encode_head
-from bokbok_trio._session import Answer, Bye, Cancel, Event, Failure, Request, Session
+from bokbok_trio._session import Session
 
 LIMIT = 4096
 

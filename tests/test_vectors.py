@@ -29,12 +29,13 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._flow import WINDOW, End, Item
+from bokbok_trio._events import Answer, Bye, Cancel, End, Item, Request
+from bokbok_trio._flow import WINDOW
 from bokbok_trio._handshake import ClientHandshake, Limits, ServerHandshake
 from bokbok_trio._keys import encode_user
 from bokbok_trio._packets import PacketDecoder, decode_number
 from bokbok_trio._secretbox_stream import SecretboxStream
-from bokbok_trio._session import Answer, Bye, Cancel, Request, Session
+from bokbok_trio._session import Session
 from bokbok_trio.testing import MemoryListener
 
 from . import second_implementation as second
