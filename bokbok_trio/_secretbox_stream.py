@@ -247,26 +247,35 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
 
     async def receive_available(self) -> bytes:
         """As `receive_some`, but of all records that are here already, together."""
-        plaintexts = [await self.receive_some()]
+        plaintext = await self.receive_some()
+        if not self._ciphertext or not plaintext:
+            return plaintext
+        plaintexts = [plaintext]
         with suppress(trio.BrokenResourceError):  # which the next call raises
             while plaintexts[-1] and self._open_next():
                 plaintexts.append(self._plaintext)
                 self._position = len(self._plaintext)
-        return plaintexts[0] if len(plaintexts) == 1 else b"".join(plaintexts)
+        return b"".join(plaintexts)
 
     async def _fill(self) -> None:
         """Have some plaintext, or the end, or raise. One checkpoint at least."""
         if self._receive_failure is not None:
             raise trio.BrokenResourceError(self._receive_failure)
-        if self._position < len(self._plaintext) or self._receive_ended or self._open_next():
+        if (
+            self._position < len(self._plaintext)
+            or self._receive_ended
+            or (self._ciphertext and self._open_next())
+        ):
             await trio.lowlevel.checkpoint()
             return
-        while not self._open_next():
+        while True:
             receive = self._transport.receive_some if self._direct is None else self._direct.receive_view
             data = await receive(self._receive_size)
             if not data:
                 raise self._broken("the stream was cut short: it ended without an end record")
             self._ciphertext += data
+            if self._open_next():
+                return
 
     def _open_next(self) -> bool:
         """Open the next record, if all of it is here. True: there is plaintext, or the end."""
@@ -280,15 +289,18 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         end = HEADER_SIZE + size
         if len(self._ciphertext) < end:
             return False
-        with suppress(CryptoError):
-            with memoryview(self._ciphertext) as view, view[HEADER_SIZE:end] as box:
-                self._plaintext = self._opener.open(box)
-            del self._ciphertext[:end]
-            self._position = 0
-            self._receive_ended = not self._plaintext
-            return True
-        # Not inside of an `except`: the frames of that exception hold the key.
-        raise self._broken("a record did not open: it was not sealed as the next one under our key")
+        with memoryview(self._ciphertext) as view, view[HEADER_SIZE:end] as box:
+            try:
+                plaintext = self._opener.open(box)
+            except CryptoError:
+                plaintext = None
+        if plaintext is None:  # not inside of the `except`: the frames of that exception hold the key
+            raise self._broken("a record did not open: it was not sealed as the next one under our key")
+        del self._ciphertext[:end]
+        self._plaintext = plaintext
+        self._position = 0
+        self._receive_ended = not plaintext
+        return True
 
     def _broken(self, reason: str) -> trio.BrokenResourceError:
         """The exception to raise, as receiving is broken for good."""
