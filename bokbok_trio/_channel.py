@@ -71,8 +71,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
     once; each item goes to one of them, and they are served in turn. Cancelling one loses no item and
     repeats none. What has been received and not been taken is bounded by 256 KiB of encoded items and
     one item more; past that the other side's `send` waits. (Python may take ten times as much for items
-    of a few bytes.) ``async for item in channel`` ends where the other side has
-    ended its direction, or answered.
+    of a few bytes.) ``async for item in channel`` ends where the other side has ended its direction, or
+    answered.
 
     On the handler's side the channel is closed when the handler returns; what it sent before arrives
     before its answer.

@@ -38,7 +38,7 @@ import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, final
 
 import trio
 
@@ -242,8 +242,7 @@ class Connection:
             ConnectionLost: the connection was lost; see its `may_have_run`.
         """
         if not self._may_ask:
-            await trio.lowlevel.checkpoint()
-        self._check_may_ask()
+            await self._refuse()
         deadline = trio.current_effective_deadline()
         id = self._session.request(fields, deadline)
         waiter = self._waiters[id] = _Waiter()
@@ -295,8 +294,7 @@ class Connection:
             RemoteError: on leaving, where the answer is waited for: it is an error.
         """
         if not self._may_ask:
-            await trio.lowlevel.checkpoint()
-        self._check_may_ask()
+            await self._refuse()
         deadline = trio.current_effective_deadline()
         id = self._session.open_channel(fields, deadline)
         channel = self._waiters[id] = self._channels.open(id, partial(self._cancel, id), deadline)
@@ -313,11 +311,12 @@ class Connection:
     def _may_ask(self) -> bool:
         return self._make_error is None and self._session.may_ask
 
-    def _check_may_ask(self) -> None:
+    async def _refuse(self) -> NoReturn:
+        """Raise why nothing can be asked any more."""
+        await trio.lowlevel.checkpoint()
         if self._make_error is not None:
             raise self._make_error(False)
-        if not self._session.may_ask:
-            raise ConnectionLost(PEER_DRAINS, may_have_run=False)
+        raise ConnectionLost(PEER_DRAINS, may_have_run=False)
 
     def _cancel(self, id: int) -> None:
         """Nobody wants the answer any more, if it has not come."""
@@ -399,7 +398,8 @@ class Connection:
         logger.error("%r: %s", self, what, exc_info=error)
 
     def _wake_writers(self) -> None:
-        self._channels.wake_writers()
+        if self._session.channels.has_writable:
+            self._channels.wake_writers()
 
     def _on_idle(self) -> None:
         if self._session.is_drained and self._handlers.ready.is_set():
@@ -489,8 +489,7 @@ class Connection:
                 self._on_event(event, nursery)
                 count += 1
             self._sender.heard(count)
-            if self._session.channels.has_writable:
-                self._channels.wake_writers()
+            self._wake_writers()
             if self._session.has_queued or self._session.is_draining:
                 self._sender.wake()
 

@@ -80,15 +80,21 @@ def encode_body(fields: Sequence[Field], limit: int) -> tuple[Chunks, int]:
     """
     encoded = encode_fields(fields)
     chunks: Chunks = [_COUNTS[len(encoded)]]
-    size = 1
-    for field in encoded:
-        length = len(field)
-        size += LENGTH_SIZE + length
-        chunks.append(_U32.pack(length))
-        chunks.append(field)
+    size = 1 + _append_fields(chunks, encoded)
     if size > limit:
         raise MessageTooLarge(size, limit)
     return chunks, size
+
+
+def _append_fields(chunks: Chunks, fields: Sequence[bytes]) -> int:
+    """Append fields with their sizes; return how many bytes that is."""
+    total = 0
+    for field in fields:
+        size = len(field)
+        total += LENGTH_SIZE + size
+        chunks.append(_U32.pack(size))
+        chunks.append(field)
+    return total
 
 
 def _encode_field(field: Field) -> bytes:
@@ -106,13 +112,8 @@ def encode_head(*fields: bytes, body_size: int | None = None) -> bytes:
         fields: the fields, few and small.
         body_size: where given, one more field follows, of so many bytes, which the caller appends.
     """
-    parts: list[bytes] = []
-    size = 1
-    for field in fields:
-        length = len(field)
-        size += LENGTH_SIZE + length
-        parts.append(_U32.pack(length))
-        parts.append(field)
+    parts: Chunks = []
+    size = 1 + _append_fields(parts, fields)
     count = len(fields)
     if body_size is not None:
         count += 1

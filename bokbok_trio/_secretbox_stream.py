@@ -37,7 +37,7 @@ import trio
 from nacl.bindings import crypto_secretbox, crypto_secretbox_open
 from nacl.exceptions import CryptoError
 
-from ._direct_stream import RECEIVE_SIZE, DirectStream
+from ._direct_stream import DirectStream
 
 HEADER_SIZE: Final = 2
 """Bytes of a record's length."""
@@ -106,7 +106,6 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         self._opener = _Direction(receive_key)
         self._direct = transport if isinstance(transport, DirectStream) else None
         self._max_record_size = max_record_size
-        self._receive_size = HEADER_SIZE + max_record_size
         self._receive_busy = False
         self._receive_failure: str | None = None
         self._receive_ended = False
@@ -123,7 +122,6 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         self._sealer = _Direction(send_key)
         self._opener = _Direction(receive_key)
         self._max_record_size = MAX_RECORD_SIZE
-        self._receive_size = HEADER_SIZE + MAX_RECORD_SIZE if self._direct is None else RECEIVE_SIZE
 
     # ---- sending ----
 
@@ -158,13 +156,9 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
                     await trio.lowlevel.checkpoint()
                 step = RECORDS_PER_SEND * MAX_PLAINTEXT_SIZE
                 for start in range(0, len(plaintext), step):
-                    records = [
-                        self._sealer.seal(plaintext[at : at + MAX_PLAINTEXT_SIZE])
-                        for at in range(start, min(start + step, len(plaintext)), MAX_PLAINTEXT_SIZE)
-                    ]
-                    await self._transmit(b"".join(records))
+                    await self._transmit(self.seal(plaintext[start : start + step]))
 
-    def seal(self, data: bytes) -> bytes:
+    def seal(self, data: bytes | memoryview) -> bytes:
         """The records of some data, which must leave next, and whole; see `send_records`."""
         assert data, "an empty record would be the end"
         if len(data) <= MAX_PLAINTEXT_SIZE:
@@ -270,7 +264,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             return
         while True:
             receive = self._transport.receive_some if self._direct is None else self._direct.receive_view
-            data = await receive(self._receive_size)
+            data = await receive(HEADER_SIZE + self._max_record_size)
             if not data:
                 raise self._broken("the stream was cut short: it ended without an end record")
             self._ciphertext += data

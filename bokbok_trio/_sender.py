@@ -37,7 +37,7 @@ class Sender:
         session: what has packets queued.
         opened: has the stream.
         watchdog: is told of sends.
-        wake_writers: called when channels may queue items.
+        wake_writers: called when packets were taken, and so channels may queue items.
         on_idle: called when nothing is queued; it may `stop` this.
 
     Attributes:
@@ -82,8 +82,7 @@ class Sender:
             self._sleeping.unpark()
             return
         self._watchdog.send_ended(ping_left=True)
-        if self._session.channels.has_writable:
-            self._wake_writers()
+        self._wake_writers()
         if self._session.has_queued:
             self._sleeping.unpark()
 

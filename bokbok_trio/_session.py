@@ -135,11 +135,11 @@ class Session:
         body, size = encode_body(fields, self._max_body_size)
         id = self._next_id
         self._next_id += 2
+        rest: tuple[bytes, ...] = ()
         if kind == b"chan":
             self.channels.add_ours(id)
-            packet = Outgoing(kind, id, encode_number(WINDOW), body=body, body_size=size, deadline=deadline)
-        else:
-            packet = Outgoing(kind, id, body=body, body_size=size, deadline=deadline)
+            rest = (encode_number(WINDOW),)
+        packet = Outgoing(kind, id, *rest, body=body, body_size=size, deadline=deadline)
         if self._backlog or len(self._asked) >= self._slots:
             self._backlog[id] = packet
         else:

@@ -8,7 +8,7 @@ from typing import final
 
 import trio
 
-from ._direct_stream import DirectStream
+from ._direct_stream import RECEIVE_SIZE, DirectStream
 from ._packets import Received
 from ._secretbox_stream import SecretboxStream
 
@@ -37,7 +37,7 @@ class Wire:
         elif self._direct is not None:
             self.receive = self._direct.receive_view
         else:
-            self.receive = partial(stream.receive_some, 2**16)
+            self.receive = partial(stream.receive_some, RECEIVE_SIZE)
 
     @property
     def has_rest(self) -> bool:

@@ -406,11 +406,17 @@ async def test_of_two_processes_that_race_for_a_stale_path_one_wins(tmp_path: Pa
             await check_who_serves(path, loser)
 
 
-def test_the_demo_tells_its_story() -> None:
-    with run_example("demo.py") as demo:
-        story, errors = demo.communicate(timeout=30)
-    assert demo.returncode == 0, errors
+def story_of(name: str) -> str:
+    """What an example prints, which must end well."""
+    with run_example(name) as example:
+        story, errors = example.communicate(timeout=30)
+    assert example.returncode == 0, errors
     assert errors == ""
+    return str(story)
+
+
+def test_the_demo_tells_its_story() -> None:
+    story = story_of("demo.py")
     for part in (
         "the answer is [b'hello, server']",
         "client sees the error of the other side: I do not know [b'make me coffee'] [unknown-request]",
@@ -423,10 +429,7 @@ def test_the_demo_tells_its_story() -> None:
 
 
 def test_the_example_of_channels_follows_a_log_and_uploads_a_file() -> None:
-    with run_example("channels.py") as example:
-        story, errors = example.communicate(timeout=30)
-    assert example.returncode == 0, errors
-    assert errors == ""
+    story = story_of("channels.py")
     for part in (
         "the log says: the server starts\nclient: the log says: big.bin is coming\n",
         "client: uploaded 1024000 bytes of big.bin, and they are the same\n",
