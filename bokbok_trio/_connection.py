@@ -47,12 +47,12 @@ from ._errors import (
     BokbokError,
     ConnectionClosed,
     ConnectionLost,
-    ProtocolError,
     RemoteError,
 )
-from ._events import Answer, Bye, End, Event, Failure, Item, Request
+from ._events import Answer, Bye, End, Event, Failure, Item
 from ._handling import PEER_DRAINS, ChannelHandler, Handlers, RequestHandler
 from ._nursery import bare_nursery, contain, is_within
+from ._reader import Reader
 from ._sender import Sender
 from ._session import Session
 from ._statistics import ConnectionStatistics
@@ -146,11 +146,18 @@ class Connection:
             describe_error=settings.describe_error,
             wake_sender=self._sender.flush,
         )
+        self._reader = Reader(
+            self,
+            self._session,
+            self._sender,
+            self._watchdog,
+            self._handlers,
+            on_event=self._on_event,
+            lose=self._lose,
+        )
         self._make_error: Callable[[bool], BokbokError] | None = None  # set: it is over
         self._over = trio.Event()
-        self._send_failure = ""
         self._opening = trio.CancelScope()
-        self._receiving = trio.CancelScope()
         self._sending = trio.CancelScope()
         self._stream_closed = trio.Event()
         self._done = trio.Event()
@@ -364,10 +371,10 @@ class Connection:
         ended_by: BaseException | None = None
         try:
             async with bare_nursery() as nursery:
-                nursery.start_soon(self._send)
-                nursery.start_soon(self._receive, nursery)
                 nursery.start_soon(self._watchdog.run)
-                await self._open(open_handler)
+                self._reader.start(nursery)
+                nursery.start_soon(self._open, open_handler)
+                await self._send()
         except BaseException as exc:  # noqa: BLE001  (raised again below)
             ended_by = exc
         try:
@@ -427,7 +434,7 @@ class Connection:
             self._sending.deadline = trio.current_time() + CLOSE_TIMEOUT
         else:
             self._sending.cancel()
-        self._receiving.cancel()
+        self._reader.stop()
         self._watchdog.stop()
         self._opening.cancel()
         # Handlers first: one that waits for an answer here is to end by its cancellation.
@@ -461,42 +468,13 @@ class Connection:
             await self._sender.run()
         except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
             # Answers that came before it broke are still good: the reader gets a moment for them.
-            self._send_failure = f"sending failed: {exc!r}"
-            self._receiving.deadline = trio.current_time() + CLOSE_TIMEOUT
+            self._reader.stop_at(trio.current_time() + CLOSE_TIMEOUT, f"sending failed: {exc!r}")
             await self._over.wait()
 
-    # ---- the reader ----
+    # ---- what arrives ----
 
-    async def _receive(self, nursery: trio.Nursery) -> None:
-        with contain(lambda exc: self._lose(f"receiving failed: {exc}")), self._receiving:
-            try:
-                await self._receive_events(nursery)
-                cut = self._session.is_mid_packet
-                self._lose("the peer cut a packet short" if cut else "the peer closed the connection")
-            except ProtocolError as exc:
-                self._lose(f"the peer broke the protocol: {exc}")
-                logger.warning("%r: the peer broke the protocol: %s", self, exc)
-        self._lose(self._send_failure)  # if it is not over yet, the moment after that has passed
-
-    async def _receive_events(self, nursery: trio.Nursery) -> None:
-        """Do what arrives until the stream ends, or it is over."""
-        while data := await self._sender.wire.receive():
-            if self._make_error is not None:
-                return
-            self._watchdog.heard()
-            count = 0
-            for event in self._session.receive(data):
-                self._on_event(event, nursery)
-                count += 1
-            self._sender.heard(count)
-            self._wake_writers()
-            if self._session.has_queued or self._session.is_draining:
-                self._sender.wake()
-
-    def _on_event(self, event: Event, nursery: trio.Nursery) -> None:
-        if isinstance(event, Request):
-            self._handlers.start(event, nursery)
-        elif isinstance(event, Answer):
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Answer):
             self._waiters.pop(event.id).wake(event.fields)
         elif isinstance(event, Failure):
             self._waiters.pop(event.id).wake(_as_error(event))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
 import trio
 
@@ -75,8 +75,8 @@ class Handlers:
     def __len__(self) -> int:
         return len(self._scopes)
 
-    def start(self, request: Request, nursery: trio.Nursery) -> None:
-        """Handle a request in a task of its own, or answer at once that it is not."""
+    def accept(self, request: Request) -> Coroutine[Any, Any, None] | None:
+        """What is to be run to handle a request; None where it is answered already, that it is not."""
         if self._session.is_draining:
             self._session.fail(request.id, "closing", PEER_DRAINS)
         elif request.has_channel and self._channel_handler is None:
@@ -89,7 +89,8 @@ class Handlers:
             if request.timeout < math.inf:
                 scope.deadline = trio.current_time() + request.timeout
             self._scopes[request.id] = scope
-            nursery.start_soon(self._handle, request, channel, scope)
+            return self._handle(request, channel, scope)
+        return None
 
     def cancel(self, id: int) -> None:
         """The peer no longer wants the answer, and the handler has not ended."""

@@ -29,6 +29,13 @@ LONE_STREAK: Final = 3
 into groups that each pay for their own wakes."""
 
 
+BUNCH: Final = 32
+"""Packets that leave though more may follow at once: so the peer begins with them while we go on."""
+
+MAX_AT_ONCE: Final = 4
+"""Batches given to the socket in a row before other tasks have their turn."""
+
+
 @final
 class Sender:
     """Sends for one connection.
@@ -59,32 +66,46 @@ class Sender:
         self._watchdog = watchdog
         self._wake_writers = wake_writers
         self._on_idle = on_idle
-        self._sleeping = trio.lowlevel.ParkingLot()
+        self._sleeper: trio.lowlevel.Task | None = None
+        self._is_busy = True  # its task is not asleep
         self._is_stopping = False
-        self._can_flush = False  # it sleeps, and nothing stands in the way of what is queued
+        self._is_held = False
+        self._pending = 0  # packets queued since something was last sent, of those that it was told of
         self._lone_streak = LONE_STREAK
         self._is_lone = False  # what is queued next may go at once
 
+    # ---- what others say ----
+
     def wake(self) -> None:
         """Something was queued."""
-        self._sleeping.unpark()
+        if not self._is_held:
+            self._rouse()
 
     def flush(self) -> None:
-        """Something was queued that may be alone."""
-        if not self._is_lone or not self._can_flush:
-            self._sleeping.unpark()
-            return
-        self._is_lone = False
-        now = trio.current_time()
-        batch = self._session.take(now, self._room(now))
-        if batch and not self.wire.send_now(batch):
-            self._can_flush = False
-            self._sleeping.unpark()
-            return
-        self._watchdog.send_ended(ping_left=True)
-        self._wake_writers()
+        """A packet was queued that may be alone, or one of many."""
+        self._pending += 1
+        if self._pending >= BUNCH:
+            self._send_now()
+        elif not self._is_held:
+            if self._is_lone:
+                self._is_lone = False
+                self._send_now()
+            else:
+                self._rouse()
+
+    def hold(self) -> None:
+        """More is going to be queued, in this turn of the event loop."""
+        self._is_held = True
+
+    def release(self, *, wake_writers: bool = True) -> None:
+        """That was all. `wake_writers`: whether tasks that wait for room may be woken."""
+        self._is_held = False
+        if wake_writers:
+            self._wake_writers()
         if self._session.has_queued:
-            self._sleeping.unpark()
+            self._send_now(wake_writers=wake_writers)
+        elif self._session.is_draining:
+            self._rouse()
 
     def heard(self, count: int) -> None:
         """So many packets came together that say something to our user."""
@@ -98,8 +119,33 @@ class Sender:
     def stop(self) -> None:
         """End when nothing is queued any more."""
         self._is_stopping = True
-        self._can_flush = False
-        self._sleeping.unpark()
+        self._rouse()
+
+    # ---- sending ----
+
+    def _rouse(self) -> None:
+        sleeper, self._sleeper = self._sleeper, None
+        if sleeper is not None:
+            trio.lowlevel.reschedule(sleeper)
+
+    def _send_now(self, *, wake_writers: bool = True) -> None:
+        """Give what is queued to the socket, as far as it takes it; the rest is left to the task."""
+        self._pending = 0
+        for _ in range(MAX_AT_ONCE):
+            if self._is_busy or self._is_stopping or not self.wire.can_send_now:
+                break
+            now = trio.current_time()
+            batch = self._session.take(now, self._room(now))
+            if not batch or not self.wire.send_now(batch):
+                break
+            self._watchdog.send_ended(ping_left=True)
+            if wake_writers:
+                self._wake_writers()
+            if not self._session.has_queued:
+                if self._session.is_draining:
+                    break
+                return
+        self._rouse()
 
     async def run(self) -> None:
         """Send what is queued, as it comes, until stopped. Raises what the stream does."""
@@ -107,6 +153,7 @@ class Sender:
             now = trio.current_time()
             room = self._room(now)
             batch = self._session.take(now, room)
+            self._pending = 0
             if batch or self.wire.has_rest:
                 self._wake_writers()
                 self._watchdog.send_begins(now)
@@ -115,19 +162,24 @@ class Sender:
                 self._watchdog.send_ended(ping_left=not self._session.is_ping_queued)
             elif room == 0:
                 with trio.move_on_after(PAUSE):
-                    await self._sleeping.park()
+                    await self._park()
             elif self._is_stopping:
                 return
             else:
                 self._on_idle()
                 if not self._is_stopping:
-                    await self._sleep()
+                    self._is_lone = self._lone_streak >= LONE_STREAK
+                    self._is_busy = False
+                    await self._park()
+                    self._is_busy = True
 
-    async def _sleep(self) -> None:
-        self._is_lone = self._lone_streak >= LONE_STREAK
-        self._can_flush = self.wire.can_send_now and not self._session.is_draining
-        await self._sleeping.park()
-        self._can_flush = False
+    async def _park(self) -> None:
+        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+            self._sleeper = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        self._sleeper = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(abort)
 
     def _room(self, now: float) -> int:
         """How many bytes of big packets may be sent now; without a bound in the last second."""

@@ -334,6 +334,10 @@ class Session:
             if event is not None:
                 yield event
 
+    def keep(self) -> None:
+        """Make what is left of what was received last good beyond the next checkpoint."""
+        self._decoder.keep()
+
     def _interpret(self, fields: list[Received]) -> Event | None:
         match fields:
             case [b"req", id, timeout, body]:

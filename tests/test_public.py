@@ -49,6 +49,7 @@ LAYERS = [
         "_sender",
         "_channel",
         "_handling",
+        "_reader",
         "_statistics",
         "_connection",
         "_client",
@@ -60,7 +61,7 @@ LAYERS = [
 
 MAY_USE_TRIO = {
     *("_errors", "_keys", "_addresses", "_direct_stream", "_secretbox_stream", "_opening", "_nursery"),
-    *("_pacing", "_wire", "_watchdog", "_sender", "_channel", "_handling"),
+    *("_pacing", "_wire", "_watchdog", "_sender", "_channel", "_handling", "_reader"),
 }
 """Of those below the connection."""
 
