@@ -84,7 +84,7 @@ class Outgoing:
             `fields`. None where the packet has no such field.
     """
 
-    __slots__ = ("_body", "_deadline", "_fields", "_has_body", "body_size", "id", "kind")
+    __slots__ = ("_body", "_deadline", "_fields", "body_size", "id", "is_big", "kind")
 
     def __init__(
         self,
@@ -98,27 +98,25 @@ class Outgoing:
         self.kind = kind
         self.id = id
         self.body_size = body_size
+        self.is_big = body_size > MAX_WHOLE_SIZE - HEAD_ROOM  # whatever its timeout will be
         self._fields = fields
-        self._has_body = body is not None
-        self._body = body or []
+        self._body = body
         self._deadline = deadline
-
-    @property
-    def is_big(self) -> bool:
-        """Whether it must leave in pieces, whatever its timeout will be."""
-        return self.body_size > MAX_WHOLE_SIZE - HEAD_ROOM
 
     def encode(self, now: float, chunks: Chunks) -> int:
         """Append the packet to some chunks, as of now. Returns its size in bytes."""
         fields = self._fields
         if self._deadline is not None:
             left = max(0.0, self._deadline - now) * 1e6
-            fields = (b"" if left > MAX_TIMEOUT else encode_number(int(left)), *fields)
-        head = encode_head(
-            self.kind, encode_number(self.id), *fields, body_size=self.body_size if self._has_body else None
-        )
-        chunks.append(head)
-        chunks += self._body
+            timeout = b"" if left > MAX_TIMEOUT else encode_number(int(left))
+            fields = (timeout, *fields)
+        if self._body is None:
+            head = encode_head(self.kind, encode_number(self.id), *fields)
+            chunks.append(head)
+        else:
+            head = encode_head(self.kind, encode_number(self.id), *fields, body_size=self.body_size)
+            chunks.append(head)
+            chunks += self._body
         return len(head) + self.body_size
 
 
@@ -188,8 +186,9 @@ class Outbox:
 
     def put(self, packet: Outgoing) -> None:
         """Queue a packet; it leaves after those of its id that were queued before."""
-        if packet.id in self:
-            self._behind.setdefault(packet.id, deque()).append(packet)
+        id = packet.id
+        if id in self._small or id in self._items or id in self._big or id in self._open:
+            self._behind.setdefault(id, deque()).append(packet)
         else:
             self._place(packet)
 
@@ -243,15 +242,13 @@ class Outbox:
             It, in one piece, and what has thereby wholly left.
         """
         chunks: Chunks = []
-        size = 0
-        if self._control or self._credits:
-            chunks += self._control
-            self._control.clear()
-            for id, credit in self._credits.items():
-                chunks.append(encode_head(b"credit", encode_number(id), encode_number(credit)))
-            self._credits.clear()
-            size = sum(map(len, chunks))
+        size = self._take_control(chunks) if self._control or self._credits else 0
         done: list[Outgoing] = []
+        if not (self._items or self._big or self._open):  # mostly; then the rest of this is not needed
+            while self._small and size < self._batch_size:
+                size += self._take_first(self._small, now, chunks, done)
+            if not (self._items or self._big):  # which may have been behind what left
+                return b"".join(chunks), done
         if room == 0 and self._overtaken >= MIN_BATCH_SIZE:
             room = MIN_BATCH_SIZE
         has_piece = self.has_big and room > 0
@@ -268,11 +265,21 @@ class Outbox:
         self._overtaken = self._overtaken + size if self.has_big and not has_piece else 0
         return b"".join(chunks), done
 
+    def _take_control(self, chunks: Chunks) -> int:
+        chunks += self._control
+        self._control.clear()
+        for id, credit in self._credits.items():
+            chunks.append(encode_head(b"credit", encode_number(id), encode_number(credit)))
+        self._credits.clear()
+        return sum(map(len, chunks))
+
     def _take_first(
         self, queue: OrderedDict[int, Outgoing], now: float, chunks: Chunks, done: list[Outgoing]
     ) -> int:
         _, packet = queue.popitem(last=False)
-        self._note_left(packet, done)
+        done.append(packet)
+        if self._behind:
+            self._place_next(packet.id)
         return packet.encode(now, chunks)
 
     def _take_item(self, now: float, chunks: Chunks, done: list[Outgoing]) -> int:
@@ -298,15 +305,16 @@ class Outbox:
         if pieced.left:
             self._open[id] = pieced
         else:
-            self._note_left(pieced.packet, done)
+            done.append(pieced.packet)
+            self._place_next(id)
 
-    def _note_left(self, packet: Outgoing, done: list[Outgoing]) -> None:
-        """It has wholly left, or is about to: let the next packet of its id take a place."""
-        done.append(packet)
-        if self._behind and (behind := self._behind.get(packet.id)):
+    def _place_next(self, id: int) -> None:
+        """A packet has wholly left, or is about to: let the next one of its id take a place."""
+        behind = self._behind.get(id)
+        if behind is not None:
             self._place(behind.popleft())
             if not behind:
-                del self._behind[packet.id]
+                del self._behind[id]
 
 
 @final

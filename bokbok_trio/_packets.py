@@ -130,27 +130,36 @@ def encode_head(*fields: bytes, body_size: int | None = None) -> bytes:
     return b"".join(parts)
 
 
-def _decode_fields(data: Received) -> list[Any]:
-    """Cut a body into fields, of the same type."""
-    end = len(data)
-    if not end:
-        raise ProtocolError("a body without a count")
+def _decode_fields(data: Received, start: int, end: int) -> list[Any]:
+    """Cut the body that is at a place in some data into fields, of the same type as the data."""
     fields: list[Received] = []
-    position = 1
+    position = start + 1
     try:
-        for _ in range(data[0]):
-            start = position + LENGTH_SIZE
-            position = start + _U32.unpack_from(data, position)[0]
-            fields.append(data[start:position])
-    except struct.error:
-        if position <= end:
-            raise ProtocolError("a packet that ends inside a field's size") from None
-    # Positions only grow, so one past the end is still seen here: one look is enough for all fields.
-    if position > end:
-        raise ProtocolError("a field that is larger than its packet")
-    if position < end:
-        raise ProtocolError(f"{end - position} bytes after the last field of a packet")
+        for _ in range(data[start]):
+            at = position + LENGTH_SIZE
+            position = at + _U32.unpack_from(data, position)[0]
+            fields.append(data[at:position])
+    except (IndexError, struct.error):
+        position = -1
+    # Positions only grow, so that one went past the end is still seen here: one look for all fields.
+    if position != end:
+        raise _find_fault(bytes(data[start:end]))
     return fields
+
+
+def _find_fault(body: bytes) -> ProtocolError:
+    """What is wrong with a body that is none."""
+    end = len(body)
+    if not end:
+        return ProtocolError("a body without a count")
+    position = 1
+    for _ in range(body[0]):
+        if position + LENGTH_SIZE > end:
+            return ProtocolError("a packet that ends inside a field's size")
+        position += LENGTH_SIZE + _U32.unpack_from(body, position)[0]
+        if position > end:
+            return ProtocolError("a field that is larger than its packet")
+    return ProtocolError(f"{end - position} bytes after the last field of a packet")
 
 
 def decode_body(body: Received) -> list[bytes]:
@@ -159,8 +168,8 @@ def decode_body(body: Received) -> list[bytes]:
     Raises:
         ProtocolError: the sizes do not use up the bytes exactly.
     """
-    fields = _decode_fields(body)
-    return fields if isinstance(body, bytes) else list(map(bytes, fields))
+    fields = _decode_fields(body, 0, len(body))
+    return fields if type(body) is bytes else list(map(bytes, fields))
 
 
 def decode_ours(body: Received) -> list[Received]:
@@ -169,12 +178,10 @@ def decode_ours(body: Received) -> list[Received]:
     Raises:
         ProtocolError: as `decode_body` does.
     """
-    if len(body) < LARGE:
-        body = bytes(body)
-    fields = _decode_fields(body)
-    if isinstance(body, bytes):
-        return fields
-    return [field if len(field) >= LARGE else bytes(field) for field in fields]
+    size = len(body)
+    if size < LARGE:
+        return _decode_fields(bytes(body), 0, size)
+    return [field if len(field) >= LARGE else bytes(field) for field in _decode_fields(body, 0, size)]
 
 
 def describe(fields: Sequence[Received]) -> str:
@@ -193,8 +200,7 @@ def decode_number(field: Received) -> int:
     Raises:
         ProtocolError: it does not match ``0|[1-9][0-9]{0,17}``. ``int()`` alone would take more.
     """
-    size = len(field)
-    if size == 1 or (1 < size <= _MAX_DIGITS and field[0] != _ZERO):
+    if 0 < len(field) <= _MAX_DIGITS and (field[0] != _ZERO or len(field) == 1):
         digits = bytes(field)
         if digits.isdigit():
             return int(digits)
@@ -230,7 +236,7 @@ class PacketDecoder:
         """How many bytes of an unfinished packet are held."""
         return len(self._buffer)
 
-    def decode(self, data: Received | bytearray) -> Iterator[list[Received]]:
+    def decode(self, received: Received | bytearray) -> Iterator[list[Received]]:
         """Take in more bytes; yield each packet that they complete, as `decode_ours` does.
 
         The packets before a bad one are yielded before it raises. After that the decoder is of no
@@ -240,8 +246,8 @@ class PacketDecoder:
             ProtocolError: a length over the limit, or a packet that is not one.
         """
         # Views of what is small would cost more than copies, and so would a view for each of many packets.
-        self._data = bytes(data) if len(data) < LARGE_BATCH else memoryview(data)
-        size = len(data)
+        size = len(received)
+        self._data = bytes(received) if size < LARGE_BATCH else memoryview(received)
         position = 0
         buffer = self._buffer
         if buffer:
@@ -262,9 +268,9 @@ class PacketDecoder:
             end = start + self._check(_U32.unpack_from(self._data, position)[0])
             if end > size:
                 break
-            body = self._data[start:end]
             position = end
-            yield decode_ours(body)
+            data = self._data
+            yield _decode_fields(data, start, end) if type(data) is bytes else decode_ours(data[start:end])
         self._buffer += self._data[position:]
         self._data = b""
 

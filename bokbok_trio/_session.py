@@ -13,9 +13,9 @@ request *of ours* the engine knows one of these, and nothing once it is done:
 state     what it means                                        where it is
 ========= ==================================================== ================================
 backlog   no slot is free; the peer knows nothing              ``_backlog``
-queued    it has a slot; it has not, or only partly, left      ``_asked``, ``_unsent``, outbox
+queued    it has a slot; it has not, or only partly, left      ``_asked``, outbox
 asked     it was taken to be sent, and the answer is awaited   ``_asked``
-cancelled as asked, but nobody wants the answer any more       ``_asked``, ``_cancelled``
+cancelled as asked, but nobody wants the answer any more       ``_asked``
 ========= ==================================================== ================================
 
 Of a request *of the peer's*: handled (``_handling``), then its answer is queued (``_handling`` and
@@ -42,7 +42,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum, auto
 from typing import Final, final
 
 from ._errors import MAX_ERROR_TEXT_SIZE, ProtocolError
@@ -71,6 +72,14 @@ ANSWER_KINDS: Final = frozenset({b"ok", b"err"})
 """What ends a request."""
 
 
+class State(Enum):
+    """Of a request of ours that has a slot."""
+
+    QUEUED = auto()
+    ASKED = auto()
+    CANCELLED = auto()
+
+
 @final
 class Session:
     """One side of an open connection.
@@ -85,6 +94,28 @@ class Session:
         channels: sends and grants, for the channels in flight.
     """
 
+    __slots__ = (
+        "_asked",
+        "_backlog",
+        "_bye_ok_queued",
+        "_bye_sent",
+        "_decoder",
+        "_handling",
+        "_is_closed",
+        "_max_body_size",
+        "_max_requests",
+        "_next_id",
+        "_outbox",
+        "_peer_bye",
+        "_peer_bye_ok",
+        "_peer_parity",
+        "_pieces",
+        "_ping_queued",
+        "_pong_queued",
+        "_slots",
+        "channels",
+    )
+
     def __init__(self, side: Side, *, max_message_size: int, max_requests: int, slots: int) -> None:
         self._decoder = PacketDecoder(min(max_message_size, MAX_WHOLE_SIZE))
         self._pieces = Reassembler(max_message_size)
@@ -93,9 +124,7 @@ class Session:
         self._slots = slots
         self._next_id = 0 if side == "client" else 1
         self._peer_parity = 1 - self._next_id
-        self._asked: set[int] = set()
-        self._unsent: set[int] = set()
-        self._cancelled: set[int] = set()
+        self._asked: dict[int, State] = {}
         self._handling: dict[int, bool] = {}  # whether it has been answered
         self._backlog: OrderedDict[int, Outgoing] = OrderedDict()
         self._outbox = Outbox()
@@ -152,23 +181,22 @@ class Session:
             self.channels.remove(id)
             return
         self._outbox.remove(id)  # it, or items of its channel
-        if id in self._unsent:
+        if self._asked[id] is State.QUEUED:
             self._free_slot(id)
             return
-        self._cancelled.add(id)
+        self._asked[id] = State.CANCELLED
         self._outbox.put_control(b"cancel", encode_number(id))
 
     def is_unsent(self, id: int) -> bool:
         """Whether it is certain that no handler of the peer's has seen a request of ours."""
-        return id in self._unsent or id in self._backlog
+        return self._asked.get(id) is State.QUEUED or id in self._backlog
 
     def _use_free_slots(self) -> None:
         while self._backlog and len(self._asked) < self._slots:
             self._use_slot(self._backlog.popitem(last=False)[1])
 
     def _use_slot(self, packet: Outgoing) -> None:
-        self._asked.add(packet.id)
-        self._unsent.add(packet.id)
+        self._asked[packet.id] = State.QUEUED
         self._outbox.put(packet)
         if packet.kind == b"chan":
             self.channels.start(packet.id)
@@ -177,8 +205,7 @@ class Session:
         if id in self.channels:
             self._outbox.remove(id)  # items that nobody wants
             self.channels.remove(id)
-        self._asked.remove(id)
-        self._unsent.discard(id)
+        del self._asked[id]
         if self._backlog:
             self._use_free_slots()
 
@@ -222,7 +249,7 @@ class Session:
     @property
     def cancelled(self) -> int:
         """How many of our requests with a slot have been cancelled, and are still to be answered."""
-        return len(self._cancelled)
+        return list(self._asked.values()).count(State.CANCELLED)
 
     @property
     def queued(self) -> int:
@@ -276,8 +303,6 @@ class Session:
             self.channels.remove(id)
         self._backlog.clear()
         self._asked.clear()
-        self._unsent.clear()
-        self._cancelled.clear()
         self._bye_ok_queued = False
 
     # ---- what leaves ----
@@ -300,14 +325,16 @@ class Session:
         self._ping_queued = self._pong_queued = False
         batch, done = self._outbox.take(now, room)
         for packet in done:
+            id = packet.id
             if packet.kind in ANSWER_KINDS:
-                del self._handling[packet.id]
-                self.channels.remove(packet.id)
+                del self._handling[id]
+                if self.channels:
+                    self.channels.remove(id)
             elif packet.kind == b"item":
-                self.channels.left(packet.id, packet.body_size)
-            else:
-                self._unsent.discard(packet.id)
-        if self._bye_ok_queued and not self._unsent:
+                self.channels.left(id, packet.body_size)
+            elif self._asked.get(id) is State.QUEUED:
+                self._asked[id] = State.ASKED
+        if self._bye_ok_queued and State.QUEUED not in self._asked.values():
             self._bye_ok_queued = False
             batch += encode_head(b"bye-ok")
         return batch
@@ -339,112 +366,98 @@ class Session:
         self._decoder.keep()
 
     def _interpret(self, fields: list[Received]) -> Event | None:
-        match fields:
-            case [b"req", id, timeout, body]:
-                return self._on_request(decode_number(id), timeout, body)
-            case [b"ok", id, body]:
-                answer = Answer(decode_number(id), decode_body(body))
-                return answer if self._on_answered(answer.id) else None
-            case [b"err", id, code, message]:
-                failure = Failure(decode_number(id), decode_text(code), decode_text(message))
-                return failure if self._on_answered(failure.id) else None
-            case [b"cancel", id]:
-                number = self._check_parity(decode_number(id), self._peer_parity)
-                return self._on_cancel(number)
-            case [b"part", n, left, piece]:
-                return self._on_piece(decode_number(n), decode_number(left), piece)
-            case _:
-                return self._interpret_rest(fields)
+        kind = fields[0] if fields else b""
+        known = _KINDS.get(kind) if type(kind) is bytes else None
+        if known is None or known[0] != len(fields):
+            raise ProtocolError(f"no packet of ours: {describe(fields)}")
+        return known[1](self, fields)
 
-    def _has_channel(self, id: int) -> bool:
-        """Whether there is one in flight. Where nothing is, that is what crossing looks like."""
-        if id not in self._handling and (id not in self._asked or id in self._unsent):
-            return False
-        if id not in self.channels:
-            raise ProtocolError(f"the request {id} has no channel")
-        return True
+    # ---- requests and their answers ----
 
-    def _interpret_rest(self, fields: list[Received]) -> Event | None:
-        """What belongs to no request."""
-        match fields:
-            case [b"drop", n]:
-                self._pieces.drop(decode_number(n))
-            case [b"ping"]:
-                self._on_ping()
-            case [b"pong"]:
-                pass  # it was heard: that is all it is for
-            case [b"bye"]:
-                return self._on_bye()
-            case [b"bye-ok"]:
-                self._on_bye_ok()
-            case _:
-                return self._interpret_channel(fields)
-        return None
-
-    def _interpret_channel(self, fields: list[Received]) -> Event | None:
-        """What belongs to a channel, of either side's."""
-        match fields:
-            case [b"chan", id, timeout, credit, body]:
-                first_credit = decode_number(credit)
-                request = self._on_request(decode_number(id), timeout, body)
-                self.channels.add_theirs(request.id, first_credit)
-                return request._replace(has_channel=True)
-            case [b"item", id, body]:
-                encoded = body if isinstance(body, bytes) else None
-                return self._on_item(Item(decode_number(id), len(body), decode_body(body), encoded))
-            case [b"credit", id, size]:
-                number, more = decode_number(id), decode_number(size)
-                if self._has_channel(number):
-                    self.channels.on_credit(number, more)
-            case [b"end", id]:
-                return self._on_end(decode_number(id))
-            case _:
-                raise ProtocolError(f"no packet of ours: {describe(fields)}")
-        return None
-
-    def _on_item(self, item: Item) -> Item | None:
-        if not self._has_channel(item.id):
-            return None
-        self.channels.on_item(item.id, item.size)
-        return None if item.id in self._cancelled else item
-
-    def _on_end(self, id: int) -> End | None:
-        if not self._has_channel(id):
-            return None
-        self.channels.on_end(id)
-        return None if id in self._cancelled else End(id)
-
-    def _on_request(self, id: int, timeout: Received, body: Received) -> Request:
-        self._check_parity(id, self._peer_parity)
-        seconds = decode_number(timeout) / 1e6 if timeout else math.inf
-        request = Request(id, seconds, decode_body(body))
-        if id in self._handling:
-            raise ProtocolError(f"request {id} is in flight already")
+    def _on_req(self, fields: list[Received]) -> Request:
+        _, id, timeout, body = fields
+        number = self._check_parity(decode_number(id), self._peer_parity)
+        request = Request(number, decode_number(timeout) / 1e6 if timeout else math.inf, decode_body(body))
+        if number in self._handling:
+            raise ProtocolError(f"request {number} is in flight already")
         if len(self._handling) >= self._max_requests:
             raise ProtocolError(f"more than {self._max_requests} requests in flight")
         if self._peer_bye_ok:
             raise ProtocolError("a new request after bye-ok")
-        self._handling[id] = False
+        self._handling[number] = False
         return request
 
-    def _on_cancel(self, id: int) -> Cancel | None:
+    def _on_ok(self, fields: list[Received]) -> Answer | None:
+        _, id, body = fields
+        answer = Answer(decode_number(id), decode_body(body))
+        return answer if self._on_answered(answer.id) else None
+
+    def _on_err(self, fields: list[Received]) -> Failure | None:
+        _, id, code, message = fields
+        failure = Failure(decode_number(id), decode_text(code), decode_text(message))
+        return failure if self._on_answered(failure.id) else None
+
+    def _on_answered(self, id: int) -> bool:
+        """Note an answer to a request of ours; False: nobody wants it any more."""
+        state = self._asked.get(id)
+        if state is None or state is State.QUEUED:
+            raise ProtocolError(f"an answer to {id}, which is not awaited")
+        self._free_slot(id)
+        return state is State.ASKED
+
+    def _on_cancel(self, fields: list[Received]) -> Cancel | None:
+        id = self._check_parity(decode_number(fields[1]), self._peer_parity)
         if self._handling.get(id) is not False:
             return None  # never asked, answered, or done: they crossed
         self._outbox.remove(id)  # items that nobody wants
         return Cancel(id)
 
-    def _on_answered(self, id: int) -> bool:
-        """Note an answer to a request of ours; False: nobody wants it any more."""
-        if id not in self._asked or id in self._unsent:
-            raise ProtocolError(f"an answer to {id}, which is not awaited")
-        self._free_slot(id)
-        if id in self._cancelled:
-            self._cancelled.remove(id)
+    # ---- channels, of either side's ----
+
+    def _on_chan(self, fields: list[Received]) -> Request:
+        kind, id, timeout, credit, body = fields
+        first_credit = decode_number(credit)
+        request = self._on_req([kind, id, timeout, body])
+        self.channels.add_theirs(request.id, first_credit)
+        return request._replace(has_channel=True)
+
+    def _on_item(self, fields: list[Received]) -> Item | None:
+        _, id, body = fields
+        encoded = body if isinstance(body, bytes) else None
+        item = Item(decode_number(id), len(body), decode_body(body), encoded)
+        if not self._has_channel(item.id):
+            return None
+        self.channels.on_item(item.id, item.size)
+        return item if self._is_wanted(item.id) else None
+
+    def _on_credit(self, fields: list[Received]) -> None:
+        id, more = decode_number(fields[1]), decode_number(fields[2])
+        if self._has_channel(id):
+            self.channels.on_credit(id, more)
+
+    def _on_end(self, fields: list[Received]) -> End | None:
+        id = decode_number(fields[1])
+        if not self._has_channel(id):
+            return None
+        self.channels.on_end(id)
+        return End(id) if self._is_wanted(id) else None
+
+    def _has_channel(self, id: int) -> bool:
+        """Whether there is one in flight. Where nothing is, that is what crossing looks like."""
+        if id not in self._handling and self._asked.get(id) in (None, State.QUEUED):
             return False
+        if id not in self.channels:
+            raise ProtocolError(f"the request {id} has no channel")
         return True
 
-    def _on_piece(self, number: int, left: int, piece: Received) -> Event | None:
-        body = self._pieces.add(number, left, piece)
+    def _is_wanted(self, id: int) -> bool:
+        return self._asked.get(id) is not State.CANCELLED
+
+    # ---- what belongs to no request ----
+
+    def _on_part(self, fields: list[Received]) -> Event | None:
+        _, number, left, piece = fields
+        body = self._pieces.add(decode_number(number), decode_number(left), piece)
         if body is None:
             return None
         fields = decode_ours(body)
@@ -452,12 +465,18 @@ class Session:
             raise ProtocolError(f"this may not come in pieces: {describe(fields)}")
         return self._interpret(fields)
 
-    def _on_ping(self) -> None:
+    def _on_drop(self, fields: list[Received]) -> None:
+        self._pieces.drop(decode_number(fields[1]))
+
+    def _on_ping(self, _fields: list[Received]) -> None:
         if not self._pong_queued:
             self._pong_queued = True
             self._outbox.put_control(b"pong")
 
-    def _on_bye(self) -> Bye:
+    def _on_pong(self, _fields: list[Received]) -> None:
+        """It was heard: that is all it is for."""
+
+    def _on_bye(self, _fields: list[Received]) -> Bye:
         if self._peer_bye:
             raise ProtocolError("bye twice")
         self._peer_bye = True
@@ -468,7 +487,7 @@ class Session:
         self._backlog.clear()
         return bye
 
-    def _on_bye_ok(self) -> None:
+    def _on_bye_ok(self, _fields: list[Received]) -> None:
         if not self._bye_sent or self._peer_bye_ok:
             raise ProtocolError("bye-ok without bye")
         self._peer_bye_ok = True
@@ -478,3 +497,22 @@ class Session:
         if id % 2 != parity:
             raise ProtocolError(f"the id {id} is none of the other side's")
         return id
+
+
+_KINDS: Final[dict[bytes, tuple[int, Callable[[Session, list[Received]], Event | None]]]] = {
+    b"req": (4, Session._on_req),
+    b"ok": (3, Session._on_ok),
+    b"err": (4, Session._on_err),
+    b"cancel": (2, Session._on_cancel),
+    b"part": (4, Session._on_part),
+    b"drop": (2, Session._on_drop),
+    b"ping": (1, Session._on_ping),
+    b"pong": (1, Session._on_pong),
+    b"bye": (1, Session._on_bye),
+    b"bye-ok": (1, Session._on_bye_ok),
+    b"chan": (5, Session._on_chan),
+    b"item": (3, Session._on_item),
+    b"credit": (3, Session._on_credit),
+    b"end": (2, Session._on_end),
+}
+"""Every kind of packet: how many fields it has, and what it does."""

@@ -23,7 +23,7 @@ from bokbok_trio._events import Answer, Bye, Cancel, End, Event, Failure, Item, 
 from bokbok_trio._flow import MAX_CREDIT, MAX_QUEUED, WINDOW
 from bokbok_trio._outbox import HEAD_ROOM
 from bokbok_trio._packets import LARGE, encode_body, encode_head
-from bokbok_trio._session import Session
+from bokbok_trio._session import Session, State
 
 LIMIT = 4096
 
@@ -533,7 +533,7 @@ def test_after_close_only_what_is_queued_leaves_and_no_request() -> None:
 def test_big_answers_still_arrive_when_big_requests_were_cut_off_by_closing() -> None:
     client, server = (make(side, max_requests=9, slots=9, limit=2**20) for side in ("client", "server"))
     list(server.receive(b"".join(packet(b"req", b"%d" % n, b"", body=[]) for n in (0, 2))))
-    client._next_id, client._asked = 4, {0, 2}
+    client._next_id, client._asked = 4, {0: State.ASKED, 2: State.ASKED}
     for _ in range(4):
         server.request([bytes(2**18)])
         list(client.receive(server.take(0)))
@@ -615,7 +615,7 @@ def test_the_answer_waits_for_big_items_and_small_ones_of_other_channels_do_not(
     send_item(server, 0, bytes(2**17))
     send_item(server, 2, b"small")
     server.answer(0, [])
-    client._asked.add(2)
+    client._asked[2] = State.ASKED
     client.channels.add_ours(2)
     events: list[object] = []
     while sent := server.take(0):
@@ -1002,7 +1002,7 @@ class TwoEngines(RuleBasedStateMachine):
         for side in (0, 1):
             assert self.waiting[side] == {}
             engine = self.engines[side]
-            left = (engine._asked, engine._unsent, engine._cancelled, engine._handling, engine._backlog)
+            left = (engine._asked, engine._handling, engine._backlog)
             assert not any(left), left
             assert not len(engine.channels)
             outbox = engine._outbox
