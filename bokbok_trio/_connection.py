@@ -248,7 +248,7 @@ class Connection:
             ConnectionClosed: this side closed the connection.
             ConnectionLost: the connection was lost; see its `may_have_run`.
         """
-        if not self._may_ask:
+        if self._make_error is not None or not self._session.may_ask:  # `_may_ask`, without its call
             await self._refuse()
         deadline = trio.current_effective_deadline()
         id = self._session.request(fields, deadline)
@@ -405,8 +405,7 @@ class Connection:
         logger.error("%r: %s", self, what, exc_info=error)
 
     def _wake_writers(self) -> None:
-        if self._session.channels.has_writable:
-            self._channels.wake_writers()
+        self._channels.wake_writers()
 
     def _on_idle(self) -> None:
         if self._session.is_drained and self._handlers.ready.is_set():

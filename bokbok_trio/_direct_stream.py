@@ -43,6 +43,7 @@ class DirectStream(trio.abc.Stream):
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self.socket = stream.socket
+        self._fd = stream.socket.fileno()  # -1 once it is closed
 
     def send_now(self, data: bytes) -> int:
         """Send as much of some data as the socket takes at once, and return how many bytes.
@@ -51,7 +52,7 @@ class DirectStream(trio.abc.Stream):
         while no `send_all` is under way.
         """
         try:
-            return os.write(self.socket.fileno(), data)
+            return os.write(self._fd, data)
         except OSError:
             return 0
 
@@ -72,13 +73,12 @@ class DirectStream(trio.abc.Stream):
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
         view = _scratch.view if max_bytes is None else _scratch.view[:max_bytes]
-        fd = self.socket.fileno()
-        if fd < 0:
+        if self._fd < 0:
             raise trio.ClosedResourceError("this stream was closed")
         while True:
-            await trio.lowlevel.wait_readable(fd)
+            await trio.lowlevel.wait_readable(self._fd)
             try:
-                return view[: os.readv(fd, [view])]
+                return view[: os.readv(self._fd, [view])]
             except BlockingIOError:
                 continue
             except OSError as exc:
@@ -86,6 +86,7 @@ class DirectStream(trio.abc.Stream):
 
     async def aclose(self) -> None:
         """As the socket's stream does."""
+        self._fd = -1  # before its number can be another file's
         await self._stream.aclose()
 
 

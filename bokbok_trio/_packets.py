@@ -86,22 +86,18 @@ def encode_body(fields: Sequence[Field], limit: int) -> tuple[Chunks, int]:
         ValueError: more than 255 fields, or a str that has no UTF-8 (a lone surrogate).
         MessageTooLarge: the body would be larger than `limit`.
     """
-    encoded = encode_fields(fields)
-    chunks: Chunks = [_COUNTS[len(encoded)]]
-    size = 1 + _append_fields(chunks, encoded)
+    if type(fields) not in _LISTS or len(fields) > MAX_FIELDS:
+        fields = encode_fields(fields)
+    chunks: Chunks = [_COUNTS[len(fields)]]
+    size = 1
+    for field in fields:
+        encoded = field if type(field) is bytes else _encode_field(field)
+        length = len(encoded)
+        size += LENGTH_SIZE + length
+        chunks += (_SIZES[length] if length < len(_SIZES) else _U32.pack(length), encoded)
     if size > limit:
         raise MessageTooLarge(size, limit)
     return ([b"".join(chunks)] if size <= SMALL else chunks), size
-
-
-def _append_fields(chunks: Chunks, fields: Sequence[bytes]) -> int:
-    """Append fields with their sizes; return how many bytes that is."""
-    total = 0
-    for field in fields:
-        size = len(field)
-        total += LENGTH_SIZE + size
-        chunks += (_SIZES[size] if size < len(_SIZES) else _U32.pack(size), field)
-    return total
 
 
 def _encode_field(field: Field) -> bytes:
@@ -120,7 +116,11 @@ def encode_head(*fields: bytes, body_size: int | None = None) -> bytes:
         body_size: where given, one more field follows, of so many bytes, which the caller appends.
     """
     parts: Chunks = [b""]
-    size = 1 + _append_fields(parts, fields)
+    size = 1
+    for field in fields:
+        length = len(field)
+        size += LENGTH_SIZE + length
+        parts += (_SIZES[length] if length < len(_SIZES) else _U32.pack(length), field)
     count = len(fields)
     if body_size is not None:
         count += 1
@@ -264,14 +264,16 @@ class PacketDecoder:
             self._buffer = bytearray()
             yield decode_ours(memoryview(buffer)[LENGTH_SIZE:])
         while size - position >= LENGTH_SIZE:
+            data = self._data
             start = position + LENGTH_SIZE
-            end = start + self._check(_U32.unpack_from(self._data, position)[0])
+            end = start + self._check(_U32.unpack_from(data, position)[0])
             if end > size:
                 break
             position = end
-            data = self._data
             yield _decode_fields(data, start, end) if type(data) is bytes else decode_ours(data[start:end])
-        self._buffer += self._data[position:]
+        if position < size:
+            buffer = self._buffer
+            buffer += self._data[position:]
         self._data = b""
 
     def keep(self) -> None:

@@ -127,10 +127,21 @@ class Reader:
         try:
             with scope:
                 self._hand_out()
-                while (request := await self._next()) is not None:
-                    call = self._handlers.accept(request)
-                    if call is not None and await _watch(call, self._step_aside):
-                        return
+                while True:
+                    request = self._do_events()
+                    if request is not None:
+                        call = self._handlers.accept(request)
+                        if call is not None and await _watch(call, self._step_aside):
+                            return
+                        continue
+                    self._sender.end_batch(self._count)
+                    data = await self._sender.wire.receive()
+                    if not data or self._stopped:
+                        break
+                    self._watchdog.heard()
+                    self._sender.begin_batch()
+                    self._count = 0
+                    self._events = self._session.receive(data)
                 cut = self._session.is_mid_packet
                 self._reason = "the peer cut a packet short" if cut else "the peer closed the connection"
         except ProtocolError as exc:
@@ -139,20 +150,6 @@ class Reader:
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
             keep(exc, lambda error: self._lose(f"receiving failed: {error}"))
         self._lose(self._reason)  # if it is not over yet
-
-    async def _next(self) -> Request | None:
-        """Do all that arrives up to the next request; None is the end."""
-        while (request := self._do_events()) is None:
-            self._sender.heard(self._count)
-            self._sender.release()
-            data = await self._sender.wire.receive()
-            if not data or self._stopped:
-                return None
-            self._watchdog.heard()
-            self._sender.hold()
-            self._count = 0
-            self._events = self._session.receive(data)
-        return request
 
     def _do_events(self) -> Request | None:
         for event in self._events:
@@ -170,7 +167,7 @@ class Reader:
         """
         if not self._stopped:
             self._session.keep()
-            self._sender.release(wake_writers=False)
+            self._sender.end_batch(self._count, wake_writers=False)
             self._start_task()
 
     def _hand_out(self) -> None:

@@ -93,28 +93,29 @@ class Sender:
             else:
                 self._rouse()
 
-    def hold(self) -> None:
-        """More is going to be queued, in this turn of the event loop."""
+    def begin_batch(self) -> None:
+        """Something was received, and for all of it that is to be queued, `end_batch` is waited for."""
         self._is_held = True
 
-    def release(self, *, wake_writers: bool = True) -> None:
-        """That was all. `wake_writers`: whether tasks that wait for room may be woken."""
-        self._is_held = False
-        if wake_writers:
-            self._wake_writers()
-        if self._session.has_queued:
-            self._send_now(wake_writers=wake_writers)
-        elif self._session.is_draining:
-            self._rouse()
+    def end_batch(self, count: int, *, wake_writers: bool = True) -> None:
+        """All was done, for now, that so many packets of what was received wanted.
 
-    def heard(self, count: int) -> None:
-        """So many packets came together that say something to our user."""
+        `wake_writers`: whether tasks that wait for room may be woken.
+        """
+        self._is_held = False
         if count == 1:
             self._lone_streak += 1
             self._is_lone = self._lone_streak >= LONE_STREAK
         elif count:
             self._lone_streak = 0
             self._is_lone = False
+        session = self._session
+        if wake_writers and session.channels.has_writable:
+            self._wake_writers()
+        if session.has_queued:
+            self._send_now(wake_writers=wake_writers)
+        elif session.is_draining:
+            self._rouse()
 
     def stop(self) -> None:
         """End when nothing is queued any more."""
@@ -131,18 +132,19 @@ class Sender:
     def _send_now(self, *, wake_writers: bool = True) -> None:
         """Give what is queued to the socket, as far as it takes it; the rest is left to the task."""
         self._pending = 0
+        session = self._session
         for _ in range(MAX_AT_ONCE):
             if self._is_busy or self._is_stopping or not self.wire.can_send_now:
                 break
             now = trio.current_time()
-            batch = self._session.take(now, self._room(now))
+            batch = session.take(now, self._room(now) if session.has_big else MAX_BATCH_SIZE)
             if not batch or not self.wire.send_now(batch):
                 break
             self._watchdog.send_ended(ping_left=True)
-            if wake_writers:
+            if wake_writers and session.channels.has_writable:
                 self._wake_writers()
-            if not self._session.has_queued:
-                if self._session.is_draining:
+            if not session.has_queued:
+                if session.is_draining:
                     break
                 return
         self._rouse()
@@ -155,7 +157,8 @@ class Sender:
             batch = self._session.take(now, room)
             self._pending = 0
             if batch or self.wire.has_rest:
-                self._wake_writers()
+                if self._session.channels.has_writable:
+                    self._wake_writers()
                 self._watchdog.send_begins(now)
                 await self.wire.send(batch)
                 self._session.note_sent(trio.current_time() - now)
