@@ -366,7 +366,7 @@ class Connection:
             async with bare_nursery() as nursery:
                 nursery.start_soon(self._send)
                 nursery.start_soon(self._receive, nursery)
-                nursery.start_soon(self._watchdog.run)
+                self._watchdog.start()
                 await self._open(open_handler)
         except BaseException as exc:  # noqa: BLE001  (raised again below)
             ended_by = exc
