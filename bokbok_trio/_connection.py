@@ -3,14 +3,17 @@
 Theory
 ======
 
-`Connection._run` is the connection's whole life, in a task of its own. Its nursery holds
+`Connection._run` is the connection's whole life, in a task of its own, which is also the **sender**
+(`Sender`): it alone waits for the stream to take something, and closes it, so closing needs no lock to
+come after the last packet. Its nursery holds
 
-- the **reader**, which decodes what arrives, hands answers to waiters and starts a task per request;
-  it never waits for user code, for a slot, or for room to send;
-- the **sender** (`Sender`), which alone waits for the stream to take something, and closes it: so
-  closing needs no lock to come after the last packet;
-- the **watchdog**, which pings a silent peer, and notices one that is gone;
-- a task per incoming request, with a channel or without, each in a cancel scope of its own.
+- the **reader** (`Reader`), which decodes what arrives, hands answers to waiters and calls the handlers
+  of requests; it never waits for user code, for a slot, or for room to send;
+- a task per incoming request whose handler waits, with a channel or without, each in a cancel scope of
+  its own;
+- the open handler, while it runs.
+
+The `Watchdog`, which pings a silent peer, and notices one that is gone, has no task here.
 
 `request` queues a packet, has it sent and sleeps until the reader or `_end` wakes it.
 
@@ -371,9 +374,12 @@ class Connection:
         ended_by: BaseException | None = None
         try:
             async with bare_nursery() as nursery:
-                nursery.start_soon(self._watchdog.run)
+                self._watchdog.start()
                 self._reader.start(nursery)
-                nursery.start_soon(self._open, open_handler)
+                if open_handler is None:
+                    self._handlers.ready.set()
+                else:
+                    nursery.start_soon(self._open, open_handler)
                 await self._send()
         except BaseException as exc:  # noqa: BLE001  (raised again below)
             ended_by = exc
@@ -389,12 +395,11 @@ class Connection:
         if ended_by is not None:
             raise ended_by
 
-    async def _open(self, open_handler: ConnectionHandler | None) -> None:
+    async def _open(self, open_handler: ConnectionHandler) -> None:
         """Run the open handler, and let requests be handled if it returned; if not, it is over."""
         try:
             with self._opening, contain(partial(self._log, "the open handler failed")):
-                if open_handler is not None:
-                    await open_handler(self)
+                await open_handler(self)
                 self._handlers.ready.set()
                 self._sender.wake()
         finally:

@@ -11,29 +11,72 @@ False accusations that this avoids:
   meanwhile, so one more ``ping_timeout`` is granted.
 
 The pings follow websockets' keepalive; the rest is learned from its issues.
+
+Alarms
+======
+
+A `Watchdog` is no task. It notes what happens, and `Watchdog.alarm` says when it is to be called next;
+one task for each Trio run (`_Rounds`) does that for the connections of the run. So nothing is
+done when something happens but noting it, provided that an alarm set at a time s never goes off
+later than something becomes due that is not known at s. It does not:
+
+- A send that begins at t >= s is stuck at t + ping_after + ping_timeout, later than any alarm of s.
+- If the peer has been heard of since the last ping, or there was none, the alarm is at most
+  s + ping_after, when a ping is due. What is heard at t >= s puts that off to t + ping_after; and no
+  answer is due before the ping.
+- If not, the alarm is at most s + min(ping_after, ping_timeout). Should the ping be written at t >= s,
+  its time ends at t + ping_timeout; should something be heard, the next ping is due at t + ping_after.
+
+Only what is granted after a late alarm may put off a ping, by less than ``ping_timeout``.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from heapq import heapify, heappop, heappush
+from itertools import count
 from typing import Final, final
 
 import trio
 
 LATENESS: Final = 1.0
-"""Seconds by which the watchdog may wake late before it thinks that it was not the peer's fault."""
+"""Seconds by which an alarm may be late before the watchdog thinks that it was not the peer's fault."""
+
+SPARE_ALARMS: Final = 64
+"""Alarms of stopped watchdogs that are kept, besides as many as there are of others; with fewer, each
+connection that is closed would have all of a few looked through."""
+
+logger = logging.getLogger("bokbok_trio")
 
 
 @final
 class Watchdog:
-    """Watches one connection, in a task of its own.
+    """Watches one connection.
 
     Arguments:
         ping_after, ping_timeout: seconds; see `Settings`.
         ping: queues a ping and wakes the sender.
-        lose: is told why the connection is lost.
+        lose: is told why the connection is lost, once; the watchdog has stopped then.
+
+    What the two raise is logged.
     """
+
+    __slots__ = (
+        "_answer_due",
+        "_asked_after",
+        "_forgiven_until",
+        "_heard_at",
+        "_lose",
+        "_ping",
+        "_ping_after",
+        "_ping_timeout",
+        "_ping_waits",
+        "_rounds",
+        "_send_began",
+    )
 
     def __init__(
         self,
@@ -45,13 +88,15 @@ class Watchdog:
     ) -> None:
         self._ping_after = ping_after
         self._ping_timeout = ping_timeout
-        self._patience = ping_after + ping_timeout
         self._ping = ping
-        self._lose = lose
+        self._lose: Callable[[str], object] | None = lose  # None: it has stopped
+        self._rounds: _Rounds | None = None
         self._heard_at = trio.current_time()
         self._send_began: float | None = None
-        self._ping_written = trio.Event()
-        self._scope = trio.CancelScope()
+        self._asked_after: float | None = None  # as `_heard_at`: not heard of since a ping went out
+        self._ping_waits = False  # to be written
+        self._answer_due = math.inf  # counts if a ping is out
+        self._forgiven_until = -math.inf  # what was due before then was granted its time
 
     def heard(self) -> None:
         """Something authentic was received."""
@@ -64,44 +109,154 @@ class Watchdog:
     def send_ended(self, *, ping_left: bool) -> None:
         """It was written; `ping_left`: no ping is queued any more."""
         self._send_began = None
-        if ping_left:
-            self._ping_written.set()
+        if ping_left and self._ping_waits:
+            self._ping_waits = False
+            self._answer_due = trio.current_time() + self._ping_timeout
+
+    def start(self) -> None:
+        """Watch from now on, until stopped; not if it was stopped before, or a time is infinite."""
+        if self._lose is not None and not math.isinf(self._ping_after + self._ping_timeout):
+            self._rounds = _find_rounds()
+            self._rounds.add(self, self._heard_at + self._ping_after)
 
     def stop(self) -> None:
-        """Watch no more."""
-        self._scope.cancel()
+        """Watch no more, and forget `ping` and `lose`."""
+        self._lose = None
+        self._ping = _do_nothing
+        rounds, self._rounds = self._rounds, None
+        if rounds is not None:
+            rounds.note_stopped()
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether it watches no more."""
+        return self._lose is None
+
+    def alarm(self, now: float) -> float | None:
+        """Do what is due at the time `now`.
+
+        Returns:
+            When to call this again, not later; None if never.
+        """
+        if self._lose is None:
+            return None
+        patience = self._ping_after + self._ping_timeout
+        stuck_at = math.inf if self._send_began is None else self._send_began + patience
+        is_asked = self._asked_after == self._heard_at
+        silent_at = self._answer_due if is_asked else self._heard_at + self._ping_after
+        due = min(stuck_at, silent_at)
+        if now < due:
+            return min(due, self._next_look(now)) if is_asked else due
+        if now > due + LATENESS and due >= self._forgiven_until:
+            self._forgiven_until = now + self._ping_timeout
+            return self._forgiven_until
+        if now >= stuck_at or is_asked:
+            what = "not read" if now >= stuck_at else "not been heard of"
+            self._give_up(self._lose, f"the peer has {what} for {patience:g} seconds")
+            return None
+        self._ask(now + patience + self._ping_timeout)
+        return None if self.has_stopped else min(stuck_at, self._next_look(now))
+
+    def _next_look(self, now: float) -> float:
+        """When to look again while a ping is out."""
+        return now + min(self._ping_after, self._ping_timeout)
+
+    def _ask(self, answer_due: float) -> None:
+        """Send a ping. Should it never be written, it is to be answered by `answer_due`."""
+        self._asked_after = self._heard_at
+        self._answer_due = answer_due
+        if self._ping_waits:
+            return  # one from an earlier silence is as good
+        self._ping_waits = True
+        try:
+            self._ping()
+        except BaseException:  # it would crash the program from the task of `_Rounds`
+            self._ping_waits = False
+            logger.exception("a ping could not be queued")
+
+    def _give_up(self, lose: Callable[[str], object], reason: str) -> None:
+        self.stop()
+        try:
+            lose(reason)
+        except BaseException:  # as above
+            logger.exception("a connection could not be ended, though %s", reason)
+
+
+def _do_nothing() -> None:
+    """Take the place of a callback that is to be forgotten."""
+
+
+@final
+class _Rounds:
+    """The alarms of a Trio run, and the task that looks after them.
+
+    The task sleeps in a scope whose deadline is the earliest alarm. To put that forward or off, it
+    need not be woken.
+
+    The heap holds an alarm for each watchdog that was started and has not stopped, but for those
+    being served; and at most as many of stopped ones, and `SPARE_ALARMS`.
+    """
+
+    __slots__ = ("_heap", "_numbers", "_scope", "_watching")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Watchdog]] = []
+        self._numbers = count()  # so that no two alarms are equal, and watchdogs need not be compared
+        self._watching = 0
+        self._scope = trio.CancelScope()
+
+    def add(self, watchdog: Watchdog, at: float) -> None:
+        """Take on a watchdog, with its first alarm."""
+        self._watching += 1
+        self._push(at, watchdog)
+        self._scope.deadline = min(self._scope.deadline, at)
+
+    def note_stopped(self) -> None:
+        """One that was added has stopped."""
+        self._watching -= 1
+        if not self._watching or len(self._heap) > 2 * self._watching + SPARE_ALARMS:
+            self._heap = [alarm for alarm in self._heap if not alarm[2].has_stopped]
+            heapify(self._heap)
+            self._set_deadline()
 
     async def run(self) -> None:
-        """Watch, until stopped."""
-        if math.isinf(self._patience):
-            return
-        with self._scope:
-            while True:
-                heard_at = self._heard_at
-                await self._sleep_until(heard_at + self._ping_after)
-                if self._heard_at > heard_at:
-                    continue
-                self._ping_written = trio.Event()
-                self._ping()
-                await self._sleep_until(trio.current_time() + self._patience, self._ping_written)
-                await self._sleep_until(trio.current_time() + self._ping_timeout)
-                if self._heard_at == heard_at:
-                    self._lose(f"the peer has not been heard of for {self._patience:g} seconds")
-
-    async def _sleep_until(self, moment: float, event: trio.Event | None = None) -> None:
-        """Sleep until a moment, or an event; and lose the peer if a send gets stuck meanwhile."""
-        if event is None:
-            event = trio.Event()  # that never comes
+        """Look after the alarms, until cancelled at the end of the run."""
         while True:
-            began = self._send_began
-            wake_at = moment if began is None else min(moment, began + self._patience)
-            with trio.move_on_at(wake_at):
-                await event.wait()
-                return
-            if trio.current_time() > wake_at + LATENESS:
-                await trio.sleep(self._ping_timeout)
-            now = trio.current_time()
-            if began is not None and self._send_began == began and now >= began + self._patience:
-                self._lose(f"the peer has not read for {self._patience:g} seconds")
-            if now >= moment:
-                return
+            with self._scope:
+                await trio.sleep_forever()
+            self._scope = trio.CancelScope()
+            self._serve(trio.current_time())
+            self._set_deadline()
+
+    def _serve(self, now: float) -> None:
+        # First who is due, then what they do: that may stop others and start new ones, and set an
+        # alarm to this very moment.
+        due: list[Watchdog] = []
+        while self._heap and self._heap[0][0] <= now:
+            due.append(heappop(self._heap)[2])
+        for watchdog in due:
+            at = watchdog.alarm(now)
+            if at is not None:
+                self._push(at, watchdog)
+
+    def _push(self, at: float, watchdog: Watchdog) -> None:
+        heappush(self._heap, (at, next(self._numbers), watchdog))
+
+    def _set_deadline(self) -> None:
+        self._scope.deadline = self._heap[0][0] if self._heap else math.inf
+
+
+_rounds: trio.lowlevel.RunVar[_Rounds | None] = trio.lowlevel.RunVar("bokbok_trio watchdogs", default=None)
+
+
+def _find_rounds() -> _Rounds:
+    """Those of this run."""
+    rounds = _rounds.get()
+    if rounds is None:
+        rounds = _Rounds()
+        # It raises where the run is past its main task. What is connected there is not watched, as
+        # it would not be if the task had been started before, and so were cancelled by now.
+        with suppress(RuntimeError):
+            trio.lowlevel.spawn_system_task(rounds.run, name="bokbok_trio watchdogs")
+        _rounds.set(rounds)
+    return rounds
