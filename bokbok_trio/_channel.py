@@ -346,6 +346,8 @@ class Channels:
         wake_sender: to be called when something was queued.
     """
 
+    __slots__ = ("_channels", "_flows", "_wake_sender")
+
     def __init__(self, flows: Flows, wake_sender: Callable[[], object]) -> None:
         self._flows = flows
         self._wake_sender = wake_sender

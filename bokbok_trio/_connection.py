@@ -54,7 +54,7 @@ from ._errors import (
 )
 from ._events import Answer, Bye, End, Event, Failure, Item
 from ._handling import PEER_DRAINS, ChannelHandler, Handlers, RequestHandler
-from ._nursery import bare_nursery, contain, is_within
+from ._nursery import Once, bare_nursery, contain, is_within, keep
 from ._reader import Reader
 from ._sender import Sender
 from ._session import Session
@@ -101,6 +101,31 @@ class Connection:
     Attributes:
         data: the application's own; None at first.
     """
+
+    __slots__ = (
+        "__weakref__",
+        "_address",
+        "_channels",
+        "_close_handler",
+        "_done",
+        "_handlers",
+        "_make_error",
+        "_opened",
+        "_opening",
+        "_over",
+        "_reader",
+        "_sender",
+        "_server",
+        "_session",
+        "_settings",
+        "_side",
+        "_stream",
+        "_stream_closed",
+        "_task",
+        "_waiters",
+        "_watchdog",
+        "data",
+    )
 
     def __init__(
         self,
@@ -159,11 +184,10 @@ class Connection:
             lose=self._lose,
         )
         self._make_error: Callable[[bool], BokbokError] | None = None  # set: it is over
-        self._over = trio.Event()
-        self._opening = trio.CancelScope()
-        self._sending = trio.CancelScope()
-        self._stream_closed = trio.Event()
-        self._done = trio.Event()
+        self._over = Once()
+        self._opening: trio.CancelScope | None = None  # while the open handler runs
+        self._stream_closed = Once()
+        self._done = Once()
         self._task: trio.lowlevel.Task | None = None
 
     def __repr__(self) -> str:
@@ -398,7 +422,7 @@ class Connection:
     async def _open(self, open_handler: ConnectionHandler) -> None:
         """Run the open handler, and let requests be handled if it returned; if not, it is over."""
         try:
-            with self._opening, contain(partial(self._log, "the open handler failed")):
+            with trio.CancelScope() as self._opening, contain(partial(self._log, "the open handler failed")):
                 await open_handler(self)
                 self._handlers.ready.set()
                 self._sender.wake()
@@ -433,14 +457,11 @@ class Connection:
             return
         self._make_error = make_error
         self._over.set()
-        self._sender.stop()
-        if graceful:
-            self._sending.deadline = trio.current_time() + CLOSE_TIMEOUT
-        else:
-            self._sending.cancel()
+        self._sender.stop(trio.current_time() + CLOSE_TIMEOUT if graceful else -math.inf)
         self._reader.stop()
         self._watchdog.stop()
-        self._opening.cancel()
+        if self._opening is not None:
+            self._opening.cancel()
         # Handlers first: one that waits for an answer here is to end by its cancellation.
         self._handlers.cancel_all()
         waiters, self._waiters = self._waiters, {}
@@ -452,28 +473,31 @@ class Connection:
     # ---- the sender ----
 
     async def _send(self) -> None:
-        log = partial(self._log, "closing the stream failed")
+        """Send until it is over, and close the stream."""
         try:
-            with contain(log), self._sending:
-                await self._send_queued()
-                # Writes the end record, unless it is cancelled: `_end` does that if not graceful.
+            try:
+                await self._sender.run()
+            except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
+                # Answers that came before it broke are still good: the reader gets a moment for them.
+                self._reader.stop_at(trio.current_time() + CLOSE_TIMEOUT, f"sending failed: {exc!r}")
+                await self._over.wait()
+            # Writes the end record, unless there is no time for it.
+            with trio.CancelScope(deadline=self._sender.until):
                 await self._stream.aclose()
+        except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
+            keep(exc, self._log_closing)
         finally:
             self._end(lambda _: ConnectionClosed("the connection was cancelled"), graceful=False)
             try:
-                with contain(log):
-                    # Nothing to wait for here, and closing twice does no harm.
-                    await trio.aclose_forcefully(self._stream)
+                # Nothing to wait for here, and closing twice does no harm.
+                await trio.aclose_forcefully(self._stream)
+            except BaseException as exc:  # noqa: BLE001  (as above)
+                keep(exc, self._log_closing)
             finally:
                 self._stream_closed.set()
 
-    async def _send_queued(self) -> None:
-        try:
-            await self._sender.run()
-        except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
-            # Answers that came before it broke are still good: the reader gets a moment for them.
-            self._reader.stop_at(trio.current_time() + CLOSE_TIMEOUT, f"sending failed: {exc!r}")
-            await self._over.wait()
+    def _log_closing(self, error: BaseException) -> None:
+        self._log("closing the stream failed", error)
 
     # ---- what arrives ----
 

@@ -40,6 +40,8 @@ class DirectStream(trio.abc.Stream):
         socket: Trio's.
     """
 
+    __slots__ = ("_fd", "_stream", "socket")
+
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self.socket = stream.socket

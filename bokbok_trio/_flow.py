@@ -129,11 +129,13 @@ class Flows:
         max_body_size: bytes of an item.
     """
 
+    __slots__ = ("_flows", "_max_body_size", "_outbox", "_writable")
+
     def __init__(self, outbox: Outbox, max_body_size: int) -> None:
         self._outbox = outbox
         self._max_body_size = max_body_size
         self._flows: dict[int, Flow] = {}
-        self._writable: set[int] = set()
+        self._writable: dict[int, None] = {}  # takes up less than a set, where there is none
 
     def __contains__(self, id: int) -> bool:
         return id in self._flows
@@ -166,7 +168,7 @@ class Flows:
     def remove(self, id: int) -> None:
         """It is done, or never was."""
         self._flows.pop(id, None)
-        self._writable.discard(id)
+        self._writable.pop(id, None)
 
     # ---- sending ----
 
@@ -210,12 +212,13 @@ class Flows:
 
     def take_writable(self) -> set[int]:
         """The channels of which an item may be queued, and perhaps could not be when last asked."""
-        writable, self._writable = self._writable, set()
+        writable = set(self._writable)
+        self._writable.clear()
         return writable
 
     def _note_writable(self, id: int, flow: Flow) -> None:
         if flow.may_send:
-            self._writable.add(id)
+            self._writable[id] = None
 
     def _put_end(self, id: int) -> None:
         self._outbox.put(Outgoing(b"end", id))

@@ -17,7 +17,7 @@ import trio
 from ._channel import Channel, Channels
 from ._errors import MessageTooLarge, RequestError
 from ._events import Request
-from ._nursery import keep
+from ._nursery import Once, keep
 from ._packets import Field
 from ._session import Session
 
@@ -51,6 +51,18 @@ class Handlers:
         ready: set once they may begin.
     """
 
+    __slots__ = (
+        "_channel_handler",
+        "_channels",
+        "_connection",
+        "_describe_error",
+        "_request_handler",
+        "_scopes",
+        "_session",
+        "_wake_sender",
+        "ready",
+    )
+
     def __init__(
         self,
         connection: Connection,
@@ -70,7 +82,7 @@ class Handlers:
         self._describe_error = describe_error
         self._wake_sender = wake_sender
         self._scopes: dict[int, trio.CancelScope] = {}
-        self.ready = trio.Event()
+        self.ready = Once()
 
     def __len__(self) -> int:
         return len(self._scopes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, final
 
 import trio
 
@@ -107,6 +107,35 @@ def _unwrap(exc: BaseException) -> BaseException:
 def _members(exc: BaseException) -> tuple[BaseException, ...]:
     """What is in a group; nothing, where it is none."""
     return cast("_Group", exc).exceptions if isinstance(exc, BaseExceptionGroup) else ()
+
+
+@final
+class Once:
+    """A `trio.Event` that is made only where somebody waits for it: it would take up 0.4 KiB."""
+
+    __slots__ = ("_event", "_is_set")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._event: trio.Event | None = None
+
+    def is_set(self) -> bool:
+        """Whether it has happened."""
+        return self._is_set
+
+    def set(self) -> None:
+        """It has happened."""
+        self._is_set = True
+        if self._event is not None:
+            self._event.set()
+
+    async def wait(self) -> None:
+        """Wait until it has happened."""
+        if self._event is None:
+            self._event = trio.Event()
+            if self._is_set:
+                self._event.set()
+        await self._event.wait()
 
 
 def is_within(ancestor: trio.lowlevel.Task | None) -> bool:

@@ -158,6 +158,20 @@ class _Pieced:
 class Outbox:
     """The queues of one direction. Packets are known by the id of their request or channel."""
 
+    __slots__ = (
+        "_batch_size",
+        "_behind",
+        "_big",
+        "_control",
+        "_credits",
+        "_items",
+        "_next_number",
+        "_open",
+        "_overtaken",
+        "_small",
+        "_turn",
+    )
+
     def __init__(self) -> None:
         self._control: list[bytes] = []
         self._credits: dict[int, int] = {}  # what is to be granted, by channel
@@ -324,6 +338,8 @@ class Reassembler:
     Arguments:
         limit: the most bytes a packet's length may be.
     """
+
+    __slots__ = ("_limit", "_open")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

@@ -92,6 +92,8 @@ class Pacer:
         load: asks for the load; None is no bound.
     """
 
+    __slots__ = ("_acknowledged", "_granted_at", "_load", "_rate", "_since", "_was_idle")
+
     def __init__(self, load: Callable[[], Load | None]) -> None:
         self._load = load
         self._granted_at = 0.0  # when a piece was last let go

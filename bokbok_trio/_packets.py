@@ -226,6 +226,8 @@ class PacketDecoder:
         limit: the most bytes a packet's length may be.
     """
 
+    __slots__ = ("_buffer", "_data", "_limit")
+
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buffer = bytearray()

@@ -11,6 +11,7 @@ before it, or after the task went to sleep; never two in a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Final, final
@@ -49,7 +50,26 @@ class Sender:
 
     Attributes:
         wire: the stream.
+        until: the moment, by Trio's clock, at which it is to be over.
     """
+
+    __slots__ = (
+        "_is_busy",
+        "_is_held",
+        "_is_lone",
+        "_is_stopping",
+        "_lone_streak",
+        "_on_idle",
+        "_pacer",
+        "_pending",
+        "_scope",
+        "_session",
+        "_sleeper",
+        "_wake_writers",
+        "_watchdog",
+        "until",
+        "wire",
+    )
 
     def __init__(
         self,
@@ -66,6 +86,8 @@ class Sender:
         self._watchdog = watchdog
         self._wake_writers = wake_writers
         self._on_idle = on_idle
+        self.until = math.inf
+        self._scope: trio.CancelScope | None = None  # of the send under way
         self._sleeper: trio.lowlevel.Task | None = None
         self._is_busy = True  # its task is not asleep
         self._is_stopping = False
@@ -117,9 +139,12 @@ class Sender:
         elif session.is_draining:
             self._rouse()
 
-    def stop(self) -> None:
-        """End when nothing is queued any more."""
+    def stop(self, until: float) -> None:
+        """End when nothing is queued any more, and at that moment, by Trio's clock, at the latest."""
         self._is_stopping = True
+        self.until = until
+        if self._scope is not None:
+            self._scope.deadline = until
         self._rouse()
 
     # ---- sending ----
@@ -160,7 +185,11 @@ class Sender:
                 if self._session.channels.has_writable:
                     self._wake_writers()
                 self._watchdog.send_begins(now)
-                await self.wire.send(batch)
+                with trio.CancelScope(deadline=self.until) as self._scope:
+                    await self.wire.send(batch)
+                if self._scope.cancelled_caught:
+                    return
+                self._scope = None
                 self._session.note_sent(trio.current_time() - now)
                 self._watchdog.send_ended(ping_left=not self._session.is_ping_queued)
             elif room == 0:

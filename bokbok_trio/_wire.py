@@ -26,6 +26,8 @@ class Wire:
             as the stream's `receive_some` does.
     """
 
+    __slots__ = ("_direct", "_rest", "_sealed", "_stream", "receive")
+
     def __init__(self, stream: trio.abc.Stream, transport: trio.abc.Stream) -> None:
         self._stream = stream
         self._sealed = stream if isinstance(stream, SecretboxStream) else None

@@ -21,6 +21,9 @@ from bokbok_trio import (
     Settings,
 )
 from bokbok_trio._connection import CLOSE_TIMEOUT
+from bokbok_trio._direct_stream import DirectStream
+from bokbok_trio._handling import Handlers
+from bokbok_trio._wire import Wire
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.helpers import busy_handler, echo, packet, raw_peer, settle
 
@@ -628,7 +631,9 @@ async def test_a_stream_that_raises_while_closing_leaks_nothing(
     await client.wait_closed()
 
 
-async def test_an_answer_that_was_queued_leaves_before_the_end(sealed: bool) -> None:
+async def test_an_answer_that_was_queued_leaves_before_the_end(
+    sealed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The handler has ended, and the connection is closed before the sender ran."""
     async with open_connection_pair(server_handler=echo, sealed=sealed) as (client, server):
         answers: list[list[bytes]] = []
@@ -636,13 +641,13 @@ async def test_an_answer_that_was_queued_leaves_before_the_end(sealed: bool) -> 
         async def ask() -> None:
             answers.append(await client.request(["x"]))
 
-        real_answer = server._handlers._answer
+        real_answer = Handlers._answer
 
-        def answer_and_close(id: int, fields: Any) -> None:
-            real_answer(id, fields)
+        def answer_and_close(handlers: Handlers, id: int, fields: Any) -> None:
+            real_answer(handlers, id, fields)
             server._close("at once")
 
-        server._handlers._answer = answer_and_close  # type: ignore[method-assign]
+        monkeypatch.setattr(Handlers, "_answer", answer_and_close)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
         assert answers == [[b"x"]]
@@ -1123,35 +1128,35 @@ async def test_a_request_error_is_the_same_for_every_waiter_but_not_the_same_obj
 # ---- sending at once ----
 
 
-async def test_a_lone_request_leaves_before_its_task_sleeps() -> None:
+async def test_a_lone_request_leaves_before_its_task_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
     async with raw_peer(over_sockets=True) as (connection, peer), trio.open_nursery() as nursery:
         await settle()
         nursery.start_soon(connection.request, ["x"])
         sends = 0
-        real_send = connection._sender.wire.send
+        real_send = Wire.send
 
-        async def count(batch: bytes) -> None:
+        async def count(wire: Wire, batch: bytes) -> None:
             nonlocal sends
             sends += 1
-            await real_send(batch)
+            await real_send(wire, batch)
 
-        connection._sender.wire.send = count  # type: ignore[method-assign]
+        monkeypatch.setattr(Wire, "send", count)
         assert await peer.receive() == [b"req", b"0", b"", b"\1\0\0\0\1x"]
         await peer.send(b"ok", b"0", body=[])
         assert sends == 0
 
 
-async def test_requests_made_together_leave_together() -> None:
+async def test_requests_made_together_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
     async with raw_peer(over_sockets=True) as (connection, peer), trio.open_nursery() as nursery:
         await settle()
         batches: list[bytes] = []
-        real_send = connection._sender.wire.send
+        real_send = Wire.send
 
-        async def note(batch: bytes) -> None:
+        async def note(wire: Wire, batch: bytes) -> None:
             batches.append(batch)
-            await real_send(batch)
+            await real_send(wire, batch)
 
-        connection._sender.wire.send = note  # type: ignore[method-assign]
+        monkeypatch.setattr(Wire, "send", note)
         for _ in range(3):
             nursery.start_soon(connection.request, ["x"])
         ids = {(await peer.receive())[1] for _ in range(3)}
@@ -1161,13 +1166,13 @@ async def test_requests_made_together_leave_together() -> None:
             await peer.send(b"ok", id, body=[])
 
 
-async def test_what_a_socket_does_not_take_at_once_leaves_later_and_whole() -> None:
+async def test_what_a_socket_does_not_take_at_once_leaves_later_and_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with raw_peer(over_sockets=True) as (connection, peer), trio.open_nursery() as nursery:
-        stream = connection._sender.wire._direct
-        assert stream is not None
-        real_send_now = stream.send_now
+        real_send_now = DirectStream.send_now
         await settle()
-        stream.send_now = lambda data: real_send_now(data[:7])  # type: ignore[method-assign]
+        monkeypatch.setattr(DirectStream, "send_now", lambda stream, data: real_send_now(stream, data[:7]))
         nursery.start_soon(connection.request, [b"x" * 50_000])
         nursery.start_soon(connection.request, ["small"])
         packets = [await peer.receive(), await peer.receive()]
