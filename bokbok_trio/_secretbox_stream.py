@@ -38,6 +38,7 @@ from nacl.bindings import crypto_secretbox, crypto_secretbox_open
 from nacl.exceptions import CryptoError
 
 from ._direct_stream import DirectStream
+from ._packets import Received
 
 HEADER_SIZE: Final = 2
 """Bytes of a record's length."""
@@ -240,16 +241,42 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         return received
 
     async def receive_available(self) -> bytes:
-        """As `receive_some`, but of all records that are here already, together."""
-        plaintext = await self.receive_some()
-        if not self._ciphertext or not plaintext:
+        """As `receive_some`, but of all records that are here already, together. For one task at a time."""
+        if self._receive_failure is not None or self._receive_ended or self._position < len(self._plaintext):
+            return await self.receive_some()
+        if self._ciphertext and (plaintext := self._open_all(b"")):
+            await trio.lowlevel.checkpoint()
             return plaintext
-        plaintexts = [plaintext]
-        with suppress(trio.BrokenResourceError):  # which the next call raises
-            while plaintexts[-1] and self._open_next():
-                plaintexts.append(self._plaintext)
-                self._position = len(self._plaintext)
-        return b"".join(plaintexts)
+        while not self._receive_ended:
+            self._check_open()
+            if self._direct is None:
+                data = await self._transport.receive_some(HEADER_SIZE + self._max_record_size)
+            else:
+                data = await self._direct.receive_view()
+            if plaintext := self._open_all(self._check_received(data)):
+                return plaintext
+        return b""
+
+    def _open_all(self, data: Received | bytearray) -> bytes:
+        """Open what more data completes, in one piece. A record that does not open is the next call's."""
+        if self._ciphertext:
+            self._ciphertext += data
+            data = self._ciphertext
+        plaintexts: list[bytes] = []
+        position = 0
+        with memoryview(data) as view:
+            try:
+                while (end := self._open_at(view, position)) > position:
+                    position = end
+                    plaintexts.append(self._plaintext)
+            except trio.BrokenResourceError:
+                if not plaintexts:
+                    raise
+            else:
+                # A copy, as the view is of what will be received over.
+                self._ciphertext = bytearray(view[position:])
+        self._position = len(self._plaintext)
+        return plaintexts[0] if len(plaintexts) == 1 else b"".join(plaintexts)
 
     async def _fill(self) -> None:
         """Have some plaintext, or the end, or raise. One checkpoint at least."""
@@ -264,42 +291,50 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             return
         while True:
             receive = self._transport.receive_some if self._direct is None else self._direct.receive_view
-            data = await receive(HEADER_SIZE + self._max_record_size)
-            if not data:
-                raise self._broken("the stream was cut short: it ended without an end record")
-            self._ciphertext += data
+            self._ciphertext += self._check_received(await receive(HEADER_SIZE + self._max_record_size))
             if self._open_next():
                 return
 
+    def _check_received(self, data: Received | bytearray) -> Received | bytearray:
+        if not data:
+            raise self._broken("the stream was cut short: it ended without an end record")
+        return data
+
     def _open_next(self) -> bool:
         """Open the next record, if all of it is here. True: there is plaintext, or the end."""
-        if len(self._ciphertext) < HEADER_SIZE:
-            return False
-        size = int.from_bytes(self._ciphertext[:HEADER_SIZE], "big")
+        with memoryview(self._ciphertext) as view:
+            end = self._open_at(view, 0)
+        del self._ciphertext[:end]
+        return end > 0
+
+    def _open_at(self, data: memoryview, start: int) -> int:
+        """Open the record that begins there, if all of it is there; return where it ends, or else `start`."""
+        at = start + HEADER_SIZE
+        if at > len(data) or self._receive_ended:
+            return start
+        size = data[start] << 8 | data[start + 1]
         if size < MAC_SIZE or size > self._max_record_size:
             raise self._broken(
                 f"a record of {size} bytes, and {MAC_SIZE} to {self._max_record_size} are allowed"
             )
-        end = HEADER_SIZE + size
-        if len(self._ciphertext) < end:
-            return False
-        with memoryview(self._ciphertext) as view, view[HEADER_SIZE:end] as box:
-            try:
-                plaintext = self._opener.open(box)
-            except CryptoError:
-                plaintext = None
+        end = at + size
+        if end > len(data):
+            return start
+        try:
+            plaintext = self._opener.open(data[at:end])
+        except CryptoError:
+            plaintext = None
         if plaintext is None:  # not inside of the `except`: the frames of that exception hold the key
             raise self._broken("a record did not open: it was not sealed as the next one under our key")
-        del self._ciphertext[:end]
         self._plaintext = plaintext
         self._position = 0
         self._receive_ended = not plaintext
-        return True
+        return end
 
     def _broken(self, reason: str) -> trio.BrokenResourceError:
         """The exception to raise, as receiving is broken for good."""
         self._receive_failure = reason
-        self._ciphertext.clear()
+        self._ciphertext = bytearray()
         return trio.BrokenResourceError(reason)
 
     # ---- closing ----

@@ -8,7 +8,8 @@ from typing import final
 
 import trio
 
-from ._direct_stream import RECEIVE_SIZE, DirectStream
+from ._direct_stream import DirectStream
+from ._outbox import MAX_BATCH_SIZE
 from ._packets import Received
 from ._secretbox_stream import SecretboxStream
 
@@ -39,7 +40,7 @@ class Wire:
         elif self._direct is not None:
             self.receive = self._direct.receive_view
         else:
-            self.receive = partial(stream.receive_some, RECEIVE_SIZE)
+            self.receive = partial(stream.receive_some, MAX_BATCH_SIZE)
 
     @property
     def has_rest(self) -> bool:
