@@ -266,13 +266,10 @@ class Server:
 
     def _make_room(self) -> None:
         """Bound the handshakes: one too many cancels the oldest, until that has really ended."""
-        most = self._settings.max_handshakes
-        if len(self._handshakes) < most:
-            return
-        if len(self._handshakes) >= 2 * most:
+        if len(self._handshakes) >= 2 * self._settings.max_handshakes:
             raise HandshakeError("too many handshakes are being cancelled, and have not ended")
         going_on = [other for other in self._handshakes if not other.cancel_called]
-        if len(going_on) >= most:
+        if len(going_on) >= self._settings.max_handshakes:
             going_on[0].cancel()
 
     def _leave(self) -> None:
