@@ -233,11 +233,12 @@ _HELLO_STARTS: Final[dict[tuple[Side, bool], bytes]] = {
     ("server", False): encode_hello("server", b""),
 }
 """All of a hello but the ephemeral key, by the side that sends it and whether it is sealed: to encode
-it each time, to send it and to check the other side's, takes both sides together 9 us."""
+it each time, to send it and to check the other side's, takes both sides together 5 us."""
 
 
 # The hashes are of packets before they have their last field, which depends on the hash. Adding it to
-# the packet, and taking it away, instead of encoding all fields twice, saves both sides together 10 us.
+# the packet, and taking it away, instead of encoding all fields twice, saves both sides together 4 us.
+# It is the same bytes: a list of fields has one encoding.
 
 
 def _append(packet: bytes, field: bytes) -> bytes:

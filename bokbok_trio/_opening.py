@@ -196,8 +196,8 @@ async def _exchange_hello(
 async def _send(transport: trio.abc.Stream, stream: trio.abc.Stream, packet: bytes) -> None:
     """Send a packet over the stream over a transport, or over that itself.
 
-    A socket takes it at once. So this is no checkpoint, and need not be one: the receive before it was.
-    Of the four turns of the event loop that this saves, each is worth 20 us.
+    Over a socket this is no checkpoint, and need not be one: a client goes on to receive, and a server's
+    task is the library's own. It saves both sides together 25 us, sealed 42.
     """
     if not isinstance(transport, DirectStream):
         await stream.send_all(packet)
@@ -232,7 +232,8 @@ async def _receive_packet(stream: trio.abc.Stream) -> bytes:
 def _read_now(stream: trio.abc.Stream, most: int) -> bytes:
     """What of a message is here already, as far as that can be told without waiting.
 
-    Where it is likely to be, not waiting saves 20 us.
+    Not to wait for what is likely to be saves 27 us in mode plain, where a packet is received in two
+    parts, and 8 in mode sealed.
     """
     if isinstance(stream, DirectStream):
         with suppress(OSError):  # nothing is here, or it is broken, and receiving will tell

@@ -54,8 +54,8 @@ logger = logging.getLogger("bokbok_trio")
 class _Starter:
     """What `trio.serve_listeners` is to start its handlers in, which takes anything with a `start_soon`.
 
-    Without its wrapper, that closes the stream again, a connection takes 45 us less to close, and a
-    frame less of memory.
+    It gives its handlers a wrapper that closes the stream, in a scope and two turns of the event loop,
+    though a connection has closed it itself. Without, closing takes 40 us less.
     """
 
     def __init__(self, nursery: trio.Nursery, serve: Callable[[trio.abc.Stream], Awaitable[None]]) -> None:
