@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import re
 import socket
@@ -324,6 +325,40 @@ async def test_an_address_that_only_says_where_to_listen(host: str, port: int, i
     address = TCPAddress(host, port)
     with pytest.raises(AddressError, match=f"^{address} says where to listen, not whom to dial$"):
         await dial(address, insecure=insecure)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_a_numeric_host_is_not_looked_up(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    [listener] = await open_listeners(TCPAddress(host, 0))
+    async with listener:
+        address = listener_address(listener)
+        assert address is not None
+        monkeypatch.setattr("trio.socket.getaddrinfo", None)
+        monkeypatch.setattr("trio.open_tcp_stream", None)
+        async with await dial(address, insecure=False) as stream:
+            assert stream_address(stream) == address
+            assert stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+async def test_a_zone_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def look_up(*arguments: object) -> None:
+        raise ZeroDivisionError(*arguments)
+
+    monkeypatch.setattr("trio.open_tcp_stream", look_up)
+    with pytest.raises(ZeroDivisionError, match="'fe80::1%lo', 80"):
+        await dial(TCPAddress("fe80::1%lo", 80), insecure=True)
+
+
+async def test_a_dialling_that_is_cancelled_leaves_no_socket() -> None:
+    [listener] = await open_listeners(TCPAddress("127.0.0.1", 0))
+    async with listener:
+        address = listener_address(listener)
+        assert address is not None
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await dial(address, insecure=False)
+        gc.collect()  # or an open socket would warn, which fails this
+    assert scope.cancelled_caught
 
 
 async def test_dialling_where_nobody_listens(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from bokbok_trio import (
     PeerCredentials,
     Settings,
 )
+from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake
 from bokbok_trio._opening import (
     MAX_EARLY_RECORD_SIZE,
@@ -204,7 +205,7 @@ def make_hello(side: Side, mode: Mode) -> bytes:
     return ClientHandshake(user=user, key=key, service="", limits=LIMITS).hello
 
 
-def over(wire: Wire, handshake: ClientHandshake | ServerHandshake) -> SecretboxStream:
+def over(wire: trio.abc.Stream, handshake: ClientHandshake | ServerHandshake) -> SecretboxStream:
     keys = handshake.channel_keys().for_side(handshake.side)
     return SecretboxStream(wire, send_key=keys["send_key"], receive_key=keys["receive_key"])
 
@@ -746,9 +747,7 @@ async def test_what_admit_raises_comes_out_as_itself(mode: Mode, autojump_clock:
         await trio.aclose_forcefully(server)
 
 
-# ---- naming the peer ----
-
-THIS_PROCESS = PeerCredentials(pid=os.getpid(), uid=os.geteuid(), gid=os.getegid())
+# ---- over sockets ----
 
 
 @asynccontextmanager
@@ -756,6 +755,68 @@ async def open_sockets() -> AsyncGenerator[tuple[trio.SocketStream, trio.SocketS
     ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
     async with ours, theirs:
         yield ours, theirs
+
+
+@in_both_modes
+@pytest.mark.parametrize("most", [0, 1, 20])
+async def test_what_a_socket_does_not_take_at_once_follows(
+    mode: Mode, most: int, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_now = DirectStream.send_now
+
+    def take_few(self: DirectStream, data: bytes) -> int:
+        return send_now(self, data[:most])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DirectStream, "send_now", take_few)
+        async with open_sockets() as sockets:
+            client, server = await meet(sockets, mode)
+            await check_both_ways(client.opened, server.opened)
+
+
+@in_both_modes
+async def test_a_message_in_pieces_is_read_no_further_than_its_end(
+    mode: Mode, autojump_clock: MockClock
+) -> None:
+    """What follows `accepted` is for the connection, even where it is here already."""
+    async with open_sockets() as (ours, theirs), trio.open_nursery() as nursery:
+        handshake = ServerHandshake(sealed=mode == "sealed", service="", limits=LIMITS)
+
+        async def serve() -> None:
+            hello = await receive_exactly(theirs, handshake.hello_size)
+            for start in range(0, len(handshake.hello), 7):
+                await theirs.send_all(handshake.hello[start : start + 7])
+                await trio.testing.wait_all_tasks_blocked()
+            handshake.receive_hello(hello)
+            if mode == "plain":
+                handshake.receive_open(await theirs.receive_some())
+                await theirs.send_all(handshake.accept([]) + b"more")
+                return
+            stream = over(theirs, handshake)
+            handshake.receive_open(await stream.receive_some())
+            accepted = stream.seal(handshake.accept([K]))
+            assert handshake.final_keys is not None
+            stream.rekey(**handshake.final_keys.for_side("server"))
+            await theirs.send_all(accepted + stream.seal(b"more"))
+
+        nursery.start_soon(serve)
+        opened = await as_client(ours, mode)
+        assert await opened.stream.receive_some() == b"more"
+
+
+@in_both_modes
+@on_both_sides
+async def test_a_socket_that_is_broken_or_closed(side: Side, mode: Mode, autojump_clock: MockClock) -> None:
+    async with open_sockets() as (ours, theirs):
+        await theirs.aclose()
+        assert type((await end_of(ours, as_side(side, ours, mode))).error) is HandshakeError
+        with pytest.raises(trio.ClosedResourceError):
+            await as_side(side, ours, mode)
+
+
+# ---- naming the peer ----
+
+THIS_PROCESS = PeerCredentials(pid=os.getpid(), uid=os.geteuid(), gid=os.getegid())
 
 
 @in_both_modes
