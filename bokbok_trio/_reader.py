@@ -193,19 +193,18 @@ def _watch(work: Coroutine[Any, Any, None], on_wait: Callable[[], object]) -> Ge
     The work has context variables of its own, as a task has.
     """
     run = contextvars.copy_context().run
-    try:
-        message = run(work.send, None)
-    except StopIteration:
-        return False
-    on_wait()
+    step: Callable[[Any], Any] = work.send
+    value: Any = None
+    has_waited = False
     while True:
-        try:
-            value = yield message
-        except BaseException as exc:  # noqa: BLE001  (it is for the work)
-            step, value = work.throw, exc
-        else:
-            step = work.send
         try:
             message = run(step, value)
         except StopIteration:
-            return True
+            return has_waited
+        if not has_waited:
+            has_waited = True
+            on_wait()
+        try:
+            step, value = work.send, (yield message)
+        except BaseException as exc:  # noqa: BLE001  (it is for the work)
+            step, value = work.throw, exc

@@ -247,6 +247,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         if self._ciphertext and (plaintext := self._open_all(b"")):
             await trio.lowlevel.checkpoint()
             return plaintext
+        data: Received | bytearray
         while not self._receive_ended:
             self._check_open()
             if self._direct is None:

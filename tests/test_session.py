@@ -237,6 +237,7 @@ def test_nothing_is_copied_before_it_is_taken() -> None:
     client.request([big])
     for queue, field in ((client._outbox._small, small), (client._outbox._big, big)):
         [queued] = queue.values()
+        assert queued._body is not None
         assert any(chunk is field for chunk in queued._body)
 
 
