@@ -23,6 +23,7 @@ from bokbok_trio import (
     Settings,
 )
 from bokbok_trio._flow import ITEM_OVERHEAD, MAX_QUEUED, WINDOW
+from bokbok_trio._nursery import Once
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.helpers import RawPeer, packet, raw_peer, settle
 
