@@ -127,27 +127,27 @@ class Flows:
     Arguments:
         outbox: where items, credit and ends are queued.
         max_body_size: bytes of an item.
+
+    Attributes:
+        by_id: they themselves, to be looked at.
     """
 
-    __slots__ = ("_flows", "_max_body_size", "_outbox", "_writable")
+    __slots__ = ("_max_body_size", "_outbox", "_writable", "by_id")
 
     def __init__(self, outbox: Outbox, max_body_size: int) -> None:
         self._outbox = outbox
         self._max_body_size = max_body_size
-        self._flows: dict[int, Flow] = {}
+        self.by_id: dict[int, Flow] = {}
         self._writable: dict[int, None] = {}  # takes up less than a set, where there is none
 
-    def __contains__(self, id: int) -> bool:
-        return id in self._flows
-
     def __len__(self) -> int:
-        return len(self._flows)
+        return len(self.by_id)
 
     # ---- beginning and ending, for `Session` ----
 
     def add_ours(self, id: int) -> None:
         """A channel of ours. Its `chan` grants the first `WINDOW`."""
-        self._flows[id] = Flow(send_credit=0, receive_credit=WINDOW, started=False)
+        self.by_id[id] = Flow(send_credit=0, receive_credit=WINDOW, started=False)
 
     def add_theirs(self, id: int, credit: int) -> None:
         """A channel of the peer's, which takes so many bytes at first.
@@ -155,11 +155,11 @@ class Flows:
         Raises:
             ProtocolError: more than `MAX_CREDIT`.
         """
-        self._flows[id] = Flow(send_credit=credit, receive_credit=0, started=True)
+        self.by_id[id] = Flow(send_credit=credit, receive_credit=0, started=True)
 
     def start(self, id: int) -> None:
         """The `chan` of a channel of ours was queued."""
-        flow = self._flows.get(id)
+        flow = self.by_id.get(id)
         if flow is not None:
             flow.started = True
             if flow.ended:
@@ -167,7 +167,7 @@ class Flows:
 
     def remove(self, id: int) -> None:
         """It is done, or never was."""
-        self._flows.pop(id, None)
+        self.by_id.pop(id, None)
         self._writable.pop(id, None)
 
     # ---- sending ----
@@ -182,24 +182,24 @@ class Flows:
 
     def may_send(self, id: int) -> bool:
         """Whether an item may be queued now."""
-        flow = self._flows.get(id)
+        flow = self.by_id.get(id)
         return flow is not None and flow.may_send
 
     def send(self, id: int, body: Chunks, size: int) -> None:
         """Queue an item; `may_send` must be so."""
-        self._flows[id].send(size)
+        self.by_id[id].send(size)
         self._outbox.put(Outgoing(b"item", id, body=body, body_size=size))
 
     def left(self, id: int, size: int) -> None:
         """An item has wholly left."""
-        flow = self._flows.get(id)
+        flow = self.by_id.get(id)
         if flow is not None:
             flow.left(size)
             self._note_writable(id, flow)
 
     def end(self, id: int) -> None:
         """Send no more items. Again does nothing."""
-        flow = self._flows.get(id)
+        flow = self.by_id.get(id)
         if flow is not None and not flow.ended:
             flow.ended = True
             if flow.started:
@@ -227,12 +227,12 @@ class Flows:
 
     def grant(self, id: int, size: int = WINDOW) -> None:
         """Take so many bytes more."""
-        self._flows[id].receive_credit += size
+        self.by_id[id].receive_credit += size
         self._outbox.put_credit(id, size)
 
     def consume(self, id: int, size: int) -> bool:
         """Our user has taken an item, or will take none. Returns whether credit was granted for it."""
-        flow = self._flows.get(id)
+        flow = self.by_id.get(id)
         due = 0 if flow is None else flow.consume(size)
         if due:
             self.grant(id, due)
@@ -244,7 +244,7 @@ class Flows:
         Raises:
             ProtocolError: it may not.
         """
-        self._flows[id].receive(size)
+        self.by_id[id].receive(size)
 
     def on_credit(self, id: int, size: int) -> None:
         """The peer takes more items of a channel in flight.
@@ -252,7 +252,7 @@ class Flows:
         Raises:
             ProtocolError: too much.
         """
-        flow = self._flows[id]
+        flow = self.by_id[id]
         flow.add_credit(size)
         self._note_writable(id, flow)
 
@@ -262,4 +262,4 @@ class Flows:
         Raises:
             ProtocolError: again.
         """
-        self._flows[id].receive_end()
+        self.by_id[id].receive_end()

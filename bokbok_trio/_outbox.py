@@ -23,7 +23,7 @@ Invariants
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from typing import Final, final
+from typing import Final, NamedTuple, final
 
 from ._errors import ProtocolError
 from ._packets import LENGTH_SIZE, Chunks, Received, encode_head, encode_number
@@ -155,6 +155,28 @@ class _Pieced:
 
 
 @final
+class Taken(NamedTuple):
+    """A batch.
+
+    Attributes:
+        chunks: of it, to be joined.
+        left: the ids of the requests and answers that have thereby wholly left.
+        items: the id of each item that has, and the size of its body.
+    """
+
+    chunks: Chunks
+    left: list[int]
+    items: list[tuple[int, int]]
+
+    def note(self, packet: Outgoing) -> None:
+        """A packet has wholly left."""
+        if packet.kind == b"item":
+            self.items.append((packet.id, packet.body_size))
+        elif packet.kind != b"end":
+            self.left.append(packet.id)
+
+
+@final
 class Outbox:
     """The queues of one direction. Packets are known by the id of their request or channel."""
 
@@ -175,7 +197,7 @@ class Outbox:
     def __init__(self) -> None:
         self._control: list[bytes] = []
         self._credits: dict[int, int] = {}  # what is to be granted, by channel
-        self._small: OrderedDict[int, Outgoing] = OrderedDict()
+        self._small: OrderedDict[int, Outgoing | bytes] = OrderedDict()
         self._items: OrderedDict[int, Outgoing] = OrderedDict()  # the next one's turn is the first's
         self._turn = TURN  # how much is left of it
         self._big: OrderedDict[int, Outgoing] = OrderedDict()
@@ -205,6 +227,10 @@ class Outbox:
             self._behind.setdefault(id, deque()).append(packet)
         else:
             self._place(packet)
+
+    def put_encoded(self, id: int, packet: bytes) -> None:
+        """Queue a small packet, which must be the first of its id: a request, or its only answer."""
+        self._small[id] = packet
 
     def _place(self, packet: Outgoing) -> None:
         if packet.is_big:
@@ -245,24 +271,20 @@ class Outbox:
         """Whether a big packet waits, or has partly left."""
         return bool(self._open or self._big)
 
-    def take(self, now: float, room: int = MAX_BATCH_SIZE) -> tuple[bytes, list[Outgoing]]:
+    def take(self, now: float, room: int = MAX_BATCH_SIZE) -> Taken:
         """Take the next batch.
 
         Arguments:
             now: the time, in seconds, by the clock of the deadlines.
             room: bytes of a batch with a piece in it, about; at 0 pieces wait, but are not starved.
-
-        Returns:
-            It, in one piece, and what has thereby wholly left.
         """
-        chunks: Chunks = []
-        size = self._take_control(chunks) if self._control or self._credits else 0
-        done: list[Outgoing] = []
+        taken = Taken([], [], [])
+        size = self._take_control(taken.chunks) if self._control or self._credits else 0
         if not (self._items or self._big or self._open):  # mostly; then the rest of this is not needed
             while self._small and size < self._batch_size:
-                size += self._take_first(self._small, now, chunks, done)
+                size += self._take_small(now, taken)
             if not (self._items or self._big):  # which may have been behind what left
-                return b"".join(chunks), done
+                return taken
         if room == 0 and self._overtaken >= MIN_BATCH_SIZE:
             room = MIN_BATCH_SIZE
         has_piece = self.has_big and room > 0
@@ -271,13 +293,13 @@ class Outbox:
         most_others = most - least if has_piece else most
         while size < most_others and (self._small or self._items):
             if self._small and (size < most_others - least or not self._items):
-                size += self._take_first(self._small, now, chunks, done)
+                size += self._take_small(now, taken)
             else:
-                size += self._take_item(now, chunks, done)
+                size += self._take_item(now, taken)
         if has_piece:
-            self._take_piece(max(least, min(MAX_PIECE_SIZE, most - size)), now, chunks, done)
+            self._take_piece(max(least, min(MAX_PIECE_SIZE, most - size)), now, taken)
         self._overtaken = self._overtaken + size if self.has_big and not has_piece else 0
-        return b"".join(chunks), done
+        return taken
 
     def _take_control(self, chunks: Chunks) -> int:
         chunks += self._control
@@ -287,18 +309,23 @@ class Outbox:
         self._credits.clear()
         return sum(map(len, chunks))
 
-    def _take_first(
-        self, queue: OrderedDict[int, Outgoing], now: float, chunks: Chunks, done: list[Outgoing]
-    ) -> int:
-        _, packet = queue.popitem(last=False)
-        done.append(packet)
+    def _take_small(self, now: float, taken: Taken) -> int:
+        id, packet = self._small.popitem(last=False)
+        if not isinstance(packet, bytes):
+            return self._take_whole(packet, now, taken)
+        taken.chunks.append(packet)
+        taken.left.append(id)
+        return len(packet)
+
+    def _take_whole(self, packet: Outgoing, now: float, taken: Taken) -> int:
+        taken.note(packet)
         if self._behind:
             self._place_next(packet.id)
-        return packet.encode(now, chunks)
+        return packet.encode(now, taken.chunks)
 
-    def _take_item(self, now: float, chunks: Chunks, done: list[Outgoing]) -> int:
-        id = next(iter(self._items))
-        size = self._take_first(self._items, now, chunks, done)
+    def _take_item(self, now: float, taken: Taken) -> int:
+        id, packet = self._items.popitem(last=False)
+        size = self._take_whole(packet, now, taken)
         self._turn -= size
         if self._turn > 0 and id in self._items:
             self._items.move_to_end(id, last=False)
@@ -306,20 +333,20 @@ class Outbox:
             self._turn = TURN
         return size
 
-    def _take_piece(self, size: int, now: float, chunks: Chunks, done: list[Outgoing]) -> None:
+    def _take_piece(self, size: int, now: float, taken: Taken) -> None:
         if self._big and len(self._open) < MAX_OPEN:
             id, packet = self._big.popitem(last=False)
             pieced = _Pieced(self._next_number, packet, now)
             self._next_number += 1
         else:
             id, pieced = self._open.popitem(last=False)
-        pieced.take(size, chunks)
+        pieced.take(size, taken.chunks)
         if 0 < pieced.left <= MAX_TAIL_SIZE:
-            pieced.take(MAX_TAIL_SIZE, chunks)
+            pieced.take(MAX_TAIL_SIZE, taken.chunks)
         if pieced.left:
             self._open[id] = pieced
         else:
-            done.append(pieced.packet)
+            taken.note(pieced.packet)
             self._place_next(id)
 
     def _place_next(self, id: int) -> None:

@@ -23,11 +23,10 @@ class Ends:
         self.flows = Flows(self.outbox, 2**20)
 
     def take(self) -> list[list[bytes]]:
-        batch, done = self.outbox.take(0)
-        for left in done:
-            if left.kind == b"item":
-                self.flows.left(left.id, left.body_size)
-        return decode(PacketDecoder(2**20), batch)
+        chunks, _, items = self.outbox.take(0)
+        for id, size in items:
+            self.flows.left(id, size)
+        return decode(PacketDecoder(2**20), b"".join(chunks))
 
     def send(self, id: int, size: int) -> None:
         self.flows.send(id, *self.flows.encode([bytes(size - 5)]))

@@ -21,7 +21,7 @@ from bokbok_trio import MessageTooLarge, ProtocolError
 from bokbok_trio._errors import MAX_ERROR_TEXT_SIZE
 from bokbok_trio._events import Answer, Bye, Cancel, End, Event, Failure, Item, Request
 from bokbok_trio._flow import MAX_CREDIT, MAX_QUEUED, WINDOW
-from bokbok_trio._outbox import HEAD_ROOM
+from bokbok_trio._outbox import HEAD_ROOM, Outgoing
 from bokbok_trio._packets import LARGE, encode_body, encode_head
 from bokbok_trio._session import Session, State
 
@@ -237,6 +237,7 @@ def test_nothing_is_copied_before_it_is_taken() -> None:
     client.request([big])
     for queue, field in ((client._outbox._small, small), (client._outbox._big, big)):
         [queued] = queue.values()
+        assert isinstance(queued, Outgoing)
         assert queued._body is not None
         assert any(chunk is field for chunk in queued._body)
 
@@ -990,7 +991,7 @@ class TwoEngines(RuleBasedStateMachine):
             assert len(self.engines[side]._outbox._open) <= 4
             for sizes in self.held[side].values():
                 assert sum(sizes) < WINDOW + 200_005
-            for flow in self.engines[side].channels._flows.values():
+            for flow in self.engines[side].channels.by_id.values():
                 assert 0 <= flow.queued < MAX_QUEUED + 200_005
             for id in self.seen[side]:
                 assert not self.engines[side].is_unsent(id)
