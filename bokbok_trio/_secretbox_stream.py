@@ -265,9 +265,10 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             data = self._ciphertext
         plaintexts: list[bytes] = []
         position = 0
+        size = len(data)
         with memoryview(data) as view:
             try:
-                while (end := self._open_at(view, position)) > position:
+                while position < size and (end := self._open_at(view, position)) > position:
                     position = end
                     plaintexts.append(self._plaintext)
             except trio.BrokenResourceError:
@@ -275,7 +276,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
                     raise
             else:
                 # A copy, as the view is of what will be received over.
-                self._ciphertext = bytearray(view[position:])
+                self._ciphertext = bytearray(view[position:]) if position < size else bytearray()
         self._position = len(self._plaintext)
         return plaintexts[0] if len(plaintexts) == 1 else b"".join(plaintexts)
 
