@@ -8,6 +8,7 @@ all. Only public interfaces of Trio are used: the number of the socket, and wait
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 from typing import Final, final
@@ -38,13 +39,15 @@ class DirectStream(trio.abc.Stream):
 
     Attributes:
         socket: Trio's.
+        is_tcp: whether it is a TCP socket.
     """
 
-    __slots__ = ("_fd", "_stream", "socket")
+    __slots__ = ("_fd", "_stream", "is_tcp", "socket")
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self.socket = stream.socket
+        self.is_tcp = stream.socket.family in (socket.AF_INET, socket.AF_INET6)
         self._fd = stream.socket.fileno()  # -1 once it is closed
 
     def send_now(self, data: bytes) -> int:

@@ -146,10 +146,12 @@ class _Pieced:
         self.left -= size
         chunks.append(encode_head(b"part", self.number, encode_number(self.left), body_size=size))
         while size:
-            chunk = self._chunks.popleft()
+            chunk = self._chunks[0]
             if len(chunk) > size:
-                self._chunks.appendleft(chunk[size:])
+                self._chunks[0] = chunk[size:]
                 chunk = chunk[:size]
+            else:
+                self._chunks.popleft()
             chunks.append(chunk)
             size -= len(chunk)
 

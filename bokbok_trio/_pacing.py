@@ -84,18 +84,33 @@ def read_load(stream: trio.abc.Stream) -> Load | None:
     return Load(queued, unsent, acknowledged, rtt / 1e6, min_rtt / 1e6)
 
 
+def is_drained(stream: trio.abc.Stream) -> bool:
+    """Whether nearly nothing is queued, as far as that is known; asked more cheaply than the load."""
+    if sys.platform != "linux" or not isinstance(stream, DirectStream) or not stream.is_tcp:
+        return False
+    try:
+        [queued] = QUEUED.unpack(fcntl.ioctl(stream.socket.fileno(), termios.TIOCOUTQ, bytes(QUEUED.size)))
+    except (OSError, ValueError):
+        return False  # closed
+    return queued < MIN_BATCH_SIZE
+
+
 @final
 class Pacer:
     """Says how much of big packets may be sent.
 
     Arguments:
         load: asks for the load; None is no bound.
+        is_drained: asks whether nearly nothing is queued; False where that is not known.
     """
 
-    __slots__ = ("_acknowledged", "_granted_at", "_load", "_rate", "_since", "_was_idle")
+    __slots__ = ("_acknowledged", "_granted_at", "_is_drained", "_load", "_rate", "_since", "_was_idle")
 
-    def __init__(self, load: Callable[[], Load | None]) -> None:
+    def __init__(
+        self, load: Callable[[], Load | None], is_drained: Callable[[], bool] = lambda: False
+    ) -> None:
         self._load = load
+        self._is_drained = is_drained
         self._granted_at = 0.0  # when a piece was last let go
         self._rate = 0.0  # bytes a second, as of the last span of time that tells
         self._since = 0.0  # when the span under way began, and what was acknowledged by then
@@ -108,6 +123,12 @@ class Pacer:
         Arguments:
             now: the time, in seconds.
         """
+        if now < self._since + QUEUE_TIME and self._is_drained():
+            # It is too early to measure, so this is what the load would lead to. Asking for that each
+            # time takes 7 us of an echo of 64 KiB.
+            self._was_idle = True
+            self._granted_at = now
+            return MAX_BATCH_SIZE
         load = self._load()
         if load is None:
             return MAX_BATCH_SIZE

@@ -39,13 +39,10 @@ Received: TypeAlias = bytes | memoryview
 checkpoint, and what is kept of it must be copied."""
 
 LARGE: Final = 2**12
-"""Bytes from which on it is worth the while to look at what was received where it is; less is copied."""
+"""Bytes from which on it is worth the while to leave a field where it is; what is smaller is copied."""
 
 LARGE_BATCH: Final = 2**14
 """The same, of all that was received at once: it may be many packets, or one."""
-
-SMALL: Final = 2**9
-"""Bytes up to which chunks are joined where they are made: one chunk costs less to pass on than five."""
 
 _U32 = struct.Struct(">I")
 _HEAD = struct.Struct(">IB")
@@ -88,16 +85,24 @@ def encode_body(fields: Sequence[Field], limit: int) -> tuple[Chunks, int]:
     """
     if type(fields) not in _LISTS or len(fields) > MAX_FIELDS:
         fields = encode_fields(fields)
-    chunks: Chunks = [_COUNTS[len(fields)]]
+    chunks: Chunks = []
+    small = [_COUNTS[len(fields)]]  # to be one chunk: that costs less to pass on than many
     size = 1
     for field in fields:
         encoded = field if type(field) is bytes else _encode_field(field)
         length = len(encoded)
         size += LENGTH_SIZE + length
-        chunks += (_SIZES[length] if length < len(_SIZES) else _U32.pack(length), encoded)
+        if length < LARGE:
+            small += (_SIZES[length] if length < len(_SIZES) else _U32.pack(length), encoded)
+        else:
+            small.append(_U32.pack(length))
+            chunks += (b"".join(small), encoded)
+            small = []
     if size > limit:
         raise MessageTooLarge(size, limit)
-    return ([b"".join(chunks)] if size <= SMALL else chunks), size
+    if small:
+        chunks.append(b"".join(small))
+    return chunks, size
 
 
 def _encode_field(field: Field) -> bytes:

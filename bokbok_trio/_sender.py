@@ -20,7 +20,7 @@ import trio
 
 from ._opening import Opened
 from ._outbox import MAX_BATCH_SIZE
-from ._pacing import PAUSE, Pacer, read_load
+from ._pacing import PAUSE, Pacer, is_drained, read_load
 from ._session import Session
 from ._watchdog import Watchdog
 from ._wire import Wire
@@ -82,7 +82,7 @@ class Sender:
     ) -> None:
         self.wire = Wire(opened.stream, opened.transport)
         self._session = session
-        self._pacer = Pacer(partial(read_load, opened.transport))
+        self._pacer = Pacer(partial(read_load, opened.transport), partial(is_drained, opened.transport))
         self._watchdog = watchdog
         self._wake_writers = wake_writers
         self._on_idle = on_idle

@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 
 from bokbok_trio import Field, MessageTooLarge, ProtocolError
 from bokbok_trio._packets import (
+    LARGE,
     LENGTH_SIZE,
     MAX_FIELDS,
     PacketDecoder,
@@ -103,7 +104,7 @@ def test_a_field_that_can_change_is_copied_at_once(view: bool) -> None:
 
 
 def test_bytes_are_not_copied() -> None:
-    big = bytes(1000)
+    big = bytes(LARGE)
     assert any(chunk is big for chunk in encode_body([big], LIMIT)[0])
 
 
