@@ -449,7 +449,7 @@ def _connection_packets() -> Vectors:
     bad = {
         "no fields": encode_head(),
         "an unknown first field": encode_head(b"hello"),
-        "65,537 bytes that are not in pieces, only the length of them": bytes.fromhex("00010001"),
+        "66,561 bytes that are not in pieces, only the length of them": bytes.fromhex("00010401"),
         "req of three fields": encode_head(b"req", b"0", b""),
         "req with an id of the server's": _packet(b"req", b"1", b"", body=[]),
         "req with an id that is no number": _packet(b"req", b"00", b"", body=[]),

@@ -237,7 +237,7 @@ class Server(Handshake):
 
 # ---- an open connection ----
 
-MAX_WHOLE = 65_536
+MAX_WHOLE = 66_560
 MAX_PIECE = 65_458
 MAX_OPEN = 4
 MAX_CREDIT = 4_294_967_295

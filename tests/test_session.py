@@ -21,7 +21,7 @@ from bokbok_trio import MessageTooLarge, ProtocolError
 from bokbok_trio._errors import MAX_ERROR_TEXT_SIZE
 from bokbok_trio._events import Answer, Bye, Cancel, End, Event, Failure, Item, Request
 from bokbok_trio._flow import MAX_CREDIT, MAX_QUEUED, WINDOW
-from bokbok_trio._outbox import HEAD_ROOM, Outgoing
+from bokbok_trio._outbox import HEAD_ROOM, MAX_WHOLE_SIZE, Outgoing
 from bokbok_trio._packets import LARGE, encode_body, encode_head
 from bokbok_trio._session import Session, State
 
@@ -414,7 +414,7 @@ def test_small_packets_may_come_in_pieces_too() -> None:
         packet(b"part", b"0", b"x", b"x"),
         packet(b"drop", b"0"),
         packet(b"drop", b"0", b"0"),
-        (2**16 + 1).to_bytes(4, "big"),
+        (MAX_WHOLE_SIZE + 1).to_bytes(4, "big"),
     ],
 )
 def test_bad_pieces_are_an_error(bad: bytes) -> None:
