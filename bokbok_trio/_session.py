@@ -89,13 +89,15 @@ class Session:
 
     Attributes:
         channels: sends and grants, for the channels in flight.
+        may_ask: whether the peer still takes new requests.
+        is_draining: whether this side takes none.
+        is_ping_queued: whether a ping has not left yet.
     """
 
     __slots__ = (
         "_asked",
         "_backlog",
         "_bye_ok_queued",
-        "_bye_sent",
         "_decoder",
         "_flows",
         "_handling",
@@ -104,14 +106,15 @@ class Session:
         "_max_requests",
         "_next_id",
         "_outbox",
-        "_peer_bye",
         "_peer_bye_ok",
         "_peer_parity",
         "_pieces",
-        "_ping_queued",
         "_pong_queued",
         "_slots",
         "channels",
+        "is_draining",
+        "is_ping_queued",
+        "may_ask",
     )
 
     def __init__(self, side: Side, *, max_message_size: int, max_requests: int, slots: int) -> None:
@@ -128,20 +131,15 @@ class Session:
         self._outbox = Outbox()
         self.channels = Flows(self._outbox, self._max_body_size)
         self._flows = self.channels.by_id
-        self._ping_queued = False
+        self.is_ping_queued = False
         self._pong_queued = False
-        self._bye_sent = False
+        self.is_draining = False
         self._bye_ok_queued = False
-        self._peer_bye = False
+        self.may_ask = True
         self._peer_bye_ok = False
         self._is_closed = False
 
     # ---- asking ----
-
-    @property
-    def may_ask(self) -> bool:
-        """Whether the peer still takes new requests."""
-        return not self._peer_bye
 
     def request(self, fields: Sequence[Field], deadline: float = math.inf) -> int:
         """Queue a request, or keep it until a slot is free, and return its id.
@@ -282,24 +280,14 @@ class Session:
 
     def ping(self) -> None:
         """Ask for a sign of life."""
-        self._ping_queued = True
+        self.is_ping_queued = True
         self._outbox.put_control(b"ping")
-
-    @property
-    def is_ping_queued(self) -> bool:
-        """Whether a ping has not left yet."""
-        return self._ping_queued
 
     def drain(self) -> None:
         """Say that no new request is taken. Again does nothing."""
-        if not self._bye_sent:
-            self._bye_sent = True
+        if not self.is_draining:
+            self.is_draining = True
             self._outbox.put_control(b"bye")
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether no new request is taken."""
-        return self._bye_sent
 
     @property
     def is_drained(self) -> bool:
@@ -334,7 +322,7 @@ class Session:
             now: the time, in seconds, by the clock of the deadlines.
             room: see `Outbox.take`.
         """
-        self._ping_queued = self._pong_queued = False
+        self.is_ping_queued = self._pong_queued = False
         chunks, left, items = self._outbox.take(now, room)
         for id in left:
             if id % 2 == self._peer_parity:
@@ -488,9 +476,9 @@ class Session:
         """It was heard: that is all it is for."""
 
     def _on_bye(self, _fields: list[Received]) -> Bye:
-        if self._peer_bye:
+        if not self.may_ask:
             raise ProtocolError("bye twice")
-        self._peer_bye = True
+        self.may_ask = False
         self._bye_ok_queued = True
         for id in self._backlog:
             self.channels.remove(id)
@@ -499,7 +487,7 @@ class Session:
         return bye
 
     def _on_bye_ok(self, _fields: list[Received]) -> None:
-        if not self._bye_sent or self._peer_bye_ok:
+        if not self.is_draining or self._peer_bye_ok:
             raise ProtocolError("bye-ok without bye")
         self._peer_bye_ok = True
 

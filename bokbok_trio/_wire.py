@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import final
+from typing import Final, final
 
 import trio
 
@@ -12,6 +12,11 @@ from ._direct_stream import DirectStream
 from ._outbox import MAX_BATCH_SIZE
 from ._packets import Received
 from ._secretbox_stream import SecretboxStream
+
+
+STEP: Final = 33 * 2**10
+"""Bytes of a batch that are sealed and sent before the next are sealed: the peer opens the first half of
+64 KiB while the second is sealed."""
 
 
 @final
@@ -55,9 +60,18 @@ class Wire:
     def send_now(self, batch: bytes) -> bool:
         """Send what can leave at once, and keep the rest. Returns whether there is none."""
         assert self._direct is not None
-        data = batch if self._sealed is None else self._sealed.seal(batch)
-        self._rest = data[self._direct.send_now(data) :]
-        return not self._rest
+        if self._sealed is None:
+            self._rest = batch[self._direct.send_now(batch) :]
+            return not self._rest
+        for start in range(0, len(batch), STEP):
+            records = self._sealed.seal(batch[start : start + STEP])
+            sent = self._direct.send_now(records)
+            if sent < len(records):
+                self._rest = records[sent:]
+                if start + STEP < len(batch):
+                    self._rest += self._sealed.seal(batch[start + STEP :])
+                return False
+        return True
 
     async def send(self, batch: bytes) -> None:
         """Send the rest, if there is one, and a batch. Raises as the stream's `send_all` does."""
