@@ -13,7 +13,6 @@ from ._outbox import MAX_BATCH_SIZE
 from ._packets import Received
 from ._secretbox_stream import SecretboxStream
 
-
 STEP: Final = 33 * 2**10
 """Bytes of a batch that are sealed and sent before the next are sealed: the peer opens the first half of
 64 KiB while the second is sealed."""
