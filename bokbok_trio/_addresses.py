@@ -249,7 +249,7 @@ async def check_dialable(address: Address, *, insecure: bool) -> None:
 
 
 async def dial(address: Address, *, insecure: bool) -> trio.SocketStream:
-    """Connect to an address.
+    """Connect to an address. Not always a checkpoint: the handshake that follows is one.
 
     Arguments:
         address: where to; of several addresses of a host name the first that answers.
@@ -268,22 +268,39 @@ async def dial(address: Address, *, insecure: bool) -> trio.SocketStream:
         return await trio.open_tcp_stream(address.host, address.port)
 
 
+_CONNECTING: Final = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
+"""What the system says of a connection that is under way."""
+
+
 async def _dial_numeric(address: TCPAddress) -> trio.SocketStream:
     """What `trio.open_tcp_stream` does for names, where there is but one address to try.
 
-    A look-up, a nursery and a task less make 46 us out of 138.
+    A look-up, a nursery and a task less make 46 us out of 138. To wait only where the system does not
+    connect at once, as it does over loopback, saves 15 us more; then this is no checkpoint.
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
-        sock = trio.socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            await sock.connect((address.host, address.port))
+            sock.setblocking(False)
+            await _connect(sock, (address.host, address.port))
+            return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
         except BaseException:
             sock.close()
             raise
     except OSError as exc:
+        await trio.lowlevel.checkpoint()  # for those who try again and again
         raise OSError(f"all attempts to connect to {address} failed: {exc}") from exc
-    return trio.SocketStream(sock)
+
+
+async def _connect(sock: socket.socket, where: tuple[str, int]) -> None:
+    sock.connect_ex(where)
+    error = sock.connect_ex(where)  # to ask again tells what became of it
+    if error in _CONNECTING:
+        await trio.lowlevel.wait_writable(sock)
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error not in {0, errno.EISCONN}:
+        raise OSError(error, os.strerror(error))
 
 
 def stream_address(stream: trio.abc.Stream) -> Address | None:

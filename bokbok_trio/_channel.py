@@ -63,6 +63,10 @@ def _wake_all(waiters: dict[_Waiter, None]) -> None:
         _wake_first(waiters)
 
 
+def _do_nothing() -> None:
+    """Take the place of a callback that is to be forgotten."""
+
+
 @final
 class Channel(trio.abc.Channel[list[bytes]]):
     """Items both ways, as part of a request; made by `Connection.open_channel`, and for a channel handler.
@@ -380,6 +384,10 @@ class Channels:
         """The peer has cancelled one of its own, or a request that is none."""
         if id in self._channels:
             self._channels[id]._break(trio.BrokenResourceError("the other side has cancelled it"))
+
+    def forget(self) -> None:
+        """Nothing will be queued any more: forget whom to wake."""
+        self._wake_sender = _do_nothing
 
     def wake_writers(self) -> None:
         """Let items be queued, where the peer has granted credit or items have left."""

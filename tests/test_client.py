@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from bokbok_trio import AddressError, AuthenticationError, HandshakeError, Key, Settings, open_connection
+from bokbok_trio import (
+    AddressError,
+    AuthenticationError,
+    HandshakeError,
+    Key,
+    Settings,
+    open_connection,
+    open_server,
+)
 from bokbok_trio._handshake import Limits, ServerHandshake
 from bokbok_trio._opening import _exchange_hello, _receive_packet
 from bokbok_trio._packets import encode_head
@@ -126,3 +135,12 @@ async def test_losing_the_race_with_a_failing_block() -> None:
         async with open_connection_pair() as (_, server):
             server._close("gone")
             raise KeyError
+
+
+@pytest.mark.parametrize("where", ["127.0.0.1:0", "unix"])
+async def test_opening_is_a_checkpoint(where: str, tmp_path: Path) -> None:
+    async with open_server(where if ":" in where else f"{tmp_path}/sock", echo) as server:
+        connection = open_connection(server.addresses[0])
+        with trio.testing.assert_checkpoints():
+            await connection.__aenter__()
+        await connection.__aexit__(None, None, None)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,12 +20,14 @@ from bokbok_trio import (
     MessageTooLarge,
     RemoteError,
     Settings,
+    open_connection,
+    open_server,
 )
 from bokbok_trio._connection import CLOSE_TIMEOUT
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._handling import Handlers
 from bokbok_trio._wire import Wire
-from bokbok_trio.testing import FaultyStream, open_connection_pair
+from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import busy_handler, echo, packet, raw_peer, settle
 
 
@@ -1213,3 +1216,30 @@ async def test_a_request_takes_along_the_items_that_wait_and_their_channel_goes_
             found = [(await peer.receive())[0] for _ in range(count + 2)]
             assert sorted(found) == [*[b"item"] * (count + 1), b"req"]
             await peer.send(b"ok", b"2", body=[])
+
+
+async def test_a_connection_that_has_ended_is_no_cyclic_garbage() -> None:
+    ended: list[weakref.ref[Connection]] = []
+
+    async def note(connection: Connection) -> None:
+        ended.append(weakref.ref(connection))
+        await trio.lowlevel.checkpoint()
+
+    async def use(listener: MemoryListener) -> None:
+        async with open_connection(listener.connect(), close_handler=note) as connection:
+            assert await connection.request(["x"]) == [b"x"]
+            with pytest.raises(RemoteError):
+                async with connection.open_channel([]) as channel:
+                    await channel.answer()
+        assert connection.statistics().handlers_running == 0
+
+    listener = MemoryListener()
+    gc.collect()
+    gc.disable()
+    try:
+        async with open_server([listener], echo, close_handler=note):
+            await use(listener)
+            await settle()
+            assert [reference() for reference in ended] == [None, None]
+    finally:
+        gc.enable()

@@ -119,3 +119,22 @@ async def test_elsewhere_no_stream_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_direct(stream) is stream
     theirs.close()
     await stream.aclose()
+
+
+async def test_it_closes_at_once_under_whoever_waits() -> None:
+    ours, theirs = pair()
+    async with theirs, trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def receive() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await ours.receive_some()
+
+        await trio.testing.wait_all_tasks_blocked()
+        ours.close_now()
+        ours.close_now()
+        assert await theirs.receive_some() == b""
+        assert ours.send_now(b"x") == 0
+        with pytest.raises(trio.ClosedResourceError):
+            await ours.send_all(b"x")
+        await ours.aclose()

@@ -96,3 +96,54 @@ async def test_a_stream_that_is_no_socket_only_sends() -> None:
     assert not ours.can_send_now
     await ours.send(b"hello")
     assert await theirs.receive() == b"hello"
+
+
+async def is_cut_short(wire: Wire) -> bool:
+    """Whether the stream ends without an end record, after whatever."""
+    try:
+        while await wire.receive():
+            pass
+    except trio.BrokenResourceError as exc:
+        return "cut short" in str(exc)
+    return False
+
+
+@pytest.mark.parametrize("end", [False, True])
+async def test_it_closes_at_once(sealed: bool, end: bool) -> None:
+    ours, theirs = wires(sealed=sealed)
+    async with theirs._stream:
+        assert ours.send_now(b"last")
+        assert ours.close_now(end=end)
+        assert ours.close_now(end=end)
+        await ours._stream.aclose()
+        with pytest.raises(trio.ClosedResourceError):
+            await ours._stream.send_all(b"x")
+        assert await is_cut_short(theirs) is (sealed and not end)
+
+
+@pytest.mark.parametrize("most", [0, 1, 17])
+async def test_the_rest_of_an_end_record_is_waited_for(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = wires(sealed=True)
+    send_now = DirectStream.send_now
+    monkeypatch.setattr(DirectStream, "send_now", lambda self, data: send_now(self, data[:most]))
+    async with theirs._stream:
+        assert not ours.close_now(end=True)
+        await ours._stream.aclose()
+        assert not await is_cut_short(theirs)
+
+
+async def test_a_rest_is_followed_by_no_end_record() -> None:
+    ours, theirs = wires(sealed=True)
+    async with theirs._stream:
+        assert not ours.send_now(BATCH)
+        assert ours.close_now(end=True)
+        assert await is_cut_short(theirs)
+
+
+async def test_a_stream_that_is_no_socket_does_not_close_at_once() -> None:
+    left, right = trio.testing.memory_stream_pair()
+    for stream in (left, SecretboxStream(left, send_key=bytes(32), receive_key=bytes(32))):
+        wire = Wire(stream, left)
+        assert not wire.close_now(end=True)
+        await wire.send(b"x")
+        await right.receive_some()
