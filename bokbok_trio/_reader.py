@@ -110,8 +110,9 @@ class Reader:
         self._nursery.start_soon(self._run, self._scope)
 
     def stop(self) -> None:
-        """Read no more."""
+        """Read no more, and do nothing more of what was received."""
         self._stopped = True
+        self._events = iter(())
         if self._scope is not None:
             self._scope.cancel()
 
