@@ -120,8 +120,8 @@ class Reader:
         """Read until then, by Trio's clock; then the connection is lost, for that reason."""
         self._until = moment
         self._reason = reason
-        if self._scope is not None:
-            self._scope.deadline = moment
+        assert self._scope is not None
+        self._scope.deadline = moment
 
     async def _run(self, scope: trio.CancelScope) -> None:
         """Be the task that reads; and once a handler called here waits, that handler's."""
