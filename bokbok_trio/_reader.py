@@ -143,6 +143,7 @@ class Reader:
                     self._sender.begin_batch()
                     self._count = 0
                     self._events = self._session.receive(data)
+                    del data  # or a handler's task would keep it for as long as that waits
                 cut = self._session.is_mid_packet
                 self._reason = "the peer cut a packet short" if cut else "the peer closed the connection"
         except ProtocolError as exc:
@@ -202,6 +203,8 @@ def _watch(work: Coroutine[Any, Any, None], on_wait: Callable[[], object]) -> Ge
             message = run(step, value)
         except StopIteration:
             return has_waited
+        finally:
+            del value  # or what it waited for last would be kept for as long as it waits next
         if not has_waited:
             has_waited = True
             on_wait()

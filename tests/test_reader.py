@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, nullcontext
 from contextvars import ContextVar
@@ -1067,6 +1068,66 @@ async def test_what_is_left_of_a_batch_outlasts_the_buffer_that_it_was_received_
         assert sorted(seen) == fields
         await settle()
         check_idle(connection)
+
+
+class Data(bytearray):
+    """What was received; unlike a bytearray it can be looked for."""
+
+
+class Traced(Deaf):
+    """A stream that looks for what it has returned."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        super().__init__(stream)
+        self.returned: list[weakref.ref[Data]] = []
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        data = Data(await super().receive_some(max_bytes))
+        self.returned.append(weakref.ref(data))
+        return data
+
+
+async def test_a_handler_that_waits_does_not_keep_all_that_came_with_its_request() -> None:
+    traced: list[Traced] = []
+
+    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+        traced.append(Traced(stream))
+        return traced[0]
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await trio.sleep_forever()
+
+    async with open_connection_pair(handler, sealed=False, wrap=wrap) as (_, server):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(server.request, [bytes(LARGE_BATCH)])
+                await settle()
+            assert len(traced[0].returned) >= 3
+            assert [data() for data in traced[0].returned if data() is not None] == []
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_handler_that_waits_again_does_not_keep_what_it_waited_for() -> None:
+    class Big:
+        """Something."""
+
+    send, receive = trio.open_memory_channel[Big](0)
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await receive.receive()
+        await trio.sleep_forever()
+
+    async with open_connection_pair(server_handler=handler) as (client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.request, [])
+            await settle()
+            big = Big()
+            there = weakref.ref(big)
+            await send.send(big)
+            del big
+            await settle()
+            assert there() is None
+            nursery.cancel_scope.cancel()
 
 
 # ---- all of it at once ----
