@@ -125,6 +125,7 @@ class Reader:
 
     async def _run(self, scope: trio.CancelScope) -> None:
         """Be the task that reads; and once a handler called here waits, that handler's."""
+        task = trio.lowlevel.current_task()
         try:
             with scope:
                 self._hand_out()
@@ -134,6 +135,8 @@ class Reader:
                         call = self._handlers.accept(request)
                         if call is not None and await _watch(call, self._step_aside):
                             return
+                        if task.child_nurseries:
+                            return  # a handler left one open, and Trio lets no task do so that ends
                         continue
                     self._sender.end_batch(self._count)
                     data = await self._sender.wire.receive()

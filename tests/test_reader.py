@@ -844,6 +844,25 @@ async def test_a_handler_that_leaves_a_scope_open_harms_no_other_that_the_same_t
         check_idle(connection)
 
 
+@pytest.mark.parametrize("waits_before", [False, True])
+async def test_a_handler_that_leaves_a_nursery_open_ends_the_connection_at_once(
+    waits_before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trio lets no task end so, and no other handler is to suffer for it later."""
+    left: list[object] = []
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        if waits_before:
+            await trio.lowlevel.checkpoint()
+        left.append(trio.open_nursery())
+        await left[0].__aenter__()  # type: ignore[attr-defined]
+
+    async with open_connection_pair(server_handler=handler) as (client, _):
+        with pytest.raises(ConnectionLost):
+            await client.request([])
+    assert "Nursery stack corrupted" in caplog.text
+
+
 async def test_a_handler_that_awaits_something_foreign_is_told_and_may_go_on() -> None:
     async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
         if request == [b"fail"]:
