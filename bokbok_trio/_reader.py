@@ -181,10 +181,13 @@ class Reader:
         Called here, each of them that waits would be a turn of the event loop later than the one before.
         """
         assert self._nursery is not None
+        told = self._count
         while (request := self._do_events()) is not None:
             call = self._handlers.accept(request)
             if call is not None:
                 self._nursery.start_soon(_await, call)
+        if self._count == told:
+            self._count = 0  # nothing was left, and the sender is not to be told of the same twice
 
 
 async def _await(call: Coroutine[Any, Any, None]) -> None:

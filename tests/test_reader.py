@@ -30,7 +30,7 @@ from bokbok_trio import (
 from bokbok_trio._connection import CLOSE_TIMEOUT
 from bokbok_trio._direct_stream import RECEIVE_SIZE, _scratch
 from bokbok_trio._packets import LARGE, LARGE_BATCH
-from bokbok_trio._sender import BUNCH
+from bokbok_trio._sender import BUNCH, LONE_STREAK
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import RawPeer, echo, packet, raw_peer, settle
 from tests.strategies import chunked
@@ -1030,6 +1030,22 @@ async def test_what_was_answered_before_a_handler_waits_leaves_then() -> None:
         assert await peer.receive() == [b"pong"]
         assert await outcomes(peer, 1) == {1: b"ok"}
         assert not connection._sender._is_held
+
+
+@pytest.mark.parametrize("handler", [never_waits, echo])
+async def test_a_request_that_is_alone_counts_once_whether_its_handler_waits_or_not(
+    handler: RequestHandler,
+) -> None:
+    async with open_peer(handler, over_sockets=True) as (connection, peer):
+        connection._sender._lone_streak = 0
+        for n in range(LONE_STREAK + 1):
+            await peer.send(b"req", b"%d" % (1 + 2 * n), b"", body=[])
+            await peer.receive()
+            await settle()
+            assert connection._sender._lone_streak == n + 1
+        await peer.stream.send_all(req(1) + req(3))
+        await outcomes(peer, 2)
+        assert connection._sender._lone_streak == 0
 
 
 @in_memory_and_over_sockets
