@@ -110,8 +110,9 @@ class Reader:
         self._nursery.start_soon(self._run, self._scope)
 
     def stop(self) -> None:
-        """Read no more."""
+        """Read no more, and do nothing more of what was received."""
         self._stopped = True
+        self._events = iter(())
         if self._scope is not None:
             self._scope.cancel()
 
@@ -119,11 +120,12 @@ class Reader:
         """Read until then, by Trio's clock; then the connection is lost, for that reason."""
         self._until = moment
         self._reason = reason
-        if self._scope is not None:
-            self._scope.deadline = moment
+        assert self._scope is not None
+        self._scope.deadline = moment
 
     async def _run(self, scope: trio.CancelScope) -> None:
         """Be the task that reads; and once a handler called here waits, that handler's."""
+        task = trio.lowlevel.current_task()
         try:
             with scope:
                 self._hand_out()
@@ -133,6 +135,8 @@ class Reader:
                         call = self._handlers.accept(request)
                         if call is not None and await _watch(call, self._step_aside):
                             return
+                        if task.child_nurseries:
+                            return  # a handler left one open, and Trio lets no task do so that ends
                         continue
                     self._sender.end_batch(self._count)
                     data = await self._sender.wire.receive()
@@ -142,6 +146,7 @@ class Reader:
                     self._sender.begin_batch()
                     self._count = 0
                     self._events = self._session.receive(data)
+                    del data  # or a handler's task would keep it for as long as that waits
                 cut = self._session.is_mid_packet
                 self._reason = "the peer cut a packet short" if cut else "the peer closed the connection"
         except ProtocolError as exc:
@@ -176,10 +181,13 @@ class Reader:
         Called here, each of them that waits would be a turn of the event loop later than the one before.
         """
         assert self._nursery is not None
+        told = self._count
         while (request := self._do_events()) is not None:
             call = self._handlers.accept(request)
             if call is not None:
                 self._nursery.start_soon(_await, call)
+        if self._count == told:
+            self._count = 0  # nothing was left, and the sender is not to be told of the same twice
 
 
 async def _await(call: Coroutine[Any, Any, None]) -> None:
@@ -201,6 +209,8 @@ def _watch(work: Coroutine[Any, Any, None], on_wait: Callable[[], object]) -> Ge
             message = run(step, value)
         except StopIteration:
             return has_waited
+        finally:
+            del value  # or what it waited for last would be kept for as long as it waits next
         if not has_waited:
             has_waited = True
             on_wait()
