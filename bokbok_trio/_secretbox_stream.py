@@ -90,6 +90,8 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             transport for no more than a header and so many bytes.
     """
 
+    _end = b""  # what of the end record `close_now` could not send; few streams need one of their own
+
     def __init__(
         self,
         transport: trio.abc.Stream,
@@ -104,7 +106,6 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         self._send_busy = False
         self._send_broken = False
         self._send_ended = False
-        self._end = b""  # what of the end record `close_now` could not send
         self._opener = _Direction(receive_key)
         self._direct = transport if isinstance(transport, DirectStream) else None
         self._max_record_size = max_record_size
