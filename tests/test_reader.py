@@ -499,6 +499,7 @@ async def test_nobody_reads_any_more_while_the_goodbye_waits_for_a_peer_that_doe
         return streams[0]
 
     async with open_connection_pair(never_waits, wrap=wrap) as (client, _):
+        await settle()
         streams[0].stall()
         client._close("nobody reads this")
         await settle()
