@@ -132,8 +132,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         waiter = _Waiter(self._flows.encode(value))
-        if self._send_error() is None and self._flows.may_send(self._id):
-            self._put(waiter)  # nobody waits: see `_on_writable`
+        if not self._senders and self._send_error() is None and self._flows.may_send(self._id):
+            self._put(waiter)
             await trio.lowlevel.cancel_shielded_checkpoint()
         else:
             await self._wait(self._senders, waiter, self._send_error)

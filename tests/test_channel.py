@@ -935,6 +935,23 @@ async def test_one_that_is_cancelled_before_the_open_handler_is_done(autojump_cl
 # ---- a peer that is made by hand ----
 
 
+async def test_a_handler_does_not_overtake_a_sender_that_waited_for_credit() -> None:
+    """Its request comes together with that credit, so it runs before the other task is woken."""
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await channel.send([b"second"])
+
+    async with raw_peer(handler) as (connection, peer):
+        async with connection.open_channel([]) as channel, trio.open_nursery() as nursery:
+            assert (await peer.receive())[0] == b"chan"
+            nursery.start_soon(channel.send, [b"first"])
+            await settle()
+            await peer.stream.send_all(packet(b"credit", b"0", b"1") + packet(b"req", b"1", b"", body=[]))
+            assert (await peer.receive())[2].endswith(b"first")
+            await peer.send(b"credit", b"0", b"100")
+            nursery.cancel_scope.cancel()
+
+
 async def receive_chan(peer: RawPeer) -> None:
     chan = await peer.receive()
     assert chan[:2] == [b"chan", b"0"]
