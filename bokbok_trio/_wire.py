@@ -62,13 +62,13 @@ class Wire:
         if self._sealed is None:
             self._rest = batch[self._direct.send_now(batch) :]
             return not self._rest
-        for start in range(0, len(batch), STEP):
-            records = self._sealed.seal(batch[start : start + STEP])
+        plaintext: bytes | memoryview = batch if len(batch) <= STEP else memoryview(batch)
+        while plaintext:
+            records = self._sealed.seal(plaintext[:STEP])
+            plaintext = plaintext[STEP:]
             sent = self._direct.send_now(records)
             if sent < len(records):
-                self._rest = records[sent:]
-                if start + STEP < len(batch):
-                    self._rest += self._sealed.seal(batch[start + STEP :])
+                self._rest = records[sent:] + (self._sealed.seal(plaintext) if plaintext else b"")
                 return False
         return True
 
