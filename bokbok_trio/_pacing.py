@@ -92,7 +92,7 @@ def is_drained(stream: trio.abc.Stream) -> bool:
         [queued] = QUEUED.unpack(fcntl.ioctl(stream.socket.fileno(), termios.TIOCOUTQ, bytes(QUEUED.size)))
     except (OSError, ValueError):
         return False  # closed
-    return queued < MIN_BATCH_SIZE
+    return int(queued) < MIN_BATCH_SIZE
 
 
 @final

@@ -329,7 +329,7 @@ class Session:
                 del self._handling[id]
                 if id in self._flows:
                     self.channels.remove(id)
-            elif self._asked.get(id) is State.QUEUED:
+            else:
                 self._asked[id] = State.ASKED
         for id, size in items:
             self.channels.left(id, size)

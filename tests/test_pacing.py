@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from bokbok_trio import Connection, ConnectionLost, Key, Settings, open_connection, open_server
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
-from bokbok_trio._pacing import LEAST_BOUND, MAX_WAIT, PAUSE, QUEUE_TIME, Load, Pacer, read_load
+from bokbok_trio._pacing import LEAST_BOUND, MAX_WAIT, PAUSE, QUEUE_TIME, Load, Pacer, is_drained, read_load
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.helpers import echo
 
@@ -176,6 +176,35 @@ async def test_other_streams_have_no_load(monkeypatch: pytest.MonkeyPatch) -> No
         patch.setattr(sys, "platform", "darwin")
         assert read_load(tcp) is None
     tcp.socket.close()
+
+
+async def test_whether_a_socket_has_drained() -> None:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port: int = listener.socket.getsockname()[1]
+    async with listener, await trio.open_tcp_stream("127.0.0.1", port) as ours:
+        async with await listener.accept():
+            assert is_drained(DirectStream(ours))
+            assert not is_drained(ours)
+            with trio.move_on_after(0.1):
+                await ours.send_all(bytes(64 * MIB))  # it is not read
+            assert not is_drained(DirectStream(ours))
+    assert not is_drained(DirectStream(ours)), "it is closed"
+    one, other = map(trio.SocketStream, trio.socket.socketpair())
+    async with one, other:
+        assert not is_drained(DirectStream(one)), "it is not told of other sockets"
+
+
+def test_what_has_drained_is_not_asked_for_its_load_each_time() -> None:
+    asked: list[float] = []
+
+    def load() -> Load:
+        asked.append(now)
+        return Load(0, 0, 0, 0.0, 0.0)
+
+    pacer = Pacer(load, lambda: True)
+    for now in (1.0, 1.0 + SPAN / 2, 1.0 + SPAN, 1.0 + SPAN * 1.5):
+        assert pacer.room(now) == MAX_BATCH_SIZE
+    assert asked == [1.0, 1.0 + SPAN]
 
 
 # ---- the sender ----

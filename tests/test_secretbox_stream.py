@@ -736,6 +736,47 @@ async def test_aclose_closes_the_transport_whatever_the_end_record_raises() -> N
     assert transport.closed == 1
 
 
+# ---- all that is there ----
+
+
+async def test_all_records_that_are_here_come_together() -> None:
+    transport = Transport(seal(IN, 0, b"one") + seal(IN, 1, b"two") + seal(IN, 2, b"three")[:9])
+    stream = over(transport)
+    assert await stream.receive_available() == b"onetwo"
+    transport.incoming += seal(IN, 2, b"three")[9:] + seal(IN, 3, b"")
+    assert await stream.receive_available() == b"three"
+    for _ in range(2):
+        assert await stream.receive_available() == b""
+
+
+async def test_records_come_byte_by_byte() -> None:
+    transport = Transport(seal(IN, 0, b"one") + seal(IN, 1, b"two") + seal(IN, 2, b""), most=1)
+    stream = over(transport)
+    assert [await stream.receive_available() for _ in range(3)] == [b"one", b"two", b""]
+
+
+async def test_what_was_read_before_comes_first() -> None:
+    stream = over(Transport(seal(IN, 0, b"first") + seal(IN, 1, b"then") + seal(IN, 2, b"and then")))
+    assert await stream.receive_some(2) == b"fi"
+    assert await stream.receive_available() == b"rst"
+    assert await stream.receive_available() == b"thenand then"
+
+
+async def test_a_record_that_does_not_open_is_told_after_those_before_it() -> None:
+    stream = over(Transport(seal(IN, 0, b"good") + seal(IN, 7, b"bad") + seal(IN, 2, b"never seen")))
+    assert await stream.receive_available() == b"good"
+    for _ in range(2):
+        with pytest.raises(trio.BrokenResourceError, match="did not open"):
+            await stream.receive_available()
+
+
+async def test_the_end_of_the_transport_is_no_end_of_the_records() -> None:
+    stream = over(Transport(seal(IN, 0, b"good")))
+    assert await stream.receive_available() == b"good"
+    with pytest.raises(trio.BrokenResourceError, match="cut short"):
+        await stream.receive_available()
+
+
 # ---- new keys ----
 
 
