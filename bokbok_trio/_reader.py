@@ -5,13 +5,15 @@ Theory
 
 Of a connection's tasks one reads at any time. It calls the handler of a request by itself, as far as
 that goes without waiting for anything. Many a handler answers like that, and then no task was started
-and none was woken for it. Where a handler does wait, the task is that handler's from then on: it hands
-the rest of what it received to others, starts a task that reads in its place, and ends with its
-handler. So each request that waits has a task of its own, and nothing that one waits for keeps the
-connection from reading. This is the Leader/Followers pattern (Schmidt et al., PLoP 2000), in which
-events are handled by the thread that received them.
+and none was woken for it. Where a handler does wait, the task is that handler's from then on, and
+another reads in its place, which gives the rest of what was received a task each. Once its handler has
+ended, a task waits for its turn to read again, if no other does. So each request that waits has a task of
+its own, and nothing that one waits for keeps the connection from reading. This is the Leader/Followers
+pattern (Schmidt et al., PLoP 2000), in which events are handled by the thread that received them.
 
-It makes 1.2 times as many requests one after another, and 1.3 times as many from a hundred callers.
+Beside a task for each request, one request after another takes 12 us less of some 80 for both ends where
+the handler waits for nothing, and as much where it waits: there most of it is the task that waits for its
+turn, which is not started anew.
 
 What is queued while what was received is worked on leaves at its end, in one batch, or earlier where
 it gets long: then the peer can begin with it.
@@ -62,6 +64,7 @@ class Reader:
         "_events",
         "_handlers",
         "_lose",
+        "_next",
         "_nursery",
         "_on_event",
         "_reason",
@@ -93,6 +96,7 @@ class Reader:
         self._lose = lose
         self._nursery: trio.Nursery | None = None
         self._scope: trio.CancelScope | None = None  # of the task that reads
+        self._next: tuple[trio.lowlevel.Task, trio.CancelScope] | None = None  # waits for its turn
         self._until = math.inf
         self._reason = ""  # why it is lost, when the task that reads ends
         self._stopped = False
@@ -105,6 +109,12 @@ class Reader:
         self._start_task()
 
     def _start_task(self) -> None:
+        """Let the task read that waits for its turn, or a new one."""
+        if self._next is not None:
+            (task, self._scope), self._next = self._next, None
+            self._scope.deadline = self._until
+            trio.lowlevel.reschedule(task)
+            return
         assert self._nursery is not None
         self._scope = trio.CancelScope(deadline=self._until)
         self._nursery.start_soon(self._run, self._scope)
@@ -115,6 +125,8 @@ class Reader:
         self._events = iter(())
         if self._scope is not None:
             self._scope.cancel()
+        if self._next is not None:
+            self._next[1].cancel()
 
     def stop_at(self, moment: float, reason: str) -> None:
         """Read until then, by Trio's clock; then the connection is lost, for that reason."""
@@ -133,10 +145,15 @@ class Reader:
                     request = self._do_events()
                     if request is not None:
                         call = self._handlers.accept(request)
-                        if call is not None and await _watch(call, self._step_aside):
-                            return
+                        has_waited = call is not None and await _watch(call, self._step_aside)
                         if task.child_nurseries:
                             return  # a handler left one open, and Trio lets no task do so that ends
+                        del request, call  # or they would be kept for as long as this waits
+                        if has_waited:
+                            if self._next is not None or self._stopped:
+                                return
+                            await self._wait_for_turn(task, scope)
+                            self._hand_out()
                         continue
                     self._sender.end_batch(self._count)
                     data = await self._sender.wire.receive()
@@ -155,6 +172,16 @@ class Reader:
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
             keep(exc, lambda error: self._lose(f"receiving failed: {error}"))
         self._lose(self._reason)  # if it is not over yet
+
+    async def _wait_for_turn(self, task: trio.lowlevel.Task, scope: trio.CancelScope) -> None:
+        """Wait until the task that reads now steps aside."""
+
+        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+            self._next = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        self._next = (task, scope)
+        await trio.lowlevel.wait_task_rescheduled(abort)
 
     def _do_events(self) -> Request | None:
         for event in self._events:

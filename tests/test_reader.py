@@ -78,13 +78,14 @@ async def outcomes(peer: RawPeer, count: int) -> dict[int, bytes]:
 
 
 def check_idle(connection: Connection) -> None:
-    """Nothing is left of anything, and one task reads."""
+    """Nothing is left of anything, one task reads, and one at most waits for its turn."""
     assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
     assert not connection._sender._is_held
     assert connection._reader._nursery is not None
+    tasks = 1 if connection._reader._next is None else 2
     assert [task.name for task in connection._reader._nursery.child_tasks] == [
         "bokbok_trio._reader.Reader._run"
-    ]
+    ] * tasks
 
 
 async def never_waits(connection: Connection, request: list[bytes]) -> list[bytes]:
@@ -151,6 +152,64 @@ async def test_a_handler_that_waits_keeps_its_task_and_another_reads_on(
         assert all(len(set(each)) == 1 for each in tasks.values())
         assert len({each[0] for each in tasks.values()}) == 4
         check_idle(connection)
+
+
+async def test_two_tasks_take_turns_where_each_handler_waits() -> None:
+    tasks: list[trio.lowlevel.Task] = []
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        tasks.append(trio.lowlevel.current_task())
+        await trio.lowlevel.checkpoint()
+
+    async with open_peer(handler) as (connection, peer):
+        for n in range(6):
+            await peer.stream.send_all(req(1 + 2 * n))
+            assert (await peer.receive())[0] == b"ok"
+            await settle()
+        assert tasks == tasks[:2] * 3
+        assert tasks[0] is not tasks[1]
+        check_idle(connection)
+
+
+async def test_of_the_tasks_whose_handlers_have_ended_one_waits_for_its_turn() -> None:
+    may_end = trio.Event()
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await may_end.wait()
+
+    async with open_peer(handler, Settings(max_requests=9)) as (connection, peer):
+        for n in range(5):  # each in a receive of its own, so that each is called by who reads
+            await peer.stream.send_all(req(1 + 2 * n))
+            await settle()
+        reader = connection._reader
+        assert reader._nursery is not None
+        assert len(reader._nursery.child_tasks) == 6
+        may_end.set()
+        await outcomes(peer, 5)
+        await settle()
+        assert reader._next is not None
+        check_idle(connection)
+        await connection.aclose()
+        await settle()
+        assert reader._next is None
+        assert not reader._nursery.child_tasks
+
+
+async def test_the_task_whose_turn_it_is_reads_until_the_same_moment(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        if request:
+            connection._reader.stop_at(trio.current_time() + 5, "in a test")
+        await trio.lowlevel.checkpoint()
+
+    async with open_peer(handler) as (connection, peer):
+        for n in range(3):
+            await peer.stream.send_all(req(1 + 2 * n, *[b"stop"] * (n == 2)))
+            assert (await peer.receive())[0] == b"ok"
+            await settle()
+        await connection.wait_closed()
+        assert trio.current_time() == 5
 
 
 def packet_fields(*fields: bytes) -> list[bytes]:
