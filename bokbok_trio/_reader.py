@@ -11,9 +11,8 @@ ended, a task waits for its turn to read again, if no other does. So each reques
 its own, and nothing that one waits for keeps the connection from reading. This is the Leader/Followers
 pattern (Schmidt et al., PLoP 2000), in which events are handled by the thread that received them.
 
-Beside a task for each request, one request after another takes 12 us less of some 80 for both ends where
-the handler waits for nothing, and as much where it waits: there most of it is the task that waits for its
-turn, which is not started anew.
+One request after another takes 10 us less of 85, for both ends, where no task is started for it. Where
+its handler waits, a task that waits for its turn saves 13 us of 92 beside a new one each time.
 
 What is queued while what was received is worked on leaves at its end, in one batch, or earlier where
 it gets long: then the peer can begin with it.
