@@ -48,7 +48,7 @@ async def open_connection(
         service: names what is meant to be reached, at most 255 bytes of UTF-8; never sent. A server
             with another one looks like one with another key.
         insecure: allow plain TCP to another machine.
-        request_handler: handles requests from the other side, each in a task of its own.
+        request_handler: handles requests from the other side, many at once; see `RequestHandler`.
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         close_handler: called once, after the connection and all its handlers have ended.
         settings: the bounds of this side.

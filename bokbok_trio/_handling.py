@@ -1,4 +1,4 @@
-"""The requests of the peer's: a task for each, in which the user's handler runs, and its one answer.
+"""The requests of the peer's: the user's handler for each, in a cancel scope of its own, and its one answer.
 
 Whatever a handler does, it is answered once, and its task raises into nobody's nursery (but for what
 ends the program, see `_nursery`).
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from ._connection import Connection
 
 RequestHandler: TypeAlias = "Callable[[Connection, list[bytes]], Awaitable[Sequence[Field] | None]]"
-"""``async def handler(connection, request)``; returns the fields of the answer; None means none."""
+"""``async def handler(connection, request)``; returns the fields of the answer; None means none.
+
+From when it first waits until it ends, a task is its own. Before that it runs in one that calls others
+after it, with a copy of the context variables: so what belongs to a task, such as a `trio.Lock` taken by
+`acquire_nowait`, must not outlast a handler that waits for nothing.
+"""
 
 ChannelHandler: TypeAlias = "Callable[[Connection, list[bytes], Channel], Awaitable[Sequence[Field] | None]]"
 """``async def handler(connection, request, channel)``; as a request handler, with a `Channel`."""

@@ -311,7 +311,7 @@ async def serve(
     Arguments:
         on: an address to listen on, as a str or parsed (all the addresses of a host name), or a
             sequence of listeners, which are then the server's to close.
-        request_handler: handles requests, each in a task of its own.
+        request_handler: handles requests, many at once; see `RequestHandler`.
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         user_key: how to find the pre-shared key of a user: an async function from the name to a
             `Key`, a sequence of keys (the old and the new, while one replaces the other; 16 at
