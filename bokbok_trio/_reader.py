@@ -145,8 +145,10 @@ class Reader:
                     if request is not None:
                         call = self._handlers.accept(request)
                         has_waited = call is not None and await _watch(call, self._step_aside)
-                        if task.child_nurseries:
-                            return  # a handler left one open, and Trio lets no task do so that ends
+                        if task.child_nurseries:  # which a handler left open
+                            if not has_waited:
+                                self._step_aside()
+                            return  # newer Trio fails a task that ends so, and the connection with it
                         del request, call  # or they would be kept for as long as this waits
                         if has_waited:
                             if self._next is not None or self._stopped:
