@@ -63,10 +63,6 @@ def _wake_all(waiters: dict[_Waiter, None]) -> None:
         _wake_first(waiters)
 
 
-def _do_nothing() -> None:
-    """Take the place of a callback that is to be forgotten."""
-
-
 @final
 class Channel(trio.abc.Channel[list[bytes]]):
     """Items both ways, as part of a request; made by `Connection.open_channel`, and for a channel handler.
@@ -386,8 +382,8 @@ class Channels:
             self._channels[id]._break(trio.BrokenResourceError("the other side has cancelled it"))
 
     def forget(self) -> None:
-        """Nothing will be queued any more: forget whom to wake."""
-        self._wake_sender = _do_nothing
+        """There will be no more of them: forget whom to wake."""
+        del self._wake_sender
 
     def wake_writers(self) -> None:
         """Let items be queued, where the peer has granted credit or items have left."""

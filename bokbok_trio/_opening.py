@@ -24,6 +24,7 @@ from ._keys import Key, encode_user
 from ._packets import LENGTH_SIZE
 from ._secretbox_stream import MAC_SIZE, SecretboxStream
 from ._settings import Settings
+from ._wire import Wire
 
 MAX_PACKET_SIZE: Final = 4096
 """Bytes of a packet before the connection is open."""
@@ -199,17 +200,11 @@ async def _send(transport: trio.abc.Stream, stream: trio.abc.Stream, packet: byt
     Over a socket this is no checkpoint, and need not be one: a client goes on to receive, and a server's
     task is the library's own. It saves both sides together 25 us, sealed 42.
     """
-    if not isinstance(transport, DirectStream):
-        await stream.send_all(packet)
-    elif isinstance(stream, SecretboxStream):
-        records = stream.seal(packet)
-        sent = transport.send_now(records)
-        if sent < len(records):
-            await stream.send_records(records[sent:])
-    else:
-        sent = transport.send_now(packet)
-        if sent < len(packet):
-            await stream.send_all(packet[sent:])
+    wire = Wire(stream, transport)
+    if not wire.can_send_now:
+        await wire.send(packet)
+    elif not wire.send_now(packet):
+        await wire.send_rest()
 
 
 async def _receive_packet(stream: trio.abc.Stream) -> bytes:

@@ -108,15 +108,11 @@ class Outgoing:
         fields = self._fields
         if self._deadline is not None:
             left = max(0.0, self._deadline - now) * 1e6
-            timeout = b"" if left > MAX_TIMEOUT else encode_number(int(left))
-            fields = (timeout, *fields)
-        if self._body is None:
-            head = encode_head(self.kind, encode_number(self.id), *fields)
-            chunks.append(head)
-        else:
-            head = encode_head(self.kind, encode_number(self.id), *fields, body_size=self.body_size)
-            chunks.append(head)
-            chunks += self._body
+            fields = (b"" if left > MAX_TIMEOUT else encode_number(int(left)), *fields)
+        body_size = None if self._body is None else self.body_size
+        head = encode_head(self.kind, encode_number(self.id), *fields, body_size=body_size)
+        chunks.append(head)
+        chunks += self._body or ()
         return len(head) + self.body_size
 
 
@@ -146,12 +142,10 @@ class _Pieced:
         self.left -= size
         chunks.append(encode_head(b"part", self.number, encode_number(self.left), body_size=size))
         while size:
-            chunk = self._chunks[0]
+            chunk = self._chunks.popleft()
             if len(chunk) > size:
-                self._chunks[0] = chunk[size:]
+                self._chunks.appendleft(chunk[size:])
                 chunk = chunk[:size]
-            else:
-                self._chunks.popleft()
             chunks.append(chunk)
             size -= len(chunk)
 
@@ -224,9 +218,8 @@ class Outbox:
 
     def put(self, packet: Outgoing) -> None:
         """Queue a packet; it leaves after those of its id that were queued before."""
-        id = packet.id
-        if id in self._small or id in self._items or id in self._big or id in self._open:
-            self._behind.setdefault(id, deque()).append(packet)
+        if packet.id in self:
+            self._behind.setdefault(packet.id, deque()).append(packet)
         else:
             self._place(packet)
 

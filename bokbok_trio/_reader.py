@@ -111,7 +111,8 @@ class Reader:
         """Let the task read that waits for its turn, or a new one."""
         if self._next is not None:
             (task, self._scope), self._next = self._next, None
-            self._scope.deadline = self._until
+            if self._until < math.inf:
+                self._scope.deadline = self._until
             trio.lowlevel.reschedule(task)
             return
         assert self._nursery is not None

@@ -75,12 +75,16 @@ class Wire:
     async def send(self, batch: bytes) -> None:
         """Send the rest, if there is one, and a batch. Raises as the stream's `send_all` does."""
         if self._rest:
-            rest, self._rest = self._rest, b""
-            if self._sealed is None:
-                await self._stream.send_all(rest)
-            else:
-                await self._sealed.send_records(rest)
+            await self.send_rest()
         await self._stream.send_all(batch)
+
+    async def send_rest(self) -> None:
+        """Send what `send_now` has kept. Raises as the stream's `send_all` does."""
+        rest, self._rest = self._rest, b""
+        if self._sealed is None:
+            await self._stream.send_all(rest)
+        else:
+            await self._sealed.send_records(rest)
 
     def close_now(self, *, end: bool) -> bool:
         """Close the stream, if there is nothing to wait for; return whether it was so.

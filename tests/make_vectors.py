@@ -270,7 +270,7 @@ def _open(*head: bytes, key: bytes = KEY, service: str = SERVICE) -> str:
     """An `open` made of any first fields, its box right for them."""
     client = _client(key, service)
     client.receive_hello(_server().hello)
-    h1 = client._hash_open(encode_head(*head))
+    h1 = client._hash_open(head)
     box = crypto_secretbox(SESSION_KEY + h1, h1[:24], _box_key(Key(key), h1))
     return encode_head(*head, box).hex()
 
