@@ -656,21 +656,6 @@ async def test_an_answer_that_was_queued_leaves_before_the_end(
         assert answers == [[b"x"]]
 
 
-async def test_a_handler_that_leaves_a_scope_open_fails_alone() -> None:
-    """As does leaving an async generator that yields inside of a scope."""
-
-    async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
-        if request:
-            trio.CancelScope().__enter__()
-        await trio.lowlevel.checkpoint()
-        return request
-
-    async with open_connection_pair(server_handler=handler) as (client, _):
-        with pytest.raises(RemoteError, match="RuntimeError"):
-            await client.request(["x"])
-        assert await client.request([]) == []
-
-
 async def old_cancelled() -> trio.Cancelled:
     with trio.CancelScope() as scope:
         scope.cancel()

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -30,6 +31,7 @@ from bokbok_trio import (
 from bokbok_trio._connection import CLOSE_TIMEOUT
 from bokbok_trio._direct_stream import RECEIVE_SIZE, _scratch
 from bokbok_trio._packets import LARGE, LARGE_BATCH
+from bokbok_trio._reader import MAX_CALLS
 from bokbok_trio._sender import BUNCH, LONE_STREAK
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import RawPeer, echo, packet, raw_peer, settle
@@ -325,7 +327,7 @@ async def test_the_deadline_of_a_request_is_that_of_a_handler_called_by_the_task
         # The second has none left, but asks for nothing that takes time.
         await peer.stream.send_all(req(1, timeout=b"2000000") + req(3, timeout=b"0") + req(5))
         assert await outcomes(peer, 3) == {1: b"ok", 3: b"ok", 5: b"ok"}
-        assert deadlines == [2, -math.inf, math.inf]
+        assert deadlines == [2, 0, math.inf]
         await peer.stream.send_all(req(1, b"x", timeout=b"2000000") + req(3, b"x", timeout=b"0") + req(5))
         assert await outcomes(peer, 3) == {1: b"timeout", 3: b"timeout", 5: b"ok"}
         assert trio.current_time() == 2
@@ -397,10 +399,11 @@ async def test_an_async_generator_left_early_by_a_handler_harms_no_other(has_sco
 
     async with open_peer(handler, Settings(max_requests=4)) as (connection, peer):
         await peer.stream.send_all(req(1) + req(3, b"x") + req(5) + req(7, b"x"))
-        answer = b"handler-error" if has_scope else b"ok"
-        assert await outcomes(peer, 4) == {1: answer, 3: b"ok", 5: answer, 7: b"ok"}
+        assert await outcomes(peer, 4) == {1: b"ok", 3: b"ok", 5: b"ok", 7: b"ok"}
         gc.collect()
         await settle()
+        await peer.stream.send_all(req(1))
+        assert await outcomes(peer, 1) == {1: b"ok"}
         check_idle(connection)
 
 
@@ -875,32 +878,81 @@ async def test_a_cancelled_kept_from_earlier_is_a_failure_wherever_it_is_raised(
         check_idle(connection)
 
 
-@pytest.mark.parametrize("waits_before", [False, True])
+def count_left_open(caplog: pytest.LogCaptureFixture) -> int:
+    return sum("left a cancel scope open" in record.getMessage() for record in caplog.records)
+
+
+async def leave_open(deadline: float = math.inf, *, is_cancelled: bool = False) -> None:
+    """Enter a scope, and never leave it."""
+    scope = trio.CancelScope(deadline=deadline)
+    scope.__enter__()
+    if is_cancelled:
+        scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "leave", [leave_open, partial(leave_open, 5), partial(leave_open, is_cancelled=True)]
+)
+async def test_a_handler_that_waits_and_leaves_a_scope_open_harms_no_other(
+    leave: Callable[[], Awaitable[None]],
+    caplog: pytest.LogCaptureFixture,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """As does leaving an async generator that yields inside of a scope."""
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        if request != [b"now"]:
+            await trio.lowlevel.checkpoint()
+        assert trio.current_effective_deadline() == math.inf
+        if request == [b"bad"]:
+            await leave()
+
+    async with open_peer(handler, Settings(max_requests=5)) as (connection, peer):
+        for _ in range(3):
+            await peer.stream.send_all(
+                req(1, b"bad") + req(3, b"bad") + req(5, b"now") + req(7, b"wait") + req(9, b"bad")
+            )
+            assert await outcomes(peer, 5) == {1: b"ok", 3: b"ok", 5: b"ok", 7: b"ok", 9: b"ok"}
+            await trio.sleep(10)
+            check_idle(connection)
+    assert count_left_open(caplog) > 0
+
+
 @pytest.mark.parametrize("is_cancelled", [False, True])
-async def test_a_handler_that_leaves_a_scope_open_harms_no_other_that_the_same_task_calls(
-    waits_before: bool, is_cancelled: bool
+@in_memory_and_over_sockets
+async def test_a_scope_left_open_by_a_handler_that_waits_for_nothing_harms_the_next_ones_at_most(
+    over_sockets: bool, is_cancelled: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def handler(connection: Connection, request: list[bytes]) -> None:
         if request == [b"bad"]:
-            if waits_before:
-                await trio.lowlevel.checkpoint()
-            scope = trio.CancelScope()
-            scope.__enter__()
-            if is_cancelled:
-                scope.cancel()
+            await leave_open(is_cancelled=is_cancelled)
         elif request == [b"wait"]:
             await trio.lowlevel.checkpoint()
-        assert trio.current_effective_deadline() == (
-            -math.inf if request == [b"bad"] and is_cancelled else math.inf
-        )
 
-    async with open_peer(handler, Settings(max_requests=5)) as (connection, peer):
-        await peer.stream.send_all(
-            req(1, b"bad") + req(3, b"bad") + req(5, b"now") + req(7, b"wait") + req(9, b"bad")
-        )
-        bad = b"handler-error"
-        assert await outcomes(peer, 5) == {1: bad, 3: bad, 5: b"ok", 7: b"ok", 9: bad}
+    async with open_peer(handler, Settings(max_requests=4), over_sockets=over_sockets) as (connection, peer):
+        await peer.stream.send_all(req(1, b"bad") + req(3) + req(5, b"wait") + req(7, b"bad"))
+        hit = b"handler-error" if is_cancelled else b"ok"
+        assert await outcomes(peer, 4) == {1: b"ok", 3: b"ok", 5: hit, 7: b"ok"}
         await settle()
+        # The task that read was cancelled by it, or not, and one reads on.
+        await peer.stream.send_all(req(1) + req(3, b"wait"))
+        assert await outcomes(peer, 2) == {1: b"ok", 3: b"ok"}
+        await settle()
+        check_idle(connection)
+    assert count_left_open(caplog) == 2
+
+
+async def test_scopes_left_open_do_not_pile_up(caplog: pytest.LogCaptureFixture) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await leave_open()
+
+    async with open_peer(handler) as (connection, peer):
+        for n in range(MAX_CALLS):
+            assert count_left_open(caplog) == 0
+            await peer.stream.send_all(req(1 + 2 * n))
+            await peer.receive()
+        await settle()
+        assert count_left_open(caplog) == 1
         check_idle(connection)
 
 
@@ -1238,7 +1290,7 @@ async def test_a_handler_that_waits_again_does_not_keep_what_it_waited_for() -> 
 BEHAVIOURS = {
     "return": b"ok",
     "raise": b"no",
-    "leave a scope open": b"handler-error",
+    "leave a scope open": b"ok",
     "ask": b"ok",
     "wait": b"ok",
     "wait and raise": b"no",
