@@ -13,9 +13,13 @@ from ._outbox import MAX_BATCH_SIZE
 from ._packets import Received
 from ._secretbox_stream import SecretboxStream
 
-STEP: Final = 33 * 2**10
-"""Bytes of a batch that are sealed and sent before the next are sealed: the peer opens the first half of
-64 KiB while the second is sealed."""
+LONG: Final = 2**15
+"""Bytes of a batch from which on a part of it is sealed and sent ahead, to wake the peer while the rest is
+sealed."""
+
+AHEAD: Final = 2**13
+"""Bytes of that part. Sealed echoes of 64 KiB take 390 us instead of 440, with both on one core 385 instead
+of 365. With half of the batch ahead the peer mostly wakes twice, and they take 410 and 400."""
 
 
 @final
@@ -62,15 +66,14 @@ class Wire:
         if self._sealed is None:
             self._rest = batch[self._direct.send_now(batch) :]
             return not self._rest
-        plaintext: bytes | memoryview = batch if len(batch) <= STEP else memoryview(batch)
-        while plaintext:
-            records = self._sealed.seal(plaintext[:STEP])
-            plaintext = plaintext[STEP:]
-            sent = self._direct.send_now(records)
-            if sent < len(records):
-                self._rest = records[sent:] + (self._sealed.seal(plaintext) if plaintext else b"")
-                return False
-        return True
+        view = memoryview(batch)
+        for part in (batch,) if len(batch) < LONG else (view[:AHEAD], view[AHEAD:]):
+            records = self._sealed.seal(part)
+            if self._rest:
+                self._rest += records
+            else:
+                self._rest = records[self._direct.send_now(records) :]
+        return not self._rest
 
     async def send(self, batch: bytes) -> None:
         """Send the rest, if there is one, and a batch. Raises as the stream's `send_all` does."""
