@@ -55,7 +55,7 @@ from ._errors import (
 from ._events import Answer, Bye, End, Event, Failure, Item
 from ._handling import PEER_DRAINS, ChannelHandler, Handlers, RequestHandler
 from ._nursery import Once, bare_nursery, contain, is_within, keep
-from ._reader import Reader
+from ._reader import Reader, Waiter
 from ._sender import Sender
 from ._session import Session
 from ._statistics import ConnectionStatistics
@@ -77,21 +77,6 @@ ConnectionHandler: TypeAlias = "Callable[[Connection], Awaitable[object]]"
 """``async def handler(connection)``: an open or a close handler."""
 
 logger = logging.getLogger("bokbok_trio")
-
-
-@final
-class _Waiter:
-    """A task asleep in `Connection.request`, and what it is woken with."""
-
-    __slots__ = ("outcome", "task")
-
-    def __init__(self) -> None:
-        self.task = trio.lowlevel.current_task()
-        self.outcome: list[bytes] | BokbokError | None = None
-
-    def wake(self, outcome: list[bytes] | BokbokError) -> None:
-        self.outcome = outcome
-        trio.lowlevel.reschedule(self.task)
 
 
 @final
@@ -153,7 +138,7 @@ class Connection:
             max_requests=settings.max_requests,
             slots=opened.peer_max_requests,
         )
-        self._waiters: dict[int, _Waiter | Channel] = {}  # for the answers to what this side asked
+        self._waiters: dict[int, Waiter | Channel] = {}  # for the answers to what this side asked
         self._watchdog = Watchdog(
             settings.ping_after, settings.ping_timeout, ping=self._ping, lose=self._lose
         )
@@ -279,14 +264,22 @@ class Connection:
             await self._refuse()
         deadline = trio.current_effective_deadline()
         id = self._session.request(fields, deadline)
-        waiter = self._waiters[id] = _Waiter()
+        waiter = self._waiters[id] = Waiter()
         self._sender.flush()
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             self._cancel(id)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        await trio.lowlevel.wait_task_rescheduled(abort)
+        if self._reader.is_vacant:
+            try:
+                await self._reader.lead(waiter)
+            except BaseException:
+                self._cancel(id)
+                raise
+        if waiter.outcome is None:
+            await trio.lowlevel.wait_task_rescheduled(abort)
+            self._reader.give_back()
         outcome = waiter.outcome
         if isinstance(outcome, list):
             return outcome
@@ -525,10 +518,13 @@ class Connection:
 
     # ---- what arrives ----
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> bool:
+        """Do what an event says. Returns whether that has woken a `request`."""
         if isinstance(event, Answer):
-            self._waiters.pop(event.id).wake(event.fields)
-        elif isinstance(event, Failure):
+            waiter = self._waiters.pop(event.id)
+            waiter.wake(event.fields)
+            return isinstance(waiter, Waiter)
+        if isinstance(event, Failure):
             self._waiters.pop(event.id).wake(_as_error(event))
         elif isinstance(event, Bye):
             for id in event.ids:
@@ -537,6 +533,7 @@ class Connection:
             self._channels.on_event(event)
         else:
             self._handlers.cancel(event.id)
+        return False
 
 
 def _as_error(failure: Failure) -> BokbokError:

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+from contextlib import suppress
 from typing import Final, final
 
 import trio
@@ -95,6 +96,11 @@ class DirectStream(trio.abc.Stream):
                 continue
             except OSError as exc:
                 raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+
+    def stop_receiving(self) -> None:
+        """Receive no more: to who waits in `receive_view` it is as if the peer had ended."""
+        with suppress(OSError):  # it is broken, which has woken them
+            self.socket.shutdown(socket.SHUT_RD)
 
     def close_now(self) -> None:
         """As `aclose`, which waits for nothing either, but is a checkpoint. Again does nothing."""
