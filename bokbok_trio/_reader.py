@@ -126,7 +126,7 @@ class Reader:
         self._stopped = False
         self._events: Iterator[Event] = iter(())  # what is left of what was received last
         self._count = 0  # of those that it had
-        self._has_woken = False  # the last event done has woken an asker
+        self._has_woken = False  # the last event of what was received last has woken an asker
         self._lone_answers = 0  # in a row
         self._lend_after = LONE_ANSWERS if sender.wire.can_stop_receiving else math.inf
         self._is_lent = False  # the turn to read: it is to be given back to who is next
@@ -202,7 +202,11 @@ class Reader:
         while True:
             request = self._do_events()
             if request is None:
-                self._end_batch()
+                if self._count:
+                    is_lone_answer = self._count == 1 and self._has_woken
+                    self._lone_answers = self._lone_answers + 1 if is_lone_answer else 0
+                self._sender.end_batch(self._count)
+                self._count = 0
                 if calls >= MAX_CALLS or not await self._receive(task, scope):
                     return
                 continue
@@ -259,6 +263,7 @@ class Reader:
         self._watchdog.heard()
         self._sender.begin_batch()
         self._count = 0
+        self._has_woken = False
         self._events = self._session.receive(data)
 
     def _do_events(self) -> Request | None:
@@ -268,12 +273,6 @@ class Reader:
                 return event
             self._has_woken = self._on_event(event)
         return None
-
-    def _end_batch(self) -> None:
-        if self._count:
-            self._lone_answers = self._lone_answers + 1 if self._count == 1 and self._has_woken else 0
-        self._sender.end_batch(self._count)
-        self._count = 0
 
     def _step_aside(self) -> None:
         """A handler called here waits: let another task read.
@@ -333,7 +332,8 @@ class Reader:
                 if request is not None:
                     self._put_back(request)
                     break
-                self._end_batch()
+                self._sender.end_batch(self._count)
+                self._count = 0
         except Exception as exc:  # noqa: BLE001  (it is raised on, elsewhere)
             if not self._stopped:
                 self._events = _raise(exc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 import trio.testing
@@ -103,6 +104,52 @@ async def raw_peer(
     await trio.aclose_forcefully(theirs)
 
 
+@asynccontextmanager
+async def open_peer(
+    request_handler: RequestHandler | None = None,
+    settings: Settings = Settings(),  # noqa: B008
+    **options: Any,
+) -> AsyncGenerator[tuple[Connection, RawPeer]]:
+    """As `raw_peer`, when the handshake has wholly ended."""
+    async with raw_peer(request_handler, settings, **options) as pair:
+        await settle()
+        yield pair
+
+
 async def settle() -> None:
     """Let every other task go as far as it can."""
     await trio.testing.wait_all_tasks_blocked()
+
+
+def req(id: int, *fields: bytes, timeout: bytes = b"") -> bytes:
+    """A request of the peer's that is made by hand."""
+    return packet(b"req", b"%d" % id, timeout, body=list(fields))
+
+
+async def receive_but_credit(peer: RawPeer) -> list[bytes]:
+    """The next packet that is no credit."""
+    while (received := await peer.receive())[0] == b"credit":
+        pass
+    return received
+
+
+async def outcomes(peer: RawPeer, count: int) -> dict[int, bytes]:
+    """What so many requests were answered with: ok, or the code of an error."""
+    outcome: dict[int, bytes] = {}
+    while len(outcome) < count:
+        kind, id, *rest = await receive_but_credit(peer)
+        assert int(id) not in outcome, "answered twice"
+        assert kind in (b"ok", b"err")
+        outcome[int(id)] = kind if kind == b"ok" else rest[0]
+    return outcome
+
+
+def check_idle(connection: Connection) -> None:
+    """Nothing is left of anything, one task reads, and one at most waits for its turn."""
+    assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
+    assert not connection._sender._is_held
+    assert connection._reader._nursery is not None
+    tasks = 1 if connection._reader._next is None else 2
+    assert [task.name for task in connection._reader._nursery.child_tasks] == [
+        "bokbok_trio._reader.Reader._run"
+    ] * tasks

@@ -5,10 +5,10 @@ import math
 import os
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import pytest
 import trio
@@ -34,60 +34,24 @@ from bokbok_trio._packets import LARGE, LARGE_BATCH
 from bokbok_trio._reader import MAX_CALLS
 from bokbok_trio._sender import BUNCH, LONE_STREAK
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
-from tests.helpers import RawPeer, echo, packet, raw_peer, settle
+from tests.helpers import (
+    RawPeer,
+    check_idle,
+    echo,
+    open_peer,
+    outcomes,
+    packet,
+    receive_but_credit,
+    req,
+    settle,
+)
 from tests.strategies import chunked
-
-DEFAULTS: Final = Settings()
 
 in_memory_and_over_sockets = pytest.mark.parametrize("over_sockets", [False, True])
 
 
-@asynccontextmanager
-async def open_peer(
-    request_handler: RequestHandler | None = None, settings: Settings = DEFAULTS, **options: Any
-) -> AsyncGenerator[tuple[Connection, RawPeer]]:
-    """As `raw_peer`, when the handshake has wholly ended."""
-    async with raw_peer(request_handler, settings, **options) as pair:
-        await settle()
-        yield pair
-
-
-def req(id: int, *fields: bytes, timeout: bytes = b"") -> bytes:
-    """A request of the peer's that is made by hand."""
-    return packet(b"req", b"%d" % id, timeout, body=list(fields))
-
-
 def cancel(id: int) -> bytes:
     return packet(b"cancel", b"%d" % id)
-
-
-async def receive_but_credit(peer: RawPeer) -> list[bytes]:
-    """The next packet that is no credit."""
-    while (received := await peer.receive())[0] == b"credit":
-        pass
-    return received
-
-
-async def outcomes(peer: RawPeer, count: int) -> dict[int, bytes]:
-    """What so many requests were answered with: ok, or the code of an error."""
-    outcome: dict[int, bytes] = {}
-    while len(outcome) < count:
-        kind, id, *rest = await receive_but_credit(peer)
-        assert int(id) not in outcome, "answered twice"
-        assert kind in (b"ok", b"err")
-        outcome[int(id)] = kind if kind == b"ok" else rest[0]
-    return outcome
-
-
-def check_idle(connection: Connection) -> None:
-    """Nothing is left of anything, one task reads, and one at most waits for its turn."""
-    assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
-    assert not connection._sender._is_held
-    assert connection._reader._nursery is not None
-    tasks = 1 if connection._reader._next is None else 2
-    assert [task.name for task in connection._reader._nursery.child_tasks] == [
-        "bokbok_trio._reader.Reader._run"
-    ] * tasks
 
 
 async def never_waits(connection: Connection, request: list[bytes]) -> list[bytes]:

@@ -1,0 +1,516 @@
+"""A task that makes one request after another reads by itself: the turn to read is lent to it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from bokbok_trio import (
+    BokbokError,
+    Connection,
+    ConnectionClosed,
+    ConnectionLost,
+    Key,
+    RemoteError,
+    RequestHandler,
+    Settings,
+    open_connection,
+    open_server,
+)
+from bokbok_trio._connection import CLOSE_TIMEOUT
+from bokbok_trio._reader import LONE_ANSWERS
+from tests.helpers import RawPeer, check_idle, echo, open_peer, outcomes, packet, req, settle
+
+
+async def never_waits(connection: Connection, request: list[bytes]) -> list[bytes]:
+    return request
+
+
+class Asker:
+    """A task that makes some requests, one after another."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.scope = trio.CancelScope()
+        self.task: trio.lowlevel.Task | None = None
+        self.answers: list[list[bytes]] = []
+        self.error: BokbokError | None = None
+        self.ended = trio.Event()
+
+    async def ask(self, count: int) -> None:
+        self.task = trio.lowlevel.current_task()
+        try:
+            with self.scope:
+                for _ in range(count):
+                    self.answers.append(await self.connection.request(["x"]))
+        except BokbokError as exc:
+            self.error = exc
+        finally:
+            self.ended.set()
+
+    @property
+    def reads(self) -> bool:
+        leader = self.connection._reader._leader
+        return leader is not None and leader.task is self.task
+
+
+async def answer(peer: RawPeer, *others: bytes) -> bytes:
+    """Answer the next request, with other packets along with that, and return its id."""
+    kind, id, *_ = await peer.receive()
+    assert kind == b"req"
+    await peer.stream.send_all(packet(b"ok", id, body=[b"x"]) + b"".join(others))
+    return id
+
+
+async def answer_alone(peer: RawPeer, count: int = LONE_ANSWERS) -> None:
+    """Answer so many requests, each after the last was taken in."""
+    for _ in range(count):
+        await answer(peer)
+        await settle()
+
+
+@asynccontextmanager
+async def open_led(
+    request_handler: RequestHandler,
+    settings: Settings = Settings(),  # noqa: B008
+    **options: Any,
+) -> AsyncGenerator[tuple[Connection, RawPeer, Asker, bytes]]:
+    """A connection with an asker that reads, and the id of its last request, which is to be answered."""
+    async with open_peer(request_handler, settings, over_sockets=True, **options) as (connection, peer):
+        async with trio.open_nursery() as nursery:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, LONE_ANSWERS + 1)
+            await answer_alone(peer)
+            kind, id, *_ = await peer.receive()
+            assert kind == b"req"
+            await settle()
+            assert asker.reads
+            yield connection, peer, asker, id
+        await settle()
+        if not connection.closed:
+            check_idle(connection)
+
+
+async def check_that_all_goes_on(connection: Connection, peer: RawPeer) -> None:
+    """Both sides' requests are answered."""
+    await peer.stream.send_all(req(101, b"y"))
+    assert await outcomes(peer, 1) == {101: b"ok"}
+    async with trio.open_nursery() as nursery:
+        for count in (1, LONE_ANSWERS + 3):
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, count)
+            await answer_alone(peer, count)
+            assert asker.answers == [[b"x"]] * count
+    await peer.stream.send_all(req(103, b"y") + req(105, b"y"))
+    assert await outcomes(peer, 2) == {103: b"ok", 105: b"ok"}
+
+
+async def test_an_asker_reads_once_a_few_answers_came_one_at_a_time() -> None:
+    async with open_peer(never_waits, over_sockets=True) as (connection, peer):
+        async with trio.open_nursery() as nursery:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, LONE_ANSWERS + 10)
+            for n in range(LONE_ANSWERS + 10):
+                await settle()
+                assert asker.reads == (n >= LONE_ANSWERS)
+                await answer(peer)
+        assert asker.answers == [[b"x"]] * (LONE_ANSWERS + 10)
+        await settle()
+        assert connection._reader._leader is None
+        await check_that_all_goes_on(connection, peer)
+        check_idle(connection)
+
+
+async def test_an_asker_reads_from_a_real_side_plain_or_sealed(sealed: bool, tmp_path: Path) -> None:
+    key = Key.generate()
+    user, key_of, keys = ("user", key, {"user": key}) if sealed else (None, None, None)
+    path = str(tmp_path / "socket")
+    async with (
+        open_server(path, echo, user_key=keys),
+        open_connection(path, user=user, key=key_of) as connection,
+    ):
+        turns = 0
+        async with trio.open_nursery() as nursery:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, 100)
+            while not asker.ended.is_set():
+                turns += asker.reads
+                await trio.lowlevel.checkpoint()
+        assert asker.answers == [[b"x"]] * 100
+        assert turns > 100
+
+
+async def test_nothing_is_lent_over_a_stream_that_cannot_be_told_to_receive_no_more() -> None:
+    async with open_peer() as (connection, peer), trio.open_nursery() as nursery:
+        asker = Asker(connection)
+        nursery.start_soon(asker.ask, LONE_ANSWERS + 10)
+        for _ in range(LONE_ANSWERS + 10):
+            await answer(peer)
+            await settle()
+            assert not asker.reads
+
+
+async def test_nothing_is_lent_where_something_else_comes_along_with_answers() -> None:
+    async with open_peer(never_waits, over_sockets=True) as (connection, peer):
+        async with trio.open_nursery() as nursery:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, 3 * LONE_ANSWERS)
+            for n in range(3 * LONE_ANSWERS):
+                await answer(peer, *[req(1)] * (n % LONE_ANSWERS == 0))
+                if n % LONE_ANSWERS == 0:
+                    await outcomes(peer, 1)
+                await settle()
+                assert not asker.reads
+        await check_that_all_goes_on(connection, peer)
+
+
+async def test_a_turn_that_was_lent_is_given_back_by_an_asker_that_asks_no_more() -> None:
+    async with open_peer(never_waits, over_sockets=True) as (connection, peer):
+        async with trio.open_nursery() as nursery:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, LONE_ANSWERS)
+            await answer_alone(peer)
+            assert asker.ended.is_set()
+        assert connection._reader._leader is None
+        check_idle(connection)
+        await check_that_all_goes_on(connection, peer)
+
+
+@pytest.mark.parametrize("handler", [never_waits, echo])
+@pytest.mark.parametrize("comes_along", [False, True])
+async def test_a_request_is_left_to_the_task_that_lent_its_turn(
+    handler: RequestHandler, comes_along: bool
+) -> None:
+    tasks: list[trio.lowlevel.Task] = []
+
+    async def note(connection: Connection, request: list[bytes]) -> Any:
+        tasks.append(trio.lowlevel.current_task())
+        return await handler(connection, request)
+
+    async with open_led(note, Settings(max_requests=3)) as (connection, peer, asker, id):
+        ok = packet(b"ok", id, body=[b"z"])
+        # What was received over is not to be seen.
+        batch = req(1, bytes(9000)) + ok * comes_along + req(3, bytes(9000))
+        await peer.stream.send_all(batch)
+        assert await outcomes(peer, 2) == {1: b"ok", 3: b"ok"}
+        if not comes_along:
+            await settle()
+            assert not asker.ended.is_set()
+            await peer.stream.send_all(ok)
+        await asker.ended.wait()
+        assert asker.answers[-1] == [b"z"]
+        assert asker.task not in tasks
+        await check_that_all_goes_on(connection, peer)
+
+
+async def test_an_asker_that_reads_hands_other_askers_their_answers() -> None:
+    async with open_led(never_waits) as (connection, peer, asker, id):
+        async with trio.open_nursery() as nursery:
+            other = Asker(connection)
+            nursery.start_soon(other.ask, 10)
+            for _ in range(10):
+                await answer(peer, packet(b"ping"))
+                assert await peer.receive() == [b"pong"]
+                assert asker.reads
+        assert len(other.answers) == 10
+        await peer.stream.send_all(packet(b"ok", id, body=[b"z"]))
+        await asker.ended.wait()
+        assert asker.answers[-1] == [b"z"]
+        await check_that_all_goes_on(connection, peer)
+
+
+async def test_an_asker_that_reads_may_be_cancelled() -> None:
+    async with open_led(never_waits) as (connection, peer, asker, id):
+        asker.scope.cancel()
+        await asker.ended.wait()
+        assert asker.scope.cancelled_caught
+        assert await peer.receive() == [b"cancel", id]
+        await check_that_all_goes_on(connection, peer)
+        await peer.send(b"err", id, b"cancelled", b"")
+        await check_that_all_goes_on(connection, peer)
+
+
+async def test_the_deadline_of_an_asker_that_reads(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_led(never_waits) as (connection, peer, asker, id):
+        asker.scope.deadline = trio.current_time() + 5
+        await asker.ended.wait()
+        assert trio.current_time() == 5
+        assert await peer.receive() == [b"cancel", id]
+        await peer.send(b"err", id, b"cancelled", b"")
+        await check_that_all_goes_on(connection, peer)
+
+
+async def test_an_asker_that_reads_is_refused_by_an_error() -> None:
+    async with open_led(never_waits) as (connection, peer, asker, id):
+        await peer.send(b"err", id, b"no", b"because")
+        await asker.ended.wait()
+        assert isinstance(asker.error, RemoteError)
+        assert asker.error.code == "no"
+        await check_that_all_goes_on(connection, peer)
+
+
+async def test_an_asker_that_waits_for_a_slot_while_it_reads_is_told_that_the_peer_drains() -> None:
+    async with open_led(never_waits, max_requests=2) as (connection, peer, asker, id):
+        async with trio.open_nursery() as nursery:
+            others = [Asker(connection) for _ in range(3)]
+            for other in others:
+                nursery.start_soon(other.ask, 1)
+            await settle()
+            await peer.stream.send_all(packet(b"ok", id, body=[b"x"]) + packet(b"bye"))
+            await asker.ended.wait()
+            sent = [await peer.receive() for _ in range(2)]
+            assert [kind for kind, *_ in sent] == [b"req", b"req"]
+            assert await peer.receive() == [b"bye-ok"]
+            for _, number, *_ in sent:
+                await peer.send(b"ok", number, body=[b"x"])
+        refused = [other.error for other in others if other.error is not None]
+        assert [error.may_have_run for error in refused if isinstance(error, ConnectionLost)] == [False]
+
+
+# ---- the end, while an asker reads ----
+
+
+async def close_peer(connection: Connection, peer: RawPeer) -> None:
+    await peer.stream.aclose()
+
+
+async def cut_packet(connection: Connection, peer: RawPeer) -> None:
+    await peer.stream.send_all(packet(b"ping")[:-1])
+    await peer.stream.aclose()
+
+
+async def break_protocol(connection: Connection, peer: RawPeer) -> None:
+    await peer.send(b"nonsense")
+
+
+async def close(connection: Connection, peer: RawPeer) -> None:
+    await connection.aclose()
+
+
+async def close_when_something_has_come(connection: Connection, peer: RawPeer) -> None:
+    await peer.send(b"ping")
+    connection._close("at once")
+
+
+async def be_silent(connection: Connection, peer: RawPeer) -> None:
+    """Until the watchdog barks."""
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "message"),
+    [
+        (close_peer, ConnectionLost, "the peer closed the connection"),
+        (cut_packet, ConnectionLost, "the peer cut a packet short"),
+        (break_protocol, ConnectionLost, "the peer broke the protocol"),
+        (close, ConnectionClosed, "this side closed the connection"),
+        (close_when_something_has_come, ConnectionClosed, "at once"),
+        (be_silent, ConnectionLost, "has not been heard of"),
+    ],
+)
+async def test_the_end_reaches_an_asker_that_reads(
+    end: Callable[[Connection, RawPeer], Awaitable[None]],
+    error: type[BokbokError],
+    message: str,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_led(echo) as (connection, peer, asker, _):
+        async with trio.open_nursery() as nursery:
+            other = Asker(connection)  # one that does not read
+            nursery.start_soon(other.ask, 1)
+            assert (await peer.receive())[0] == b"req"
+            await end(connection, peer)
+            await asker.ended.wait()
+        for each in (asker, other):
+            assert isinstance(each.error, error)
+            assert message in str(each.error)
+        await connection.wait_closed()
+        assert connection._session.asked == 0
+
+
+async def test_a_reset_reaches_an_asker_that_reads() -> None:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener, trio.open_nursery() as nursery:
+        ours = await trio.open_tcp_stream(*listener.socket.getsockname())
+        theirs = await listener.accept()
+        peer = RawPeer(theirs)
+        nursery.start_soon(peer.shake_hands)
+        async with open_connection(ours) as connection:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, LONE_ANSWERS + 1)
+            await answer_alone(peer)
+            await peer.receive()
+            await settle()
+            assert asker.reads
+            theirs.socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await theirs.aclose()
+            await asker.ended.wait()
+            assert isinstance(asker.error, ConnectionLost)
+            assert asker.error.reason.startswith("receiving failed")
+            await connection.wait_closed()
+
+
+async def test_the_end_of_the_block_reaches_an_asker_that_reads() -> None:
+    """And nothing waits for the peer."""
+    ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
+    async with theirs, trio.open_nursery() as nursery:
+        peer = RawPeer(theirs)
+        nursery.start_soon(peer.shake_hands)
+        async with open_connection(ours) as connection:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, LONE_ANSWERS + 1)
+            await answer_alone(peer)
+            await settle()
+            assert asker.reads
+        await asker.ended.wait()
+        assert isinstance(asker.error, ConnectionClosed)
+
+
+async def test_where_sending_fails_what_an_asker_reads_is_good_for_a_moment(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_led(echo) as (connection, peer, asker, _):
+        async with trio.open_nursery() as nursery:
+            other = Asker(connection)
+            nursery.start_soon(other.ask, 1)
+            _, other_id, *_ = await peer.receive()
+            connection._reader.stop_at(trio.current_time() + CLOSE_TIMEOUT, "sending failed: in a test")
+            await trio.sleep(CLOSE_TIMEOUT / 2)
+            await peer.send(b"ok", other_id, body=[b"x"])
+            await other.ended.wait()
+            assert asker.reads
+        await asker.ended.wait()
+        assert other.answers == [[b"x"]]
+        assert isinstance(asker.error, ConnectionLost)
+        assert asker.error.reason == "sending failed: in a test"
+        assert trio.current_time() == CLOSE_TIMEOUT
+
+
+# ---- other tasks that wait for their turn ----
+
+
+class Gate:
+    """A handler that waits until it is opened."""
+
+    def __init__(self) -> None:
+        self.opened = trio.Event()
+
+    async def handle(self, connection: Connection, request: list[bytes]) -> list[bytes]:
+        if request == [b"gate"]:
+            await self.opened.wait()
+        return request
+
+
+async def test_a_task_that_waits_for_its_turn_takes_the_place_of_one_that_lends_it() -> None:
+    gate = Gate()
+    async with open_peer(gate.handle, over_sockets=True) as (connection, peer):
+        await peer.stream.send_all(req(1, b"gate"))
+        await settle()
+        gate.opened.set()
+        assert await outcomes(peer, 1) == {1: b"ok"}
+        await settle()
+        assert connection._reader._next is not None
+        async with trio.open_nursery() as nursery:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, LONE_ANSWERS + 2)
+            await answer_alone(peer, LONE_ANSWERS + 1)
+            assert asker.reads
+            assert connection._reader._nursery is not None
+            assert len(connection._reader._nursery.child_tasks) == 1
+            await answer(peer)
+        await check_that_all_goes_on(connection, peer)
+        check_idle(connection)
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+async def test_a_handler_that_ends_while_an_asker_reads(is_answered: bool) -> None:
+    gate = Gate()
+    async with open_peer(gate.handle, over_sockets=True) as (connection, peer):
+        await peer.stream.send_all(req(1, b"gate"))
+        async with trio.open_nursery() as nursery:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, LONE_ANSWERS + 1)
+            await answer_alone(peer)
+            _, id, *_ = await peer.receive()
+            assert asker.reads
+            if is_answered:
+                await peer.send(b"ok", id, body=[b"x"])
+            gate.opened.set()
+            assert await outcomes(peer, 1) == {1: b"ok"}
+            await settle()
+            if not is_answered:
+                await peer.send(b"ok", id, body=[b"x"])
+        await check_that_all_goes_on(connection, peer)
+        check_idle(connection)
+
+
+async def test_a_task_that_comes_to_wait_before_the_one_that_has_its_turn_back_has_run() -> None:
+    """Whichever runs first, one of the two ends, and the other reads or waits."""
+    gate = Gate()
+    for _ in range(20):
+        async with open_peer(gate.handle, over_sockets=True) as (connection, peer):
+            gate.opened = trio.Event()
+            await peer.stream.send_all(req(1, b"gate"))
+
+            async def ask(connection: Connection) -> None:
+                for n in range(LONE_ANSWERS + 4):
+                    await connection.request(["x"])
+                    if n == LONE_ANSWERS + 1:
+                        gate.opened.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, connection)
+                kinds: list[bytes] = []
+                while len(kinds) < LONE_ANSWERS + 5:
+                    kind, id, *_ = await peer.receive()
+                    kinds.append(kind)
+                    if kind == b"req":
+                        await settle()
+                        await peer.send(b"ok", id, body=[b"x"])
+            assert sorted(kinds) == [b"ok"] + [b"req"] * (LONE_ANSWERS + 4)
+            await check_that_all_goes_on(connection, peer)
+            check_idle(connection)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+async def test_a_scope_left_open_that_cancels_the_task_which_has_lent_its_turn(
+    reads: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    scopes: list[trio.CancelScope] = []
+
+    async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
+        if request == [b"leave open"]:
+            scopes.append(trio.CancelScope())
+            scopes[0].__enter__()
+        return request
+
+    async with open_peer(handler, over_sockets=True) as (connection, peer):
+        await peer.stream.send_all(req(1, b"leave open"))
+        await outcomes(peer, 1)
+        async with trio.open_nursery() as nursery:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, LONE_ANSWERS + reads)
+            await answer_alone(peer, LONE_ANSWERS - 1)
+            if reads:
+                await answer(peer)
+                await settle()
+                assert asker.reads
+                scopes[0].cancel()
+                await settle()
+                assert asker.reads
+            else:
+                asker.task = None
+            await answer(peer)
+            if not reads:
+                scopes[0].cancel()
+        assert len(asker.answers) == LONE_ANSWERS + reads
+        await settle()
+        await check_that_all_goes_on(connection, peer)
+        check_idle(connection)
+    assert "left a cancel scope open" in caplog.text
