@@ -348,7 +348,6 @@ class Reader:
         self._events = chain((request,), self._events)
         self._count -= 1
         self._sender.end_batch(self._count)
-        self._lone_answers = 0
 
 
 @final

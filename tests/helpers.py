@@ -126,6 +126,10 @@ def req(id: int, *fields: bytes, timeout: bytes = b"") -> bytes:
     return packet(b"req", b"%d" % id, timeout, body=list(fields))
 
 
+def cancel(id: int) -> bytes:
+    return packet(b"cancel", b"%d" % id)
+
+
 async def receive_but_credit(peer: RawPeer) -> list[bytes]:
     """The next packet that is no credit."""
     while (received := await peer.receive())[0] == b"credit":
@@ -149,6 +153,8 @@ def check_idle(connection: Connection) -> None:
     assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
     assert not connection._sender._is_held
     assert connection._reader._nursery is not None
+    assert not connection._reader._is_lent
+    assert connection._reader._leader is None
     tasks = 1 if connection._reader._next is None else 2
     assert [task.name for task in connection._reader._nursery.child_tasks] == [
         "bokbok_trio._reader.Reader._run"

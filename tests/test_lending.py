@@ -25,8 +25,11 @@ from bokbok_trio import (
     open_server,
 )
 from bokbok_trio._connection import CLOSE_TIMEOUT
+from bokbok_trio._direct_stream import RECEIVE_SIZE, _scratch
+from bokbok_trio._events import Event
+from bokbok_trio._packets import LARGE_BATCH
 from bokbok_trio._reader import LONE_ANSWERS
-from tests.helpers import RawPeer, check_idle, echo, open_peer, outcomes, packet, req, settle
+from tests.helpers import RawPeer, cancel, check_idle, echo, open_peer, outcomes, packet, req, settle
 
 
 async def never_waits(connection: Connection, request: list[bytes]) -> list[bytes]:
@@ -36,8 +39,9 @@ async def never_waits(connection: Connection, request: list[bytes]) -> list[byte
 class Asker:
     """A task that makes some requests, one after another."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, field: bytes = b"x") -> None:
         self.connection = connection
+        self.field = field
         self.scope = trio.CancelScope()
         self.task: trio.lowlevel.Task | None = None
         self.answers: list[list[bytes]] = []
@@ -49,7 +53,7 @@ class Asker:
         try:
             with self.scope:
                 for _ in range(count):
-                    self.answers.append(await self.connection.request(["x"]))
+                    self.answers.append(await self.connection.request([self.field]))
         except BokbokError as exc:
             self.error = exc
         finally:
@@ -192,22 +196,40 @@ async def test_a_request_is_left_to_the_task_that_lent_its_turn(
 
     async def note(connection: Connection, request: list[bytes]) -> Any:
         tasks.append(trio.lowlevel.current_task())
+        assert request == [bytes(LARGE_BATCH)]
         return await handler(connection, request)
 
-    async with open_led(note, Settings(max_requests=3)) as (connection, peer, asker, id):
+    async def receive_something_else() -> None:
+        while True:
+            _scratch.view[:] = bytes([255]) * RECEIVE_SIZE
+            await trio.lowlevel.checkpoint()
+
+    async with open_led(note, Settings(max_requests=3)) as (_, peer, asker, id):
         ok = packet(b"ok", id, body=[b"z"])
-        # What was received over is not to be seen.
-        batch = req(1, bytes(9000)) + ok * comes_along + req(3, bytes(9000))
-        await peer.stream.send_all(batch)
-        assert await outcomes(peer, 2) == {1: b"ok", 3: b"ok"}
+        batch = req(1, bytes(LARGE_BATCH)) + ok * comes_along + req(3, bytes(LARGE_BATCH))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive_something_else)
+            await peer.stream.send_all(batch)
+            assert await outcomes(peer, 2) == {1: b"ok", 3: b"ok"}
+            nursery.cancel_scope.cancel()
+        await settle()
+        assert asker.ended.is_set() == comes_along
         if not comes_along:
-            await settle()
-            assert not asker.ended.is_set()
             await peer.stream.send_all(ok)
         await asker.ended.wait()
         assert asker.answers[-1] == [b"z"]
         assert asker.task not in tasks
-        await check_that_all_goes_on(connection, peer)
+
+
+async def test_a_request_that_is_alone_counts_once_where_an_asker_has_read_it() -> None:
+    async with open_led(never_waits) as (connection, peer, _, id):
+        connection._sender._lone_streak = 0
+        await peer.stream.send_all(req(1))
+        assert await outcomes(peer, 1) == {1: b"ok"}
+        assert connection._sender._lone_streak == 1
+        await peer.stream.send_all(packet(b"ok", id, body=[b"x"]) + req(3))
+        assert await outcomes(peer, 1) == {3: b"ok"}
+        assert connection._sender._lone_streak == 0
 
 
 async def test_an_asker_that_reads_hands_other_askers_their_answers() -> None:
@@ -332,6 +354,23 @@ async def test_the_end_reaches_an_asker_that_reads(
             assert message in str(each.error)
         await connection.wait_closed()
         assert connection._session.asked == 0
+
+
+async def test_the_end_reaches_an_asker_that_reads_at_once_though_the_goodbye_waits(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_led(echo) as (connection, _, asker, _):
+        async with trio.open_nursery() as nursery:
+            other = Asker(connection, bytes(2**19))  # which the peer does not read
+            nursery.start_soon(other.ask, 1)
+            await settle()
+            assert connection._sender._is_busy
+            connection._close("now")
+            await asker.ended.wait()
+            assert trio.current_time() == 0
+        assert isinstance(asker.error, ConnectionClosed)
+        await connection.wait_closed()
+        assert trio.current_time() == CLOSE_TIMEOUT
 
 
 async def test_a_reset_reaches_an_asker_that_reads() -> None:
@@ -478,6 +517,28 @@ async def test_a_task_that_comes_to_wait_before_the_one_that_has_its_turn_back_h
             check_idle(connection)
 
 
+async def test_a_task_that_comes_to_wait_while_one_is_about_to_read_is_not_told_to_read_too() -> None:
+    gate = Gate()
+    for _ in range(20):  # so that each is the first to run at times
+        async with open_peer(gate.handle, over_sockets=True) as (connection, peer):
+            await peer.stream.send_all(req(1, b"gate"))
+            async with trio.open_nursery() as nursery:
+                asker = Asker(connection)
+                nursery.start_soon(asker.ask, LONE_ANSWERS + 1)
+                await answer_alone(peer)
+                _, id, *_ = await peer.receive()
+                other = Asker(connection)
+                nursery.start_soon(other.ask, 1)
+                _, other_id, *_ = await peer.receive()
+                assert asker.reads
+                oks = [packet(b"ok", each, body=[b"x"]) for each in (other_id, id)]
+                await peer.stream.send_all(cancel(1) + b"".join(oks))
+            assert await outcomes(peer, 1) == {1: b"cancelled"}
+            await check_that_all_goes_on(connection, peer)
+            await settle()
+            check_idle(connection)
+
+
 @pytest.mark.parametrize("reads", [False, True])
 async def test_a_scope_left_open_that_cancels_the_task_which_has_lent_its_turn(
     reads: bool, caplog: pytest.LogCaptureFixture
@@ -505,12 +566,18 @@ async def test_a_scope_left_open_that_cancels_the_task_which_has_lent_its_turn(
                 await settle()
                 assert asker.reads
             else:
-                asker.task = None
+                reader = connection._reader
+                on_event = reader._on_event
+
+                def cancel_too(event: Event) -> bool:
+                    scopes[0].cancel()
+                    return on_event(event)
+
+                reader._on_event = cancel_too  # so that it is cancelled before the asker has run
             await answer(peer)
-            if not reads:
-                scopes[0].cancel()
         assert len(asker.answers) == LONE_ANSWERS + reads
         await settle()
+        check_idle(connection)
         await check_that_all_goes_on(connection, peer)
         check_idle(connection)
     assert "left a cancel scope open" in caplog.text

@@ -36,6 +36,7 @@ from bokbok_trio._sender import BUNCH, LONE_STREAK
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import (
     RawPeer,
+    cancel,
     check_idle,
     echo,
     open_peer,
@@ -48,10 +49,6 @@ from tests.helpers import (
 from tests.strategies import chunked
 
 in_memory_and_over_sockets = pytest.mark.parametrize("over_sockets", [False, True])
-
-
-def cancel(id: int) -> bytes:
-    return packet(b"cancel", b"%d" % id)
 
 
 async def never_waits(connection: Connection, request: list[bytes]) -> list[bytes]:
@@ -880,6 +877,22 @@ async def test_a_handler_that_waits_and_leaves_a_scope_open_harms_no_other(
             await trio.sleep(10)
             check_idle(connection)
     assert count_left_open(caplog) > 0
+
+
+async def test_the_deadline_of_a_scope_left_open_by_a_handler_that_has_waited_is_no_others(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await trio.sleep(1)
+        if request:
+            await leave_open(trio.current_time() + 2)
+
+    async with open_peer(handler) as (connection, peer):
+        for n in range(6):  # two tasks take turns
+            await peer.stream.send_all(req(1 + 2 * n, *[b"bad"] * (n < 2)))
+            assert await outcomes(peer, 1) == {1 + 2 * n: b"ok"}
+            await settle()
+        check_idle(connection)
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
