@@ -271,7 +271,7 @@ class Connection:
             self._cancel(id)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        if self._reader.is_vacant:
+        if self._reader.may_lead:
             try:
                 await self._reader.lead(waiter)
             except BaseException:

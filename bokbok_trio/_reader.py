@@ -82,6 +82,7 @@ class Reader:
         "_events",
         "_handlers",
         "_has_woken",
+        "_is_calling",
         "_is_lent",
         "_is_vacant",
         "_leader",
@@ -129,6 +130,7 @@ class Reader:
         self._has_woken = False  # the last event of what was received last has woken an asker
         self._lone_answers = 0  # in a row
         self._lend_after = LONE_ANSWERS if sender.wire.can_stop_receiving else math.inf
+        self._is_calling = False  # a handler, in the task that reads, and this very moment
         self._is_lent = False  # the turn to read: it is to be given back to who is next
         self._is_vacant = False  # it was given back, and that task has not run since
         self._leader: Waiter | None = None  # who reads, if it is none of our tasks
@@ -159,14 +161,15 @@ class Reader:
         if self._next is not None:
             self._next[1].cancel_scope.cancel()
         if self._leader is not None:
-            self._sender.wire.stop_receiving()
+            self._sender.wire.stop_receiving()  # a handler that reads is cancelled
 
     def stop_at(self, moment: float, reason: str) -> None:
         """Read until then, by Trio's clock; then the connection is lost, for that reason."""
         self._until = moment
         self._reason = reason
         assert self._scope is not None
-        self._scope.cancel_scope.deadline = moment
+        within = self._scope.cancel_scope
+        within.deadline = min(within.deadline, moment)
 
     async def _run(self, scope: HandlerScope) -> None:
         """Be the task that reads; and once a handler called here waits, that handler's; and so in turn."""
@@ -178,7 +181,7 @@ class Reader:
                         await self._wait_for_turn(task, scope)
                     self._is_lent = False
                     await self._read(task, scope)
-                if self._scope is scope and scope.cancel_scope.cancelled_caught:
+                if self._scope is scope and trio.current_time() >= self._until:
                     self._lose(self._reason)
                 if self._stopped or task.child_nurseries:
                     return
@@ -211,16 +214,20 @@ class Reader:
                     return
                 continue
             calls += 1
-            call = self._handlers.accept(request, scope)
-            has_waited = call is not None and await _watch(call, self._step_aside)
+            self._is_calling = True
+            try:
+                call = self._handlers.accept(request, scope)
+                is_aside = call is not None and await _watch(call, self._step_aside)
+            finally:
+                self._is_calling = False
             if task.child_nurseries:  # which the handler left open, and this task must end for it
-                if not has_waited:
+                if not is_aside:
                     self._step_aside()
                 return
             if request.timeout < math.inf:
-                scope.cancel_scope.deadline = math.inf if has_waited else self._until
+                scope.cancel_scope.deadline = math.inf if is_aside else self._until
             del request, call  # or they would be kept for as long as this waits
-            if has_waited:
+            if is_aside:
                 # It may be cancelled too late for the handler, or that left a scope with a deadline open.
                 is_spoilt = calls >= MAX_CALLS or trio.current_effective_deadline() != alone
                 if is_spoilt or self._stopped or not await self._wait_for_turn(task, scope):
@@ -274,16 +281,20 @@ class Reader:
             self._has_woken = self._on_event(event)
         return None
 
-    def _step_aside(self) -> None:
-        """A handler called here waits: let another task read.
+    def _step_aside(self) -> bool:
+        """A handler called here waits: let another task read, unless it does so itself. Returns which.
 
         Nothing may be done here that could wake this task, as the event loop does not know yet that it
         waits. So the rest of what was received is left to that other task.
         """
+        self._is_calling = False
+        if self._leader is not None:
+            return False
         if not self._stopped:
             self._session.keep()
             self._sender.end_batch(self._count, wake_writers=False)
             self._start_task()
+        return True
 
     def _hand_out(self) -> None:
         """Start a task for each request that the task before this one left.
@@ -303,9 +314,9 @@ class Reader:
     # ---- for askers ----
 
     @property
-    def is_vacant(self) -> bool:
-        """Whether an asker may `lead` now."""
-        return self._is_vacant and self._leader is None
+    def may_lead(self) -> bool:
+        """Whether who makes a request now may `lead`."""
+        return (self._is_vacant or self._is_calling) and self._leader is None
 
     def give_back(self) -> None:
         """An asker was woken: if the turn to read was lent to it, let the task that lent it have it back."""
@@ -316,38 +327,46 @@ class Reader:
     async def lead(self, asker: Waiter) -> None:
         """Read until an asker is answered, or something comes that is not for askers.
 
-        What goes wrong goes wrong once more for the task that has lent its turn. To be cancelled is the
-        asker's alone.
+        That, and what goes wrong, is left to the task whose turn it is. To be cancelled is the asker's alone.
         """
+        is_handler = self._is_calling  # whose turn it is
+        is_done = True  # all that was received
         self._leader = asker
         asker.reads = True
         try:
-            while asker.outcome is None:
+            if is_handler:
+                is_done = self._finish_batch()
+            while is_done and asker.outcome is None:
                 data = await self._sender.wire.receive()
                 if not data or self._stopped:
                     break
                 self._take_in(data)
                 del data
-                request = self._do_events()
-                if request is not None:
-                    self._put_back(request)
-                    break
-                self._sender.end_batch(self._count)
-                self._count = 0
+                is_done = self._finish_batch()
         except Exception as exc:  # noqa: BLE001  (it is raised on, elsewhere)
             if not self._stopped:
                 self._events = _raise(exc)
         finally:
             asker.reads = False
             self._leader = None
-            self.give_back()
+            if is_handler:
+                self._is_calling = True
+            else:
+                if not is_done:
+                    self._session.keep()
+                    self._sender.end_batch(self._count)
+                self.give_back()
 
-    def _put_back(self, request: Request) -> None:
-        """Leave a request, and all that came after it, to the task that has lent its turn."""
-        self._session.keep()
-        self._events = chain((request,), self._events)
-        self._count -= 1
+    def _finish_batch(self) -> bool:
+        """Do the rest of what was received, up to a request; whether there was none."""
+        request = self._do_events()
+        if request is not None:
+            self._events = chain((request,), self._events)
+            self._count -= 1
+            return False
         self._sender.end_batch(self._count)
+        self._count = 0
+        return True
 
 
 @final
@@ -383,25 +402,23 @@ async def _run_in(scope: HandlerScope, call: Coroutine[Any, Any, None]) -> None:
 
 
 @coroutine
-def _watch(work: Coroutine[Any, Any, None], on_wait: Callable[[], object]) -> Generator[Any, Any, bool]:
-    """Await some work, and call a function when it waits for the first time. Returns whether it did.
+def _watch(work: Coroutine[Any, Any, None], on_wait: Callable[[], bool]) -> Generator[Any, Any, bool]:
+    """Await some work, and whenever it waits call a function, until that has returned true; whether it has.
 
     The work has context variables of its own, as a task has.
     """
     run = contextvars.copy_context().run
     step: Callable[[Any], Any] = work.send
     value: Any = None
-    has_waited = False
+    is_told = False
     while True:
         try:
             message = run(step, value)
         except StopIteration:
-            return has_waited
+            return is_told
         finally:
             del value  # or what it waited for last would be kept for as long as it waits next
-        if not has_waited:
-            has_waited = True
-            on_wait()
+        is_told = is_told or on_wait()
         try:
             step, value = work.send, (yield message)
         except BaseException as exc:  # noqa: BLE001  (it is for the work)

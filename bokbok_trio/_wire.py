@@ -91,13 +91,13 @@ class Wire:
 
     @property
     def can_stop_receiving(self) -> bool:
-        """Whether `stop_receiving` may be called."""
+        """Whether `stop_receiving` does so."""
         return self._direct is not None
 
     def stop_receiving(self) -> None:
-        """Receive no more: whoever waits for something to receive is woken."""
-        assert self._direct is not None
-        self._direct.stop_receiving()
+        """Receive no more, if that can be: whoever waits for something to receive is woken."""
+        if self._direct is not None:
+            self._direct.stop_receiving()
 
     def close_now(self, *, end: bool) -> bool:
         """Close the stream, if there is nothing to wait for; return whether it was so.
