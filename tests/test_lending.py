@@ -581,3 +581,199 @@ async def test_a_scope_left_open_that_cancels_the_task_which_has_lent_its_turn(
         await check_that_all_goes_on(connection, peer)
         check_idle(connection)
     assert "left a cancel scope open" in caplog.text
+
+
+# ---- handlers that ask ----
+
+
+class AskBack:
+    """A handler that asks the peer what it was asked, and may do more before and after that."""
+
+    def __init__(self) -> None:
+        self.tasks: list[trio.lowlevel.Task] = []
+        self.seconds = 0.0  # to wait for after that
+        self.error: BaseException | None = None
+
+    async def handle(self, connection: Connection, request: list[bytes]) -> list[bytes]:
+        self.tasks.append(trio.lowlevel.current_task())
+        if request == [b"now"]:
+            return request
+        try:
+            answer = await connection.request(request)
+        except BaseException as exc:
+            self.error = exc
+            raise
+        if self.seconds:
+            await trio.sleep(self.seconds)
+        self.tasks.append(trio.lowlevel.current_task())
+        return answer
+
+    def reads(self, connection: Connection) -> bool:
+        leader = connection._reader._leader
+        return leader is not None and leader.task is self.tasks[0]
+
+
+@asynccontextmanager
+async def open_asked_back(
+    over_sockets: bool, timeout: bytes = b""
+) -> AsyncGenerator[tuple[Connection, RawPeer, AskBack, bytes]]:
+    """A connection with a handler, of request 1, that reads; and the id of what it asked."""
+    handler = AskBack()
+    async with open_peer(handler.handle, over_sockets=over_sockets) as (connection, peer):
+        await peer.stream.send_all(req(1, b"x", timeout=timeout))
+        kind, id, _, body = await peer.receive()
+        assert (kind, body[5:]) == (b"req", b"x")
+        assert handler.reads(connection)
+        yield connection, peer, handler, id
+        await settle()
+        if not connection.closed:
+            await check_that_all_goes_on_with(handler, connection, peer)
+            await settle()
+            check_idle(connection)
+
+
+async def check_that_all_goes_on_with(handler: AskBack, connection: Connection, peer: RawPeer) -> None:
+    handler.seconds = 0
+    for n in range(3):
+        await peer.stream.send_all(req(101 + 2 * n, b"y"))
+        await answer(peer)
+        assert await outcomes(peer, 1) == {101 + 2 * n: b"ok"}
+    await peer.stream.send_all(req(111, b"now"))
+    assert await outcomes(peer, 1) == {111: b"ok"}
+
+
+in_memory_and_over_sockets = pytest.mark.parametrize("over_sockets", [False, True])
+
+
+@in_memory_and_over_sockets
+async def test_a_handler_that_asks_the_peer_reads_and_no_other_task_is_needed(over_sockets: bool) -> None:
+    async with open_asked_back(over_sockets) as (connection, peer, handler, id):
+        assert connection._reader._nursery is not None
+        assert len(connection._reader._nursery.child_tasks) == 1
+        await peer.send(b"ok", id, body=[b"x"])
+        assert await outcomes(peer, 1) == {1: b"ok"}
+        for n in range(10):
+            await peer.stream.send_all(req(3 + 2 * n, b"y"))
+            await answer(peer)
+            assert await outcomes(peer, 1) == {3 + 2 * n: b"ok"}
+        assert len(connection._reader._nursery.child_tasks) == 1
+        assert handler.tasks == [handler.tasks[0]] * 22
+
+
+@in_memory_and_over_sockets
+async def test_a_handler_that_asks_again_reads_again(over_sockets: bool) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        for n in range(3):
+            assert await connection.request([b"%d" % n]) == [b"x"]
+
+    async with open_peer(handler, over_sockets=over_sockets) as (connection, peer):
+        await peer.stream.send_all(req(1))
+        for _ in range(3):
+            await settle()
+            assert connection._reader._leader is not None
+            await answer(peer)
+        assert await outcomes(peer, 1) == {1: b"ok"}
+        await settle()
+        check_idle(connection)
+
+
+@in_memory_and_over_sockets
+async def test_what_came_with_a_request_is_left_to_another_task_when_its_handler_asks(
+    over_sockets: bool,
+) -> None:
+    handler = AskBack()
+    async with open_peer(handler.handle, over_sockets=over_sockets) as (connection, peer):
+        await peer.stream.send_all(req(1, b"x") + packet(b"ping") + req(3, b"now"))
+        assert await peer.receive() == [b"pong"]
+        kind, id, *_ = await peer.receive()
+        assert kind == b"req"
+        assert await outcomes(peer, 1) == {3: b"ok"}
+        assert not handler.reads(connection)
+        await peer.send(b"ok", id, body=[b"x"])
+        assert await outcomes(peer, 1) == {1: b"ok"}
+        await check_that_all_goes_on_with(handler, connection, peer)
+
+
+@in_memory_and_over_sockets
+async def test_a_request_that_comes_while_a_handler_reads_is_handled(over_sockets: bool) -> None:
+    async with open_asked_back(over_sockets) as (connection, peer, handler, id):
+        await peer.stream.send_all(req(3, b"now"))
+        assert await outcomes(peer, 1) == {3: b"ok"}
+        assert not handler.reads(connection)
+        assert handler.tasks[1] is not handler.tasks[0]
+        await peer.send(b"ok", id, body=[b"x"])
+        assert await outcomes(peer, 1) == {1: b"ok"}
+
+
+@in_memory_and_over_sockets
+async def test_a_handler_that_has_read_steps_aside_when_it_waits_for_something_else(
+    over_sockets: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_asked_back(over_sockets) as (_, peer, handler, id):
+        handler.seconds = 10
+        await peer.send(b"ok", id, body=[b"x"])
+        await peer.stream.send_all(req(3, b"now"))
+        assert await outcomes(peer, 1) == {3: b"ok"}
+        assert trio.current_time() == 0
+        assert await outcomes(peer, 1) == {1: b"ok"}
+        assert trio.current_time() == 10
+
+
+@in_memory_and_over_sockets
+async def test_a_handler_that_reads_may_be_cancelled_by_the_peer(over_sockets: bool) -> None:
+    async with open_asked_back(over_sockets) as (_, peer, handler, id):
+        await peer.stream.send_all(cancel(1))
+        assert await peer.receive() == [b"cancel", id]
+        assert await outcomes(peer, 1) == {1: b"cancelled"}
+        assert isinstance(handler.error, trio.Cancelled)
+        await peer.send(b"err", id, b"cancelled", b"")
+
+
+@in_memory_and_over_sockets
+async def test_a_handler_that_reads_may_be_cancelled_too_late(over_sockets: bool) -> None:
+    async with open_asked_back(over_sockets) as (_, peer, _, id):
+        await peer.stream.send_all(cancel(1) + packet(b"ok", id, body=[b"x"]))
+        assert await outcomes(peer, 1) == {1: b"ok"}
+
+
+@in_memory_and_over_sockets
+async def test_the_deadline_of_a_handler_that_reads(
+    over_sockets: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_asked_back(over_sockets, b"5000000") as (_, peer, handler, id):
+        assert await peer.receive() == [b"cancel", id]
+        assert trio.current_time() == 5
+        assert await outcomes(peer, 1) == {1: b"timeout"}
+        assert isinstance(handler.error, trio.Cancelled)
+        await peer.send(b"err", id, b"cancelled", b"")
+
+
+@in_memory_and_over_sockets
+@pytest.mark.parametrize("end", [close_peer, cut_packet, break_protocol, close, be_silent])
+async def test_the_end_reaches_a_handler_that_reads(
+    end: Callable[[Connection, RawPeer], Awaitable[None]],
+    over_sockets: bool,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_asked_back(over_sockets) as (connection, peer, handler, _):
+        await end(connection, peer)
+        await connection.wait_closed()
+        assert isinstance(handler.error, trio.Cancelled | ConnectionLost | ConnectionClosed)
+        assert connection.statistics().handlers_running == 0
+
+
+@in_memory_and_over_sockets
+@pytest.mark.parametrize(("timeout", "ends"), [(b"60000000", CLOSE_TIMEOUT), (b"500000", 0.5)])
+async def test_where_sending_fails_a_handler_reads_on_for_a_moment(
+    over_sockets: bool, timeout: bytes, ends: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_asked_back(over_sockets, timeout) as (connection, _, handler, _):
+        connection._reader.stop_at(trio.current_time() + CLOSE_TIMEOUT, "sending failed: in a test")
+        while handler.error is None:
+            await trio.sleep(0.1)
+        assert trio.current_time() == pytest.approx(ends, abs=0.11)
+        assert isinstance(handler.error, trio.Cancelled)
+        await connection.wait_closed()
+        assert trio.current_time() == pytest.approx(CLOSE_TIMEOUT, abs=0.11)
+        with pytest.raises(ConnectionLost):
+            await connection.request([])
