@@ -36,6 +36,9 @@ REFUSAL_DELAY: Final = 0.5
 """Seconds from `open` to the refusal of a user or key, so that its time does not tell which it was,
 and guessing keys over the network is slow."""
 
+HINT: Final = "does it expect a key, or none, and another service?"
+"""What mostly is wrong where a handshake ends without a word."""
+
 UserKeys: TypeAlias = Key | Sequence[Key] | None
 UserKey: TypeAlias = Callable[[str], Awaitable[UserKeys]] | Mapping[str, Key | Sequence[Key]]
 """How a server finds a user's key: a mapping, or an async function; None for an unknown user."""
@@ -61,7 +64,7 @@ class Opened:
 
 
 def _broken(error: trio.BrokenResourceError) -> HandshakeError:
-    return HandshakeError(f"the connection broke during the handshake: {error}")
+    return HandshakeError(f"the connection broke during the handshake: {error}; {HINT}")
 
 
 def _late(settings: Settings) -> HandshakeError:
@@ -107,9 +110,13 @@ async def open_as_client(
     transport = make_direct(transport)
     with trio.CancelScope(deadline=trio.current_time() + settings.handshake_timeout):
         try:
-            await _send(transport, transport, handshake.hello)
+            # In mode plain `open` needs nothing of the server's hello. To wait for that nevertheless would
+            # be a third of the time that it takes to connect.
+            along = b"" if handshake.sealed else handshake.open()
+            await _send(transport, transport, handshake.hello + along)
             stream = await _exchange_hello(transport, handshake)
-            await _send(transport, stream, handshake.open())
+            if handshake.sealed:
+                await _send(transport, stream, handshake.open())
             handshake.receive_reply(await _receive_packet(stream))
         except trio.BrokenResourceError as exc:
             raise _broken(exc) from exc
@@ -211,7 +218,7 @@ async def _receive_packet(stream: trio.abc.Stream) -> bytes:
     """Receive what must be exactly one packet: a record's worth, or, in the clear, by its length."""
     if isinstance(stream, SecretboxStream):
         return await _receive(stream, None)
-    packet = b""
+    packet = _read_now(stream, LENGTH_SIZE)
     while len(packet) < LENGTH_SIZE:
         packet += await _receive(stream, LENGTH_SIZE - len(packet))
     size = int.from_bytes(packet, "big")
@@ -239,10 +246,7 @@ def _read_now(stream: trio.abc.Stream, most: int) -> bytes:
 async def _receive(stream: trio.abc.Stream, most: int | None) -> bytes:
     data = await stream.receive_some(most)
     if not data:
-        raise HandshakeError(
-            "the peer closed the connection during the handshake;"
-            " does it expect a key, or none, and another service?"
-        )
+        raise HandshakeError(f"the peer closed the connection during the handshake; {HINT}")
     return bytes(data)
 
 

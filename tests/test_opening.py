@@ -357,7 +357,17 @@ async def test_sealed_and_plain_do_not_meet(
     assert "may be plain" in str(server.error) or "may be sealed" in str(server.error)
     assert "does it expect a key, or none" in str(client.error)
     assert wires[1].sent == []
-    assert [len(sent) for sent in wires[0].sent] == [78 if client_mode == "sealed" else 45]
+    # In mode plain the client's `open` is along with its hello.
+    assert [len(sent) for sent in wires[0].sent] == [78 if client_mode == "sealed" else 88]
+
+
+async def test_sealed_and_plain_do_not_meet_over_sockets() -> None:
+    """Where the server closes with something unread, the system tells the client that it broke."""
+    async with open_sockets() as (ours, theirs), trio.open_nursery() as nursery:
+        nursery.start_soon(end_of, theirs, as_server(theirs, "sealed"))
+        client = await end_of(ours, as_client(ours, "plain"))
+        assert isinstance(client.error, HandshakeError)
+        assert "does it expect a key, or none" in str(client.error)
 
 
 @in_both_modes
@@ -909,7 +919,7 @@ async def test_reads_ask_for_no_more_than_may_come(mode: Mode, autojump_clock: M
     wires = make_wires({"most": 7}, {"most": 7})
     await meet(wires, mode)
     for wire in wires:
-        received, hello = 0, len(wire.sent[0])
+        received, hello = 0, 78 if mode == "sealed" else 45
         for asked, data in zip(wire.asked, wire.received, strict=True):
             assert asked is not None
             if received < hello:
