@@ -15,7 +15,8 @@ come after the last packet. Its nursery holds
 
 The `Watchdog`, which pings a silent peer, and notices one that is gone, has no task here.
 
-`request` queues a packet, has it sent and sleeps until the reader or `_end` wakes it.
+`request` queues a packet, has it sent and sleeps until the reader or `_end` wakes it; or it reads by
+itself (see `Reader`), and `_end` lets it see the end of what is received.
 
 Ending
 ======
@@ -271,15 +272,16 @@ class Connection:
             self._cancel(id)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        if self._reader.may_lead:
+        reader = self._reader  # which is gone when the connection has ended
+        if reader.may_lead:
             try:
-                await self._reader.lead(waiter)
+                await reader.lead(waiter)
             except BaseException:
                 self._cancel(id)
                 raise
         if waiter.outcome is None:
             await trio.lowlevel.wait_task_rescheduled(abort)
-            self._reader.give_back()
+            reader.give_back()
         outcome = waiter.outcome
         if isinstance(outcome, list):
             return outcome

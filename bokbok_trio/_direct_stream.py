@@ -98,7 +98,10 @@ class DirectStream(trio.abc.Stream):
                 raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
 
     def stop_receiving(self) -> None:
-        """Receive no more: to who waits in `receive_view` it is as if the peer had ended."""
+        """Receive no more: to who waits in `receive_view` it is as if the peer had ended.
+
+        At the other end of a UNIX socket sending fails then, though what we send still arrives there.
+        """
         with suppress(OSError):  # it is broken, which has woken them
             self.socket.shutdown(socket.SHUT_RD)
 

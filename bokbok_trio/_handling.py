@@ -58,17 +58,14 @@ class HandlerScope:
     Attributes:
         cancel_scope: Trio's.
         id: of the request whose handler ran last.
-        was_left_open: whether, when this was left, one of the handlers had left a scope of its own open,
-            which Trio has mended.
     """
 
-    __slots__ = ("_handlers", "cancel_scope", "id", "was_left_open")
+    __slots__ = ("_handlers", "cancel_scope", "id")
 
     def __init__(self, handlers: Handlers, deadline: float = math.inf) -> None:
         self._handlers = handlers
         self.cancel_scope = trio.CancelScope(deadline=deadline)
         self.id = -1
-        self.was_left_open = False
 
     def __enter__(self) -> None:
         self.cancel_scope.__enter__()
@@ -81,10 +78,9 @@ class HandlerScope:
     ) -> bool:
         try:
             is_caught = self.cancel_scope.__exit__(type, exc, traceback)
-        except RuntimeError as error:
-            self.was_left_open = True
+        except RuntimeError as error:  # a handler has left a scope of its own open, which Trio mends
             self._handlers.leave(self, error)
-            return exc is None or isinstance(exc, Exception | trio.Cancelled)
+            return exc is None or isinstance(exc, trio.Cancelled)
         self._handlers.leave(self)
         return is_caught
 
@@ -154,7 +150,8 @@ class Handlers:
         else:
             channel = self._channels.take(request.id) if request.has_channel else None
             if request.timeout < math.inf:
-                scope.cancel_scope.deadline = trio.current_time() + request.timeout
+                within = scope.cancel_scope
+                within.deadline = min(within.deadline, trio.current_time() + request.timeout)
             scope.id = request.id
             self._scopes[request.id] = scope
             return self._handle(request, channel)

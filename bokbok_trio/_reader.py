@@ -34,6 +34,7 @@ import contextvars
 import logging
 import math
 from collections.abc import Callable, Coroutine, Generator, Iterator
+from enum import Enum, auto
 from itertools import chain
 from types import coroutine
 from typing import TYPE_CHECKING, Any, Final, final
@@ -63,6 +64,23 @@ logger = logging.getLogger("bokbok_trio")
 
 
 @final
+class Turn(Enum):
+    """To read, and to have done what arrives. It is one task's at any time."""
+
+    HELD = auto()
+    """The task that reads has it, or was told to take it, to do first what is left of what was received."""
+
+    LENT = auto()
+    """An asker has it, which reads, or is about to give it back. The task that has lent it waits."""
+
+    VACANT = auto()
+    """It was given back, and the task that has lent it has not run yet: an asker may take it."""
+
+    DUE = auto()
+    """As `VACANT`, but something was received that is left to that task."""
+
+
+@final
 class Reader:
     """Reads for one connection.
 
@@ -83,8 +101,6 @@ class Reader:
         "_handlers",
         "_has_woken",
         "_is_calling",
-        "_is_lent",
-        "_is_vacant",
         "_leader",
         "_lend_after",
         "_lone_answers",
@@ -97,6 +113,7 @@ class Reader:
         "_sender",
         "_session",
         "_stopped",
+        "_turn",
         "_until",
         "_watchdog",
     )
@@ -120,20 +137,19 @@ class Reader:
         self._on_event = on_event
         self._lose = lose
         self._nursery: trio.Nursery | None = None
-        self._scope: HandlerScope | None = None  # of the task that reads
+        self._turn = Turn.HELD
+        self._scope: HandlerScope | None = None  # of the task that has the turn, or has lent it
         self._next: tuple[trio.lowlevel.Task, HandlerScope] | None = None  # waits for its turn
+        self._leader: Waiter | None = None  # the asker that reads
+        self._is_calling = False  # a handler, from the task that reads, at this very moment
         self._until = math.inf
         self._reason = ""  # why it is lost, when the task that reads ends
         self._stopped = False
         self._events: Iterator[Event] = iter(())  # what is left of what was received last
         self._count = 0  # of those that it had
-        self._has_woken = False  # the last event of what was received last has woken an asker
-        self._lone_answers = 0  # in a row
+        self._has_woken = False  # the last one of them an asker
+        self._lone_answers = 0  # in a row, while nothing was lent
         self._lend_after = LONE_ANSWERS if sender.wire.can_stop_receiving else math.inf
-        self._is_calling = False  # a handler, in the task that reads, and this very moment
-        self._is_lent = False  # the turn to read: it is to be given back to who is next
-        self._is_vacant = False  # it was given back, and that task has not run since
-        self._leader: Waiter | None = None  # who reads, if it is none of our tasks
 
     def start(self, nursery: trio.Nursery) -> None:
         """Read, in tasks of a nursery."""
@@ -141,16 +157,22 @@ class Reader:
         self._start_task()
 
     def _start_task(self) -> None:
-        """Let the task read that waits for its turn, or a new one."""
+        """Give the turn to the task that waits for it, or to a new one."""
         if self._next is not None:
-            (task, self._scope), self._next = self._next, None
-            if self._until < math.inf:
-                self._scope.cancel_scope.deadline = self._until
+            task = self._give_to_next()
+            self._next = None
             trio.lowlevel.reschedule(task)
             return
         assert self._nursery is not None
         self._scope = HandlerScope(self._handlers, self._until)
         self._nursery.start_soon(self._run, self._scope)
+
+    def _give_to_next(self) -> trio.lowlevel.Task:
+        assert self._next is not None
+        task, self._scope = self._next
+        if self._until < math.inf:
+            self._scope.cancel_scope.deadline = self._until
+        return task
 
     def stop(self) -> None:
         """Read no more, and do nothing more of what was received."""
@@ -160,6 +182,8 @@ class Reader:
             self._scope.cancel_scope.cancel()
         if self._next is not None:
             self._next[1].cancel_scope.cancel()
+        if self._next is not None:  # behind a shield that a handler left there
+            self._start_task()
         if self._leader is not None:
             self._sender.wire.stop_receiving()  # a handler that reads is cancelled
 
@@ -177,9 +201,10 @@ class Reader:
         try:
             while True:
                 with scope:
-                    if self._scope is not scope or self._leader is not None:
-                        await self._wait_for_turn(task, scope)
-                    self._is_lent = False
+                    if self._scope is scope and self._leader is None:
+                        self._turn = Turn.HELD
+                    elif not await self._wait_for_turn(task, scope):
+                        return
                     await self._read(task, scope)
                 if self._scope is scope and trio.current_time() >= self._until:
                     self._lose(self._reason)
@@ -205,9 +230,7 @@ class Reader:
         while True:
             request = self._do_events()
             if request is None:
-                if self._count:
-                    is_lone_answer = self._count == 1 and self._has_woken
-                    self._lone_answers = self._lone_answers + 1 if is_lone_answer else 0
+                self._note_lone_answer()
                 self._sender.end_batch(self._count)
                 self._count = 0
                 if calls >= MAX_CALLS or not await self._receive(task, scope):
@@ -217,9 +240,10 @@ class Reader:
             self._is_calling = True
             try:
                 call = self._handlers.accept(request, scope)
-                is_aside = call is not None and await _watch(call, self._step_aside)
+                has_waited = call is not None and await _watch(call, self._step_aside)
             finally:
                 self._is_calling = False
+            is_aside = self._scope is not scope
             if task.child_nurseries:  # which the handler left open, and this task must end for it
                 if not is_aside:
                     self._step_aside()
@@ -227,18 +251,19 @@ class Reader:
             if request.timeout < math.inf:
                 scope.cancel_scope.deadline = math.inf if is_aside else self._until
             del request, call  # or they would be kept for as long as this waits
+            # It may be cancelled too late for the handler, or that left a scope with a deadline open.
+            if has_waited and (calls >= MAX_CALLS or trio.current_effective_deadline() != alone):
+                return
             if is_aside:
-                # It may be cancelled too late for the handler, or that left a scope with a deadline open.
-                is_spoilt = calls >= MAX_CALLS or trio.current_effective_deadline() != alone
-                if is_spoilt or self._stopped or not await self._wait_for_turn(task, scope):
+                if self._stopped or not await self._wait_for_turn(task, scope):
                     return
                 self._hand_out()
 
     async def _receive(self, task: trio.lowlevel.Task, scope: HandlerScope) -> bool:
         """Receive more, or lend the turn to do so, and get it back; whether this task is to go on."""
         if self._lone_answers >= self._lend_after:
-            self._lone_answers -= 1
-            self._is_lent = True
+            self._lone_answers = 0
+            self._turn = Turn.LENT
             return await self._wait_for_turn(task, scope)
         data = await self._sender.wire.receive()
         if not data or self._stopped:
@@ -249,7 +274,10 @@ class Reader:
         return True
 
     async def _wait_for_turn(self, task: trio.lowlevel.Task, scope: HandlerScope) -> bool:
-        """Wait until whoever reads now steps aside, or gives it back. False: another task waits already."""
+        """Wait until whoever reads now steps aside, or gives the turn back; whether this task has it now.
+
+        If not, it is to end: another waits already, and gets the turn also where this one has lent it.
+        """
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             self._next = None
@@ -258,12 +286,14 @@ class Reader:
         while self._next is None:
             self._next = (task, scope)
             await trio.lowlevel.wait_task_rescheduled(abort)
-            self._is_vacant = False
+            if self._stopped:
+                return False
             if self._leader is None:
-                self._is_lent = False
+                self._turn = Turn.HELD
                 return True
-        if self._is_lent:
-            self._scope = self._next[1]
+            self._turn = Turn.LENT
+        if self._turn is Turn.LENT:
+            self._give_to_next()
         return False
 
     def _take_in(self, data: Received | bytearray) -> None:
@@ -280,6 +310,11 @@ class Reader:
                 return event
             self._has_woken = self._on_event(event)
         return None
+
+    def _note_lone_answer(self) -> None:
+        if self._count:
+            is_lone = self._count == 1 and self._has_woken
+            self._lone_answers = self._lone_answers + 1 if is_lone else 0
 
     def _step_aside(self) -> bool:
         """A handler called here waits: let another task read, unless it does so itself. Returns which.
@@ -316,13 +351,13 @@ class Reader:
     @property
     def may_lead(self) -> bool:
         """Whether who makes a request now may `lead`."""
-        return (self._is_vacant or self._is_calling) and self._leader is None
+        return (self._turn is Turn.VACANT or self._is_calling) and self._leader is None
 
     def give_back(self) -> None:
         """An asker was woken: if the turn to read was lent to it, let the task that lent it have it back."""
-        if self._is_lent and self._leader is None and not self._is_vacant and self._next is not None:
+        if self._turn is Turn.LENT and self._leader is None and self._next is not None:
             self._start_task()
-            self._is_vacant = True
+            self._turn = Turn.VACANT
 
     async def lead(self, asker: Waiter) -> None:
         """Read until an asker is answered, or something comes that is not for askers.
@@ -344,6 +379,7 @@ class Reader:
                 del data
                 is_done = self._finish_batch()
         except Exception as exc:  # noqa: BLE001  (it is raised on, elsewhere)
+            is_done = False
             if not self._stopped:
                 self._events = _raise(exc)
         finally:
@@ -352,10 +388,16 @@ class Reader:
             if is_handler:
                 self._is_calling = True
             else:
-                if not is_done:
-                    self._session.keep()
-                    self._sender.end_batch(self._count)
+                self._lone_answers = LONE_ANSWERS - 1  # so that the next one will do
                 self.give_back()
+                if not is_done:
+                    self._leave()
+
+    def _leave(self) -> None:
+        """Leave what was received to the task that was woken."""
+        self._turn = Turn.DUE
+        self._session.keep()
+        self._sender.end_batch(self._count)
 
     def _finish_batch(self) -> bool:
         """Do the rest of what was received, up to a request; whether there was none."""

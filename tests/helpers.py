@@ -11,6 +11,7 @@ import trio.testing
 
 from bokbok_trio import ChannelHandler, Connection, RequestError, RequestHandler, Settings, open_connection
 from bokbok_trio._packets import PacketDecoder, encode_body, encode_head
+from bokbok_trio._reader import Turn
 
 MAGIC = b"bokbok1\n"
 
@@ -153,7 +154,7 @@ def check_idle(connection: Connection) -> None:
     assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
     assert not connection._sender._is_held
     assert connection._reader._nursery is not None
-    assert not connection._reader._is_lent
+    assert connection._reader._turn is Turn.HELD
     assert connection._reader._leader is None
     tasks = 1 if connection._reader._next is None else 2
     assert [task.name for task in connection._reader._nursery.child_tasks] == [
