@@ -445,21 +445,22 @@ async def _run_in(scope: HandlerScope, call: Coroutine[Any, Any, None]) -> None:
 
 @coroutine
 def _watch(work: Coroutine[Any, Any, None], on_wait: Callable[[], bool]) -> Generator[Any, Any, bool]:
-    """Await some work, and whenever it waits call a function, until that has returned true; whether it has.
+    """Await some work. When it waits, call a function, until that returns true. Returns whether it has waited.
 
     The work has context variables of its own, as a task has.
     """
     run = contextvars.copy_context().run
     step: Callable[[Any], Any] = work.send
     value: Any = None
-    is_told = False
+    has_waited = is_told = False
     while True:
         try:
             message = run(step, value)
         except StopIteration:
-            return is_told
+            return has_waited
         finally:
             del value  # or what it waited for last would be kept for as long as it waits next
+        has_waited = True
         is_told = is_told or on_wait()
         try:
             step, value = work.send, (yield message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -431,6 +432,76 @@ async def test_where_sending_fails_what_an_asker_reads_is_good_for_a_moment(
         assert trio.current_time() == CLOSE_TIMEOUT
 
 
+async def test_an_asker_outside_of_a_connection_that_is_cancelled_is_told() -> None:
+    """Though the connection may have ended wholly before the asker runs."""
+    for _ in range(20):
+        ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
+        async with theirs, trio.open_nursery() as nursery:
+            peer = RawPeer(theirs)
+            nursery.start_soon(peer.shake_hands)
+            with trio.CancelScope() as scope:
+                async with open_connection(ours, request_handler=echo) as connection:
+                    asker = Asker(connection)
+                    nursery.start_soon(asker.ask, 1)
+                    await settle()
+                    scope.cancel()
+                    await trio.sleep_forever()
+            await asker.ended.wait()
+            assert isinstance(asker.error, ConnectionClosed)
+
+
+# ---- what an asker leaves ----
+
+
+async def answer_all(peer: RawPeer, count: int, along: dict[int, bytes]) -> dict[int, bytes]:
+    """Answer so many requests, some with other packets along. Return how the peer's were answered."""
+    answered: dict[int, bytes] = {}
+    asked = 0
+    while asked < count:
+        kind, *rest = await peer.receive()
+        if kind == b"req":
+            await settle()
+            id = rest[0]
+            await peer.stream.send_all(packet(b"ok", id, body=[b"x"]) + along.get(asked, b""))
+            asked += 1
+        elif kind != b"pong":
+            answered[int(rest[0])] = kind
+    return answered
+
+
+@pytest.mark.parametrize("handler", [never_waits, echo])
+async def test_nothing_that_an_asker_leaves_is_lost_when_it_asks_again_at_once(
+    handler: RequestHandler,
+) -> None:
+    count = LONE_ANSWERS + 9
+    along = {LONE_ANSWERS + 1: req(1), LONE_ANSWERS + 3: req(3) + packet(b"ping"), LONE_ANSWERS + 4: req(5)}
+    for _ in range(10):  # so that each task is the first to run at times
+        async with open_peer(handler, over_sockets=True) as (connection, peer):
+            async with trio.open_nursery() as nursery:
+                asker = Asker(connection)
+                nursery.start_soon(asker.ask, count)
+                answered = await answer_all(peer, count, along)
+            assert answered == {1: b"ok", 3: b"ok", 5: b"ok"}
+            await check_that_all_goes_on(connection, peer)
+            check_idle(connection)
+
+
+async def test_a_breach_that_an_asker_leaves_is_not_lost_when_it_asks_again_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for _ in range(10):
+        async with open_peer(echo, over_sockets=True) as (connection, peer):
+            async with trio.open_nursery() as nursery:
+                asker = Asker(connection)
+                nursery.start_soon(asker.ask, LONE_ANSWERS + 9)
+                await answer_alone(peer)
+                await answer(peer, packet(b"nonsense"))
+                await connection.wait_closed()
+            assert isinstance(asker.error, ConnectionLost)
+            assert "broke the protocol" in asker.error.reason
+    assert caplog.text.count("broke the protocol") == 10
+
+
 # ---- other tasks that wait for their turn ----
 
 
@@ -537,6 +608,89 @@ async def test_a_task_that_comes_to_wait_while_one_is_about_to_read_is_not_told_
             await check_that_all_goes_on(connection, peer)
             await settle()
             check_idle(connection)
+
+
+async def test_a_task_that_waits_in_a_new_scope_ends_where_another_has_taken_its_place() -> None:
+    gate = Gate()
+    for _ in range(20):
+        gate.opened = trio.Event()
+        async with open_peer(gate.handle, over_sockets=True) as (connection, peer):
+            # Of two handlers that wait one is cancelled, so that its task waits for its turn in a new scope.
+            await peer.stream.send_all(req(1, b"gate"))
+            await settle()
+            await peer.stream.send_all(req(3, b"gate"))
+            await settle()
+            await peer.stream.send_all(cancel(3))
+            assert await outcomes(peer, 1) == {3: b"cancelled"}
+
+            async def ask(connection: Connection) -> None:
+                for n in range(LONE_ANSWERS + 1):
+                    await connection.request(["x"])
+                    if n == LONE_ANSWERS - 1:
+                        gate.opened.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, connection)
+                answered = await answer_all(peer, LONE_ANSWERS + 1, {})
+            assert answered or await outcomes(peer, 1) == {1: b"ok"}
+            await check_that_all_goes_on(connection, peer)
+            await settle()
+            check_idle(connection)
+
+
+@pytest.mark.parametrize("seconds", [math.inf, CLOSE_TIMEOUT])
+async def test_handlers_that_end_when_the_turn_was_given_back_take_nothing_of_who_has_it(
+    seconds: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    gate = Gate()
+    for _ in range(20):
+        gate.opened = trio.Event()
+        start = trio.current_time()
+        async with open_peer(gate.handle, over_sockets=True) as (connection, peer):
+            for id in (1, 3):
+                await peer.stream.send_all(req(id, b"gate"))
+                await settle()
+
+            async def ask(connection: Connection) -> None:
+                for _ in range(LONE_ANSWERS):
+                    await connection.request(["x"])
+                gate.opened.set()
+
+            if seconds < math.inf:
+                connection._reader.stop_at(start + seconds, "in a test")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, connection)
+                await answer_all(peer, LONE_ANSWERS, {})
+            await settle()
+            reader = connection._reader
+            assert reader._next is not None
+            assert reader._scope is not reader._next[1]
+            if seconds < math.inf:
+                await connection.wait_closed()
+                assert trio.current_time() == start + seconds
+
+
+@pytest.mark.parametrize("has_deadline", [False, True])
+async def test_a_task_that_gets_the_turn_of_another_reads_until_the_same_moment(
+    has_deadline: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    gate = Gate()
+    async with open_peer(gate.handle, over_sockets=True) as (connection, peer):
+        await peer.stream.send_all(req(1, b"gate"))
+        await settle()
+        gate.opened.set()
+        assert await outcomes(peer, 1) == {1: b"ok"}
+        async with trio.open_nursery() as nursery:
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, LONE_ANSWERS + 1)
+            if has_deadline:
+                connection._reader.stop_at(trio.current_time() + 5, "in a test")
+            await answer_alone(peer)
+            assert asker.reads
+            if not has_deadline:
+                connection._reader.stop_at(trio.current_time() + 5, "in a test")
+        assert trio.current_time() == 5
+        assert isinstance(asker.error, ConnectionLost)
 
 
 @pytest.mark.parametrize("reads", [False, True])
@@ -734,6 +888,17 @@ async def test_a_handler_that_reads_may_be_cancelled_too_late(over_sockets: bool
     async with open_asked_back(over_sockets) as (_, peer, _, id):
         await peer.stream.send_all(cancel(1) + packet(b"ok", id, body=[b"x"]))
         assert await outcomes(peer, 1) == {1: b"ok"}
+
+
+@in_memory_and_over_sockets
+async def test_a_handler_that_reads_and_is_cancelled_too_late_harms_no_other(over_sockets: bool) -> None:
+    async with open_asked_back(over_sockets) as (_, peer, handler, id):
+        ok = packet(b"ok", id, body=[b"x"])
+        await peer.stream.send_all(ok + cancel(1) + req(3, b"y"))
+        assert (await peer.receive())[:2] == [b"ok", b"1"]
+        await answer(peer)
+        assert await outcomes(peer, 1) == {3: b"ok"}
+        assert handler.error is None
 
 
 @in_memory_and_over_sockets

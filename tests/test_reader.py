@@ -919,6 +919,44 @@ async def test_a_scope_left_open_by_a_handler_that_waits_for_nothing_harms_the_n
     assert count_left_open(caplog) == 2
 
 
+async def test_a_shield_left_open_by_a_handler_that_has_waited_does_not_keep_its_task() -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await trio.lowlevel.checkpoint()
+        trio.CancelScope(shield=True).__enter__()
+
+    async with open_peer(handler) as (connection, peer):
+        await peer.stream.send_all(req(1))
+        await outcomes(peer, 1)
+        await settle()
+        await connection.aclose()
+        with trio.fail_after(1):
+            await connection.wait_closed()
+
+
+async def test_a_breach_is_noticed_though_a_scope_was_left_open(caplog: pytest.LogCaptureFixture) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await leave_open()
+
+    async with open_peer(handler) as (connection, peer):
+        await peer.stream.send_all(req(1))
+        await outcomes(peer, 1)
+        await peer.send(b"nonsense")
+        await connection.wait_closed()
+    assert "the peer broke the protocol" in caplog.text
+    assert count_left_open(caplog) == 1
+
+
+async def test_a_deadline_does_not_put_off_the_end(autojump_clock: trio.testing.MockClock) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await connection.request([])
+
+    async with open_peer(handler) as (connection, peer):
+        connection._reader.stop_at(trio.current_time() + 1, "in a test")
+        await peer.stream.send_all(req(1, timeout=b"10000000"))
+        await connection.wait_closed()
+        assert trio.current_time() == 1
+
+
 async def test_scopes_left_open_do_not_pile_up(caplog: pytest.LogCaptureFixture) -> None:
     async def handler(connection: Connection, request: list[bytes]) -> None:
         await leave_open()
