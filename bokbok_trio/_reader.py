@@ -249,7 +249,7 @@ class Reader:
                     self._step_aside()
                 return
             if request.timeout < math.inf:
-                scope.cancel_scope.deadline = math.inf if is_aside else self._until
+                scope.cancel_scope.deadline = self._until
             del request, call  # or they would be kept for as long as this waits
             # It may be cancelled too late for the handler, or that left a scope with a deadline open.
             if has_waited and (calls >= MAX_CALLS or trio.current_effective_deadline() != alone):
@@ -445,7 +445,7 @@ async def _run_in(scope: HandlerScope, call: Coroutine[Any, Any, None]) -> None:
 
 @coroutine
 def _watch(work: Coroutine[Any, Any, None], on_wait: Callable[[], bool]) -> Generator[Any, Any, bool]:
-    """Await some work. When it waits, call a function, until that returns true. Returns whether it has waited.
+    """Await some work. When it waits, call a function, until that returns true. Returns whether it waited.
 
     The work has context variables of its own, as a task has.
     """

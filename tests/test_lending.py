@@ -129,6 +129,12 @@ async def test_an_asker_reads_once_a_few_answers_came_one_at_a_time() -> None:
         assert asker.answers == [[b"x"]] * (LONE_ANSWERS + 10)
         await settle()
         assert connection._reader._leader is None
+        async with trio.open_nursery() as nursery:  # the next one need not wait for as many answers
+            asker = Asker(connection)
+            nursery.start_soon(asker.ask, 2)
+            await answer_alone(peer, 1)
+            assert asker.reads
+            await answer(peer)
         await check_that_all_goes_on(connection, peer)
         check_idle(connection)
 
