@@ -373,6 +373,8 @@ class Reader:
                 is_done = self._finish_batch()
             while is_done and asker.outcome is None:
                 data = await self._sender.wire.receive()
+                if self._stopped:
+                    await trio.lowlevel.checkpoint_if_cancelled()  # which is how a handler is to end
                 if not data or self._stopped:
                     break
                 self._take_in(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -931,6 +932,18 @@ async def test_the_end_reaches_a_handler_that_reads(
         await connection.wait_closed()
         assert isinstance(handler.error, trio.Cancelled | ConnectionLost | ConnectionClosed)
         assert connection.statistics().handlers_running == 0
+
+
+async def test_a_handler_that_reads_is_cancelled_at_the_end_also_when_something_has_come() -> None:
+    errors: list[BaseException | None] = []
+    for _ in range(20):  # so that its task is at times the last to run
+        async with open_asked_back(over_sockets=True) as (connection, peer, handler, id):
+            os.write(peer.stream.socket.fileno(), packet(b"ok", id, body=[b"x"]))  # type: ignore[attr-defined]
+            await trio.lowlevel.checkpoint()
+            connection._close("now")
+            await connection.wait_closed()
+            errors.append(handler.error)
+    assert {type(error) for error in errors} == {type(None), trio.Cancelled}
 
 
 @in_memory_and_over_sockets
