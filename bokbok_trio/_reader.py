@@ -22,7 +22,8 @@ the next request costs more than all else then: wait for the socket, and leave t
 the event loop. So once a few answers came one at a time, the task that reads *lends* its turn to the asker
 whose answer it has, and that gives it back at once; but if it asks again before the other has come to run, it
 keeps the turn, reads, and is answered in its own task. What else arrives is left to the task that lent it.
-This saves 9 us of 142 with free cores.
+This saves 9 us of 142 with free cores. A handler called here that asks the peer reads for itself as well,
+as its task is the one that reads: 8 us of 128 that a call back takes both ends in one process.
 
 What is queued while what was received is worked on leaves at its end, in one batch, or earlier where
 it gets long: then the peer can begin with it.
