@@ -174,7 +174,11 @@ class Taken(NamedTuple):
 
 @final
 class Outbox:
-    """The queues of one direction. Packets are known by the id of their request or channel."""
+    """The queues of one direction. Packets are known by the id of their request or channel.
+
+    Attributes:
+        is_all_encoded: whether only packets wait, if any, that are the same whenever they leave.
+    """
 
     __slots__ = (
         "_batch_size",
@@ -188,9 +192,11 @@ class Outbox:
         "_overtaken",
         "_small",
         "_turn",
+        "is_all_encoded",
     )
 
     def __init__(self) -> None:
+        self.is_all_encoded = True
         self._control: list[bytes] = []
         self._credits: dict[int, int] = {}  # what is to be granted, by channel
         self._small: OrderedDict[int, Outgoing | bytes] = OrderedDict()
@@ -218,6 +224,7 @@ class Outbox:
 
     def put(self, packet: Outgoing) -> None:
         """Queue a packet; it leaves after those of its id that were queued before."""
+        self.is_all_encoded = False
         if packet.id in self:
             self._behind.setdefault(packet.id, deque()).append(packet)
         else:
@@ -279,6 +286,7 @@ class Outbox:
             while self._small and size < self._batch_size:
                 size += self._take_small(now, taken)
             if not (self._items or self._big):  # which may have been behind what left
+                self.is_all_encoded = not self._small
                 return taken
         if room == 0 and self._overtaken >= MIN_BATCH_SIZE:
             room = MIN_BATCH_SIZE

@@ -135,6 +135,26 @@ def encode_head(*fields: bytes, body_size: int | None = None) -> bytes:
     return b"".join(parts)
 
 
+def encode_start(kind: bytes, count: int) -> bytes:
+    """What `encode_small` takes: a packet's count of fields, and the first of them."""
+    return _COUNTS[count] + _SIZES[len(kind)] + kind
+
+
+def encode_small(start: bytes, id: int, between: bytes, body: bytes | memoryview) -> bytes:
+    """Encode a packet with a body, in one step: as `encode_head` would, in two thirds of the time.
+
+    Arguments:
+        start: of `encode_start`.
+        id: its second field.
+        between: the fields before the last one, encoded with their sizes.
+        body: its last field.
+    """
+    number = b"%d" % id
+    size = len(start) + LENGTH_SIZE + len(number) + len(between) + LENGTH_SIZE + len(body)
+    sizes = _U32.pack(size), _SIZES[len(number)], _U32.pack(len(body))
+    return b"".join((sizes[0], start, sizes[1], number, between, sizes[2], body))
+
+
 def _decode_fields(data: Received, start: int, end: int) -> list[Any]:
     """Cut the body that is at a place in some data into fields, of the same type as the data."""
     fields: list[Received] = []
@@ -262,7 +282,10 @@ class PacketDecoder:
             buffer += self._data[:position]
             if len(buffer) < LENGTH_SIZE:
                 return
-            end = LENGTH_SIZE + self._check(_U32.unpack_from(buffer)[0])
+            [length] = _U32.unpack_from(buffer)
+            if length > self._limit:
+                raise self._too_long(length)
+            end = LENGTH_SIZE + length
             missing = end - len(buffer)
             buffer += self._data[position : position + missing]
             if len(buffer) < end:
@@ -273,7 +296,10 @@ class PacketDecoder:
         while size - position >= LENGTH_SIZE:
             data = self._data
             start = position + LENGTH_SIZE
-            end = start + self._check(_U32.unpack_from(data, position)[0])
+            [length] = _U32.unpack_from(data, position)
+            if length > self._limit:
+                raise self._too_long(length)
+            end = start + length
             if end > size:
                 break
             position = end
@@ -287,8 +313,6 @@ class PacketDecoder:
         """Copy what `decode` has not come to yet: it goes on to be good."""
         self._data = bytes(self._data)
 
-    def _check(self, length: int) -> int:
-        if length > self._limit:
-            self._buffer.clear()
-            raise ProtocolError(f"a packet of {length} bytes, and {self._limit} are allowed")
-        return length
+    def _too_long(self, length: int) -> ProtocolError:
+        self._buffer.clear()
+        return ProtocolError(f"a packet of {length} bytes, and {self._limit} are allowed")

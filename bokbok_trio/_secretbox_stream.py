@@ -66,17 +66,16 @@ class _Direction:
         self._key = key
         self._counter = 0
 
-    def _nonce(self) -> bytes:
+    def seal(self, plaintext: bytes | memoryview) -> bytes:
         nonce = self._counter.to_bytes(_NONCE_SIZE, "big")
         self._counter += 1
-        return nonce
-
-    def seal(self, plaintext: bytes | memoryview) -> bytes:
-        box = crypto_secretbox(plaintext, self._nonce(), self._key)  # type: ignore[arg-type]  # any buffer
+        box = crypto_secretbox(plaintext, nonce, self._key)  # type: ignore[arg-type]  # any buffer
         return len(box).to_bytes(HEADER_SIZE, "big") + box
 
     def open(self, box: memoryview) -> bytes:
-        return crypto_secretbox_open(box, self._nonce(), self._key)  # type: ignore[arg-type]  # any buffer
+        nonce = self._counter.to_bytes(_NONCE_SIZE, "big")
+        self._counter += 1
+        return crypto_secretbox_open(box, nonce, self._key)  # type: ignore[arg-type]  # any buffer
 
 
 @final

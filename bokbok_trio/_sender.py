@@ -167,8 +167,11 @@ class Sender:
         for _ in range(MAX_AT_ONCE):
             if self._is_busy or self._is_stopping or not self.wire.can_send_now:
                 break
-            now = trio.current_time()
-            batch = session.take(now, self._room(now))
+            if session.is_plain_to_take:  # mostly: to know the time takes a 50th of a lone request's
+                batch = session.take(0)
+            else:
+                now = trio.current_time()
+                batch = session.take(now, self._room(now))
             if not batch or not self.wire.send_now(batch):
                 break
             self._watchdog.send_ended(ping_left=True)

@@ -52,6 +52,7 @@ from ._flow import WINDOW, Flows
 from ._handshake import Side
 from ._outbox import HEAD_ROOM, MAX_BATCH_SIZE, MAX_WHOLE_SIZE, Outbox, Outgoing, Reassembler
 from ._packets import (
+    LENGTH_SIZE,
     Field,
     PacketDecoder,
     Received,
@@ -63,10 +64,17 @@ from ._packets import (
     encode_body,
     encode_head,
     encode_number,
+    encode_small,
+    encode_start,
 )
 
 PIECED_KINDS: Final = frozenset({b"req", b"chan", b"ok", b"item"})
 """What may come in pieces: all that carries a body of the user's."""
+
+
+_REQ: Final = encode_start(b"req", 4)
+_OK: Final = encode_start(b"ok", 3)
+_NO_TIMEOUT: Final = bytes(LENGTH_SIZE)
 
 
 class State(Enum):
@@ -158,8 +166,7 @@ class Session:
         # The same for most of them, in fewer steps.
         self._next_id = id + 2
         self._asked[id] = State.QUEUED
-        packet = encode_head(b"req", encode_number(id), b"", body_size=size) + body[0]
-        self._outbox.put_encoded(id, packet)
+        self._outbox.put_encoded(id, encode_small(_REQ, id, _NO_TIMEOUT, body[0]))
         return id
 
     def open_channel(self, fields: Sequence[Field], deadline: float = math.inf) -> int:
@@ -224,7 +231,7 @@ class Session:
         if len(body) > 1 or id in self._flows:
             self._queue_answer(id, Outgoing(b"ok", id, body=body, body_size=size))
         else:
-            self._queue_answer(id, encode_head(b"ok", encode_number(id), body_size=size) + body[0])
+            self._queue_answer(id, encode_small(_OK, id, b"", body[0]))
 
     def fail(self, id: int, code: str, message: str) -> None:
         """Queue an error as the answer to a request of the peer's. A long message is cut off."""
@@ -311,6 +318,11 @@ class Session:
     def has_big(self) -> bool:
         """Whether a big packet waits, or has partly left."""
         return self._outbox.has_big
+
+    @property
+    def is_plain_to_take(self) -> bool:
+        """Whether nothing waits that depends on the time or the room that `take` is told."""
+        return self._outbox.is_all_encoded
 
     def take(self, now: float, room: int = MAX_BATCH_SIZE) -> bytes:
         """Take the next batch to be sent, in one piece.

@@ -21,6 +21,8 @@ from bokbok_trio._packets import (
     encode_body,
     encode_head,
     encode_number,
+    encode_small,
+    encode_start,
 )
 from tests.helpers import decode as decode_all
 from tests.strategies import chunked, fields, packet_bytes, packets, user_fields
@@ -165,6 +167,16 @@ def test_no_two_bodies_mean_the_same(body: bytes) -> None:
 def test_a_head_is_a_packet_or_all_but_its_last_field(head: list[bytes], body: bytes) -> None:
     assert encode_head(*head) == packet_bytes(head)
     assert encode_head(*head, body_size=len(body)) + body == packet_bytes([*head, body])
+
+
+@given(packets, st.integers(0, 10**18 - 1), st.booleans())
+def test_a_small_packet_encoded_in_one_step_is_the_same(
+    packet: list[bytes], id: int, has_timeout: bool
+) -> None:
+    body = b"".join(encode_body(packet, LIMIT)[0])
+    fields = [b"kind", b"%d" % id, *[b""] * has_timeout, body]
+    start = encode_start(b"kind", len(fields))
+    assert encode_small(start, id, bytes(LENGTH_SIZE) * has_timeout, body) == packet_bytes(fields)
 
 
 # ---- the decoder ----
