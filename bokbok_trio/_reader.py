@@ -34,6 +34,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import math
+import threading
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from enum import Enum, auto
 from itertools import chain
@@ -60,6 +61,19 @@ and so do not pile up."""
 
 LONE_ANSWERS: Final = 3
 """Answers that came one at a time, after which the next one's asker is lent the turn to read."""
+
+MAX_LEADERS: Final = 4
+"""Askers that read by themselves at once, in one event loop. Where more would, it is busy, and nobody waits
+for its next turn: with no such bound, 1,000 connections made a quarter fewer requests in two runs."""
+
+
+class _Leaders(threading.local):
+    """How many there are, of all connections of a thread, and so of an event loop."""
+
+    count = 0
+
+
+_leaders = _Leaders()
 
 logger = logging.getLogger("bokbok_trio")
 
@@ -262,7 +276,7 @@ class Reader:
 
     async def _receive(self, task: trio.lowlevel.Task, scope: HandlerScope) -> bool:
         """Receive more, or lend the turn to do so, and get it back; whether this task is to go on."""
-        if self._lone_answers >= self._lend_after:
+        if self._lone_answers >= self._lend_after and _leaders.count < MAX_LEADERS:
             self._lone_answers = 0
             self._turn = Turn.LENT
             return await self._wait_for_turn(task, scope)
@@ -352,7 +366,8 @@ class Reader:
     @property
     def may_lead(self) -> bool:
         """Whether who makes a request now may `lead`."""
-        return (self._turn is Turn.VACANT or self._is_calling) and self._leader is None
+        is_lent = self._turn is Turn.VACANT and _leaders.count < MAX_LEADERS
+        return (is_lent or self._is_calling) and self._leader is None
 
     def give_back(self) -> None:
         """An asker was woken: if the turn to read was lent to it, let the task that lent it have it back."""
@@ -369,6 +384,7 @@ class Reader:
         is_done = True  # all that was received
         self._leader = asker
         asker.reads = True
+        _leaders.count += 1
         try:
             if is_handler:
                 is_done = self._finish_batch()
@@ -388,6 +404,7 @@ class Reader:
         finally:
             asker.reads = False
             self._leader = None
+            _leaders.count -= 1
             if is_handler:
                 self._is_calling = True
             else:

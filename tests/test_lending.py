@@ -6,7 +6,7 @@ import math
 import os
 import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from bokbok_trio._connection import CLOSE_TIMEOUT
 from bokbok_trio._direct_stream import RECEIVE_SIZE, _scratch
 from bokbok_trio._events import Event
 from bokbok_trio._packets import LARGE_BATCH
-from bokbok_trio._reader import LONE_ANSWERS
+from bokbok_trio._reader import LONE_ANSWERS, MAX_LEADERS
 from tests.helpers import RawPeer, cancel, check_idle, echo, open_peer, outcomes, packet, req, settle
 
 
@@ -157,6 +157,28 @@ async def test_an_asker_reads_from_a_real_side_plain_or_sealed(sealed: bool, tmp
                 await trio.lowlevel.checkpoint()
         assert asker.answers == [[b"x"]] * 100
         assert turns > 100
+
+
+async def test_only_so_many_askers_of_an_event_loop_read_at_once() -> None:
+    async with AsyncExitStack() as stack:
+        pairs = [
+            await stack.enter_async_context(open_peer(never_waits, over_sockets=True))
+            for _ in range(MAX_LEADERS + 3)
+        ]
+        async with trio.open_nursery() as nursery:
+            askers = [Asker(connection) for connection, _ in pairs]
+            for asker in askers:
+                nursery.start_soon(asker.ask, 3 * LONE_ANSWERS)
+            for n in range(3 * LONE_ANSWERS):
+                for _, peer in pairs:
+                    await answer_alone(peer, 1)
+                if LONE_ANSWERS <= n < 3 * LONE_ANSWERS - 1:
+                    assert sum(asker.reads for asker in askers) == MAX_LEADERS
+            assert all(asker.ended.is_set() for asker in askers)
+        await settle()
+        for connection, peer in pairs:
+            await check_that_all_goes_on(connection, peer)
+            check_idle(connection)
 
 
 async def test_nothing_is_lent_over_a_stream_that_cannot_be_told_to_receive_no_more() -> None:
