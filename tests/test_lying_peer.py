@@ -57,8 +57,8 @@ SIZES = (0, 20, 3000, 30_000, ITEM_ROOM, 65_430, 65_520, 150_000, LIMIT - HEAD_R
 """Bytes of a user's field: small ones, as large as travels whole, in pieces, as large as may be."""
 
 MAX_BATCH = 2**16 + MAX_WHOLE + 2**10
-"""Bytes of a batch beside control packets: one more packet when it has 64 KiB already, or 48 KiB and a quarter
-of 64 KiB of a piece, and heads."""
+"""Bytes of a batch beside control packets: one more packet when it has 64 KiB already, or 48 KiB, and a
+quarter of 64 KiB of a piece; and heads."""
 
 PIECED = {b"req", b"chan", b"ok", b"item"}
 
