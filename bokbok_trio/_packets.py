@@ -282,10 +282,7 @@ class PacketDecoder:
             buffer += self._data[:position]
             if len(buffer) < LENGTH_SIZE:
                 return
-            [length] = _U32.unpack_from(buffer)
-            if length > self._limit:
-                raise self._too_long(length)
-            end = LENGTH_SIZE + length
+            end = LENGTH_SIZE + self._check(_U32.unpack_from(buffer)[0])
             missing = end - len(buffer)
             buffer += self._data[position : position + missing]
             if len(buffer) < end:
@@ -296,10 +293,7 @@ class PacketDecoder:
         while size - position >= LENGTH_SIZE:
             data = self._data
             start = position + LENGTH_SIZE
-            [length] = _U32.unpack_from(data, position)
-            if length > self._limit:
-                raise self._too_long(length)
-            end = start + length
+            end = start + self._check(_U32.unpack_from(data, position)[0])
             if end > size:
                 break
             position = end
@@ -313,6 +307,8 @@ class PacketDecoder:
         """Copy what `decode` has not come to yet: it goes on to be good."""
         self._data = bytes(self._data)
 
-    def _too_long(self, length: int) -> ProtocolError:
-        self._buffer.clear()
-        return ProtocolError(f"a packet of {length} bytes, and {self._limit} are allowed")
+    def _check(self, length: int) -> int:
+        if length > self._limit:
+            self._buffer.clear()
+            raise ProtocolError(f"a packet of {length} bytes, and {self._limit} are allowed")
+        return length

@@ -66,16 +66,17 @@ class _Direction:
         self._key = key
         self._counter = 0
 
-    def seal(self, plaintext: bytes | memoryview) -> bytes:
+    def _nonce(self) -> bytes:
         nonce = self._counter.to_bytes(_NONCE_SIZE, "big")
         self._counter += 1
-        box = crypto_secretbox(plaintext, nonce, self._key)  # type: ignore[arg-type]  # any buffer
+        return nonce
+
+    def seal(self, plaintext: bytes | memoryview) -> bytes:
+        box = crypto_secretbox(plaintext, self._nonce(), self._key)  # type: ignore[arg-type]  # any buffer
         return len(box).to_bytes(HEADER_SIZE, "big") + box
 
     def open(self, box: memoryview) -> bytes:
-        nonce = self._counter.to_bytes(_NONCE_SIZE, "big")
-        self._counter += 1
-        return crypto_secretbox_open(box, nonce, self._key)  # type: ignore[arg-type]  # any buffer
+        return crypto_secretbox_open(box, self._nonce(), self._key)  # type: ignore[arg-type]  # any buffer
 
 
 @final
