@@ -120,6 +120,22 @@ def _members(exc: BaseException) -> tuple[BaseException, ...]:
     return cast("_Group", exc).exceptions if isinstance(exc, BaseExceptionGroup) else ()
 
 
+def check_run(home: trio.lowlevel.TrioToken, what: object) -> None:
+    """Refuse a call that does not come from the Trio run, and so the thread, that something belongs to.
+
+    Its state and its tasks are that run's: a change from another one corrupts both.
+
+    Raises:
+        RuntimeError: it comes from another run or thread, or from no Trio task.
+    """
+    try:
+        if trio.lowlevel.current_trio_token() is home:
+            return
+    except RuntimeError:
+        pass  # no Trio run in this thread
+    raise RuntimeError(f"{what!r} belongs to another Trio run; call it there, with trio.from_thread.run")
+
+
 @final
 class Once:
     """A `trio.Event` that is made only where somebody waits for it: it would take up 0.4 KiB."""
