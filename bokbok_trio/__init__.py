@@ -29,6 +29,7 @@ from ._connection import (
     Connection as Connection,
     ConnectionHandler as ConnectionHandler,
 )
+from ._current import CurrentRequest as CurrentRequest, current_request as current_request
 from ._errors import (
     AddressError as AddressError,
     AuthenticationError as AuthenticationError,
@@ -45,7 +46,7 @@ from ._errors import (
 from ._handling import ChannelHandler as ChannelHandler, RequestHandler as RequestHandler
 from ._keys import Key as Key, passphrase_to_key as passphrase_to_key
 from ._opening import PeerUser as PeerUser, UserKey as UserKey
-from ._packets import Field as Field
+from ._packets import Context as Context, Field as Field, Fields as Fields
 from ._reconnecting import (
     ReconnectingConnection as ReconnectingConnection,
     open_reconnecting as open_reconnecting,

@@ -16,15 +16,38 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import final
+from collections.abc import Callable
+from typing import Final, final
 
 import trio
 
 from ._errors import BokbokError, RemoteError
 from ._events import End, Item
 from ._flow import Flows
-from ._packets import Chunks, Field, decode_body
+from ._nursery import check_run
+from ._packets import Chunks, Fields, decode_body
+
+CLOCK_DRIFT: Final = 0.05
+"""Seconds by which the peer's clock may be ahead of ours at the end of a deadline, besides a thousandth of its
+span: the peer counts the same span from later on, so only drift makes it run out there first."""
+
+
+def is_own_timeout(error: BaseException, deadline: float, span: float) -> bool:
+    """Whether an error says that our own deadline, as good as reached, ran out over there first.
+
+    The asker should see its own cancellation then. Where the deadline is farther off, the handler chose the
+    code ``"timeout"`` for an error of its own.
+
+    Arguments:
+        error: the answer.
+        deadline: ours, by Trio's clock.
+        span: the seconds from asking to that deadline.
+    """
+    return (
+        isinstance(error, RemoteError)
+        and error.code == "timeout"
+        and deadline - trio.current_time() < CLOCK_DRIFT + span / 1000
+    )
 
 
 @final
@@ -69,10 +92,9 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     An item is a list of fields, as a request is. Several tasks may send, and several receive, at
     once; each item goes to one of them, and they are served in turn. Cancelling one loses no item and
-    repeats none. What has been received and not been taken is bounded by 256 KiB of encoded items and
-    one item more; past that the other side's `send` waits. (Python may take ten times as much for items
-    of a few bytes.) ``async for item in channel`` ends where the other side has ended its direction, or
-    answered.
+    repeats none. Items that were received and not taken are bounded by 256 KiB, where each counts its encoded
+    size and 64 bytes, and one item more; past that the other side's `send` waits.
+    ``async for item in channel`` ends where the other side has ended its direction, or answered.
 
     On the handler's side the channel is closed when the handler returns; what it sent before arrives
     before its answer.
@@ -83,14 +105,17 @@ class Channel(trio.abc.Channel[list[bytes]]):
         flows: Flows,
         id: int,
         wake_sender: Callable[[], object],
+        home: trio.lowlevel.TrioToken,
         cancel: Callable[[], object] | None = None,
         deadline: float = math.inf,
     ) -> None:
         self._flows = flows
         self._id = id
         self._wake_sender = wake_sender
+        self._home = home
         self._cancel = cancel  # None on the handler's side
         self._deadline = deadline
+        self._span = deadline - trio.current_time() if deadline < math.inf else math.inf
         self._senders: dict[_Waiter, None] = {}
         self._receivers: dict[_Waiter, None] = {}
         self._askers: dict[_Waiter, None] = {}
@@ -110,7 +135,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     # ---- what it does ----
 
-    async def send(self, value: Sequence[Field]) -> None:
+    @trio.lowlevel.enable_ki_protection
+    async def send(self, value: Fields) -> None:
         """Send an item, as soon as the other side has room and the items before it are on their way.
 
         It returns before the item has arrived.
@@ -125,7 +151,9 @@ class Channel(trio.abc.Channel[list[bytes]]):
             trio.BrokenResourceError: the handler over there has answered, or the other side cancelled
                 it; its error, if it answered with one, is the cause.
             ConnectionLost: which is such an error too.
+            RuntimeError: called from another Trio run.
         """
+        check_run(self._home, self)
         await trio.lowlevel.checkpoint_if_cancelled()
         waiter = _Waiter(self._flows.encode(value))
         if not self._senders and self._send_error() is None and self._flows.may_send(self._id):
@@ -134,6 +162,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         else:
             await self._wait(self._senders, waiter, self._send_error)
 
+    @trio.lowlevel.enable_ki_protection
     async def receive(self) -> list[bytes]:
         """Receive an item.
 
@@ -145,7 +174,9 @@ class Channel(trio.abc.Channel[list[bytes]]):
             trio.BrokenResourceError: the other side cancelled, or answered with an error, which is
                 the cause, before it ended its direction.
             ConnectionLost: which is such an error too.
+            RuntimeError: called from another Trio run.
         """
+        check_run(self._home, self)
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._buffer:
             fields = self._take_buffered()
@@ -155,18 +186,24 @@ class Channel(trio.abc.Channel[list[bytes]]):
         await self._wait(self._receivers, waiter, self._receive_error)
         return waiter.fields
 
+    @trio.lowlevel.enable_ki_protection
     async def end(self) -> None:
         """Send no more items; receiving goes on. Tasks that wait in `send` get `trio.ClosedResourceError`.
 
         Again, or after the channel was closed, it does nothing.
+
+        Raises:
+            RuntimeError: called from another Trio run.
         """
+        check_run(self._home, self)
+        await trio.lowlevel.checkpoint()
         if not self._has_ended:
             self._has_ended = True
             _wake_all(self._senders)
             self._flows.end(self._id)
             self._wake_sender()
-        await trio.lowlevel.checkpoint()
 
+    @trio.lowlevel.enable_ki_protection
     async def answer(self) -> list[bytes]:
         """Wait for the answer of the handler over there. Again gives the same.
 
@@ -176,8 +213,9 @@ class Channel(trio.abc.Channel[list[bytes]]):
             RemoteError: it answered with an error.
             ConnectionLost, ConnectionClosed: as for `Connection.request`.
             trio.ClosedResourceError: the channel was closed here before the answer came.
-            RuntimeError: called on the handler's side, which gives the answer.
+            RuntimeError: called on the handler's side, which gives the answer, or from another Trio run.
         """
+        check_run(self._home, self)
         if self._cancel is None:
             raise RuntimeError("a handler gives the answer, and does not wait for it")
         if isinstance(self._outcome, list):
@@ -188,12 +226,17 @@ class Channel(trio.abc.Channel[list[bytes]]):
         assert isinstance(self._outcome, list)
         return list(self._outcome)
 
+    @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
         """Close both directions; what is there or still comes is dropped.
 
         On the side that opened it, it cancels the handler over there unless its answer came. On the
         handler's side, the handler goes on and is still to answer.
+
+        Raises:
+            RuntimeError: called from another Trio run.
         """
+        check_run(self._home, self)
         self._close()
         await trio.lowlevel.checkpoint()
 
@@ -220,7 +263,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         return error
 
     def _shown(self, error: Exception | None) -> Exception | None:
-        """Where the deadline ran out over there first, our own is to be seen, as a cancellation."""
+        """Hide the peer's `timeout` until our own deadline has passed: then our own `Cancelled` shows."""
         return None if self._held_until is not None and trio.current_time() < self._held_until else error
 
     async def _wait(
@@ -232,8 +275,11 @@ class Channel(trio.abc.Channel[list[bytes]]):
             if error is not None:
                 self._answer_told = self._answer_told or waiters is self._askers
                 await trio.lowlevel.checkpoint()
-                # A copy, as each time it is raised it would gather more of a traceback.
-                raise copy.copy(error) from error.__cause__
+                try:
+                    # A copy, as each time it is raised it would gather more of a traceback.
+                    raise copy.copy(error) from error.__cause__
+                finally:
+                    del error  # or this frame and its traceback would keep each other alive
             if self._held_until is None:
                 await _sleep(waiters, waiter)
             else:
@@ -251,7 +297,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
                 asker.done = True
             self._break(trio.BrokenResourceError("the handler over there has answered"))
         elif isinstance(outcome, RemoteError):
-            if outcome.code == "timeout" and self._deadline < math.inf:
+            if is_own_timeout(outcome, self._deadline, self._span):
                 self._held_until = self._deadline
             error = trio.BrokenResourceError(f"the handler over there has answered with an error: {outcome}")
             error.__cause__ = outcome
@@ -346,9 +392,10 @@ class Channels:
         wake_sender: to be called when something was queued.
     """
 
-    __slots__ = ("_channels", "_flows", "_wake_sender")
+    __slots__ = ("_channels", "_flows", "_home", "_wake_sender")
 
     def __init__(self, flows: Flows, wake_sender: Callable[[], object]) -> None:
+        self._home = trio.lowlevel.current_trio_token()
         self._flows = flows
         self._wake_sender = wake_sender
         self._channels: dict[int, Channel] = {}
@@ -357,13 +404,15 @@ class Channels:
         return len(self._channels)
 
     def open(self, id: int, cancel: Callable[[], object], deadline: float) -> Channel:
-        """One of ours: `cancel` is called when nobody wants its answer, and `deadline` is until when."""
-        channel = self._channels[id] = Channel(self._flows, id, self._wake_sender, cancel, deadline)
+        """One of ours: `cancel` is called when nobody wants its answer; somebody does until `deadline`."""
+        channel = self._channels[id] = Channel(
+            self._flows, id, self._wake_sender, self._home, cancel, deadline
+        )
         return channel
 
     def take(self, id: int) -> Channel:
         """One of the peer's, which may send from now on."""
-        channel = self._channels[id] = Channel(self._flows, id, self._wake_sender)
+        channel = self._channels[id] = Channel(self._flows, id, self._wake_sender, self._home)
         self._flows.grant(id)
         return channel
 

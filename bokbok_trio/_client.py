@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 
 import trio
 
@@ -12,12 +11,12 @@ from ._connection import Connection, ConnectionHandler
 from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
 from ._keys import Key, encode_user
-from ._nursery import bare_nursery
+from ._nursery import bare_nursery, block
 from ._opening import open_as_client
 from ._settings import Settings
 
 
-@asynccontextmanager
+@block
 async def open_connection(
     to: str | Address | trio.abc.Stream,
     *,

@@ -3,72 +3,87 @@
 Theory
 ======
 
-`Connection._run` is the connection's whole life, in a task of its own, which is also the **sender**
-(`Sender`): it alone waits for the stream to take something, and closes it, so closing needs no lock to
-come after the last packet. Its nursery holds
-
-- the **reader** (`Reader`), which decodes what arrives, hands answers to waiters and calls the handlers
-  of requests; it never waits for user code, for a slot, or for room to send;
-- a task per incoming request whose handler waits, with a channel or without, each in a cancel scope of
-  its own;
-- the open handler, while it runs.
+`Connection._run` is the connection's whole life, in a task of its own. It opens the connection's nursery,
+starts the **reader task** in it (`Reader`), and is itself the **sender task** (`Sender`), which holds the
+`SendLock` whenever it is awake, and closes the stream. The nursery also holds **a task per incoming request**
+whose handler waits, each in a cancel scope of its own; the open handler, while it runs; and for a moment the
+task that warns where our requests wait for slots.
 
 The `Watchdog`, which pings a silent peer, and notices one that is gone, has no task here.
 
-`request` queues a packet, has it sent and sleeps until the reader or `_end` wakes it; or it reads by
-itself (see `Reader`), and `_end` lets it see the end of what is received.
+`request` queues a packet, has it sent, and sleeps until the reader or `_end` wakes it.
 
 Ending
 ======
 
 `_end` is called once, by whoever first sees that it is over: `aclose`, the reader, the sender, or
-the nursery being cancelled. It is synchronous: it sets the reason, cancels the reader and the
-handlers, fails the waiters, and gives the sender `CLOSE_TIMEOUT` to say goodbye. Whatever happens
-after that cannot be seen by a waiter. The handlers may take their time to end; `close_handler` runs
-after the last of them.
+the nursery being cancelled. It is synchronous: it sets the reason, cancels the handlers, fails the waiters, and
+gives the sender `CLOSE_TIMEOUT` to say goodbye. Whatever happens after that cannot be seen by a waiter. Where
+this side closes, it says so, and the reader goes on, and drops everything, until the peer has said so too: to
+close a socket earlier may reset it, and destroy what the peer has not read yet. The handlers may take their
+time to end; `close_handler` runs after the last of them.
 
 Invariants
 ==========
 
-- No task of the connection raises into anybody's nursery, except ``KeyboardInterrupt``,
-  ``SystemExit`` and the like, which end the program; and ``Cancelled``, which comes from outside.
-- A waiter is woken exactly once: by its answer, by `_end`, or by its own cancellation.
+- No task of the connection raises into anybody's nursery, except ``KeyboardInterrupt`` and
+  ``SystemExit``, which end the program; and ``Cancelled``, which comes from outside.
+- A waiter is woken at most once: by its answer, or by `_end`. Where a request ends in any other way, it is
+  cancelled.
+- All of it belongs to one Trio run, and what is public says so to others before it changes anything.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias, final
 
 import trio
 
-from ._channel import Channel, Channels
+from ._channel import Channel, Channels, is_own_timeout
+from ._current import next_depth
 from ._errors import (
     BokbokError,
     ConnectionClosed,
     ConnectionLost,
+    ProtocolError,
     RemoteError,
+    escape,
 )
-from ._events import Answer, Bye, End, Event, Failure, Item
-from ._handling import PEER_DRAINS, ChannelHandler, Handlers, RequestHandler
-from ._nursery import Once, bare_nursery, contain, is_within, keep
-from ._reader import Reader, Waiter
+from ._events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item
+from ._handling import DRAINING_MESSAGE, ChannelHandler, Handlers, RequestHandler
+from ._nursery import (
+    LazyEvent,
+    bare_nursery,
+    block,
+    call_user,
+    check_run,
+    contain,
+    describe_error,
+    is_within,
+    keep,
+)
+from ._reader import STREAM_ERRORS, Reader
 from ._sender import Sender
 from ._session import Session
 from ._statistics import ConnectionStatistics
+from ._waiting import Pings, Waiter
 from ._watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ._addresses import Address, PeerCredentials
     from ._handshake import Side
     from ._opening import Opened
-    from ._packets import Field
+    from ._packets import Context, Fields
     from ._server import Server
     from ._settings import Settings
+
+SLOT_PATIENCE: Final = 1.0
+"""Seconds that a request waits for a slot before the log says so, once for each connection."""
 
 CLOSE_TIMEOUT: Final = 1.0
 """Seconds that a send under way and the end record may take when the connection is closed, and
@@ -80,9 +95,34 @@ ConnectionHandler: TypeAlias = "Callable[[Connection], Awaitable[object]]"
 logger = logging.getLogger("bokbok_trio")
 
 
+class _Ending(NamedTuple):
+    """How a connection ended.
+
+    Attributes:
+        reason: in words.
+        is_ours: whether this side closed it; else it was lost.
+        cause: the error that it was lost by.
+    """
+
+    reason: str
+    is_ours: bool
+    cause: BaseException | None = None
+
+    def make_error(self, *, may_have_run: bool) -> BokbokError:
+        """Make what a waiter sees, given whether its request may have run."""
+        if self.is_ours:
+            return ConnectionClosed(self.reason)
+        error = ConnectionLost(self.reason, may_have_run)
+        error.__cause__ = self.cause
+        return error
+
+
 @final
 class Connection:
     """A two-way connection to a peer, made by `open_connection` or by a server.
+
+    It belongs to the Trio run that made it: its methods raise ``RuntimeError`` in another run or thread,
+    before they do anything. From there, use `trio.from_thread.run`.
 
     Attributes:
         data: the application's own; None at first.
@@ -94,17 +134,24 @@ class Connection:
         "_channels",
         "_close_handler",
         "_done",
+        "_draining",
+        "_ending",
         "_handlers",
-        "_make_error",
+        "_has_warned",
+        "_home",
+        "_linger",
+        "_nursery",
         "_opened",
         "_opening",
         "_over",
+        "_pings",
         "_reader",
         "_sender",
         "_server",
         "_session",
         "_settings",
         "_side",
+        "_slot_watch",
         "_stream",
         "_stream_closed",
         "_task",
@@ -126,6 +173,7 @@ class Connection:
         server: Server | None = None,
     ) -> None:
         self.data: Any = None
+        self._home = trio.lowlevel.current_trio_token()
         self._opened = opened
         self._stream = opened.stream
         self._side: Side = side
@@ -139,16 +187,17 @@ class Connection:
             max_requests=settings.max_requests,
             slots=opened.peer_max_requests,
         )
-        self._waiters: dict[int, Waiter | Channel] = {}  # for the answers to what this side asked
+        self._waiters: dict[int, Waiter[list[bytes] | BokbokError] | Channel] = {}  # for the answers to what this side asked
         self._watchdog = Watchdog(
-            settings.ping_after, settings.ping_timeout, ping=self._ping, lose=self._lose
+            settings.ping_after, settings.ping_timeout, ping=self._send_ping, lose=self._lose
         )
         self._sender = Sender(
             self._session,
             opened,
             self._watchdog,
             wake_writers=self._wake_writers,
-            on_idle=self._on_idle,
+            on_idle=self._close_if_drained,
+            on_defect=self._on_defect,
         )
         self._channels = Channels(self._session.channels, self._sender.wake)
         self._handlers = Handlers(
@@ -161,19 +210,26 @@ class Connection:
             wake_sender=self._sender.flush,
         )
         self._reader = Reader(
-            self,
+            self._sender.wire.receive,
             self._session,
             self._sender,
             self._watchdog,
             self._handlers,
             on_event=self._on_event,
+            on_protocol_error=self._on_protocol_error,
             lose=self._lose,
         )
-        self._make_error: Callable[[bool], BokbokError] | None = None  # set: it is over
-        self._over = Once()
+        self._pings = Pings()
+        self._ending: _Ending | None = None  # set: it is over
+        self._over = LazyEvent()
+        self._draining: trio.Event | None = None  # made for whoever asks first
         self._opening: trio.CancelScope | None = None  # while the open handler runs
-        self._stream_closed = Once()
-        self._done = Once()
+        self._linger: trio.CancelScope | None = None  # while this waits for the peer's end
+        self._slot_watch: trio.CancelScope | None = None  # while a task watches those who wait for slots
+        self._has_warned = False
+        self._stream_closed = LazyEvent()
+        self._done = LazyEvent()
+        self._nursery: trio.Nursery | None = None
         self._task: trio.lowlevel.Task | None = None
 
     def __repr__(self) -> str:
@@ -219,13 +275,30 @@ class Connection:
     @property
     def closed(self) -> bool:
         """Whether it is over: no request can be made any more. `wait_closed` waits for the rest."""
-        return self._make_error is not None
+        return self._ending is not None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the connection is over, in words; None while it is open."""
+        return None if self._ending is None else self._ending.reason
+
+    @property
+    def draining(self) -> trio.Event:
+        """An event that is set once either side drains the connection, or it is over.
+
+        A handler that sends items for as long as there are any should wait for it too, end its stream and
+        return; else it uses up the grace of a stopping server, and is cancelled.
+        """
+        if self._draining is None:
+            self._draining = trio.Event()
+            if self._ending is not None or self._session.is_draining or self._session.peer_drains:
+                self._draining.set()
+        return self._draining
 
     def statistics(self) -> ConnectionStatistics:
         """Count what goes on, for logs and gauges.
 
-        Of a closed connection, the handlers that have not ended yet are what counts; it has no
-        requests of its own any more.
+        A closed connection has no requests of its own; only handlers that have not ended are counted.
         """
         session = self._session
         return ConnectionStatistics(
@@ -240,59 +313,73 @@ class Connection:
 
     # ---- what it does ----
 
-    async def request(self, fields: Sequence[Field]) -> list[bytes]:
+    @trio.lowlevel.enable_ki_protection
+    async def request(self, fields: Fields, *, context: Context | None = None) -> list[bytes]:
         """Send a request and wait for its answer.
 
         Where the peer already has as many requests in flight as it takes, this waits its turn.
         Cancelled, it returns at once, and the handler over there is cancelled too; the connection
         and all other requests go on undisturbed. The deadline in force here holds for the handler
-        over there as well, and for the requests that it makes in turn.
+        over there as well, and for the requests that it makes in turn. Under a cancelled scope or after the
+        deadline, nothing is sent.
+
+        Requests that are made at the same time may arrive in any order, large ones last. A request that was
+        cancelled keeps its slot until its handler over there has ended.
 
         Arguments:
             fields: 0 to 255 of bytes or str (sent as UTF-8).
+            context: names (1 to 64 lower-case ASCII letters, digits, ``.``, ``-``, ``_``) and values (bytes
+                or str), 32 at most and 8 KiB in all, which the handler over there finds in
+                `current_request`. Nothing passes them on by itself.
 
         Returns:
             The fields of the answer.
 
         Raises:
-            TypeError, ValueError: `fields` is no such list. Nothing was sent.
+            TypeError, ValueError: `fields` or `context` cannot be sent. Nothing was.
             MessageTooLarge: it is larger than the two sides agreed on. Nothing was sent.
             RemoteError: the other side answered with an error.
             ConnectionClosed: this side closed the connection.
             ConnectionLost: the connection was lost; see its `may_have_run`.
+            RecursionError: it is nested in more than 15 others, which handlers of both sides made.
+            RuntimeError: called from another Trio run.
         """
-        if self._make_error is not None or not self._session.may_ask:  # `_may_ask`, without its call
-            await self._refuse()
+        if trio.lowlevel.current_trio_token() is not self._home:
+            check_run(self._home, self)
         deadline = trio.current_effective_deadline()
-        id = self._session.request(fields, deadline)
-        waiter = self._waiters[id] = Waiter()
-        self._sender.flush()
-
-        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+        asked_at = 0.0
+        if deadline < math.inf:
+            asked_at = trio.current_time()
+            if deadline <= asked_at:
+                await trio.lowlevel.checkpoint()
+        depth = next_depth()
+        session = self._session
+        if self._ending is not None or (session.peer_drains and not depth):
+            await self._refuse()
+        id = session.request(fields, deadline, depth=depth, context=context)
+        waiter: Waiter[list[bytes] | BokbokError] = Waiter()
+        self._waiters[id] = waiter
+        try:
+            self._sender.flush()
+            if session.waiting and not self._has_warned:
+                self._watch_slots()
+            outcome = await waiter.wait()
+        except BaseException:
             self._cancel(id)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        reader = self._reader  # which is gone when the connection has ended
-        if reader.may_lead:
-            try:
-                await reader.lead(waiter)
-            except BaseException:
-                self._cancel(id)
-                raise
-        if waiter.outcome is None:
-            await trio.lowlevel.wait_task_rescheduled(abort)
-            reader.give_back()
-        outcome = waiter.outcome
+            raise
         if isinstance(outcome, list):
             return outcome
-        assert outcome is not None
-        if isinstance(outcome, RemoteError) and outcome.code == "timeout" and deadline < math.inf:
-            # The same deadline ran out over there first. The asker is to see its own cancellation.
+        if is_own_timeout(outcome, deadline, deadline - asked_at):
             await trio.sleep_until(deadline)
-        raise outcome
+        try:
+            raise outcome
+        finally:
+            del outcome, waiter  # or this frame and the error would keep each other alive
 
-    @asynccontextmanager
-    async def open_channel(self, fields: Sequence[Field]) -> AsyncGenerator[Channel]:
+    @block
+    async def open_channel(
+        self, fields: Fields, *, context: Context | None = None
+    ) -> AsyncGenerator[Channel]:
         """Send a request with a channel, which lasts for as long as the block, or until it is answered.
 
         ::
@@ -303,7 +390,7 @@ class Connection:
                 await channel.end()
                 answer = await channel.answer()
 
-        Entering waits for nothing; a failure shows in the channel's methods. The deadline in force
+        Entering does not wait for the peer; a failure shows in the channel's methods. The deadline in force
         here, on entering, holds for the handler over there as well; it cannot be put off later, so a
         time limit for each item goes around `Channel.receive`. The channel takes up a slot, as a
         request does, for as long as it lasts.
@@ -315,37 +402,43 @@ class Connection:
 
         Arguments:
             fields: 0 to 255 of bytes or str (sent as UTF-8).
+            context: as for `request`.
 
         Raises:
-            TypeError, ValueError: `fields` is no such list. Nothing was sent.
+            TypeError, ValueError: `fields` or `context` cannot be sent. Nothing was.
             MessageTooLarge: it is larger than the two sides agreed on. Nothing was sent.
             ConnectionClosed, ConnectionLost: it was over before. Nothing was sent.
             RemoteError: on leaving, where the answer is waited for: it is an error.
+            RecursionError, RuntimeError: as by `request`.
         """
-        if not self._may_ask:
+        check_run(self._home, self)
+        await trio.lowlevel.checkpoint()
+        depth = next_depth()
+        if not self._may_ask(depth):
             await self._refuse()
         deadline = trio.current_effective_deadline()
-        id = self._session.open_channel(fields, deadline)
+        id = self._session.open_channel(fields, deadline, depth=depth, context=context)
         channel = self._waiters[id] = self._channels.open(id, partial(self._cancel, id), deadline)
-        self._sender.wake()
         try:
-            await trio.lowlevel.checkpoint()
+            self._sender.wake()
+            if self._session.waiting and not self._has_warned:
+                self._watch_slots()
             yield channel
             await channel._finish()
         finally:
             channel._close()
             self._channels.remove(id)
 
-    @property
-    def _may_ask(self) -> bool:
-        return self._make_error is None and self._session.may_ask
+    def _may_ask(self, depth: int = 0) -> bool:
+        """Whether the peer takes a request of that depth, as far as is known."""
+        return self._ending is None and (depth > 0 or not self._session.peer_drains)
 
     async def _refuse(self) -> NoReturn:
         """Raise why nothing can be asked any more."""
         await trio.lowlevel.checkpoint()
-        if self._make_error is not None:
-            raise self._make_error(False)
-        raise ConnectionLost(PEER_DRAINS, may_have_run=False)
+        if self._ending is not None:
+            raise self._ending.make_error(may_have_run=False)
+        raise ConnectionLost(DRAINING_MESSAGE, may_have_run=False)
 
     def _cancel(self, id: int) -> None:
         """Nobody wants the answer any more, if it has not come."""
@@ -353,6 +446,58 @@ class Connection:
             self._session.cancel(id)
             self._sender.wake()
 
+    def _watch_slots(self) -> None:
+        """See to it that the log says, once, that requests of ours wait for slots for long."""
+        if self._slot_watch is None and self._nursery is not None:
+            self._slot_watch = trio.CancelScope()
+            self._nursery.start_soon(self._warn_of_waiting, self._slot_watch)
+
+    @trio.lowlevel.enable_ki_protection
+    async def _warn_of_waiting(self, scope: trio.CancelScope) -> None:
+        with scope:
+            while (oldest := self._session.oldest_waiting()) is not None:
+                await trio.sleep(SLOT_PATIENCE)
+                if self._session.is_waiting(oldest):
+                    self._has_warned = True
+                    logger.warning(
+                        "%r: a request has waited for a slot for over %g s: the peer takes %d of a kind at "
+                        "once (its max_requests), %d wait, and of those with a slot %d were cancelled",
+                        self,
+                        SLOT_PATIENCE,
+                        self._opened.peer_max_requests,
+                        self._session.waiting,
+                        self._session.cancelled,
+                    )
+                    break
+        self._slot_watch = None
+
+    @trio.lowlevel.enable_ki_protection
+    async def ping(self) -> float:
+        """Ask the peer for a sign of life and wait for it.
+
+        Returns:
+            The round trip in seconds, with the time that the ping waits behind what is being sent.
+
+        Raises:
+            ConnectionClosed, ConnectionLost: the connection is over.
+            RuntimeError: called from another Trio run.
+        """
+        check_run(self._home, self)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._ending is not None:
+            await self._refuse()
+        asker = self._pings.add()
+        if not self._pings.is_out:
+            self._send_ping()
+        try:
+            outcome = await asker.wait()
+        finally:
+            self._pings.remove(asker)
+        if isinstance(outcome, float):
+            return outcome
+        raise outcome
+
+    @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
         """Close the connection, and wait until the transport is closed, for at most a second or so.
 
@@ -360,39 +505,57 @@ class Connection:
         cancelled, but not waited for, so a handler may call this; being cancelled, it does not
         return to it. Again, or after the connection was lost, it does nothing. Cancelled, it
         returns at once, and the closing goes on.
+
+        Raises:
+            RuntimeError: called from another Trio run.
         """
+        check_run(self._home, self)
         self._close("this side closed the connection")
         await self._stream_closed.wait()
 
+    @trio.lowlevel.enable_ki_protection
     def drain(self) -> None:
         """Take no new request, let those in flight finish both ways, and close. Returns at once.
 
-        New requests of the peer's fail there as not run; those in flight may take their time, and
-        their handlers may still ask the peer. `wait_closed` waits for the end, and `aclose` hastens it.
+        New requests of the peer fail there as not run; those in flight may take their time, with all
+        requests that their handlers, here and there, make in turn. `wait_closed` waits for the end, and
+        `aclose` hastens it.
+
+        Raises:
+            RuntimeError: called from another Trio run.
         """
-        if not self.closed:
+        check_run(self._home, self)
+        if self._ending is None:
             self._session.drain()
+            self._note_draining()
             self._sender.wake()
+
+    def _note_draining(self) -> None:
+        if self._draining is not None:
+            self._draining.set()
 
     async def wait_closed(self) -> None:
         """Wait until all of it has ended: transport, handlers and close handler.
 
         Raises:
             RuntimeError: called from one of the connection's own tasks (a handler, or a task it
-                started), which would wait for itself.
+                started), which would wait for itself; or from another Trio run.
         """
+        check_run(self._home, self)
         if is_within(self._task):
             raise RuntimeError("a task of the connection cannot wait until it has ended")
         await self._done.wait()
 
     # ---- its life ----
 
+    @trio.lowlevel.enable_ki_protection
     async def _run(self, open_handler: ConnectionHandler | None = None) -> None:
         """Live, in this task, until the connection is over and all its tasks have ended."""
         self._task = trio.lowlevel.current_task()
         ended_by: BaseException | None = None
         try:
             async with bare_nursery() as nursery:
+                self._nursery = nursery
                 self._watchdog.start()
                 self._reader.start(nursery)
                 if open_handler is None:
@@ -400,36 +563,40 @@ class Connection:
                 else:
                     nursery.start_soon(self._open, open_handler)
                 await self._send()
+        except Exception as exc:  # noqa: BLE001  (no task of ours raises any)
+            # But one that a handler left a nursery open in, for which Trio raises this at its end.
+            logger.error("%r: a task of the connection ended badly", self, exc_info=exc)
         except BaseException as exc:  # noqa: BLE001  (raised again below)
             ended_by = exc
         try:
             if self._handlers.ready.is_set() and self._close_handler is not None:
                 with contain(partial(self._log, "the close handler failed")):
                     # Under a cancellation from outside, it gets that at its first checkpoint.
-                    await self._close_handler(self)
+                    await call_user(self._close_handler, self)
         except trio.Cancelled as exc:
             ended_by = ended_by or exc  # it must not replace what ends the program
         finally:
             self._done.set()
             self._let_go()
         if ended_by is not None:
-            raise ended_by
+            try:
+                raise ended_by
+            finally:
+                del ended_by  # or this frame and its traceback would keep each other alive
 
     def _let_go(self) -> None:
-        """Drop what knows of this connection in turn, as it has ended and needs none of it.
-
-        Left to the garbage collector, each connection would cost both sides together 30 us more.
-        """
+        """Break the reference cycles, so that the connection is freed at once."""
         del self._sender, self._reader
         self._handlers.forget()
         self._channels.forget()
-        self._task = None
+        self._task = self._nursery = None
 
+    @trio.lowlevel.enable_ki_protection
     async def _open(self, open_handler: ConnectionHandler) -> None:
         """Run the open handler, and let requests be handled if it returned; if not, it is over."""
         try:
             with trio.CancelScope() as self._opening, contain(partial(self._log, "the open handler failed")):
-                await open_handler(self)
+                await call_user(open_handler, self)
                 self._handlers.ready.set()
                 self._sender.wake()
         finally:
@@ -442,104 +609,160 @@ class Connection:
     def _wake_writers(self) -> None:
         self._channels.wake_writers()
 
-    def _on_idle(self) -> None:
+    def _send_ping(self) -> None:
+        """Queue a ping, unless one is on its way, whose answer is as good."""
+        if not self._pings.is_out:
+            self._pings.start_round()
+            self._session.ping()
+            self._sender.wake()
+
+    # ---- its end ----
+
+    def _close_if_drained(self) -> None:
         if self._session.is_drained and self._handlers.ready.is_set():
             self._close("this side drained the connection")
 
-    def _ping(self) -> None:
-        self._session.ping()
-        self._sender.wake()
-
     def _close(self, reason: str) -> None:
         """Close from this side; `aclose` without the waiting."""
-        self._end(lambda _: ConnectionClosed(reason), graceful=True)
+        self._end(_Ending(reason, is_ours=True), graceful=True)
+        if self._linger is not None:
+            self._linger.deadline = min(self._linger.deadline, trio.current_time() + CLOSE_TIMEOUT)
 
-    def _lose(self, reason: str) -> None:
-        self._end(lambda may_have_run: ConnectionLost(reason, may_have_run), graceful=False)
-
-    def _end(self, make_error: Callable[[bool], BokbokError], *, graceful: bool) -> None:
-        """It is over. `make_error` makes a waiter's exception, given whether its request may have run."""
-        if self._make_error is not None:
+    def _lose(self, reason: str, cause: BaseException | None = None, *, graceful: bool = False) -> None:
+        if self._ending is not None:
             return
-        self._make_error = make_error
+        peer = self._describe_peer()
+        where = f" ({peer})" if peer else ""
+        self._end(_Ending(reason + where, is_ours=False, cause=cause), graceful=graceful)
+
+    def _describe_peer(self) -> str:
+        user = "" if self.user is None else f"user {self.user!r} "
+        where = "" if self._address is None else f"at {self._address}"
+        return (user if self._side == "server" else "") + where
+
+    def _on_defect(self, error: BaseException) -> None:
+        logger.error("%r: a defect of bokbok_trio ends the connection", self, exc_info=error)
+        self._lose(f"internal error: {describe_error(error)}", error)
+
+    def _on_protocol_error(self, error: ProtocolError) -> None:
+        logger.warning("%r: the peer broke the protocol: %s", self, error)
+        self._session.abort(str(error))
+        self._lose(f"the peer broke the protocol: {error}", error, graceful=True)
+
+    def _end(self, ending: _Ending, *, graceful: bool) -> None:
+        """It is over. `graceful`: say so to the peer, and send what is queued, within `CLOSE_TIMEOUT`."""
+        if self._ending is not None:
+            return
+        self._ending = ending
         self._over.set()
+        self._note_draining()
         self._sender.stop(trio.current_time() + CLOSE_TIMEOUT if graceful else -math.inf)
-        self._reader.stop()
+        self._reader.discard()
         self._watchdog.stop()
-        if self._opening is not None:
-            self._opening.cancel()
-        # Handlers first: one that waits for an answer here is to end by its cancellation.
+        for scope in (self._opening, self._slot_watch):
+            if scope is not None:
+                scope.cancel()
+        # Handlers first: one that waits for an answer here must end by its cancellation.
         self._handlers.cancel_all()
         waiters, self._waiters = self._waiters, {}
         for id, waiter in waiters.items():
-            waiter.wake(make_error(not self._session.is_unsent(id)))
-        self._channels.break_all(make_error(True))
+            waiter.wake(ending.make_error(may_have_run=not self._session.is_unsent(id)))
+        self._pings.end(partial(ending.make_error, may_have_run=True))
+        self._channels.break_all(ending.make_error(may_have_run=True))
         self._session.close()
 
     # ---- the sender ----
 
     async def _send(self) -> None:
         """Send until it is over, and close the stream."""
-        is_closed = False
         try:
             try:
                 await self._sender.run()
             except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
-                # Answers that came before it broke are still good: the reader gets a moment for them.
-                self._reader.stop_at(trio.current_time() + CLOSE_TIMEOUT, f"sending failed: {exc!r}")
-                await self._over.wait()
-            is_closed = await self._close_stream()
+                await self._note_send_failure(exc)
+            else:
+                await self._say_end()
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
             keep(exc, self._log_closing)
         finally:
-            self._end(lambda _: ConnectionClosed("the connection was cancelled"), graceful=False)
+            self._end(_Ending("the connection was cancelled", is_ours=True), graceful=False)
+            self._reader.stop()
             try:
-                # Nothing to wait for here, and closing twice does no harm.
-                if not is_closed and not self._sender.wire.close_now(end=False):
+                if not self._sender.wire.close_now():
                     await trio.aclose_forcefully(self._stream)
             except BaseException as exc:  # noqa: BLE001  (as above)
                 keep(exc, self._log_closing)
             finally:
                 self._stream_closed.set()
 
-    async def _close_stream(self) -> bool:
-        """Close the stream, with an end record unless there is no time for it; return whether that is done.
+    async def _note_send_failure(self, error: Exception) -> None:
+        """Sending failed. Answers that came before are still good: the reader gets a moment for them."""
+        if not isinstance(error, STREAM_ERRORS) and self._ending is None:
+            logger.error("%r: a stream raised an error that streams do not raise", self, exc_info=error)
+        with trio.move_on_after(CLOSE_TIMEOUT):
+            await self._over.wait()
+        self._lose(f"sending failed: {describe_error(error)}", error)
 
-        To close a socket without a turn of the event loop, and to close nothing twice, saves both sides
-        together 120 us, sealed 200.
+    async def _say_end(self) -> None:
+        """Say to the peer that nothing follows, and wait until it has said so too, a second at most.
+
+        What a drained connection has sent may still be on its way: as long as the peer acknowledges some of
+        it, another second is granted.
         """
         until = self._sender.until
-        if self._sender.wire.close_now(end=trio.current_time() < until):
-            return True
-        with trio.CancelScope(deadline=until) as scope:
-            await self._stream.aclose()
-        return not scope.cancelled_caught
+        if trio.current_time() >= until:
+            self._sender.wire.send_end_now()
+            return
+        with suppress(*STREAM_ERRORS), trio.CancelScope(deadline=until) as self._linger:
+            if not await self._sender.wire.send_end():
+                return
+            unacknowledged = math.inf
+            while not self._reader.ended.is_set():
+                with trio.move_on_after(CLOSE_TIMEOUT / 2):
+                    await self._reader.ended.wait()
+                remaining = self._sender.wire.unacknowledged()
+                if self._session.is_draining and 0 < remaining < unacknowledged:
+                    unacknowledged = remaining
+                    self._linger.deadline = trio.current_time() + CLOSE_TIMEOUT
 
     def _log_closing(self, error: BaseException) -> None:
         self._log("closing the stream failed", error)
 
     # ---- what arrives ----
 
-    def _on_event(self, event: Event) -> bool:
-        """Do what an event says. Returns whether that has woken a `request`."""
+    def _on_event(self, event: Event) -> None:
+        """Do what an event says. A request may have been cancelled since its answer was decoded."""
         if isinstance(event, Answer):
-            waiter = self._waiters.pop(event.id)
-            waiter.wake(event.fields)
-            return isinstance(waiter, Waiter)
-        if isinstance(event, Failure):
-            self._waiters.pop(event.id).wake(_as_error(event))
-        elif isinstance(event, Bye):
-            for id in event.ids:
-                self._waiters.pop(id).wake(ConnectionLost(PEER_DRAINS, may_have_run=False))
+            waiter = self._waiters.pop(event.id, None)
+            if waiter is not None:
+                waiter.wake(event.fields)
+        elif isinstance(event, Failure):
+            waiter = self._waiters.pop(event.id, None)
+            if waiter is not None:
+                waiter.wake(_as_error(event))
         elif isinstance(event, Item | End):
             self._channels.on_event(event)
-        else:
+        elif isinstance(event, Cancel):
             self._handlers.cancel(event.id)
-        return False
+        elif isinstance(event, Bye):
+            self._on_bye(event)
+        elif isinstance(event, Abort):
+            text = f"this side broke the protocol, says the peer: {escape(event.message)} [{escape(event.code)}]"
+            logger.warning("%r: %s", self, text)
+            self._lose(text)
+        elif self._pings.on_pong():
+            self._send_ping()
+
+    def _on_bye(self, bye: Bye) -> None:
+        self._note_draining()
+        for id in bye.ids:
+            waiter = self._waiters.pop(id, None)
+            if waiter is not None:
+                waiter.wake(ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
 
 
 def _as_error(failure: Failure) -> BokbokError:
     """What the asker of a request that failed sees."""
     if failure.code == "closing":
-        return ConnectionLost(failure.message, may_have_run=False)
-    return RemoteError(failure.message, failure.code)
+        return ConnectionLost(escape(failure.message), may_have_run=False)
+    return RemoteError(failure.message, failure.code, failure.details)

@@ -97,13 +97,10 @@ class DirectStream(trio.abc.Stream):
             except OSError as exc:
                 raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
 
-    def stop_receiving(self) -> None:
-        """Receive no more: to who waits in `receive_view` it is as if the peer had ended.
-
-        At the other end of a UNIX socket sending fails then, though what we send still arrives there.
-        """
-        with suppress(OSError):  # it is broken, which has woken them
-            self.socket.shutdown(socket.SHUT_RD)
+    def shutdown_send(self) -> None:
+        """Send no more: the peer sees the end when it has received everything. A broken socket is left so."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
 
     def close_now(self) -> None:
         """As `aclose`, which waits for nothing either, but is a checkpoint. Again does nothing."""

@@ -20,6 +20,7 @@
 what the asker then sees.
 """
 
+import unicodedata
 from typing import Final, final
 
 import trio
@@ -30,6 +31,24 @@ MAX_CODE_SIZE: Final = 64
 MAX_ERROR_TEXT_SIZE: Final = 2048
 """Bytes of an error's message in UTF-8, on the wire. With the code and the packet's head it
 fits the smallest ``max_message_size`` there is, so an error can always be told."""
+
+MAX_DETAILS_SIZE: Final = 2**14
+"""Bytes of an error's details. They say more about one error; a result belongs into an answer."""
+
+_INVISIBLE: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories of characters that break, hide or reorder a line where it is shown."""
+
+
+def escape(text: str) -> str:
+    """Show the text of a peer in one line: control, format and bidi characters are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _INVISIBLE
+        else character
+        for character in text
+    )
 
 
 class BokbokError(Exception):
@@ -122,18 +141,25 @@ class MessageTooLarge(BokbokError):  # noqa: N818  (the contract's name)
 class RemoteError(BokbokError):
     """The other side answered the request with an error.
 
+    ``str()`` of it escapes control characters, so a peer cannot forge a line of a log.
+
+    A handler that asks another peer passes its error on by
+    ``raise RequestError(error.message, code=error.code, details=error.details) from error``.
+
     Attributes:
-        message: for people.
+        message: for people, as the other side sent it.
         code: for programs, such as ``"handler-error"`` or the code of the `RequestError` raised there.
+        details: the handler's own bytes, at most 16 KiB; mostly empty.
     """
 
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(message, code)
+    def __init__(self, message: str, code: str, details: bytes = b"") -> None:
+        super().__init__(message, code, details)
         self.message = message
         self.code = code
+        self.details = details
 
     def __str__(self) -> str:
-        return f"{self.message} [{self.code}]"
+        return f"{escape(self.message)} [{escape(self.code)}]"
 
 
 @final
@@ -144,22 +170,29 @@ class RequestError(BokbokError):
         message: for people; what is over 2,048 bytes of UTF-8 is cut off when it is sent.
         code: for programs: 1 to 64 bytes of UTF-8. The code ``"closing"`` is the connection's own,
             because the asker takes it to mean that no handler saw the request.
+        details: bytes for programs, at most 16 KiB. Where they do not fit the size of messages that
+            the two sides agreed on, they are left out, and that is logged.
 
     Raises:
-        TypeError: either is not a ``str``.
-        ValueError: the code is empty, too long, or ``"closing"``.
+        TypeError: `message` or `code` is not a ``str``, or `details` is not ``bytes``.
+        ValueError: the code is empty, too long, or ``"closing"``; or the details are too long.
     """
 
-    def __init__(self, message: str, code: str = "request-error") -> None:
+    def __init__(self, message: str, code: str = "request-error", details: bytes = b"") -> None:
         if not isinstance(message, str) or not isinstance(code, str):
             raise TypeError("a RequestError takes a message and a code, both str")
+        if not isinstance(details, bytes):
+            raise TypeError(f"the details of a RequestError are bytes, not {type(details).__name__}")
         if not 1 <= len(code.encode()) <= MAX_CODE_SIZE:
-            raise ValueError(f"a code is 1 to {MAX_CODE_SIZE} bytes of UTF-8, and not {code!r}")
+            raise ValueError(f"a code is 1 to {MAX_CODE_SIZE} bytes of UTF-8, not {code!r}")
         if code == "closing":
-            raise ValueError("the code 'closing' is the connection's own")
-        super().__init__(message, code)
+            raise ValueError("the code 'closing' is the connection's own; choose another one")
+        if len(details) > MAX_DETAILS_SIZE:
+            raise ValueError(f"details are at most {MAX_DETAILS_SIZE} bytes, not {len(details)}")
+        super().__init__(message, code, details)
         self._message = message
         self._code = code
+        self._details = details
 
     @property
     def message(self) -> str:
@@ -171,5 +204,10 @@ class RequestError(BokbokError):
         """What is wrong, for programs."""
         return self._code
 
+    @property
+    def details(self) -> bytes:
+        """More about it, for programs."""
+        return self._details
+
     def __str__(self) -> str:
-        return f"{self.message} [{self.code}]"
+        return f"{escape(self.message)} [{escape(self.code)}]"

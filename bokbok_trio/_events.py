@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final, NamedTuple, TypeAlias
+
+NO_CONTEXT: Final[Mapping[str, bytes]] = MappingProxyType({})
 
 
 class Request(NamedTuple):
-    """The peer asks. `timeout` is the seconds it had left, or `math.inf`."""
+    """The peer asks.
+
+    Attributes:
+        timeout: the seconds it had left, or `math.inf`.
+        depth: how many requests this one was made inside of.
+        context: what the asker sent along; cannot be changed.
+    """
 
     id: int
     timeout: float
     fields: list[bytes]
     has_channel: bool = False
+    depth: int = 0
+    context: Mapping[str, bytes] = NO_CONTEXT
 
 
 class Cancel(NamedTuple):
@@ -33,10 +45,11 @@ class Failure(NamedTuple):
     id: int
     code: str
     message: str
+    details: bytes = b""
 
 
 class Bye(NamedTuple):
-    """The peer takes no new request. Those of ours that waited for a slot will not be sent."""
+    """The peer takes no new request of depth 0. Those of ours that waited for a slot will not be sent."""
 
     ids: list[int]
 
@@ -61,4 +74,15 @@ class End(NamedTuple):
     id: int
 
 
-Event: TypeAlias = Request | Cancel | Answer | Failure | Bye | Item | End
+class Pong(NamedTuple):
+    """The peer answered a ping of ours."""
+
+
+class Abort(NamedTuple):
+    """The peer ends the connection, as we broke the protocol."""
+
+    code: str
+    message: str
+
+
+Event: TypeAlias = Request | Cancel | Answer | Failure | Bye | Item | End | Pong | Abort

@@ -3,10 +3,10 @@
 Theory
 ======
 
-Each direction of a channel has a credit, in bytes of items' bodies. The receiver grants it, at first
-a `WINDOW` of it (with `chan` to the answerer, with `credit` to the opener), then what its user has
-consumed. An item may start while some is left, so that it can be of any size; credit then is below
-zero by less than one item, and no further item starts before it is above zero again.
+Each direction of a channel has a credit, in bytes; an item takes up its body and `ITEM_COST` of it. The
+receiver grants it: at first a `WINDOW` (with `chan` to the answerer, with `credit` to the opener), then
+as much as its user has consumed. An item may start while some is left, so that it can be of any size;
+credit then is below zero by less than one item, and no further item starts before it is above zero again.
 
 Invariants
 ==========
@@ -19,16 +19,19 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final, final
 
 from ._errors import ProtocolError
 from ._outbox import Outbox, Outgoing
-from ._packets import Chunks, Field, encode_body
+from ._packets import Chunks, Fields, encode_body
 
 WINDOW: Final = 2**18
 """Bytes of items that a side takes before its user has consumed any: what a link of 20 Mbit/s carries
 in a round trip of 0.1 s, and little enough for a hundred channels."""
+
+ITEM_COST: Final = 64
+"""Bytes of credit that an item takes up besides its body, so that items of a few bytes, which take up more
+memory than that, cannot fill it either. The wire fixes it."""
 
 MAX_QUEUED: Final = 2**16
 """Bytes of a channel's items that wait to leave, from which on the next one waits outside. It is as
@@ -72,7 +75,7 @@ class Flow:
         """An item is queued."""
         assert self.may_send
         assert not self.ended
-        self.send_credit -= size
+        self.send_credit -= size + ITEM_COST
         self.queued += size + ITEM_OVERHEAD
 
     def left(self, size: int) -> None:
@@ -87,7 +90,7 @@ class Flow:
         """
         self.send_credit += size
         if self.send_credit > MAX_CREDIT:
-            raise ProtocolError(f"a credit of {self.send_credit} bytes; {MAX_CREDIT} may be")
+            raise ProtocolError(f"credit of {self.send_credit} bytes exceeds the limit of {MAX_CREDIT}")
 
     def receive(self, size: int) -> None:
         """The peer sent an item.
@@ -96,10 +99,10 @@ class Flow:
             ProtocolError: after its end, or without credit.
         """
         if self.peer_ended:
-            raise ProtocolError("an item after the end")
+            raise ProtocolError("`item` after `end`")
         if self.receive_credit <= 0:
-            raise ProtocolError("an item without credit")
-        self.receive_credit -= size
+            raise ProtocolError("`item` without credit")
+        self.receive_credit -= size + ITEM_COST
 
     def receive_end(self) -> None:
         """The peer sends no more items.
@@ -108,12 +111,12 @@ class Flow:
             ProtocolError: it has said so before.
         """
         if self.peer_ended:
-            raise ProtocolError("an end after the end")
+            raise ProtocolError("`end` sent twice")
         self.peer_ended = True
 
     def consume(self, size: int) -> int:
-        """Our user took an item; return how much credit is to be granted now, so that it is not each time."""
-        self._consumed += size
+        """Our user took an item. Return how much credit to grant now: only now and then there is any."""
+        self._consumed += size + ITEM_COST
         if self.peer_ended or self._consumed < WINDOW // 2:
             return 0
         due, self._consumed = self._consumed, 0
@@ -172,7 +175,7 @@ class Flows:
 
     # ---- sending ----
 
-    def encode(self, fields: Sequence[Field]) -> tuple[Chunks, int]:
+    def encode(self, fields: Fields) -> tuple[Chunks, int]:
         """Encode an item for `send`.
 
         Raises:

@@ -42,10 +42,10 @@ MAX_WHOLE_SIZE: Final = 2**16 + 2**10
 """Bytes of the longest packet that travels whole; what is longer must come in pieces. So a field of 64
 KiB, which many like to take, goes whole with what stands before it: in pieces its echo takes a fifth more."""
 
-HEAD_ROOM: Final = 96
-"""Bytes of a packet kept for what stands before the user's fields: 79 for the longest head, with
-three numbers of 18 digits. Always kept, so that what fits does not depend on how many requests
-there were before, or on a timeout."""
+HEAD_ROOM: Final = 128
+"""Bytes of a packet kept for everything but the user's fields and context: 93 for the longest head, with
+three numbers of 18 digits. Always kept, so that the room does not depend on how many requests there were
+before, or on a timeout."""
 
 MAX_PIECE_SIZE: Final = 65_519 - 61
 """Bytes of a piece: with the longest head of `part` it fits one record."""
@@ -98,7 +98,8 @@ class Outgoing:
         self.kind = kind
         self.id = id
         self.body_size = body_size
-        self.is_big = body_size > MAX_WHOLE_SIZE - HEAD_ROOM  # whatever its timeout will be
+        # Whatever its timeout will be.
+        self.is_big = body_size + sum(map(len, fields)) > MAX_WHOLE_SIZE - HEAD_ROOM
         self._fields = fields
         self._body = body
         self._deadline = deadline
@@ -392,10 +393,12 @@ class Reassembler:
         if number in self._open:
             buffer, expected = self._open[number]
             if left != expected - len(piece):
-                raise ProtocolError(f"a piece with {left} bytes left after one with {expected}")
+                raise ProtocolError(f"a piece with {left} bytes to come after one with {expected}")
         else:
             if len(piece) + left > self._limit:
-                raise ProtocolError(f"a packet of {len(piece) + left} bytes in pieces; {self._limit} may be")
+                raise ProtocolError(
+                    f"a packet of {len(piece) + left} bytes in pieces exceeds the limit of {self._limit}"
+                )
             if len(self._open) >= MAX_OPEN:
                 raise ProtocolError(f"more than {MAX_OPEN} packets in pieces at once")
             buffer = bytearray()
@@ -413,4 +416,4 @@ class Reassembler:
             ProtocolError: there are none.
         """
         if self._open.pop(number, None) is None:
-            raise ProtocolError(f"no packet {number} is there in pieces")
+            raise ProtocolError(f"`drop` of packet {number}, of which no piece has come")

@@ -16,11 +16,14 @@ anything is sent; what the peer gets wrong is a `ProtocolError`.
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final, Protocol, TypeAlias, TypeVar, overload
 
 from ._errors import MessageTooLarge, ProtocolError
+from ._events import NO_CONTEXT
 
 MAX_FIELDS: Final = 255
 """Fields of a packet: the count is a u8."""
@@ -31,6 +34,40 @@ LENGTH_SIZE: Final = 4
 Field: TypeAlias = bytes | bytearray | memoryview | str
 """What a user may give as a field. A str is sent as UTF-8; bytes is what arrives."""
 
+_T_co = TypeVar("_T_co", covariant=True)
+
+
+class _SequenceNotStr(Protocol[_T_co]):
+    """A sequence, but not a str: a str contains only str, where this contains any object.
+
+    Borrowed from the ``SequenceNotStr`` of ``useful-types``.
+    """
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[_T_co]: ...
+    def __reversed__(self) -> Iterator[_T_co]: ...
+    def __contains__(self, value: object, /) -> bool: ...
+    @overload
+    def __getitem__(self, index: int, /) -> _T_co: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> Sequence[_T_co]: ...
+
+
+Fields: TypeAlias = _SequenceNotStr[Field]
+"""What a user may give as the fields of a request, an answer or an item: 0 to 255 of them. Type checkers
+refuse a str or bytes, which are sequences too, and mostly a mistake for a list of one field."""
+
+Context: TypeAlias = Mapping[str, bytes | str]
+"""What a user may give as the context of a request: at most 32 names and values, 8 KiB in all."""
+
+MAX_CONTEXT_PAIRS: Final = 32
+"""Names in the context of a request: enough for trace ids and the like."""
+
+MAX_CONTEXT_SIZE: Final = 2**13
+"""Bytes of an encoded context: as much as HTTP servers mostly allow for all headers of a request."""
+
+_CONTEXT_NAME = re.compile(r"[a-z0-9._-]{1,64}", re.ASCII)
+
 Chunks: TypeAlias = list[bytes | memoryview]
 """Bytes in pieces, to be joined once, when they are sent: a big field is not copied before that."""
 
@@ -39,35 +76,35 @@ Received: TypeAlias = bytes | memoryview
 checkpoint, and what is kept of it must be copied."""
 
 LARGE: Final = 2**12
-"""Bytes from which on it is worth the while to leave a field where it is; what is smaller is copied."""
+"""Fields of at least this many bytes are kept as views; smaller ones are copied."""
 
 LARGE_BATCH: Final = 2**14
-"""The same, of all that was received at once: it may be many packets, or one."""
+"""The same for a whole receive, which may hold many packets, or one."""
 
 _U32 = struct.Struct(">I")
 _HEAD = struct.Struct(">IB")
 _COUNTS = [bytes((count,)) for count in range(256)]
 _SIZES = [_U32.pack(size) for size in range(256)]  # a look-up takes a third of the time of a call
-_LISTS = (list, tuple)
+_LISTS: Final[tuple[type, ...]] = (list, tuple)
 _NO_LISTS = (str, bytes, bytearray, memoryview)  # though they are sequences
 _MAX_DIGITS = 18
 _ZERO = ord("0")
 
 
-def encode_fields(fields: Sequence[Field]) -> list[bytes]:
-    """Check a user's list, and take it as it is now: nothing in what is returned can change.
+def encode_fields(fields: Fields) -> list[bytes]:
+    """Check a user's list, and take it as it is now: nothing in the result can change.
 
     Raises:
         TypeError, ValueError: as `encode_body` does.
     """
     if type(fields) not in _LISTS and (isinstance(fields, _NO_LISTS) or not isinstance(fields, Sequence)):
-        raise TypeError(f"a packet is a list of fields, not {type(fields).__name__}")
+        raise TypeError(f"pass a list of fields such as ['ping'], not {type(fields).__name__}")
     if len(fields) > MAX_FIELDS:
-        raise ValueError(f"a packet has at most {MAX_FIELDS} fields, and not {len(fields)}")
+        raise ValueError(f"a packet has at most {MAX_FIELDS} fields, not {len(fields)}")
     return [field if type(field) is bytes else _encode_field(field) for field in fields]
 
 
-def encode_body(fields: Sequence[Field], limit: int) -> tuple[Chunks, int]:
+def encode_body(fields: Fields, limit: int) -> tuple[Chunks, int]:
     """Encode a user's list as a body.
 
     Arguments:
@@ -79,7 +116,7 @@ def encode_body(fields: Sequence[Field], limit: int) -> tuple[Chunks, int]:
         The body in chunks, and its size in bytes.
 
     Raises:
-        TypeError: `fields` is not a list or other sequence, or one of them is no bytes and no str.
+        TypeError: `fields` is not a list or other sequence, or one of them is neither bytes nor str.
         ValueError: more than 255 fields, or a str that has no UTF-8 (a lone surrogate).
         MessageTooLarge: the body would be larger than `limit`.
     """
@@ -214,6 +251,57 @@ def describe(fields: Sequence[Received]) -> str:
     return f"{bytes(fields[0][:20])!r} with {len(fields)} fields" if fields else "no field at all"
 
 
+def encode_context(context: Context | None) -> bytes:
+    """Check the context of a request and encode it; no context at all is empty.
+
+    Raises:
+        TypeError: it is not a mapping from str to bytes or str.
+        ValueError: a name is not 1 to 64 lower-case ASCII letters, digits, ``.``, ``-`` or ``_``; or
+            there are more than 32, or more than 8 KiB.
+    """
+    if not context:
+        return b""
+    if not isinstance(context, Mapping):
+        raise TypeError(f"a context is a mapping from names to bytes or str, not {type(context).__name__}")
+    if len(context) > MAX_CONTEXT_PAIRS:
+        raise ValueError(f"a context has at most {MAX_CONTEXT_PAIRS} names, not {len(context)}")
+    fields: list[bytes] = []
+    for name, value in context.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a name of a context is a str, not {type(name).__name__}")
+        if _CONTEXT_NAME.fullmatch(name) is None:
+            raise ValueError(
+                f"invalid name of a context: {name[:80]!r}; use 1 to 64 lower-case ASCII letters, digits, . - _"
+            )
+        fields += (name.encode(), _encode_field(value))
+    encoded = b"".join(encode_body(fields, 2**32 - 1)[0])
+    if len(encoded) > MAX_CONTEXT_SIZE:
+        raise ValueError(f"a context takes at most {MAX_CONTEXT_SIZE} bytes, not {len(encoded)}")
+    return encoded
+
+
+def decode_context(field: Received) -> Mapping[str, bytes]:
+    """Decode the context of a request of the peer.
+
+    Raises:
+        ProtocolError: it is not one.
+    """
+    if not field:
+        return NO_CONTEXT
+    if len(field) > MAX_CONTEXT_SIZE:
+        raise ProtocolError(f"a context of {len(field)} bytes exceeds the limit of {MAX_CONTEXT_SIZE}")
+    fields = decode_body(field)
+    if not fields or len(fields) % 2 or len(fields) > 2 * MAX_CONTEXT_PAIRS:
+        raise ProtocolError(f"a context of {len(fields)} fields: names and values take turns, 32 at most")
+    context: dict[str, bytes] = {}
+    for at in range(0, len(fields), 2):
+        name = fields[at].decode("latin-1")
+        if _CONTEXT_NAME.fullmatch(name) is None or name in context:
+            raise ProtocolError(f"invalid or repeated name in a context: {fields[at][:20]!r}")
+        context[name] = fields[at + 1]
+    return MappingProxyType(context)
+
+
 def encode_number(number: int) -> bytes:
     """Encode a number inside a packet: decimal text, at most 18 digits."""
     return b"%d" % number
@@ -229,7 +317,7 @@ def decode_number(field: Received) -> int:
         digits = bytes(field)
         if digits.isdigit():
             return int(digits)
-    raise ProtocolError(f"no number: {bytes(field[:20])!r}")
+    raise ProtocolError(f"invalid number: {bytes(field[:20])!r}")
 
 
 def decode_text(field: Received) -> str:
@@ -251,12 +339,11 @@ class PacketDecoder:
         limit: the most bytes a packet's length may be.
     """
 
-    __slots__ = ("_buffer", "_data", "_limit")
+    __slots__ = ("_buffer", "_limit")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buffer = bytearray()
-        self._data: Received = b""  # what `decode` is at work on
 
     @property
     def buffered(self) -> int:
@@ -270,28 +357,27 @@ class PacketDecoder:
         use: where the next packet begins is not known.
 
         Raises:
-            ProtocolError: a length over the limit, or a packet that is not one.
+            ProtocolError: a length over the limit, or a malformed packet.
         """
-        # Views of what is small would cost more than copies, and so would a view for each of many packets.
+        # Views of small fields would cost more than copies, and so would a view for each of many packets.
         size = len(received)
-        self._data = bytes(received) if size < LARGE_BATCH else memoryview(received)
+        data = bytes(received) if size < LARGE_BATCH else memoryview(received)
         position = 0
         buffer = self._buffer
         if buffer:
             position = max(0, LENGTH_SIZE - len(buffer))
-            buffer += self._data[:position]
+            buffer += data[:position]
             if len(buffer) < LENGTH_SIZE:
                 return
             end = LENGTH_SIZE + self._check(_U32.unpack_from(buffer)[0])
             missing = end - len(buffer)
-            buffer += self._data[position : position + missing]
+            buffer += data[position : position + missing]
             if len(buffer) < end:
                 return
             position += missing
             self._buffer = bytearray()
             yield decode_ours(memoryview(buffer)[LENGTH_SIZE:])
         while size - position >= LENGTH_SIZE:
-            data = self._data
             start = position + LENGTH_SIZE
             end = start + self._check(_U32.unpack_from(data, position)[0])
             if end > size:
@@ -299,16 +385,10 @@ class PacketDecoder:
             position = end
             yield _decode_fields(data, start, end) if type(data) is bytes else decode_ours(data[start:end])
         if position < size:
-            buffer = self._buffer
-            buffer += self._data[position:]
-        self._data = b""
-
-    def keep(self) -> None:
-        """Copy what `decode` has not come to yet: it goes on to be good."""
-        self._data = bytes(self._data)
+            self._buffer += data[position:]
 
     def _check(self, length: int) -> int:
         if length > self._limit:
             self._buffer.clear()
-            raise ProtocolError(f"a packet of {length} bytes, and {self._limit} are allowed")
+            raise ProtocolError(f"a packet of {length} bytes exceeds the limit of {self._limit}")
         return length

@@ -1,98 +1,50 @@
-"""`Reader`: receives, and has done what arrives; a handler runs in the task that read its request.
+"""`Reader`: receives, decodes, dispatches; a handler begins in the task that read its request.
 
-Theory
-======
+One task reads; `ReadTurn` says which. It decodes everything that a receive brought, then dispatches the
+events one after another, and begins the handler of each request by itself (see `_eager`). Many a handler
+answers without waiting for anything, and then no task was started and none was woken for it. Where a
+handler waits, another task goes on reading: it starts a task for each request that is left of the last
+receive, and dispatches the other events.
 
-Of a connection's tasks one reads at any time. It calls the handler of a request by itself, as far as
-that goes without waiting for anything. Many a handler answers like that, and then no task was started
-and none was woken for it. Where a handler does wait, the task is that handler's from then on, and
-another reads in its place, which gives the rest of what was received a task each. Once its handler has
-ended, a task waits for its turn to read again, if no other does. So each request that waits has a task of
-its own, and nothing that one waits for keeps the connection from reading. This is the Leader/Followers
-pattern (Schmidt et al., PLoP 2000), in which events are handled by the thread that received them.
+Nothing cancels a receive but the end of the connection. When this side has said that it is done, the reader
+goes on receiving, and drops everything, until the peer has said so too.
 
-One request after another takes 10 us less of 85, for both ends, where no task is started for it. Where
-its handler waits, a task that waits for its turn saves 13 us of 92 beside a new one each time.
+What handlers queue while events are dispatched leaves at the end of them, in one batch, or earlier where it
+gets long: then the peer can begin with it.
 
-Likewise the cancel scope that a task reads in becomes that of a handler that waits, and serves again
-afterwards if it was not cancelled: of 67 us this saves 8, and 11 of 80 where the handler waits.
-
-A task that makes one request after another reads, too. What the reader would do between an answer and
-the next request costs more than all else then: wait for the socket, and leave the asker to the next turn of
-the event loop. So once a few answers came one at a time, the task that reads *lends* its turn to the asker
-whose answer it has, and that gives it back at once; but if it asks again before the other has come to run, it
-keeps the turn, reads, and is answered in its own task. What else arrives is left to the task that lent it.
-This saves 9 us of 142 with free cores. A handler called here that asks the peer reads for itself as well,
-as its task is the one that reads: 8 us of 128 that a call back takes both ends in one process.
-
-What is queued while what was received is worked on leaves at its end, in one batch, or earlier where
-it gets long: then the peer can begin with it.
+Each task that reads has a cancel scope, which its handlers share until one of them waits. A handler that
+leaves a scope or a nursery of its own open spoils the task that it ran in: the task ends, or, as Trio would
+crash the nursery around it, sleeps until the connection ends.
 """
 
 from __future__ import annotations
 
-import contextvars
 import logging
 import math
-import threading
-from collections.abc import Callable, Coroutine, Generator, Iterator
-from enum import Enum, auto
-from itertools import chain
-from types import coroutine
-from typing import TYPE_CHECKING, Any, Final, final
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final, final
 
 import trio
 
-from ._errors import BokbokError, ProtocolError
+from ._eager import start_eagerly
+from ._errors import ProtocolError
 from ._events import Event, Request
-from ._handling import Handlers, HandlerScope
-from ._nursery import keep
+from ._handling import Call, Handlers, HandlerScope
+from ._nursery import LazyEvent, describe_error, innermost_scope, keep
 from ._packets import Received
+from ._read_turn import ReadTurn
 from ._sender import Sender
 from ._session import Session
 from ._watchdog import Watchdog
 
-if TYPE_CHECKING:
-    from ._connection import Connection
+STREAM_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
+"""How a stream says that it is broken. Anything else that it raises is a defect, ours or its own."""
 
-MAX_CALLS: Final = 200
-"""Handlers called in one scope, about. Those that handlers leave open within it are found when it is left,
-and so do not pile up."""
-
-LONE_ANSWERS: Final = 3
-"""Answers that came one at a time, after which the next one's asker is lent the turn to read."""
-
-MAX_LEADERS: Final = 4
-"""Askers that read by themselves at once, in one event loop. Where more would, it is busy, and nobody waits
-for its next turn: with no such bound, 1,000 connections made a quarter fewer requests in two runs."""
-
-
-class _Leaders(threading.local):
-    """How many there are, of all connections of a thread, and so of an event loop."""
-
-    count = 0
-
-
-_leaders = _Leaders()
+_NAME: Final = "bokbok_trio reader"
 
 logger = logging.getLogger("bokbok_trio")
-
-
-@final
-class Turn(Enum):
-    """To read, and to have done what arrives. It is one task's at any time."""
-
-    HELD = auto()
-    """The task that reads has it, or was told to take it, to do first what is left of what was received."""
-
-    LENT = auto()
-    """An asker has it, which reads, or is about to give it back. The task that has lent it waits."""
-
-    VACANT = auto()
-    """It was given back, and the task that has lent it has not run yet: an asker may take it."""
-
-    DUE = auto()
-    """As `VACANT`, but something was received that is left to that task."""
 
 
 @final
@@ -100,71 +52,66 @@ class Reader:
     """Reads for one connection.
 
     Arguments:
-        connection: for the log.
-        session: what is received goes into it.
-        sender: has the stream.
-        watchdog: is told of what is received.
+        receive: receives from the stream what is there; good until the next checkpoint.
+        session: decodes it.
+        sender: is told when events are dispatched, and when all of them are.
+        watchdog: is told when something was received.
         handlers: get the requests.
-        on_event: gets all other events; returns whether it has woken a task that may call `give_back`.
-        lose: is told why the connection is lost.
+        on_event: gets all other events.
+        on_protocol_error: is told how the peer broke the protocol.
+        lose: is told why the connection is lost, and by which error.
+
+    Attributes:
+        ended: set when nothing more is received.
     """
 
     __slots__ = (
-        "_connection",
         "_count",
         "_events",
         "_handlers",
-        "_has_woken",
-        "_is_calling",
-        "_leader",
-        "_lend_after",
-        "_lone_answers",
+        "_is_discarding",
         "_lose",
-        "_next",
         "_nursery",
         "_on_event",
-        "_reason",
+        "_on_protocol_error",
+        "_receive",
         "_scope",
         "_sender",
         "_session",
-        "_stopped",
+        "_spoiled",
         "_turn",
-        "_until",
         "_watchdog",
+        "ended",
     )
 
     def __init__(
         self,
-        connection: Connection,
+        receive: Callable[[], Awaitable[Received | bytearray]],
         session: Session,
         sender: Sender,
         watchdog: Watchdog,
         handlers: Handlers,
         *,
-        on_event: Callable[[Event], bool],
-        lose: Callable[[str], object],
+        on_event: Callable[[Event], object],
+        on_protocol_error: Callable[[ProtocolError], object],
+        lose: Callable[[str, BaseException | None], object],
     ) -> None:
-        self._connection = connection
+        self._receive = receive
         self._session = session
         self._sender = sender
         self._watchdog = watchdog
         self._handlers = handlers
         self._on_event = on_event
+        self._on_protocol_error = on_protocol_error
         self._lose = lose
         self._nursery: trio.Nursery | None = None
-        self._turn = Turn.HELD
-        self._scope: HandlerScope | None = None  # of the task that has the turn, or has lent it
-        self._next: tuple[trio.lowlevel.Task, HandlerScope] | None = None  # waits for its turn
-        self._leader: Waiter | None = None  # the asker that reads
-        self._is_calling = False  # a handler, from the task that reads, at this very moment
-        self._until = math.inf
-        self._reason = ""  # why it is lost, when the task that reads ends
-        self._stopped = False
-        self._events: Iterator[Event] = iter(())  # what is left of what was received last
-        self._count = 0  # of those that it had
-        self._has_woken = False  # the last one of them an asker
-        self._lone_answers = 0  # in a row, while nothing was lent
-        self._lend_after = LONE_ANSWERS if sender.wire.can_stop_receiving else math.inf
+        self._turn: ReadTurn[trio.lowlevel.Task] = ReadTurn()
+        self._scope: HandlerScope | None = None  # of the task that reads
+        self._spoiled: list[trio.lowlevel.Task] = []  # tasks that sleep until the end
+        self._events: deque[Event] = deque()  # decoded, and not dispatched
+        self._count = 0  # of the events of the last receive
+        self._is_discarding = False
+        self.ended = LazyEvent()
 
     def start(self, nursery: trio.Nursery) -> None:
         """Read, in tasks of a nursery."""
@@ -172,317 +119,173 @@ class Reader:
         self._start_task()
 
     def _start_task(self) -> None:
-        """Give the turn to the task that waits for it, or to a new one."""
-        if self._next is not None:
-            task = self._give_to_next()
-            self._next = None
-            trio.lowlevel.reschedule(task)
-            return
         assert self._nursery is not None
-        self._scope = HandlerScope(self._handlers, self._until)
-        self._nursery.start_soon(self._run, self._scope)
+        # The task's context is a copy of the one that it is started in.
+        self._handlers.new_context().run(partial(self._nursery.start_soon, self.run, name=_NAME))
 
-    def _give_to_next(self) -> trio.lowlevel.Task:
-        assert self._next is not None
-        task, self._scope = self._next
-        if self._until < math.inf:
-            self._scope.cancel_scope.deadline = self._until
-        return task
+    def discard(self) -> None:
+        """Dispatch nothing more; go on receiving, and drop everything, until the peer's end."""
+        self._is_discarding = True
+        self._events.clear()
 
     def stop(self) -> None:
-        """Read no more, and do nothing more of what was received."""
-        self._stopped = True
-        self._events = iter(())
+        """Receive nothing more."""
+        self.discard()
+        self.ended.set()
         if self._scope is not None:
             self._scope.cancel_scope.cancel()
-        if self._next is not None:
-            self._next[1].cancel_scope.cancel()
-        if self._next is not None:  # behind a shield that a handler left there
-            self._start_task()
-        if self._leader is not None:
-            self._sender.wire.stop_receiving()  # a handler that reads is cancelled
+        sleepers, self._spoiled = self._spoiled, []
+        if self._turn.follower is not None:
+            sleepers.append(self._turn.follower)
+            self._turn.leave(self._turn.follower)
+        for task in sleepers:
+            trio.lowlevel.reschedule(task)
 
-    def stop_at(self, moment: float, reason: str) -> None:
-        """Read until then, by Trio's clock; then the connection is lost, for that reason."""
-        self._until = moment
-        self._reason = reason
-        assert self._scope is not None
-        within = self._scope.cancel_scope
-        within.deadline = min(within.deadline, moment)
+    # ---- a task that reads ----
 
-    async def _run(self, scope: HandlerScope) -> None:
-        """Be the task that reads; and once a handler called here waits, that handler's; and so in turn."""
+    @trio.lowlevel.enable_ki_protection
+    async def run(self) -> None:
+        """Be the task that reads; then that of a handler that waits; then the follower; and so on."""
         task = trio.lowlevel.current_task()
+        self._turn.begin(task)
         try:
-            while True:
+            while await self._take_turn(task):
+                scope = HandlerScope(self._handlers)
                 with scope:
-                    if self._scope is scope and self._leader is None:
-                        self._turn = Turn.HELD
-                    elif not await self._wait_for_turn(task, scope):
-                        return
                     await self._read(task, scope)
-                if self._scope is scope and trio.current_time() >= self._until:
-                    self._lose(self._reason)
-                if self._stopped or task.child_nurseries:
-                    return
-                if self._scope is scope:
-                    scope = self._scope = HandlerScope(self._handlers, self._until)
-                elif self._next is None:
-                    scope = HandlerScope(self._handlers)
-                else:
-                    return
-        except ProtocolError as exc:
-            self._lose(f"the peer broke the protocol: {exc}")
-            logger.warning("%r: the peer broke the protocol: %s", self._connection, exc)
+                if scope.was_corrupted or task.child_nurseries:
+                    break
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
-            keep(exc, lambda error: self._lose(f"receiving failed: {error}"))
+            keep(exc, self._on_defect)
+        finally:
+            self._turn.leave(task)
+            if self._turn.reader is task:
+                self.ended.set()
+        if task.child_nurseries:
+            await self._sleep_until_end(task)
 
-    async def _read(self, task: trio.lowlevel.Task, scope: HandlerScope) -> None:
-        """Read in turns, and have done what comes, for as long as there is more, and this scope serves."""
-        alone = trio.current_effective_deadline()
-        calls = 0
-        self._hand_out()
-        while True:
-            request = self._do_events()
-            if request is None:
-                self._note_lone_answer()
-                self._sender.end_batch(self._count)
-                self._count = 0
-                if calls >= MAX_CALLS or not await self._receive(task, scope):
-                    return
-                continue
-            calls += 1
-            self._is_calling = True
-            try:
-                call = self._handlers.accept(request, scope)
-                has_waited = call is not None and await _watch(call, self._step_aside)
-            finally:
-                self._is_calling = False
-            is_aside = self._scope is not scope
-            if task.child_nurseries:  # which the handler left open, and this task must end for it
-                if not is_aside:
-                    self._step_aside()
-                return
-            if request.timeout < math.inf:
-                scope.cancel_scope.deadline = self._until
-            del request, call  # or they would be kept for as long as this waits
-            # It may be cancelled too late for the handler, or that left a scope with a deadline open.
-            if has_waited and (calls >= MAX_CALLS or trio.current_effective_deadline() != alone):
-                return
-            if is_aside:
-                if self._stopped or not await self._wait_for_turn(task, scope):
-                    return
-                self._hand_out()
+    def _on_defect(self, error: BaseException) -> None:
+        logger.error("a defect of bokbok_trio ends a connection", exc_info=error)
+        self._lose(f"internal error: {describe_error(error)}", error)
 
-    async def _receive(self, task: trio.lowlevel.Task, scope: HandlerScope) -> bool:
-        """Receive more, or lend the turn to do so, and get it back; whether this task is to go on."""
-        if self._lone_answers >= self._lend_after and _leaders.count < MAX_LEADERS:
-            self._lone_answers = 0
-            self._turn = Turn.LENT
-            return await self._wait_for_turn(task, scope)
-        data = await self._sender.wire.receive()
-        if not data or self._stopped:
-            cut = self._session.is_mid_packet
-            self._lose("the peer cut a packet short" if cut else "the peer closed the connection")
-            return False
-        self._take_in(data)
-        return True
-
-    async def _wait_for_turn(self, task: trio.lowlevel.Task, scope: HandlerScope) -> bool:
-        """Wait until whoever reads now steps aside, or gives the turn back; whether this task has it now.
-
-        If not, it is to end: another waits already, and gets the turn also where this one has lent it.
-        """
+    async def _take_turn(self, task: trio.lowlevel.Task) -> bool:
+        """Wait for the turn to read. False: the task ends, as another waits already, or all is over."""
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
-            self._next = None
+            self._turn.leave(task)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        while self._next is None:
-            self._next = (task, scope)
-            await trio.lowlevel.wait_task_rescheduled(abort)
-            if self._stopped:
+        if self._turn.reader is not task:
+            if self.ended.is_set() or not self._turn.follow(task):
                 return False
-            if self._leader is None:
-                self._turn = Turn.HELD
-                return True
-            self._turn = Turn.LENT
-        if self._turn is Turn.LENT:
-            self._give_to_next()
-        return False
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        return not self.ended.is_set()
 
-    def _take_in(self, data: Received | bytearray) -> None:
-        self._watchdog.heard()
-        self._sender.begin_batch()
-        self._count = 0
-        self._has_woken = False
-        self._events = self._session.receive(data)
+    async def _read(self, task: trio.lowlevel.Task, scope: HandlerScope) -> None:
+        """Dispatch and receive in turn, for as long as the task has the turn to read and its scope is good."""
+        innermost = innermost_scope(task)
+        within = scope.cancel_scope
+        self._scope = scope
+        self._start_tasks_for_rest()
+        while not self.ended.is_set():
+            request = self._dispatch()
+            if request is None:
+                if self._session.error is not None and not self._is_discarding:
+                    self._on_protocol_error(self._session.error)
+                self._sender.end_batch(self._count)
+                self._count = 0
+                await self._receive_more()
+                continue
+            call = self._handlers.accept(request, scope)
+            if call is None:
+                continue
+            has_deadline = request.timeout < math.inf
+            del request  # or it would be kept while this receives
+            has_waited = await start_eagerly(call.work, call.context, partial(self._hand_over, task, call))
+            del call
+            if task.child_nurseries or innermost_scope(task) is not innermost:
+                if self._turn.reader is task:
+                    self._promote()
+                return
+            if has_deadline:
+                within.deadline = math.inf
+            if has_waited:
+                task.context = self._handlers.new_context()
+                task.name = _NAME
+            if within.cancel_called:
+                return
+            if has_waited:
+                if not await self._take_turn(task):
+                    return
+                self._scope = scope
+                self._start_tasks_for_rest()
 
-    def _do_events(self) -> Request | None:
-        for event in self._events:
-            self._count += 1
+    def _dispatch(self) -> Request | None:
+        """Dispatch the events up to the next request, and return that."""
+        events = self._events
+        while events:
+            event = events.popleft()
             if type(event) is Request:
                 return event
-            self._has_woken = self._on_event(event)
+            self._on_event(event)
         return None
 
-    def _note_lone_answer(self) -> None:
-        if self._count:
-            is_lone = self._count == 1 and self._has_woken
-            self._lone_answers = self._lone_answers + 1 if is_lone else 0
+    def _start_tasks_for_rest(self) -> None:
+        """Dispatch what the task before this one left, with a task for each request.
 
-    def _step_aside(self) -> bool:
-        """A handler called here waits: let another task read, unless it does so itself. Returns which.
-
-        Nothing may be done here that could wake this task, as the event loop does not know yet that it
-        waits. So the rest of what was received is left to that other task.
-        """
-        self._is_calling = False
-        if self._leader is not None:
-            return False
-        if not self._stopped:
-            self._session.keep()
-            self._sender.end_batch(self._count, wake_writers=False)
-            self._start_task()
-        return True
-
-    def _hand_out(self) -> None:
-        """Start a task for each request that the task before this one left.
-
-        Called here, each of them that waits would be a turn of the event loop later than the one before.
+        Begun here, each of them that waits would be a turn of the event loop later than the one before.
         """
         assert self._nursery is not None
-        told = self._count
-        while (request := self._do_events()) is not None:
-            scope = HandlerScope(self._handlers)
-            call = self._handlers.accept(request, scope)
-            if call is not None:
-                self._nursery.start_soon(_run_in, scope, call)
-        if self._count == told:
-            self._count = 0  # nothing was left, and the sender is not to be told of the same twice
+        while (request := self._dispatch()) is not None:
+            self._handlers.start_task(self._nursery, request)
 
-    # ---- for askers ----
+    async def _receive_more(self) -> None:
+        try:
+            data = await self._receive()
+        except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
+            if not isinstance(exc, STREAM_ERRORS) and not self._is_discarding:
+                logger.error("a stream raised an error that streams do not raise", exc_info=exc)
+            self.ended.set()
+            self._lose(f"receiving failed: {describe_error(exc)}", exc)
+            return
+        if not data:
+            self.ended.set()
+            cut = self._session.is_mid_packet
+            self._lose("the peer cut a packet short" if cut else "the peer closed the connection", None)
+        elif not self._is_discarding:
+            self._watchdog.heard()
+            self._sender.begin_batch()
+            events = self._session.receive(data)
+            self._count = len(events)
+            self._events.extend(events)
 
-    @property
-    def may_lead(self) -> bool:
-        """Whether who makes a request now may `lead`."""
-        is_lent = self._turn is Turn.VACANT and _leaders.count < MAX_LEADERS
-        return (is_lent or self._is_calling) and self._leader is None
+    # ---- where a handler waits ----
 
-    def give_back(self) -> None:
-        """An asker was woken: if the turn to read was lent to it, let the task that lent it have it back."""
-        if self._turn is Turn.LENT and self._leader is None and self._next is not None:
-            self._start_task()
-            self._turn = Turn.VACANT
+    def _hand_over(self, task: trio.lowlevel.Task, call: Call) -> None:
+        """A handler begun here waits: the task is the handler's, and another reads.
 
-    async def lead(self, asker: Waiter) -> None:
-        """Read until an asker is answered, or something comes that is not for askers.
-
-        That, and what goes wrong, is left to the task whose turn it is. To be cancelled is the asker's alone.
+        The event loop does not know yet that this task waits, so nothing may wake it. Hence the events that are
+        left are for the other task.
         """
-        is_handler = self._is_calling  # whose turn it is
-        is_done = True  # all that was received
-        self._leader = asker
-        asker.reads = True
-        _leaders.count += 1
-        try:
-            if is_handler:
-                is_done = self._finish_batch()
-            while is_done and asker.outcome is None:
-                data = await self._sender.wire.receive()
-                if self._stopped:
-                    await trio.lowlevel.checkpoint_if_cancelled()  # which is how a handler is to end
-                if not data or self._stopped:
-                    break
-                self._take_in(data)
-                del data
-                is_done = self._finish_batch()
-        except Exception as exc:  # noqa: BLE001  (it is raised on, elsewhere)
-            is_done = False
-            if not self._stopped:
-                self._events = _raise(exc)
-        finally:
-            asker.reads = False
-            self._leader = None
-            _leaders.count -= 1
-            if is_handler:
-                self._is_calling = True
-            else:
-                self._lone_answers = LONE_ANSWERS - 1  # so that the next one will do
-                self.give_back()
-                if not is_done:
-                    self._leave()
+        task.context = call.context
+        task.name = call.name
+        self._promote()
 
-    def _leave(self) -> None:
-        """Leave what was received to the task that was woken."""
-        self._turn = Turn.DUE
-        self._session.keep()
-        self._sender.end_batch(self._count)
+    def _promote(self) -> None:
+        """Let the follower read, or a new task where there is none."""
+        follower = self._turn.hand_over()
+        if follower is not None:
+            trio.lowlevel.reschedule(follower)
+        elif not self.ended.is_set():
+            self._start_task()
 
-    def _finish_batch(self) -> bool:
-        """Do the rest of what was received, up to a request; whether there was none."""
-        request = self._do_events()
-        if request is not None:
-            self._events = chain((request,), self._events)
-            self._count -= 1
-            return False
-        self._sender.end_batch(self._count)
-        self._count = 0
-        return True
+    async def _sleep_until_end(self, task: trio.lowlevel.Task) -> None:
+        """Let a task that a handler left a nursery open in end with the connection.
 
-
-@final
-class Waiter:
-    """A task that waits for the answer to a request, and what it is woken with.
-
-    Attributes:
-        reads: whether it reads by itself, and so is awake.
-    """
-
-    __slots__ = ("outcome", "reads", "task")
-
-    def __init__(self) -> None:
-        self.task = trio.lowlevel.current_task()
-        self.outcome: list[bytes] | BokbokError | None = None
-        self.reads = False
-
-    def wake(self, outcome: list[bytes] | BokbokError) -> None:
-        """Let the task go on with that."""
-        self.outcome = outcome
-        if not self.reads:
-            trio.lowlevel.reschedule(self.task)
-
-
-def _raise(exc: Exception) -> Iterator[Event]:
-    raise exc
-    yield
-
-
-async def _run_in(scope: HandlerScope, call: Coroutine[Any, Any, None]) -> None:
-    with scope:
-        await call
-
-
-@coroutine
-def _watch(work: Coroutine[Any, Any, None], on_wait: Callable[[], bool]) -> Generator[Any, Any, bool]:
-    """Await some work. When it waits, call a function, until that returns true. Returns whether it waited.
-
-    The work has context variables of its own, as a task has.
-    """
-    run = contextvars.copy_context().run
-    step: Callable[[Any], Any] = work.send
-    value: Any = None
-    has_waited = is_told = False
-    while True:
-        try:
-            message = run(step, value)
-        except StopIteration:
-            return has_waited
-        finally:
-            del value  # or what it waited for last would be kept for as long as it waits next
-        has_waited = True
-        is_told = is_told or on_wait()
-        try:
-            step, value = work.send, (yield message)
-        except BaseException as exc:  # noqa: BLE001  (it is for the work)
-            step, value = work.throw, exc
+        Trio crashes the nursery around a task that ends like this, which is the connection's.
+        """
+        for nursery in task.child_nurseries:
+            nursery.cancel_scope.cancel()
+        if not self.ended.is_set():
+            self._spoiled.append(task)
+            await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)

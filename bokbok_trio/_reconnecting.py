@@ -28,7 +28,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import cycle
 from typing import Final, cast, final
@@ -42,8 +42,8 @@ from ._connection import Connection, ConnectionHandler
 from ._errors import AuthenticationError, ConnectionClosed, ConnectionLost, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
 from ._keys import Key
-from ._nursery import bare_nursery, is_within
-from ._packets import Field, encode_fields
+from ._nursery import bare_nursery, block, is_within
+from ._packets import Fields, encode_fields
 from ._settings import Settings
 
 MIN_BACKOFF: Final = 0.1
@@ -108,7 +108,7 @@ class ReconnectingConnection:
         """Whether this side is done with it: no request can be made any more."""
         return self._closed
 
-    async def request(self, fields: Sequence[Field], *, idempotent: bool = False) -> list[bytes]:
+    async def request(self, fields: Fields, *, idempotent: bool = False) -> list[bytes]:
         """Send a request over the current connection, or the next one, and wait for its answer.
 
         It waits for as long as there is no connection: put a time limit around it. A request that
@@ -148,8 +148,8 @@ class ReconnectingConnection:
                     raise ConnectionLost(str(exc)) from exc
             self._retire(connection)
 
-    @asynccontextmanager
-    async def open_channel(self, fields: Sequence[Field]) -> AsyncGenerator[Channel]:
+    @block
+    async def open_channel(self, fields: Fields) -> AsyncGenerator[Channel]:
         """Send a request with a channel over the current connection, or the next one.
 
         It waits for as long as there is no connection. Once open, the channel is that connection's, as
@@ -204,7 +204,7 @@ class ReconnectingConnection:
         """Wait for a connection that takes new requests, for as long as nothing else runs."""
         while True:
             connection = await self._wait_connection()
-            if connection._may_ask and not connection._session.is_draining:
+            if connection._may_ask() and not connection._session.is_draining:
                 return connection
             self._retire(connection)
 
@@ -250,7 +250,7 @@ class ReconnectingConnection:
         nursery.start_soon(self._live, connection)
         with trio.CancelScope() as self._holding:
             await connection._stream_closed.wait()
-        reason = connection._make_error(False) if connection._make_error else "it is draining"
+        reason = connection.reason or "it is draining"
         logger.warning("%r: done with the connection with %s: %s", self, address, reason)
         return trio.current_time() - opened_at >= LASTING
 
@@ -298,7 +298,7 @@ def _jitter(longest: float) -> float:
     return random.uniform(MIN_BACKOFF, longest)  # noqa: S311  (nothing secret)
 
 
-@asynccontextmanager
+@block
 async def open_reconnecting(
     to: str | Address | Sequence[str | Address],
     *,

@@ -90,8 +90,6 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             transport for no more than a header and so many bytes.
     """
 
-    _end = b""  # what of the end record `close_now` could not send; few streams need one of their own
-
     def __init__(
         self,
         transport: trio.abc.Stream,
@@ -246,9 +244,11 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         """As `receive_some`, but of all records that are here already, together. For one task at a time."""
         if self._receive_failure is not None or self._receive_ended or self._position < len(self._plaintext):
             return await self.receive_some()
-        if self._ciphertext and (plaintext := self._open_all(b"")):
+        if self._ciphertext:
+            # First, as what is opened below would be lost if this were cancelled.
             await trio.lowlevel.checkpoint()
-            return plaintext
+            if plaintext := self._open_all(b""):
+                return plaintext
         data: Received | bytearray
         while not self._receive_ended:
             self._check_open()
@@ -347,34 +347,23 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         if self._closed:
             raise trio.ClosedResourceError("this stream was closed")
 
-    def _seal_end(self) -> bytes:
-        """The end record, to be sent; empty where it must not be."""
+    def seal_end(self) -> bytes:
+        """Return the end record, which must leave next; empty where it must not be sent."""
         if self._closed or self._send_ended or self._send_broken or self._send_busy:
             return b""
         self._send_ended = True
         return self._sealer.seal(b"")
 
-    def close_now(self, *, end: bool) -> bool:
-        """Close, if there is nothing to wait for, and return whether it was so; else `aclose` is to follow.
-
-        `end`: send the end record, if nothing stands in the way.
-        """
-        if self._direct is None:
-            return False
-        record = self._seal_end() if end else b""
-        self._end = record[self._direct.send_now(record) :] if record else b""
-        if self._end:
-            return False
+    def close_now(self) -> None:
+        """Send and receive no more. Who calls this closes the transport."""
         self._closed = True
-        self._direct.close_now()
-        return True
 
     async def aclose(self) -> None:
         """Send the end record, if nothing stands in the way, and close the transport.
 
         Waits for the transport to take the end record; cancelled, it closes the transport at once.
         """
-        end, self._end = self._end or self._seal_end(), b""
+        end = self.seal_end()
         self._closed = True
         try:
             if end:

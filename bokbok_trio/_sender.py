@@ -6,11 +6,12 @@ behind, and what is queued while one send is under way leaves in the next, toget
 While that task sleeps, others may give what is queued to the socket at once, as far as it takes it: that
 saves waking the task.
 
-- What is queued while the reader works on what it received is given at the end of that.
-- A packet that is alone is given at once: this makes 1.4 times as many requests one after another. What is
-  not alone gains more by leaving together, so at once goes only the first packet after one that the peer
-  sent alone, as others before it, or after the task went to sleep; never two in a row.
-- What has become many is given before more follows.
+- Packets queued while the reader dispatches what it received leave at the end of that, together.
+- A burst is faster when coalesced. So a packet is written at once only if it is the first after an idle
+  spell, or answers a run of lone packets; never two in a row.
+- Many packets are written before more follow.
+
+Whoever writes holds the `SendLock`, and everything that is sealed is sealed under it.
 """
 
 from __future__ import annotations
@@ -33,14 +34,36 @@ LONE_STREAK: Final = 3
 """Batches of one packet that say that ours is probably alone too. With fewer, four callers are split
 into groups that each pay for their own wakes."""
 
-
 BUNCH: Final = 16
-"""Packets that leave though more may follow at once, so that the peer begins with them while we go on. With
-free cores 30 callers make 60,000 requests a second instead of 24,000 with twice as many; with a quarter ten
-callers would gain as much, and a hundred lose a fifth on one core."""
+"""Packets that leave though more may follow at once, so that the peer begins with them while we go on."""
 
 MAX_AT_ONCE: Final = 4
 """Batches given to the socket in a row before other tasks have their turn."""
+
+
+@final
+class SendLock:
+    """Who may write to the stream, and seal for it.
+
+    The sender task holds it while it is awake, for as long as its send takes. Others take it without waiting,
+    for one write, while that task sleeps. Closing takes it last, and never gives it back.
+    """
+
+    __slots__ = ("is_held",)
+
+    def __init__(self) -> None:
+        self.is_held = False
+
+    def try_acquire(self) -> bool:
+        """Take it, if nobody holds it. Returns whether it was so."""
+        if self.is_held:
+            return False
+        self.is_held = True
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        self.is_held = False
 
 
 @final
@@ -53,18 +76,20 @@ class Sender:
         watchdog: is told of sends.
         wake_writers: called when packets were taken, and so channels may queue items.
         on_idle: called when nothing is queued; it may `stop` this.
+        on_defect: is told of a defect that may have lost bytes of the stream.
 
     Attributes:
+        lock: held by whoever writes.
         wire: the stream.
         until: the moment, by Trio's clock, at which it is to be over.
     """
 
     __slots__ = (
-        "_is_busy",
         "_is_held",
         "_is_lone",
         "_is_stopping",
         "_lone_streak",
+        "_on_defect",
         "_on_idle",
         "_pacer",
         "_pending",
@@ -73,6 +98,7 @@ class Sender:
         "_sleeper",
         "_wake_writers",
         "_watchdog",
+        "lock",
         "until",
         "wire",
     )
@@ -85,17 +111,19 @@ class Sender:
         *,
         wake_writers: Callable[[], object],
         on_idle: Callable[[], object],
+        on_defect: Callable[[BaseException], object],
     ) -> None:
+        self.lock = SendLock()
         self.wire = Wire(opened.stream, opened.transport)
         self._session = session
         self._pacer = Pacer(partial(read_load, opened.transport), partial(is_drained, opened.transport))
         self._watchdog = watchdog
         self._wake_writers = wake_writers
         self._on_idle = on_idle
+        self._on_defect = on_defect
         self.until = math.inf
         self._scope: trio.CancelScope | None = None  # of the send under way
         self._sleeper: trio.lowlevel.Task | None = None
-        self._is_busy = False  # its task has begun, and is not asleep
         self._is_stopping = False
         self._is_held = False
         self._pending = 0  # packets queued since something was last sent, of those that it was told of
@@ -122,14 +150,11 @@ class Sender:
                 self._rouse()
 
     def begin_batch(self) -> None:
-        """Something was received, and for all of it that is to be queued, `end_batch` is waited for."""
+        """Hold back what is queued from now on, until `end_batch`: a receive is being dispatched."""
         self._is_held = True
 
-    def end_batch(self, count: int, *, wake_writers: bool = True) -> None:
-        """All was done, for now, that so many packets of what was received wanted.
-
-        `wake_writers`: whether tasks that wait for room may be woken.
-        """
+    def end_batch(self, count: int) -> None:
+        """The last receive, of `count` events, was dispatched: send what that queued."""
         self._is_held = False
         if count == 1:
             self._lone_streak += 1
@@ -138,10 +163,10 @@ class Sender:
             self._lone_streak = 0
             self._is_lone = False
         session = self._session
-        if wake_writers and session.channels.has_writable:
+        if session.channels.has_writable:
             self._wake_writers()
         if session.has_queued:
-            self._send_now(wake_writers=wake_writers)
+            self._send_now()
         elif session.is_draining:
             self._rouse()
 
@@ -160,36 +185,47 @@ class Sender:
         if sleeper is not None:
             trio.lowlevel.reschedule(sleeper)
 
-    def _send_now(self, *, wake_writers: bool = True) -> None:
-        """Give what is queued to the socket, as far as it takes it; the rest is left to the task."""
+    def _send_now(self) -> None:
+        """Write what is queued, as far as the socket takes it at once; the rest is left to the task."""
         self._pending = 0
+        if self._is_stopping or not self.wire.can_send_now or not self.lock.try_acquire():
+            self._rouse()
+            return
+        try:
+            has_sent_all = self._write()
+        except BaseException as exc:  # noqa: BLE001  (what was taken is lost, and so is its place in the stream)
+            self._on_defect(exc)
+            return
+        finally:
+            self.lock.release()
+        if not has_sent_all:
+            self._rouse()
+
+    def _write(self) -> bool:
+        """Write one batch after another. Returns whether that was everything, and nobody need be woken."""
         session = self._session
         for _ in range(MAX_AT_ONCE):
-            if self._is_busy or self._is_stopping or not self.wire.can_send_now:
-                break
-            if session.is_plain_to_take:  # mostly: to know the time takes a 50th of a lone request's
+            if session.is_plain_to_take:  # mostly, and then the time need not be asked for
                 batch = session.take(0)
             else:
                 now = trio.current_time()
                 batch = session.take(now, self._room(now))
             if not batch or not self.wire.send_now(batch):
-                break
+                return False
             self._watchdog.send_ended(ping_left=True)
-            if wake_writers and session.channels.has_writable:
+            if session.channels.has_writable:
                 self._wake_writers()
             if not session.has_queued:
-                if session.is_draining:
-                    break
-                return
-        self._rouse()
+                return not session.is_draining
+        return False
 
     async def run(self) -> None:
         """Send what is queued, as it comes, until stopped. Raises what the stream does.
 
-        The first packet need not wait until this is called: it goes at once, if it is alone. This saves
-        opening, one request and closing 20 us.
+        The first packet need not wait until this is called: it is written at once, if it is alone. When this
+        ends, however it does, its task goes on to hold the lock, for closing.
         """
-        self._is_busy = True
+        self.lock.is_held = True  # nobody holds it across a checkpoint but this task
         while True:
             now = trio.current_time()
             room = self._room(now)
@@ -215,9 +251,11 @@ class Sender:
                 self._on_idle()
                 if not self._is_stopping:
                     self._is_lone = self._lone_streak >= LONE_STREAK
-                    self._is_busy = False
-                    await self._park()
-                    self._is_busy = True
+                    self.lock.release()
+                    try:
+                        await self._park()
+                    finally:
+                        self.lock.is_held = True
 
     async def _park(self) -> None:
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:

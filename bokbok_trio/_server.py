@@ -18,7 +18,6 @@ import inspect
 import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final, Literal, TypeAlias, cast, final
 
@@ -37,7 +36,7 @@ from ._connection import Connection, ConnectionHandler
 from ._errors import AddressError, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
-from ._nursery import bare_nursery, keep
+from ._nursery import bare_nursery, block, keep
 from ._opening import PeerUser, UserKey, open_as_server
 from ._settings import Settings
 from ._statistics import ServerStatistics
@@ -365,7 +364,7 @@ async def serve(
     await server._run(task_status)
 
 
-@asynccontextmanager
+@block
 async def open_server(
     on: str | Address | Listeners,
     request_handler: RequestHandler | None = None,

@@ -21,60 +21,84 @@ cancelled as asked, but nobody wants the answer any more       ``_asked``
 Of a request *of the peer's*: handled (``_handling``), then its answer is queued (``_handling`` and
 the outbox), then it is done, at the very moment the last byte of the answer is taken to be sent.
 
-A *channel* is a request with items both ways, in flight for as long as it is. Its credit is the
-business of `Flows`, and what of it has not left when it is cancelled or answered never does.
+A *channel* is a request with items both ways, in flight for as long as it is. `Flows` keeps its credit.
+Items that have not left when it is cancelled or answered never do.
 
-Either side may *drain*: with `bye` it says that it takes no new request; the other sends `bye-ok`
-after its last one. What is in flight goes on.
+*Slots* are counted for each depth, and for requests and channels apart (`_class_of`): each side takes
+`max_requests` of every class. A request made in a handler is one deeper than the request being handled. So who
+holds a slot waits only for deeper slots, the deepest for none, and nested callbacks cannot lock up.
+
+Either side may *drain*: with `bye` it says that it takes no new request of depth 0; the other sends `bye-ok`
+after its last one. What is in flight goes on, with all that is nested in it.
 
 Invariants
 ==========
 
-- ``len(_asked)`` never passes the peer's slots; ``len(_handling)`` never passes ours.
+- Our requests of one class never pass the peer's slots; the peer's never pass ours.
 - Every request of the peer's is answered exactly once, cancelled or not.
 - A cancelled request that had not wholly left never existed: it leaves no `cancel`.
 - At most one ping and one pong are queued.
+- `receive` decodes everything before anything of it is acted on, so whether a packet breaks the
+  protocol does not depend on what handlers do meanwhile.
 
-After a `ProtocolError` the engine is of no more use.
+After a `ProtocolError` the engine only sends: `abort`, at most.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import Final, final
 
-from ._errors import MAX_ERROR_TEXT_SIZE, ProtocolError
-from ._events import Answer, Bye, Cancel, End, Event, Failure, Item, Request
+from ._errors import MAX_DETAILS_SIZE, MAX_ERROR_TEXT_SIZE, ProtocolError
+from ._events import NO_CONTEXT, Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
 from ._flow import WINDOW, Flows
 from ._handshake import Side
 from ._outbox import HEAD_ROOM, MAX_BATCH_SIZE, MAX_WHOLE_SIZE, Outbox, Outgoing, Reassembler
 from ._packets import (
     LENGTH_SIZE,
-    Field,
+    Chunks,
+    Context,
+    Fields,
     PacketDecoder,
     Received,
     decode_body,
+    decode_context,
     decode_number,
     decode_ours,
     decode_text,
     describe,
     encode_body,
+    encode_context,
     encode_head,
     encode_number,
     encode_small,
     encode_start,
 )
 
-PIECED_KINDS: Final = frozenset({b"req", b"chan", b"ok", b"item"})
-"""What may come in pieces: all that carries a body of the user's."""
+MAX_DEPTH: Final = 15
+"""The deepest that a request may be nested in others: far deeper than programs call back and forth on
+purpose, and little enough that the slots of all depths are a bound."""
 
+MAX_ABORT_SIZE: Final = 256
+"""Bytes of the text in `abort`."""
 
-_REQ: Final = encode_start(b"req", 4)
+PIECED_KINDS: Final = frozenset({b"req", b"chan", b"ok", b"err", b"item"})
+"""What may come in pieces: everything that carries bytes of the user's."""
+
+_REQ: Final = encode_start(b"req", 6)
 _OK: Final = encode_start(b"ok", 3)
-_NO_TIMEOUT: Final = bytes(LENGTH_SIZE)
+_PLAIN_REQUEST: Final = bytes(3 * LENGTH_SIZE)  # no timeout, depth 0, no context
+_DEPTHS: Final = {b"%d" % depth: depth for depth in range(1, MAX_DEPTH + 1)} | {b"": 0}
+_ENCODED_DEPTHS: Final = {depth: encoded for encoded, depth in _DEPTHS.items()}
+_CLASSES: Final = 2 * (MAX_DEPTH + 1)
+
+
+def _class_of(depth: int, *, has_channel: bool) -> int:
+    """Which requests share slots with one: those of its depth that have a channel too, or have none."""
+    return 2 * depth + has_channel
 
 
 class State(Enum):
@@ -92,37 +116,45 @@ class Session:
     Arguments:
         side: ours.
         max_message_size: bytes of a packet, as agreed.
-        max_requests: the peer's requests that we take at once: the peer's slots.
-        slots: our requests that the peer takes at once.
+        max_requests: how many of the peer's requests of each class we take at once: the peer's slots.
+        slots: how many of our requests of each class the peer takes at once.
 
     Attributes:
         channels: sends and grants, for the channels in flight.
-        may_ask: whether the peer still takes new requests.
+        error: how the peer broke the protocol, once it has.
+        peer_drains: whether the peer takes no new request of depth 0.
         is_draining: whether this side takes none.
         is_ping_queued: whether a ping has not left yet.
     """
 
     __slots__ = (
+        "_abort",
         "_asked",
-        "_backlog",
+        "_asked_classes",
+        "_backlogs",
         "_bye_ok_queued",
         "_decoder",
         "_flows",
         "_handling",
+        "_handling_classes",
+        "_handling_used",
         "_is_closed",
         "_max_body_size",
         "_max_requests",
         "_next_id",
         "_outbox",
+        "_peer_aborted",
         "_peer_bye_ok",
         "_peer_parity",
         "_pieces",
         "_pong_queued",
         "_slots",
+        "_used",
         "channels",
+        "error",
         "is_draining",
         "is_ping_queued",
-        "may_ask",
+        "peer_drains",
     )
 
     def __init__(self, side: Side, *, max_message_size: int, max_requests: int, slots: int) -> None:
@@ -134,78 +166,143 @@ class Session:
         self._next_id = 0 if side == "client" else 1
         self._peer_parity = 1 - self._next_id
         self._asked: dict[int, State] = {}
+        self._asked_classes: dict[int, int] = {}  # of those that are not of class 0, as most are
+        self._used = [0] * _CLASSES  # slots of the peer's, by class
+        self._backlogs: dict[int, OrderedDict[int, Outgoing]] = {}  # by class; none of them is empty
         self._handling: dict[int, bool] = {}  # whether it has been answered
-        self._backlog: OrderedDict[int, Outgoing] = OrderedDict()
+        self._handling_classes: dict[int, int] = {}  # of those that are not of class 0
+        self._handling_used = [0] * _CLASSES  # slots of ours, by class
         self._outbox = Outbox()
         self.channels = Flows(self._outbox, self._max_body_size)
         self._flows = self.channels.by_id
+        self.error: ProtocolError | None = None
         self.is_ping_queued = False
         self._pong_queued = False
         self.is_draining = False
         self._bye_ok_queued = False
-        self.may_ask = True
+        self.peer_drains = False
         self._peer_bye_ok = False
+        self._peer_aborted = False
+        self._abort: bytes | None = None  # to be sent last
         self._is_closed = False
 
     # ---- asking ----
 
-    def request(self, fields: Sequence[Field], deadline: float = math.inf) -> int:
+    def request(
+        self,
+        fields: Fields,
+        deadline: float = math.inf,
+        *,
+        depth: int = 0,
+        context: Context | None = None,
+    ) -> int:
         """Queue a request, or keep it until a slot is free, and return its id.
 
         Arguments:
             fields: the user's.
             deadline: until when the answer is wanted, by the clock that `take` is told.
+            depth: how many requests it is made inside of, 0 to `MAX_DEPTH`.
+            context: the user's.
 
         Raises:
-            TypeError, ValueError, MessageTooLarge: as `encode_body` does; nothing is queued.
+            TypeError, ValueError, MessageTooLarge: as `encode_body` and `encode_context` do; nothing is
+                queued.
         """
+        if context:
+            return self._ask_large(b"req", fields, deadline, depth, context)
         body, size = encode_body(fields, self._max_body_size)
         id = self._next_id
-        if len(body) > 1 or deadline < math.inf or self._backlog or len(self._asked) >= self._slots:
-            return self._ask(Outgoing(b"req", id, body=body, body_size=size, deadline=deadline))
-        # The same for most of them, in fewer steps.
+        if (
+            len(body) > 1
+            or depth
+            or deadline < math.inf
+            or self._used[0] >= self._slots
+            or self._backlogs
+        ):
+            return self._ask(b"req", body, size, deadline, depth, b"")
+        # The same for most requests, in fewer steps.
         self._next_id = id + 2
         self._asked[id] = State.QUEUED
-        self._outbox.put_encoded(id, encode_small(_REQ, id, _NO_TIMEOUT, body[0]))
+        self._used[0] += 1
+        self._outbox.put_encoded(id, encode_small(_REQ, id, _PLAIN_REQUEST, body[0]))
         return id
 
-    def open_channel(self, fields: Sequence[Field], deadline: float = math.inf) -> int:
+    def open_channel(
+        self,
+        fields: Fields,
+        deadline: float = math.inf,
+        *,
+        depth: int = 0,
+        context: Context | None = None,
+    ) -> int:
         """Queue a request with a channel; all is as for `request`."""
-        body, size = encode_body(fields, self._max_body_size)
-        id = self._next_id
-        self.channels.add_ours(id)
-        credit = encode_number(WINDOW)
-        return self._ask(Outgoing(b"chan", id, credit, body=body, body_size=size, deadline=deadline))
+        return self._ask_large(b"chan", fields, deadline, depth, context)
 
-    def _ask(self, packet: Outgoing) -> int:
+    def _ask_large(
+        self, kind: bytes, fields: Fields, deadline: float, depth: int, context: Context | None
+    ) -> int:
+        encoded = encode_context(context)
+        body, size = encode_body(fields, self._max_body_size - len(encoded))
+        return self._ask(kind, body, size, deadline, depth, encoded)
+
+    def _ask(self, kind: bytes, body: Chunks, size: int, deadline: float, depth: int, context: bytes) -> int:
+        id = self._next_id
         self._next_id += 2
-        if self._backlog or len(self._asked) >= self._slots:
-            self._backlog[packet.id] = packet
+        has_channel = kind == b"chan"
+        head = [_ENCODED_DEPTHS[depth], context]
+        if has_channel:
+            self.channels.add_ours(id)
+            head.append(encode_number(WINDOW))
+        packet = Outgoing(kind, id, *head, body=body, body_size=size, deadline=deadline)
+        slot_class = _class_of(depth, has_channel=has_channel)
+        if slot_class:
+            self._asked_classes[id] = slot_class
+        if self._used[slot_class] >= self._slots or slot_class in self._backlogs:
+            self._backlogs.setdefault(slot_class, OrderedDict())[id] = packet
         else:
-            self._use_slot(packet)
-        return packet.id
+            self._use_slot(packet, slot_class)
+        return id
 
     def cancel(self, id: int) -> None:
-        """No longer want the answer to a request of ours that has none yet."""
-        if self._backlog.pop(id, None) is not None:
-            self.channels.remove(id)
+        """No longer want the answer to a request of ours. If it was answered, do nothing."""
+        if self._remove_waiting(id):
+            return
+        state = self._asked.get(id)
+        if state is None:
             return
         self._outbox.remove(id)  # it, or items of its channel
-        if self._asked[id] is State.QUEUED:
+        if state is State.QUEUED:
             self._free_slot(id)
             return
         self._asked[id] = State.CANCELLED
         self._outbox.put_control(b"cancel", encode_number(id))
 
+    def _remove_waiting(self, id: int) -> bool:
+        """Forget a request that waits for a slot. Returns whether it did."""
+        slot_class = self._asked_classes.get(id, 0)
+        backlog = self._backlogs.get(slot_class)
+        if backlog is None or backlog.pop(id, None) is None:
+            return False
+        if not backlog:
+            del self._backlogs[slot_class]
+        self._asked_classes.pop(id, None)
+        self.channels.remove(id)
+        return True
+
+    def is_waiting(self, id: int) -> bool:
+        """Whether a request of ours waits for a slot."""
+        return id in self._backlogs.get(self._asked_classes.get(id, 0), ())
+
+    def oldest_waiting(self) -> int | None:
+        """The request of ours that has waited for a slot for longest; None where none waits."""
+        return min((next(iter(backlog)) for backlog in self._backlogs.values()), default=None)
+
     def is_unsent(self, id: int) -> bool:
-        """Whether it is certain that no handler of the peer's has seen a request of ours."""
-        return self._asked.get(id) is State.QUEUED or id in self._backlog
+        """Whether it is certain that no handler of the peer has seen a request of ours."""
+        return self._asked.get(id) is State.QUEUED or self.is_waiting(id)
 
-    def _use_free_slots(self) -> None:
-        while self._backlog and len(self._asked) < self._slots:
-            self._use_slot(self._backlog.popitem(last=False)[1])
-
-    def _use_slot(self, packet: Outgoing) -> None:
+    def _use_slot(self, packet: Outgoing, slot_class: int) -> None:
+        self._used[slot_class] += 1
         self._asked[packet.id] = State.QUEUED
         self._outbox.put(packet)
         if packet.kind == b"chan":
@@ -216,12 +313,18 @@ class Session:
             self._outbox.remove(id)  # items that nobody wants
             self.channels.remove(id)
         del self._asked[id]
-        if self._backlog:
-            self._use_free_slots()
+        slot_class = self._asked_classes.pop(id, 0)
+        self._used[slot_class] -= 1
+        if self._backlogs and slot_class in self._backlogs:
+            backlog = self._backlogs[slot_class]
+            packet = backlog.popitem(last=False)[1]
+            if not backlog:
+                del self._backlogs[slot_class]
+            self._use_slot(packet, slot_class)
 
     # ---- answering ----
 
-    def answer(self, id: int, fields: Sequence[Field]) -> None:
+    def answer(self, id: int, fields: Fields) -> None:
         """Queue the answer to a request of the peer's.
 
         Raises:
@@ -233,13 +336,16 @@ class Session:
         else:
             self._queue_answer(id, encode_small(_OK, id, b"", body[0]))
 
-    def fail(self, id: int, code: str, message: str) -> None:
-        """Queue an error as the answer to a request of the peer's. A long message is cut off."""
-        text = message.encode(errors="backslashreplace")
-        if len(text) > MAX_ERROR_TEXT_SIZE:
-            # Cut between characters: what is left of one that was cut is no UTF-8, and is dropped.
-            text = text[:MAX_ERROR_TEXT_SIZE].decode(errors="ignore").encode()
-        self._queue_answer(id, Outgoing(b"err", id, code.encode(), text))
+    def fail(self, id: int, code: str, message: str, details: bytes = b"") -> bool:
+        """Queue an error as the answer to a request of the peer's. A long message is cut off.
+
+        Returns:
+            Whether the details fit. If not, the error goes without them.
+        """
+        encoded, text = code.encode(), _cut(message, MAX_ERROR_TEXT_SIZE)
+        fits = len(encoded) + len(text) + len(details) <= self._max_body_size
+        self._queue_answer(id, Outgoing(b"err", id, encoded, text, details if fits else b""))
+        return fits
 
     def _queue_answer(self, id: int, packet: Outgoing | bytes) -> None:
         assert self._handling[id] is False, "answered twice"
@@ -251,7 +357,7 @@ class Session:
         else:
             self._outbox.put(packet)
 
-    # ---- what there is of them ----
+    # ---- how many there are ----
 
     @property
     def asked(self) -> int:
@@ -261,7 +367,7 @@ class Session:
     @property
     def waiting(self) -> int:
         """How many requests of ours wait for a slot."""
-        return len(self._backlog)
+        return sum(map(len, self._backlogs.values()))
 
     @property
     def cancelled(self) -> int:
@@ -281,7 +387,7 @@ class Session:
     @property
     def has_queued(self) -> bool:
         """Whether a packet waits to be sent."""
-        return self._bye_ok_queued or not self._outbox.is_empty
+        return self._bye_ok_queued or self._abort is not None or not self._outbox.is_empty
 
     # ---- liveness, draining, closing ----
 
@@ -291,25 +397,32 @@ class Session:
         self._outbox.put_control(b"ping")
 
     def drain(self) -> None:
-        """Say that no new request is taken. Again does nothing."""
+        """Say that no new request of depth 0 is taken. Again does nothing."""
         if not self.is_draining:
             self.is_draining = True
             self._outbox.put_control(b"bye")
 
     @property
     def is_drained(self) -> bool:
-        """Whether both sides have sent all there is, since this one said `bye`."""
-        return self._peer_bye_ok and not self._asked and not self._backlog and not self._handling
+        """Whether both sides have sent everything, since this one said `bye`."""
+        return self._peer_bye_ok and not self._asked and not self._backlogs and not self._handling
+
+    def abort(self, text: str) -> None:
+        """Tell the peer, last of all, that it broke the protocol. An `abort` of the peer is not answered."""
+        if not self._peer_aborted:
+            self._abort = encode_head(b"abort", b"protocol", _cut(text, MAX_ABORT_SIZE))
 
     def close(self) -> None:
-        """It is over: what leaves now is the answers and control packets that are queued, and no more."""
+        """It is over: only the answers and control packets that are queued still leave."""
         self._is_closed = True
         for id in self._asked:
             self._outbox.remove(id)
-        for id in (*self._asked, *self._backlog):
+        for id in (*self._asked, *(id for backlog in self._backlogs.values() for id in backlog)):
             self.channels.remove(id)
-        self._backlog.clear()
+        self._backlogs.clear()
         self._asked.clear()
+        self._asked_classes.clear()
+        self._used = [0] * _CLASSES
         self._bye_ok_queued = False
 
     # ---- what leaves ----
@@ -339,16 +452,27 @@ class Session:
         for id in left:
             if id % 2 == self._peer_parity:
                 del self._handling[id]
+                self._handling_used[self._handling_classes.pop(id, 0)] -= 1
                 if id in self._flows:
                     self.channels.remove(id)
             else:
                 self._asked[id] = State.ASKED
         for id, size in items:
             self.channels.left(id, size)
-        if self._bye_ok_queued and State.QUEUED not in self._asked.values():
+        if self._bye_ok_queued and not self._has_queued_request():
             self._bye_ok_queued = False
             chunks.append(encode_head(b"bye-ok"))
+        if self._abort is not None and self._outbox.is_empty:
+            chunks.append(self._abort)
+            self._abort = None
         return b"".join(chunks)
+
+    def _has_queued_request(self) -> bool:
+        """Whether a request of depth 0 has not wholly left."""
+        return any(
+            state is State.QUEUED and self._asked_classes.get(id, 0) <= 1
+            for id, state in self._asked.items()
+        )
 
     def note_sent(self, seconds: float) -> None:
         """Learn how long it took to send what was taken last."""
@@ -361,40 +485,60 @@ class Session:
         """Whether the end of the stream would cut a packet short."""
         return self._decoder.buffered > 0
 
-    def receive(self, data: Received | bytearray) -> Iterator[Event]:
-        """Take in what was received; yield what it says, as far as it is good.
+    def receive(self, data: Received | bytearray) -> list[Event]:
+        """Decode everything that was received, and return what it says, as far as it is good.
 
-        Raises:
-            ProtocolError: the peer broke the protocol.
+        If the peer broke the protocol, `error` says how, and the events are those before that.
         """
-        # In C, but for what a packet means: a generator for this takes a tenth more.
-        return filter(None, map(self._interpret, self._decoder.decode(data)))
-
-    def keep(self) -> None:
-        """Make what is left of what was received last good beyond the next checkpoint."""
-        self._decoder.keep()
+        events: list[Event] = []
+        try:
+            # In C, but for what a packet means. Where this raises, the events before are in the list.
+            events.extend(filter(None, map(self._interpret, self._decoder.decode(data))))
+        except ProtocolError as exc:
+            self.error = exc
+        return events
 
     def _interpret(self, fields: list[Received]) -> Event | None:
         kind = fields[0] if fields else b""
         known = _KINDS.get(kind) if type(kind) is bytes else None
         if known is None or known[0] != len(fields):
-            raise ProtocolError(f"no packet of ours: {describe(fields)}")
+            raise ProtocolError(f"unknown packet: {describe(fields)}")
         return known[1](self, fields)
 
     # ---- requests and their answers ----
 
     def _on_req(self, fields: list[Received]) -> Request:
-        _, id, timeout, body = fields
+        _, id, timeout, depth, context, body = fields
+        return self._on_request(id, timeout, depth, context, body, has_channel=False)
+
+    def _on_request(
+        self,
+        id: Received,
+        timeout: Received,
+        depth: Received,
+        context: Received,
+        body: Received,
+        *,
+        has_channel: bool,
+    ) -> Request:
         number = decode_number(id)
         self._check_parity(number)
-        request = Request(number, decode_number(timeout) / 1e6 if timeout else math.inf, decode_body(body))
+        seconds = decode_number(timeout) / 1e6 if timeout else math.inf
+        nested = _decode_depth(depth) if depth else 0
+        pairs = decode_context(context) if context else NO_CONTEXT
+        request = Request(number, seconds, decode_body(body), has_channel, nested, pairs)
         if number in self._handling:
             raise ProtocolError(f"request {number} is in flight already")
-        if len(self._handling) >= self._max_requests:
-            raise ProtocolError(f"more than {self._max_requests} requests in flight")
-        if self._peer_bye_ok:
-            raise ProtocolError("a new request after bye-ok")
+        slot_class = 2 * nested + has_channel  # `_class_of`, without its call
+        if self._handling_used[slot_class] >= self._max_requests:
+            kind = "channels" if has_channel else "requests"
+            raise ProtocolError(f"more than {self._max_requests} {kind} of depth {nested} in flight")
+        if self._peer_bye_ok and not nested:
+            raise ProtocolError("a new request of depth 0 after `bye-ok`")
         self._handling[number] = False
+        self._handling_used[slot_class] += 1
+        if slot_class:
+            self._handling_classes[number] = slot_class
         return request
 
     def _on_ok(self, fields: list[Received]) -> Answer | None:
@@ -403,8 +547,10 @@ class Session:
         return answer if self._on_answered(answer.id) else None
 
     def _on_err(self, fields: list[Received]) -> Failure | None:
-        _, id, code, message = fields
-        failure = Failure(decode_number(id), decode_text(code), decode_text(message))
+        _, id, code, message, details = fields
+        if len(details) > MAX_DETAILS_SIZE:
+            raise ProtocolError(f"details of {len(details)} bytes exceed the limit of {MAX_DETAILS_SIZE}")
+        failure = Failure(decode_number(id), decode_text(code), decode_text(message), bytes(details))
         return failure if self._on_answered(failure.id) else None
 
     def _on_answered(self, id: int) -> bool:
@@ -420,17 +566,20 @@ class Session:
         self._check_parity(id)
         if self._handling.get(id) is not False:
             return None  # never asked, answered, or done: they crossed
-        self._outbox.remove(id)  # items that nobody wants
         return Cancel(id)
+
+    def drop_items(self, id: int) -> None:
+        """Send no more items of a request of the peer's, as it has cancelled that."""
+        self._outbox.remove(id)
 
     # ---- channels, of either side's ----
 
     def _on_chan(self, fields: list[Received]) -> Request:
-        kind, id, timeout, credit, body = fields
+        _, id, timeout, depth, context, credit, body = fields
         first_credit = decode_number(credit)
-        request = self._on_req([kind, id, timeout, body])
+        request = self._on_request(id, timeout, depth, context, body, has_channel=True)
         self.channels.add_theirs(request.id, first_credit)
-        return request._replace(has_channel=True)
+        return request
 
     def _on_item(self, fields: list[Received]) -> Item | None:
         _, id, body = fields
@@ -473,7 +622,7 @@ class Session:
             return None
         fields = decode_ours(body)
         if not fields or fields[0] not in PIECED_KINDS:
-            raise ProtocolError(f"this may not come in pieces: {describe(fields)}")
+            raise ProtocolError(f"a packet of this kind may not come in pieces: {describe(fields)}")
         return self._interpret(fields)
 
     def _on_drop(self, fields: list[Received]) -> None:
@@ -484,34 +633,58 @@ class Session:
             self._pong_queued = True
             self._outbox.put_control(b"pong")
 
-    def _on_pong(self, _fields: list[Received]) -> None:
-        """It was heard: that is all it is for."""
+    def _on_pong(self, _fields: list[Received]) -> Pong:
+        return Pong()
 
     def _on_bye(self, _fields: list[Received]) -> Bye:
-        if not self.may_ask:
-            raise ProtocolError("bye twice")
-        self.may_ask = False
+        if self.peer_drains:
+            raise ProtocolError("`bye` sent twice")
+        self.peer_drains = True
         self._bye_ok_queued = True
-        for id in self._backlog:
-            self.channels.remove(id)
-        bye = Bye(list(self._backlog))
-        self._backlog.clear()
+        bye = Bye([])
+        for slot_class in (0, 1):
+            for id in list(self._backlogs.get(slot_class, ())):
+                self._remove_waiting(id)
+                bye.ids.append(id)
         return bye
 
     def _on_bye_ok(self, _fields: list[Received]) -> None:
         if not self.is_draining or self._peer_bye_ok:
-            raise ProtocolError("bye-ok without bye")
+            raise ProtocolError("`bye-ok` without `bye`")
         self._peer_bye_ok = True
+
+    def _on_abort(self, fields: list[Received]) -> Abort:
+        _, code, message = fields
+        if len(message) > MAX_ABORT_SIZE:
+            raise ProtocolError(f"an `abort` of {len(message)} bytes exceeds the limit of {MAX_ABORT_SIZE}")
+        self._peer_aborted = True
+        return Abort(decode_text(code), decode_text(message))
 
     def _check_parity(self, id: int) -> None:
         if id % 2 != self._peer_parity:
-            raise ProtocolError(f"the id {id} is none of the other side's")
+            raise ProtocolError(f"the id {id} has the wrong parity for the other side")
+
+
+def _decode_depth(field: Received) -> int:
+    depth = _DEPTHS.get(bytes(field[:3]))
+    if depth is None:
+        raise ProtocolError(f"invalid depth: {bytes(field[:20])!r}")
+    return depth
+
+
+def _cut(text: str, most: int) -> bytes:
+    """Encode a text, and cut it off between two characters where it is too long."""
+    encoded = text.encode(errors="backslashreplace")
+    if len(encoded) <= most:
+        return encoded
+    # The rest of a character that was cut is no UTF-8, and is dropped.
+    return encoded[:most].decode(errors="ignore").encode()
 
 
 _KINDS: Final[dict[bytes, tuple[int, Callable[[Session, list[Received]], Event | None]]]] = {
-    b"req": (4, Session._on_req),
+    b"req": (6, Session._on_req),
     b"ok": (3, Session._on_ok),
-    b"err": (4, Session._on_err),
+    b"err": (5, Session._on_err),
     b"cancel": (2, Session._on_cancel),
     b"part": (4, Session._on_part),
     b"drop": (2, Session._on_drop),
@@ -519,9 +692,10 @@ _KINDS: Final[dict[bytes, tuple[int, Callable[[Session, list[Received]], Event |
     b"pong": (1, Session._on_pong),
     b"bye": (1, Session._on_bye),
     b"bye-ok": (1, Session._on_bye_ok),
-    b"chan": (5, Session._on_chan),
+    b"chan": (7, Session._on_chan),
     b"item": (3, Session._on_item),
     b"credit": (3, Session._on_credit),
     b"end": (2, Session._on_end),
+    b"abort": (3, Session._on_abort),
 }
 """Every kind of packet: how many fields it has, and what it does."""

@@ -1,0 +1,87 @@
+"""Eager start: run a coroutine in the current task, and make the task its own when it first waits.
+
+asyncio calls tasks that begin like this eager tasks. A handler that waits for nothing needs no task of
+its own; one that waits finds everything as in a task of its own from then on: its context variables are the
+task's context, and its frames are the task's frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context
+from types import CodeType, FrameType, coroutine
+from typing import Any, TypeVar, final
+
+_T = TypeVar("_T")
+
+
+@final
+class _Started:
+    """A coroutine that has begun and waits, to be gone on with by ``yield from``.
+
+    That would begin it by ``send(None)``; this gives the message that it has yielded already in return. To
+    Trio's introspection it looks like the coroutine itself.
+    """
+
+    __slots__ = ("_message", "_work", "close", "send", "throw")
+
+    def __init__(self, work: Coroutine[Any, Any, object], message: object) -> None:
+        self._work = work
+        self._message = message
+        self.send = work.send
+        self.throw = work.throw
+        self.close = work.close
+
+    def __iter__(self) -> _Started:
+        return self
+
+    def __next__(self) -> object:
+        if self._message is None:
+            return self.send(None)
+        message, self._message = self._message, None
+        return message
+
+    @property
+    def cr_frame(self) -> FrameType:
+        frame: FrameType = self._work.cr_frame  # type: ignore[attr-defined]  # it is a native coroutine
+        return frame
+
+    @property
+    def cr_code(self) -> CodeType:
+        code: CodeType = self._work.cr_code  # type: ignore[attr-defined]
+        return code
+
+    @property
+    def cr_await(self) -> object:
+        return self._work.cr_await  # type: ignore[attr-defined]
+
+
+@coroutine
+def start_eagerly(
+    work: Coroutine[Any, Any, object], context: Context, on_first_wait: Callable[[], object]
+) -> Generator[Any, Any, bool]:
+    """Await some work, begun in a context of its own.
+
+    Arguments:
+        work: a native coroutine that has not begun.
+        context: its context variables until it first waits.
+        on_first_wait: called when it first waits. The event loop does not know yet that the current task waits,
+            so this must not wake it. It is to make `context` the task's.
+
+    Returns:
+        Whether it waited. An exception of the work comes out, and so does one of `on_first_wait`, when
+        the work has ended: the work is never abandoned.
+    """
+    try:
+        message = context.run(work.send, None)
+    except StopIteration:
+        return False
+    failure: BaseException | None = None
+    try:
+        on_first_wait()
+    except BaseException as exc:  # noqa: BLE001  (raised below)
+        failure = exc
+    yield from _Started(work, message)
+    if failure is not None:
+        raise failure
+    return True

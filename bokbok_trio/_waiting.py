@@ -1,0 +1,92 @@
+"""Tasks that wait for something of a connection, and what they are woken with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar, final
+
+import trio
+
+from ._errors import BokbokError
+
+_Outcome = TypeVar("_Outcome")
+
+
+@final
+class Waiter(Generic[_Outcome]):
+    """A task that waits, and what it is woken with."""
+
+    __slots__ = ("_outcome", "_sleeper")
+
+    def __init__(self) -> None:
+        self._outcome: _Outcome | None = None
+        self._sleeper: trio.lowlevel.Task | None = None
+
+    def wake(self, outcome: _Outcome) -> None:
+        """Let the task go on with that; where it does not wait any more, nothing happens."""
+        self._outcome = outcome
+        sleeper, self._sleeper = self._sleeper, None
+        if sleeper is not None:
+            trio.lowlevel.reschedule(sleeper)
+
+    async def wait(self) -> _Outcome:
+        """Wait until woken."""
+        if self._outcome is None:
+            self._sleeper = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+        else:
+            await trio.lowlevel.checkpoint()
+        assert self._outcome is not None
+        return self._outcome
+
+    def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
+        self._sleeper = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
+@final
+class Pings:
+    """Who waits for a pong. Pongs have no ids, and a peer answers several pings by one: so one is out at a time.
+
+    Attributes:
+        is_out: whether a ping is out.
+    """
+
+    __slots__ = ("_began_at", "_next", "_now", "is_out")
+
+    def __init__(self) -> None:
+        self._now: list[Waiter[float | BokbokError]] = []  # for the ping that is out
+        self._next: list[Waiter[float | BokbokError]] = []  # for the one after it
+        self._began_at = 0.0
+        self.is_out = False
+
+    def add(self) -> Waiter[float | BokbokError]:
+        """Wait for the answer to a ping that is still to be sent."""
+        waiter: Waiter[float | BokbokError] = Waiter()
+        self._next.append(waiter)
+        return waiter
+
+    def remove(self, waiter: Waiter[float | BokbokError]) -> None:
+        """Wait no more."""
+        for waiters in (self._now, self._next):
+            if waiter in waiters:
+                waiters.remove(waiter)
+
+    def start_round(self) -> None:
+        """A ping is queued."""
+        self.is_out = True
+        self._began_at = trio.current_time()
+        self._now, self._next = self._next, []
+
+    def on_pong(self) -> bool:
+        """A pong has come. Returns whether another ping is wanted."""
+        if self.is_out:
+            self.is_out = False
+            for waiter in self._now:
+                waiter.wake(trio.current_time() - self._began_at)
+        return bool(self._next)
+
+    def end(self, make_error: Callable[[], BokbokError]) -> None:
+        """The connection is over; `make_error` makes what each task sees."""
+        for waiter in (*self._now, *self._next):
+            waiter.wake(make_error())
