@@ -130,3 +130,8 @@ def check_key_arguments(user: str | None, key: Key | None, service: str) -> None
         raise TypeError(f"key must be a Key, not {type(key).__name__}")
     if encode_service(service) and key is None:
         raise ValueError("a service needs a key: a plain handshake has nothing to check it with")
+
+
+def end_reason(connection: Connection) -> str:
+    """Why a connection has ended, in words."""
+    return str(connection._make_error(False)) if connection._make_error is not None else "it is draining"

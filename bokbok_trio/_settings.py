@@ -37,8 +37,13 @@ class Settings:
             until it is closed and its handlers and close handler have ended. The next client, once
             it is authenticated, is told so: its `open_connection` raises `ConnectionRefused`, with the
             code ``busy``.
-        max_handshakes: unfinished handshakes of a server at once. One more closes the oldest, which
-            is told nothing: its `open_connection` raises `HandshakeError`.
+        max_handshakes: unfinished handshakes of a server at once. One more closes one of them, or itself:
+            one of the network address that has most of them, and rather one that has sent nothing. None is
+            closed whose user is being looked up, or waits for that. Who is closed is told nothing: its
+            `open_connection` raises `HandshakeError`.
+        max_lookups: calls of a server's `user_key` function at once. The other clients wait in order, and
+            network addresses take turns. A client that has waited for half of `handshake_timeout` is told
+            so: its `open_connection` raises `ConnectionRefused`, with the code ``busy``.
 
     Raises:
         TypeError: a number is not a number, or `describe_error` cannot be called.
@@ -52,13 +57,15 @@ class Settings:
     ping_timeout: float = 20.0
     describe_error: Callable[[BaseException], str] | None = None
     max_connections: int = 1000
-    max_handshakes: int = 64
+    max_handshakes: int = 512
+    max_lookups: int = 64
 
     def __post_init__(self) -> None:
         _check_whole("max_message_size", self.max_message_size, MIN_MESSAGE_SIZE, MAX_MESSAGE_SIZE)
         _check_whole("max_requests", self.max_requests, 1, MAX_REQUESTS)
         _check_whole("max_connections", self.max_connections, 1, None)
         _check_whole("max_handshakes", self.max_handshakes, 1, None)
+        _check_whole("max_lookups", self.max_lookups, 1, None)
         _check_seconds("handshake_timeout", self.handshake_timeout)
         _check_seconds("ping_after", self.ping_after)
         _check_seconds("ping_timeout", self.ping_timeout)

@@ -40,6 +40,7 @@ LAYERS = [
         "_outbox",
         "_wire",
         "_handshake",
+        "_places",
         "_opening",
         "_events",
         "_flow",
@@ -53,6 +54,7 @@ LAYERS = [
         "_statistics",
         "_connection",
         "_client",
+        "_throttle",
         "_server",
         "_reconnecting",
     ),
@@ -61,7 +63,7 @@ LAYERS = [
 
 MAY_USE_TRIO = {
     *("_errors", "_keys", "_addresses", "_direct_stream", "_secretbox_stream", "_opening", "_nursery"),
-    *("_pacing", "_wire", "_watchdog", "_sender", "_channel", "_handling", "_reader"),
+    *("_places", "_pacing", "_wire", "_watchdog", "_sender", "_channel", "_handling", "_reader"),
 }
 """Of those below the connection."""
 

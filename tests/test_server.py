@@ -271,7 +271,7 @@ async def test_an_open_handler_that_does_not_return_closes_the_connection(
                 with pytest.raises(ConnectionLost, match="the peer closed the connection"):
                     await client.request([])
     assert closed == []
-    assert caplog.text.count("the open handler failed") == 2 * logs
+    assert caplog.text.count("the open handler failed\nTraceback") == 2 * logs
 
 
 async def test_an_open_handler_is_cancelled_when_the_peer_goes() -> None:
@@ -359,6 +359,7 @@ async def test_users_get_in_with_a_key_of_theirs_only(
                 async with client_of(listener, user=user, key=key):
                     raise AssertionError
             assert f"user '{user}' has no key that fits" in caplog.text
+            await trio.sleep(1)  # or the next line would be left out
 
 
 async def test_services_must_agree(autojump_clock: trio.testing.MockClock) -> None:
@@ -516,30 +517,6 @@ async def test_without_the_key_nobody_is_told_that_the_server_is_full(
                         raise AssertionError
 
 
-async def test_a_client_whose_handshake_had_to_make_room_is_told_nothing(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    listener = MemoryListener()
-
-    async def slow(user: str) -> Key:
-        await trio.sleep(5)
-        return KEY
-
-    async def connect() -> None:
-        with pytest.raises(HandshakeError, match="the connection broke during the handshake") as caught:
-            async with client_of(listener, user="u", key=KEY):
-                raise AssertionError
-        assert type(caught.value) is HandshakeError
-        assert trio.current_time() == 0
-
-    async with open_server([listener], echo, user_key=slow, settings=Settings(max_handshakes=1)):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(connect)
-            await settle()
-            async with client_of(listener, user="u", key=KEY) as client:
-                assert await client.request(["x"]) == [b"x"]
-
-
 async def test_the_statistics_of_a_server(autojump_clock: trio.testing.MockClock) -> None:
     listener = MemoryListener()
     settings = Settings(max_connections=5, max_handshakes=2)
@@ -567,51 +544,6 @@ async def test_the_statistics_of_a_server(autojump_clock: trio.testing.MockClock
         check(connections=0, handshakes=0, handlers_running=0)
 
 
-async def test_handshakes_that_make_room_count_until_they_have_ended(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    async def stubborn(user: str) -> Key:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 100):
-            await trio.sleep(50)
-        return KEY
-
-    listener = MemoryListener()
-
-    async def connect() -> None:
-        with pytest.raises(HandshakeError):
-            async with client_of(listener, user="u", key=KEY):
-                raise AssertionError
-
-    async with open_server(
-        [listener], echo, user_key=stubborn, settings=Settings(max_handshakes=1)
-    ) as server:
-        async with trio.open_nursery() as nursery:
-            for expected in (1, 2, 2):
-                nursery.start_soon(connect)
-                await settle()
-                assert server.statistics().handshakes == expected
-        await trio.sleep(50)
-        assert server.statistics().handshakes == 0
-
-
-async def test_one_handshake_too_many_closes_the_oldest(caplog: pytest.LogCaptureFixture) -> None:
-    listener = MemoryListener()
-    async with open_server([listener], echo, settings=Settings(max_handshakes=2)):
-        strangers = []
-        for _ in range(4):
-            strangers.append(listener.connect())
-            await settle()
-        for stranger in strangers[:2]:
-            assert await stranger.receive_some() == b""
-        async with client_of(listener) as client:
-            assert await client.request(["x"]) == [b"x"]
-        assert await strangers[2].receive_some() == b""
-        await strangers[3].send_all(b"GET / HTTP/1.1")
-        assert await strangers[3].receive_some() == b""
-    assert caplog.text.count("had to make room") == 3
-    assert caplog.text.count("no bokbok peer: it began with b'GET / HT'") == 1
-
-
 async def test_a_connection_that_fails_oddly_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
     class OddStream(trio.abc.Stream):
         async def send_all(self, data: object) -> None: ...
@@ -629,35 +561,6 @@ async def test_a_connection_that_fails_oddly_harms_nobody(caplog: pytest.LogCapt
         async with client_of(listener) as client:
             assert await client.request(["x"]) == [b"x"]
     assert "the connection with None failed" in caplog.text
-
-
-async def test_look_ups_that_cannot_be_cancelled_are_bounded_too(
-    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
-) -> None:
-    at_once: list[int] = [0, 0]
-
-    async def stubborn(user: str) -> Key:
-        at_once[0] += 1
-        at_once[1] = max(at_once)
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 100):
-            await trio.sleep(50)
-        at_once[0] -= 1
-        return KEY
-
-    listener = MemoryListener()
-
-    async def connect() -> None:
-        with pytest.raises(HandshakeError):
-            async with client_of(listener, user="u", key=KEY):
-                raise AssertionError
-
-    async with open_server([listener], echo, user_key=stubborn, settings=Settings(max_handshakes=2)):
-        async with trio.open_nursery() as nursery:
-            for _ in range(10):
-                nursery.start_soon(connect)
-                await settle()
-    assert at_once == [0, 4]
-    assert caplog.text.count("have not ended") == 6
 
 
 async def test_who_was_cancelled_too_late_to_notice_is_not_served(
