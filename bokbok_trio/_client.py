@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
+from types import FunctionType, MethodType
+from typing import cast
 
 import trio
 
 from ._addresses import Address, as_address, dial, require_loopback, stream_address
 from ._connection import Connection, ConnectionHandler
+from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
 from ._keys import Key, encode_user
@@ -18,6 +23,7 @@ from ._settings import Settings
 
 
 @asynccontextmanager
+@trio.lowlevel.enable_ki_protection
 async def open_connection(
     to: str | Address | trio.abc.Stream,
     *,
@@ -65,6 +71,10 @@ async def open_connection(
         ConnectionRefused: the server has no room, or is stopping.
     """
     check_key_arguments(user, key, service)
+    check_handlers(
+        request_handler=request_handler, channel_handler=channel_handler, close_handler=close_handler
+    )
+    check_settings(settings)
     connection = await connect(
         to if isinstance(to, trio.abc.Stream) else as_address(to),
         user=user,
@@ -101,11 +111,14 @@ async def connect(
         stream = to
     else:
         stream = await dial(to, insecure=insecure or key is not None)
+    address = stream_address(stream)
     try:
-        address = stream_address(stream)
         if key is None and not insecure:
             require_loopback(address)
         opened = await open_as_client(stream, user=user, key=key, service=service, settings=settings)
+    except HandshakeError as exc:
+        await trio.aclose_forcefully(stream)
+        raise _locate(exc, user, _name_place(to, address)) from exc.__cause__
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
@@ -120,6 +133,29 @@ async def connect(
     )
 
 
+def _name_place(to: Address | trio.abc.Stream, address: Address | None) -> str:
+    """Where a connection goes: the address dialled, and the one that answered, if it is another."""
+    if isinstance(to, trio.abc.Stream):
+        return "the other end of the stream" if address is None else str(address)
+    return str(to) if address in {to, None} else f"{to} ({address})"
+
+
+def _locate(error: HandshakeError, user: str | None, place: str) -> HandshakeError:
+    """The same, with who was refused, where that was, and what to check."""
+    if isinstance(error, ConnectionRefused):
+        return ConnectionRefused(f"{place}: {error.message}", error.code)
+    if not isinstance(error, AuthenticationError):
+        return HandshakeError(f"{place}: {error}")
+    if user is None:
+        return AuthenticationError(
+            f"authentication failed at {place}: the server has no name for this process"
+        )
+    failed = f"authentication failed for user {user!r} at {place}"
+    if "prove" in str(error):
+        return AuthenticationError(f"{failed}: {error}")
+    return AuthenticationError(f"{failed}: check the user name, the key and the service")
+
+
 def check_key_arguments(user: str | None, key: Key | None, service: str) -> None:
     """Check what `open_connection` is told of a key, before anything is dialled."""
     if (user is None) != (key is None):
@@ -130,6 +166,47 @@ def check_key_arguments(user: str | None, key: Key | None, service: str) -> None
         raise TypeError(f"key must be a Key, not {type(key).__name__}")
     if encode_service(service) and key is None:
         raise ValueError("a service needs a key: a plain handshake has nothing to check it with")
+
+
+def check_handlers(**handlers: object) -> None:
+    """Check that handlers are async, before anything is opened.
+
+    Arguments:
+        handlers: by the names of the arguments; None is fine.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, handler in handlers.items():
+        if handler is not None and not may_be_async(handler):
+            raise TypeError(f"{name} must be an async function, not {handler!r}: define it with 'async def'")
+
+
+def check_settings(settings: object) -> None:
+    """Check that settings are some, before anything is opened."""
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings must be Settings, not {type(settings).__name__}")
+
+
+def may_be_async(value: object) -> bool:
+    """Whether something may be called and awaited: an async function, or an object with an async call.
+
+    Partials, methods and functions that wrap an async one, as `functools.wraps` says, are as what is in
+    them. Callables that are not written in Python cannot be judged, and may be.
+    """
+    while True:
+        if inspect.iscoroutinefunction(value):
+            return True
+        if isinstance(value, partial):
+            value = cast("partial[object]", value).func
+        elif isinstance(value, FunctionType) and (wrapped := inspect.unwrap(value)) is not value:
+            value = wrapped
+        else:
+            break
+    if not callable(value) or isinstance(value, type | FunctionType | MethodType) or inspect.isbuiltin(value):
+        return False
+    call = type(value).__call__
+    return not isinstance(call, FunctionType) or inspect.iscoroutinefunction(call)
 
 
 def end_reason(connection: Connection) -> str:

@@ -47,7 +47,7 @@ import trio
 
 from ._addresses import Address, TCPAddress, _is_numeric, as_address, check_dialable
 from ._channel import Channel
-from ._client import check_key_arguments, connect, end_reason
+from ._client import check_handlers, check_key_arguments, check_settings, connect, end_reason
 from ._connection import Connection, ConnectionHandler
 from ._errors import (
     AddressError,
@@ -451,6 +451,7 @@ async def _call(handler: ConnectionHandler, connection: Connection) -> None:
 
 
 @asynccontextmanager
+@trio.lowlevel.enable_ki_protection
 async def open_reconnecting(
     to: str | Address | Sequence[str | Address],
     *,
@@ -508,6 +509,13 @@ async def open_reconnecting(
             about to change; so are OSError and the other HandshakeErrors, always.
     """
     check_key_arguments(user, key, service)
+    check_handlers(
+        request_handler=request_handler,
+        channel_handler=channel_handler,
+        open_handler=open_handler,
+        close_handler=close_handler,
+    )
+    check_settings(settings)
     addresses = _as_addresses(to)
     if not isinstance(max_repeats, int):
         raise TypeError(f"max_repeats must be an int, not {type(max_repeats).__name__}")

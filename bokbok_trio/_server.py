@@ -25,7 +25,7 @@ import socket
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final, Literal, TypeAlias, final
+from typing import Final, Literal, TypeAlias, cast, final
 
 import trio
 
@@ -39,11 +39,12 @@ from ._addresses import (
     require_loopback,
     stream_address,
 )
-from ._client import end_reason
+from ._client import check_handlers, check_settings, end_reason, may_be_async
 from ._connection import Connection, ConnectionHandler
-from ._errors import AddressError, HandshakeError
+from ._errors import HandshakeError
 from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
+from ._keys import Key
 from ._nursery import bare_nursery, check_run, contain, keep
 from ._opening import NothingCame, PeerUser, UserKey, describe_error, linger, open_as_server
 from ._places import Place, Places, find_source
@@ -368,8 +369,9 @@ class Server:
             self._idle.set()
 
 
+@trio.lowlevel.enable_ki_protection
 async def serve(
-    on: str | Address | Listeners,
+    on: str | Address | Sequence[str | Address] | Listeners,
     request_handler: RequestHandler | None = None,
     *,
     channel_handler: ChannelHandler | None = None,
@@ -395,8 +397,8 @@ async def serve(
     logger. ``KeyboardInterrupt`` and ``SystemExit`` of a handler end it, and come out bare.
 
     Arguments:
-        on: an address to listen on, as a str or parsed (all the addresses of a host name), or a
-            sequence of listeners, which are then the server's to close.
+        on: an address to listen on, as a str or parsed (all the addresses of a host name); or a sequence of
+            addresses; or a sequence of listeners, which are then the server's to close.
         request_handler: handles requests, many at once; see `RequestHandler`.
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         user_key: how to find the pre-shared key of a user: an async function from the name to a
@@ -423,13 +425,21 @@ async def serve(
         Through ``nursery.start``, the `Server`, as soon as it listens.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or `peer_user` comes with `user_key`.
+        TypeError, ValueError: an argument is wrong: a handler is not async, say, or `user_key` is a dict
+            with values that are no keys. Or `peer_user` comes with `user_key`.
         AddressError: no address, or one in use, or plain TCP elsewhere without `insecure`; or
             `peer_user` for TCP, or on another system than Linux.
         OSError: the system does not let it listen or accept.
     """
     check_user_key(user_key, service)
     check_peer_user(peer_user, user_key)
+    check_handlers(
+        request_handler=request_handler,
+        channel_handler=channel_handler,
+        open_handler=open_handler,
+        close_handler=close_handler,
+    )
+    check_settings(settings)
     listeners = await _open_listeners(
         on,
         backlog=backlog,
@@ -452,8 +462,9 @@ async def serve(
 
 
 @asynccontextmanager
+@trio.lowlevel.enable_ki_protection
 async def open_server(
-    on: str | Address | Listeners,
+    on: str | Address | Sequence[str | Address] | Listeners,
     request_handler: RequestHandler | None = None,
     *,
     channel_handler: ChannelHandler | None = None,
@@ -505,10 +516,31 @@ async def open_server(
 
 def check_user_key(user_key: object, service: str) -> None:
     """Check what `serve` is told of keys, before anything is opened."""
-    if user_key is not None and not callable(user_key) and not isinstance(user_key, Mapping):
+    if callable(user_key):
+        if not may_be_async(user_key):
+            raise TypeError(
+                f"user_key must be an async function, not {user_key!r}: define it with 'async def'"
+            )
+    elif user_key is not None and not isinstance(user_key, Mapping):
         raise TypeError("user_key must be an async function from user name to key, or a mapping")
+    if type(cast("object", user_key)) is dict:  # other mappings may look keys up somewhere
+        for user, keys in cast("dict[object, object]", user_key).items():
+            _check_user(user, keys)
     if encode_service(service) and user_key is None:
         raise ValueError("a service needs user_key: a plain handshake has nothing to check it with")
+
+
+def _check_user(user: object, keys: object) -> None:
+    if not isinstance(user, str):
+        raise TypeError(f"user_key must be a mapping from user names, which are str, not {user!r}")
+    several = cast("Sequence[object]", keys if isinstance(keys, Sequence) else [keys])
+    if not several:
+        raise TypeError(f"user_key has no key for user {user!r}: leave the user out, or give a Key")
+    for key in several:
+        if not isinstance(key, Key):
+            raise TypeError(
+                f"user_key has {type(key).__name__} for user {user!r}, not a Key: wrap 32 bytes in Key(...)"
+            )
 
 
 def check_peer_user(peer_user: object, user_key: object) -> None:
@@ -517,7 +549,9 @@ def check_peer_user(peer_user: object, user_key: object) -> None:
         return
     if user_key is not None:
         raise TypeError("peer_user is for plain connections: with user_key it is the key that names the user")
-    if not callable(peer_user) or inspect.iscoroutinefunction(peer_user):
+    if not callable(peer_user) or any(
+        map(inspect.iscoroutinefunction, (peer_user, type(peer_user).__call__))
+    ):
         raise TypeError("peer_user must be a function from PeerCredentials to user name, and not async")
 
 
@@ -543,23 +577,39 @@ async def _accept_one(
 
 
 async def _open_listeners(
-    on: str | Address | Listeners, *, backlog: int | None, mode: int, insecure: bool, credentials: bool
+    on: str | Address | Sequence[str | Address] | Listeners,
+    *,
+    backlog: int | None,
+    mode: int,
+    insecure: bool,
+    credentials: bool,
 ) -> Listeners:
-    if isinstance(on, Sequence) and not isinstance(on, str):
-        if not on or not all(isinstance(listener, trio.abc.Listener) for listener in on):
-            raise TypeError("serve takes an address, or a sequence of at least one trio.abc.Listener")
-        try:
-            for address in map(listener_address, on):
-                if not insecure:
-                    require_loopback(address)
-                if credentials:
-                    require_credentials(address)
-        except AddressError:
-            for listener in on:
-                await trio.aclose_forcefully(listener)
-            raise
-        return on
-    address = as_address(on)
-    if credentials:
-        require_credentials(address)
-    return await listen(address, backlog=backlog, mode=mode, insecure=insecure)
+    """Listen on an address, or on several, or check listeners. All or none: what was opened is closed."""
+    members = cast("Sequence[object]", on if isinstance(on, Sequence) and not isinstance(on, str) else [on])
+    if not members or isinstance(on, trio.abc.Listener):
+        raise TypeError("pass an address, or a sequence of at least one address or trio.abc.Listener")
+    opened: list[trio.abc.Listener[trio.abc.Stream]] = []
+    try:
+        if all(isinstance(member, trio.abc.Listener) for member in members):
+            opened += cast("Listeners", members)
+            _check_listeners(opened, insecure=insecure, credentials=credentials)
+            return opened
+        addresses = list(map(as_address, members))
+        if credentials:
+            for address in addresses:
+                require_credentials(address)
+        for address in addresses:
+            opened += await listen(address, backlog=backlog, mode=mode, insecure=insecure)
+    except BaseException:
+        for listener in opened:
+            await trio.aclose_forcefully(listener)
+        raise
+    return opened
+
+
+def _check_listeners(listeners: Listeners, *, insecure: bool, credentials: bool) -> None:
+    for address in map(listener_address, listeners):
+        if not insecure:
+            require_loopback(address)
+        if credentials:
+            require_credentials(address)

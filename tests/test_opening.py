@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import ssl
 from collections import UserList
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -26,11 +27,13 @@ from bokbok_trio import (
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake
 from bokbok_trio._opening import (
+    MAX_CAUSES,
     MAX_EARLY_RECORD_SIZE,
     MAX_PACKET_SIZE,
     REFUSAL_DELAY,
     NothingCame,
     Opened,
+    describe_error,
     open_as_client,
     open_as_server,
 )
@@ -230,6 +233,62 @@ async def enter_as_server(wire: Wire) -> tuple[SecretboxStream, bytes]:
     stream = over(wire, handshake)
     handshake.receive_open(await stream.receive_some())
     return stream, handshake.accept([K])
+
+
+# ---- what went wrong, in words ----
+
+
+def caused(error: BaseException, cause: BaseException | None, *, hidden: bool = False) -> BaseException:
+    if hidden:
+        error.__context__, error.__suppress_context__ = cause, True
+    else:
+        error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("bad"), "bad"),
+        (ValueError(), "ValueError"),
+        (caused(ValueError("bad"), KeyError("worse")), "bad"),
+        (
+            caused(trio.BrokenResourceError(), OSError("certificate verify failed")),
+            "BrokenResourceError: certificate verify failed",
+        ),
+        (
+            caused(trio.BrokenResourceError(), caused(ValueError(), KeyError())),
+            "BrokenResourceError: ValueError: KeyError",
+        ),
+        (caused(ValueError(), OSError("elsewhere"), hidden=True), "ValueError"),
+    ],
+)
+def test_an_error_is_never_described_by_nothing(error: BaseException, text: str) -> None:
+    assert describe_error(error) == text
+
+
+def test_causes_in_a_circle_and_contexts_are_described_too() -> None:
+    error = ValueError()
+    error.__cause__ = error
+    assert describe_error(error) == ": ".join(["ValueError"] * MAX_CAUSES)
+    try:
+        try:
+            raise OSError("reset")
+        finally:
+            raise trio.BrokenResourceError
+    except trio.BrokenResourceError as exc:
+        assert describe_error(exc) == "BrokenResourceError: reset"
+
+
+@on_both_sides
+async def test_tls_that_is_cut_is_told_of_with_its_cause(side: Side, autojump_clock: MockClock) -> None:
+    """Trio's exceptions of TLS have no text."""
+    ours, theirs = memory_stream_pair()
+    stream = trio.SSLStream(ours, ssl.create_default_context(), server_hostname="x", server_side=False)
+    await theirs.send_all(b"no TLS at all")
+    error = (await end_of(stream, as_side(side, stream, "plain"))).error
+    assert not isinstance(error, NothingCame)
+    assert "the connection broke during the handshake: BrokenResourceError: [SSL" in str(error)
 
 
 # ---- it opens ----
@@ -684,6 +743,65 @@ async def test_a_failing_look_up_is_logged(
     assert record.exc_info is not None
     assert record.exc_info[0] is error
     assert repr(K.raw)[2:-1] not in caplog.text
+
+
+async def test_a_failing_look_up_is_logged_after_the_refusal(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    """Logging takes time, by which one could tell who is known."""
+    client, server = make_wires()
+    logged: list[int] = []
+
+    async def note_when_sent() -> None:
+        stream, opening = await enter_as_client(client, b"myuser")
+        await stream.send_all(opening)
+        await stream.receive_some()
+
+    class Note(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(len(server.sent))
+
+    note = Note()
+    logging.getLogger("bokbok_trio").addHandler(note)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(note_when_sent)
+            await end_of(server, as_server(server, user_key=raising))
+    finally:
+        logging.getLogger("bokbok_trio").removeHandler(note)
+    assert logged == [2]  # hello, and the refusal
+
+
+ONCE = ExceptionGroup("made once", [LookupError("the database is down")])
+
+
+async def test_failing_look_ups_keep_no_tracebacks(autojump_clock: MockClock) -> None:
+    """An exception that was made once and is raised each time would collect them."""
+
+    async def raise_it_again(user: str) -> Key:
+        raise ONCE
+
+    for _ in range(3):
+        await be_refused(b"myuser", raise_it_again)
+    assert ONCE.__traceback__ is None
+    assert ONCE.exceptions[0].__traceback__ is None
+
+
+async def test_a_look_up_that_fails_while_it_is_cancelled_is_logged(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    async def fail_late(user: str) -> Key:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise LookupError("the database is down")
+
+    options = {"user_key": fail_late, "settings": Settings(handshake_timeout=TIMEOUT)}
+    _client, server = await meet(make_wires(), server=options)
+    assert "not done within 7 seconds" in str(server.error)
+    assert caplog.text.count("looking up the key of user 'myuser' failed") == 1
 
 
 async def test_no_look_up_is_asked_for_an_unusable_name(
