@@ -94,6 +94,11 @@ class NothingCame(_PeerLeft):
     """The client left before it had sent a byte, as health checks do."""
 
 
+@final
+class Displaced(HandshakeError):  # noqa: N818  (what happened)
+    """The handshake had no place, or lost it."""
+
+
 def describe_error(error: BaseException) -> str:
     """Say what is wrong, for a log line or a message. Never empty.
 
@@ -205,7 +210,7 @@ async def open_as_server(
             # Counted from `open`: from hello, a client could let it pass first, and time the look-up.
             refuse_at = trio.current_time() + REFUSAL_DELAY
             if not await place.take_turn(began + MAX_WAIT_SHARE * settings.handshake_timeout):
-                raise await _refuse(transport, stream, "busy")
+                raise await _refuse(transport, stream, "busy", "the client waited too long for its look-up")
             keys = await _look_up_in_turn(transport, user_key, handshake.user, place, failures)
             try:
                 accepted = handshake.accept(keys)
@@ -217,7 +222,7 @@ async def open_as_server(
                 raise
             refusal = admit()
             if refusal is not None:
-                raise await _refuse(transport, stream, refusal)
+                raise await _refuse(transport, stream, refusal, "the client was refused")
             await _send(transport, stream, accepted)
             # Cancelled too late to be caught is cancelled nevertheless: nobody would end it later.
             if not scope.cancel_called:
@@ -227,7 +232,7 @@ async def open_as_server(
     finally:
         failures.log()
     if place.is_displaced:
-        raise HandshakeError("the handshake was ended to make room for others")
+        raise Displaced("the handshake was ended to make room for others")
     if trio.current_time() < scope.deadline:
         raise HandshakeError("the server stopped during the handshake")
     raise _late(settings)
@@ -249,11 +254,11 @@ async def linger(transport: trio.abc.Stream) -> None:
 
 
 async def _refuse(
-    transport: trio.abc.Stream, stream: trio.abc.Stream, code: Literal["busy", "stopping"]
+    transport: trio.abc.Stream, stream: trio.abc.Stream, code: Literal["busy", "stopping"], why: str
 ) -> ConnectionRefused:
-    """Tell the client that it cannot stay, and return the exception to raise."""
+    """Tell the client that it cannot stay, and return the exception to raise, which says why."""
     await _send_refusal(transport, stream, code, f"the server is {code}")
-    return ConnectionRefused("the client was refused", code)
+    return ConnectionRefused(why, code)
 
 
 async def _send_refusal(
@@ -360,13 +365,13 @@ class _Failures:
     """
 
     def __init__(self) -> None:
-        self._found: list[tuple[str, object, BaseException]] = []
+        self._found: list[tuple[str, object, BaseException, BaseException]] = []
 
     def add(self, what: str, whom: object, exc: BaseException) -> None:
         """Take a failure, and raise what of it must go further, as `split_exception` tells."""
         error, rest = split_exception(exc)
         if error is not None:
-            self._found.append((what, whom, error))
+            self._found.append((what, whom, error, exc))  # a group is split, so the two may differ
         if rest is not None:
             raise rest from rest.__cause__
 
@@ -374,9 +379,9 @@ class _Failures:
         """Log them, and drop their tracebacks: an exception that is raised again and again, because it was
         made only once, would collect them, with all that the frames hold.
         """
-        for what, whom, error in self._found:
+        for what, whom, error, raised in self._found:
             logger.error("%s %r failed", what, whom, exc_info=error)
-            _drop_tracebacks(error)
+            _drop_tracebacks(raised)
         self._found.clear()
 
 

@@ -122,20 +122,19 @@ class Places:
         """Give a newcomer a place, which may displace somebody.
 
         Returns:
-            The place, which is to be left at the end; None if the newcomer is the one to be closed.
+            The place, which the caller leaves at the end; None if there is none.
         """
         # Displaced clients end at once, unless their streams (the application's own) take their time.
         if len(self._unfinished) >= 2 * self._most:
             return None
+        if len(self._unfinished) - self._displaced >= self._most:
+            if not self._largest:
+                return None
+            self._displace()
         place = Place(self, source)
         self._unfinished.add(place)
         crowd = self._crowds.setdefault(source, _Crowd(source))
         place._enter(crowd, crowd.silent)
-        if len(self._unfinished) - self._displaced > self._most:
-            self._displace()
-            if place.is_displaced:
-                place.leave()
-                return None
         return place
 
     def cancel_all(self) -> None:

@@ -359,6 +359,7 @@ class ReconnectingConnection:
             self._connections.remove(connection)
             self._changed.unpark_all()
 
+    @trio.lowlevel.enable_ki_protection
     async def _open(self, connection: Connection) -> None:
         """Open a connection's requests to everybody, after the open handler."""
         if self._open_handler is not None:

@@ -46,7 +46,7 @@ from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
 from ._keys import Key
 from ._nursery import bare_nursery, check_run, contain, keep
-from ._opening import NothingCame, PeerUser, UserKey, describe_error, linger, open_as_server
+from ._opening import Displaced, NothingCame, PeerUser, UserKey, describe_error, linger, open_as_server
 from ._places import Place, Places, find_source
 from ._settings import Settings
 from ._statistics import ServerStatistics
@@ -234,7 +234,7 @@ class Server:
         """Close a connection that got no place."""
         with contain(partial(self._log_failure, address)):
             try:
-                raise HandshakeError("there was no place for its handshake")
+                raise Displaced("there was no place for its handshake")
             finally:
                 await trio.aclose_forcefully(stream)
 

@@ -37,10 +37,10 @@ class Settings:
             until it is closed and its handlers and close handler have ended. The next client, once
             it is authenticated, is told so: its `open_connection` raises `ConnectionRefused`, with the
             code ``busy``.
-        max_handshakes: unfinished handshakes of a server at once. One more closes one of them, or itself:
-            one of the network address that has most of them, and rather one that has sent nothing. None is
-            closed whose user is being looked up, or waits for that. Who is closed is told nothing: its
-            `open_connection` raises `HandshakeError`.
+        max_handshakes: unfinished handshakes of a server at once. One more closes one of them: of the network
+            address that has most of them, and one that has sent nothing before others. A client whose user
+            is being looked up, or waits for that, is not closed; where all are such, the newcomer is. The
+            client that is closed is told nothing: its `open_connection` raises `HandshakeError`.
         max_lookups: calls of a server's `user_key` function at once. The other clients wait in order, and
             network addresses take turns. A client that has waited for half of `handshake_timeout` is told
             so: its `open_connection` raises `ConnectionRefused`, with the code ``busy``.

@@ -189,8 +189,8 @@ async def test_one_handshake_too_many_closes_a_silent_one(
             with trio.move_on_after(1):
                 assert await stranger.receive_some() == b""
                 closed += 1
-        assert closed in {2, 3}
-    assert "to make room" in caplog.text or "no place" in caplog.text
+        assert closed == 3
+    assert "no connection with None: the handshake was ended to make room for others" in caplog.text
 
 
 async def test_displaced_streams_that_do_not_end_are_bounded_too(
@@ -304,6 +304,22 @@ async def test_a_flood_is_a_line_a_second_in_the_log_with_a_count(
     assert lines[3].startswith("99 more like: ")
 
 
+async def test_a_flood_of_one_kind_does_not_hide_another(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = MemoryListener()
+    async with open_server([listener], echo, settings=Settings(max_handshakes=1)):
+        for _ in range(10):
+            listener.connect()
+        await settle()
+        stranger = listener.connect()
+        await stranger.send_all(b"GET / HTTP/1.1\r\n\r\n")
+        await settle()
+        await stranger.aclose()
+    assert "to make room" in caplog.text
+    assert "GET / HT" in caplog.text
+
+
 async def test_health_checks_are_no_warnings(caplog: pytest.LogCaptureFixture) -> None:
     """They connect and close, or reset, and send nothing. Who it was is known nevertheless."""
     async with open_server("127.0.0.1:0", echo) as server:
@@ -357,6 +373,40 @@ async def test_a_client_of_a_busy_server_waits_longer_than_one_whose_server_is_g
         assert 1 <= waits[0] <= 2
         assert 2 <= waits[1] <= 4
     assert max(waits) <= 30
+
+
+async def test_a_server_that_stops_is_soon_back_so_its_clients_are_too(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = MemoryListener()
+    dialled: list[float] = []
+
+    async def dial(address: Address, **_: object) -> trio.abc.Stream:
+        await trio.lowlevel.checkpoint()
+        dialled.append(trio.current_time())
+        if len(dialled) > 1:
+            raise OSError("nobody is there")
+        return listener.connect()
+
+    async def come() -> None:
+        async with open_reconnecting("127.0.0.1:1", user="u", key=KEY):
+            raise AssertionError
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await trio.sleep(100)
+
+    monkeypatch.setattr("bokbok_trio._client.dial", dial)
+    async with trio.open_nursery() as nursery:
+        async with open_server([listener], handler, user_key=LookUp(1)) as server:
+            async with open_connection(listener.connect(), user="u", key=KEY) as busy:
+                nursery.start_soon(come)
+                nursery.start_soon(busy.request, [])
+                await trio.sleep(0.5)
+                server.stop(grace=60)
+                await trio.sleep(2)
+                nursery.cancel_scope.cancel()
+    assert dialled[0] == 1
+    assert dialled[1] - 2 <= 0.2
 
 
 # ---- refusals ----

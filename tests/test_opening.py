@@ -271,13 +271,12 @@ def test_causes_in_a_circle_and_contexts_are_described_too() -> None:
     error = ValueError()
     error.__cause__ = error
     assert describe_error(error) == ": ".join(["ValueError"] * MAX_CAUSES)
-    try:
+    with pytest.raises(trio.BrokenResourceError) as caught:
         try:
             raise OSError("reset")
         finally:
             raise trio.BrokenResourceError
-    except trio.BrokenResourceError as exc:
-        assert describe_error(exc) == "BrokenResourceError: reset"
+    assert describe_error(caught.value) == "BrokenResourceError: reset"
 
 
 @on_both_sides

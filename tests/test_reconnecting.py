@@ -1343,6 +1343,32 @@ async def test_a_cancelled_aclose_returns_at_once_and_closes_nevertheless(networ
         assert client.closed
 
 
+@pytest.mark.parametrize("crashes", [False, True])
+async def test_a_dialling_that_hangs_ends_with_the_block(
+    network: Network,
+    crashes: bool,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def hang(address: Address, **_: Any) -> trio.abc.Stream:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            try:
+                await trio.sleep_forever()
+            finally:
+                if crashes:
+                    raise Oops("while it was cancelled")
+        raise AssertionError
+
+    async with network.server() as server, open_reconnecting(A):
+        monkeypatch.setattr("bokbok_trio._client.dial", hang)
+        await drop(server)
+        await trio.sleep(5)
+    assert trio.current_time() == 5
+    assert ("while it was cancelled" in caplog.text) is crashes
+
+
 async def test_a_connection_that_is_opened_too_late_is_closed(
     network: Network, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,8 @@ async def test_stopping_and_waiting_from_another_run_are_refused() -> None:
                 await server.wait_stopped()
 
         await trio.to_thread.run_sync(trio.run, misuse)
+        with pytest.raises(RuntimeError, match="another Trio run"):
+            await trio.to_thread.run_sync(server.stop)
 
 
 async def test_a_lack_of_file_descriptors_is_survived(
@@ -311,6 +313,22 @@ async def test_what_user_key_may_be(user_key: Any) -> None:
     async with open_server([listener], echo, user_key=user_key):
         async with client_of(listener, user="u", key=KEY) as client:
             assert await client.request(["x"]) == [b"x"]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+async def test_names_are_wanted_at_each_of_several_addresses(failing: bool, tmp_path: Path) -> None:
+    on = [f"{tmp_path}/one", f"{tmp_path}/other"] + (["127.0.0.1:0"] if failing else [])
+    if failing:
+        with pytest.raises(AddressError, match="is none"):
+            async with open_server(on, echo, peer_user=uid_of):
+                raise AssertionError
+    else:
+        async with open_server(on, echo, peer_user=uid_of) as server:
+            for address in server.addresses:
+                async with open_connection(address):
+                    assert [connection.user for connection in server.connections] == [str(os.geteuid())]
+                await settle()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("failing", [False, True])
@@ -556,6 +574,33 @@ async def test_services_must_agree(autojump_clock: trio.testing.MockClock) -> No
             with pytest.raises(AuthenticationError):
                 async with client_of(listener, user="u", key=KEY, service=service):
                     raise AssertionError
+
+
+async def test_the_applications_functions_can_be_interrupted(tmp_path: Path) -> None:
+    """The server's own tasks are protected from Ctrl-C, and what they call is not."""
+    protected: dict[str, bool] = {}
+
+    async def look_up(user: str) -> Key:
+        await trio.lowlevel.checkpoint()
+        protected["user_key"] = trio.lowlevel.currently_ki_protected()
+        return KEY
+
+    def name(credentials: PeerCredentials) -> str:
+        protected["peer_user"] = trio.lowlevel.currently_ki_protected()
+        return "me"
+
+    async def on_open(connection: Connection) -> None:
+        await trio.lowlevel.checkpoint()
+        protected["open_handler"] = trio.lowlevel.currently_ki_protected()
+
+    listener = MemoryListener()
+    async with open_server([listener], echo, user_key=look_up):
+        async with client_of(listener, user="u", key=KEY):
+            pass
+    async with open_server(f"{tmp_path}/sock", echo, peer_user=name) as server:
+        async with open_reconnecting(server.addresses[0], open_handler=on_open):
+            protected["block"] = trio.lowlevel.currently_ki_protected()
+    assert protected == dict.fromkeys(["user_key", "peer_user", "open_handler", "block"], False)
 
 
 # ---- peers with a name ----
