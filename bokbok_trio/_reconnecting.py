@@ -28,14 +28,14 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from itertools import cycle
 from typing import Final, cast, final
 
 import trio
 
-from ._addresses import Address, as_address, check_dialable
+from ._addresses import Address, AddressLike, as_address, check_dialable
 from ._channel import Channel
 from ._client import check_key_arguments, connect
 from ._connection import Connection, ConnectionHandler
@@ -300,7 +300,7 @@ def _jitter(longest: float) -> float:
 
 @asynccontextmanager
 async def open_reconnecting(
-    to: str | Address | Sequence[str | Address],
+    to: AddressLike | Sequence[AddressLike],
     *,
     user: str | None = None,
     key: Key | None = None,
@@ -352,8 +352,7 @@ async def open_reconnecting(
     check_key_arguments(user, key, service)
     addresses = _as_addresses(to)
     for address in addresses:
-        with suppress(OSError):  # a name that is not found now may be found when it is its turn
-            await check_dialable(address, insecure=insecure or key is not None)
+        check_dialable(address, insecure=insecure or key is not None)  # a name is looked up in its turn
     client = ReconnectingConnection(
         addresses,
         partial(

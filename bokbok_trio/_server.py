@@ -20,32 +20,23 @@ import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final, Literal, TypeAlias, cast, final
+from typing import Final, Literal, cast, final
 
 import trio
 
-from ._addresses import (
-    Address,
-    as_address,
-    listen,
-    listener_address,
-    require_credentials,
-    require_loopback,
-    stream_address,
-)
+from ._addresses import Address, AddressLike
 from ._connection import Connection, ConnectionHandler
-from ._errors import AddressError, HandshakeError
+from ._errors import HandshakeError
 from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
 from ._nursery import bare_nursery, keep
 from ._opening import PeerUser, UserKey, open_as_server
 from ._settings import Settings
+from ._sockets import Listeners, listener_address, open_listeners, stream_address
 from ._statistics import ServerStatistics
 
 DEFAULT_GRACE: Final = 5.0
 """Seconds that requests in flight may take when a server stops."""
-
-Listeners: TypeAlias = Sequence[trio.abc.Listener[trio.abc.Stream]]
 
 logger = logging.getLogger("bokbok_trio")
 
@@ -283,7 +274,7 @@ class Server:
 
 
 async def serve(
-    on: str | Address | Listeners,
+    on: AddressLike | Sequence[AddressLike | trio.abc.Listener[trio.abc.Stream]],
     request_handler: RequestHandler | None = None,
     *,
     channel_handler: ChannelHandler | None = None,
@@ -309,8 +300,9 @@ async def serve(
     logger. ``KeyboardInterrupt`` and ``SystemExit`` of a handler end it, and come out bare.
 
     Arguments:
-        on: an address to listen on, as a str or parsed (all the addresses of a host name), or a
-            sequence of listeners, which are then the server's to close.
+        on: an address to listen on, as a str or parsed, or a path object; or a sequence of addresses and
+            listeners, which are then the server's to close. A host name is all of its addresses that
+            this machine has, with one port.
         request_handler: handles requests, many at once; see `RequestHandler`.
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         user_key: how to find the pre-shared key of a user: an async function from the name to a
@@ -344,12 +336,13 @@ async def serve(
     """
     check_user_key(user_key, service)
     check_peer_user(peer_user, user_key)
-    listeners = await _open_listeners(
+    listeners = await open_listeners(
         on,
         backlog=backlog,
         mode=unix_mode,
         insecure=insecure or user_key is not None,
         credentials=peer_user is not None,
+        timeout=settings.connect_timeout,
     )
     server = Server(
         listeners,
@@ -367,7 +360,7 @@ async def serve(
 
 @asynccontextmanager
 async def open_server(
-    on: str | Address | Listeners,
+    on: AddressLike | Sequence[AddressLike | trio.abc.Listener[trio.abc.Stream]],
     request_handler: RequestHandler | None = None,
     *,
     channel_handler: ChannelHandler | None = None,
@@ -433,26 +426,3 @@ def check_peer_user(peer_user: object, user_key: object) -> None:
         raise TypeError("peer_user is for plain connections: with user_key it is the key that names the user")
     if not callable(peer_user) or inspect.iscoroutinefunction(peer_user):
         raise TypeError("peer_user must be a function from PeerCredentials to user name, and not async")
-
-
-async def _open_listeners(
-    on: str | Address | Listeners, *, backlog: int | None, mode: int, insecure: bool, credentials: bool
-) -> Listeners:
-    if isinstance(on, Sequence) and not isinstance(on, str):
-        if not on or not all(isinstance(listener, trio.abc.Listener) for listener in on):
-            raise TypeError("serve takes an address, or a sequence of at least one trio.abc.Listener")
-        try:
-            for address in map(listener_address, on):
-                if not insecure:
-                    require_loopback(address)
-                if credentials:
-                    require_credentials(address)
-        except AddressError:
-            for listener in on:
-                await trio.aclose_forcefully(listener)
-            raise
-        return on
-    address = as_address(on)
-    if credentials:
-        require_credentials(address)
-    return await listen(address, backlog=backlog, mode=mode, insecure=insecure)

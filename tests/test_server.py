@@ -448,7 +448,7 @@ async def test_a_peer_that_is_no_unix_socket_is_refused_where_names_are_wanted(
 async def test_listeners_on_tcp_are_closed_where_names_are_wanted() -> None:
     memory = MemoryListener()
     [tcp] = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    message = r"^peer_user needs a UNIX socket, and 127\.0\.0\.1:\d+ is none$"
+    message = r"^peer_user needs a UNIX socket, and 127\.0\.0\.1:\d+ is a TCP address$"
     with pytest.raises(AddressError, match=message), trio.fail_after(5):
         await serve([memory, tcp], echo, peer_user=uid_of)
     assert tcp.socket.fileno() == -1
