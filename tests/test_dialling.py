@@ -180,6 +180,13 @@ async def test_dialling_where_nobody_listens(tmp_path: Path) -> None:
     assert (missing.value.errno, missing.value.filename) == (errno.ENOENT, path)
 
 
+async def test_a_network_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda *_: errno.ENETUNREACH)
+    with pytest.raises(OSError, match=r"cannot connect to 192\.0\.2\.1:80: Network is unreachable") as caught:
+        await dial_to(TCPAddress("192.0.2.1", 80), insecure=True)
+    assert caught.value.errno == errno.ENETUNREACH
+
+
 async def test_a_system_without_unix_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bokbok_trio._sockets.AF_UNIX", None)
     with pytest.raises(AddressError, match=r"^cannot dial /x: this system has no UNIX sockets"):

@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio import Key, TCPAddress, open_connection, open_server
+import bokbok_trio._fork
+from bokbok_trio import Key, TCPAddress, UnixAddress, open_connection, open_server
 from bokbok_trio._direct_stream import DirectStream, make_direct
 from bokbok_trio._fork import close_in_child, close_inherited
 from bokbok_trio._secretbox_stream import SecretboxStream
@@ -259,6 +261,13 @@ trio.run(main)
 """
 
 
+async def read_line(stream: trio.abc.ReceiveStream) -> str:
+    line = b""
+    while not line.endswith(b"\n"):
+        line += await stream.receive_some(1)
+    return line.decode().strip()
+
+
 async def test_one_that_leaves_a_servers_block_ends_no_connection(
     where: str, sealed: bool, tmp_path: Path
 ) -> None:
@@ -270,13 +279,13 @@ async def test_one_that_leaves_a_servers_block_ends_no_connection(
     process = await trio.lowlevel.open_process([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
-        address = (await process.stdout.receive_some()).decode().strip()
+        address = await read_line(process.stdout)
         with trio.fail_after(30):
             async with open_connection(address, **keys) as client:
                 for _ in range(3):
                     await client.request(["x"])
                 go.touch()
-                assert await process.stdout.receive_some() == b"7\n"
+                assert await read_line(process.stdout) == "7"
                 assert await client.request(["still"]) == [b"still"]
             if "/" in address:
                 assert os.path.exists(address)
@@ -286,7 +295,41 @@ async def test_one_that_leaves_a_servers_block_ends_no_connection(
         await process.stdout.aclose()
 
 
-# ---- what is closed ----
+# ---- what is done in a child, seen from inside ----
+
+
+@pytest.fixture
+def fork(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """What runs first in a child, for what is made from now on."""
+    monkeypatch.setattr(bokbok_trio._fork, "_inherited", weakref.WeakSet())
+    return bokbok_trio._fork._after_fork_in_child
+
+
+async def test_all_sockets_are_closed_and_no_file_is_removed(
+    fork: Callable[[], None], tmp_path: Path
+) -> None:
+    [tcp] = await listen_on(TCPAddress("127.0.0.1", 0))
+    [unix] = await listen_on(UnixAddress(tmp_path / "sock"))
+    dialled = await dial_to(tcp_address(tcp))
+    accepted = make_direct(await tcp.accept())
+    assert isinstance(accepted, DirectStream)
+    sealed = SecretboxStream(accepted, send_key=bytes(32), receive_key=bytes(32))
+    before = len(os.listdir("/proc/self/fd"))
+    fork()
+    fork()
+    assert len(os.listdir("/proc/self/fd")) == before - 4
+    assert dialled.socket.fileno() == accepted.socket.fileno() == -1
+    assert sealed.close_now(end=True)
+    with pytest.raises(trio.ClosedResourceError, match="the process that this one was forked from"):
+        sealed.seal(b"x")
+    with pytest.raises(trio.ClosedResourceError):
+        sealed._opener.open(memoryview(b"x"))
+    for each in (tcp, unix):
+        with pytest.raises(trio.ClosedResourceError):
+            await each.accept()
+    for end in (tcp, unix, dialled, accepted, sealed):
+        await end.aclose()
+    assert (tmp_path / "sock").is_socket()
 
 
 async def test_the_socket_below_tls_is_closed() -> None:
