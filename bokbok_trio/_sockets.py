@@ -28,6 +28,7 @@ from ._addresses import (
     as_address,
     check_dialable,
     is_literal,
+    is_loopback,
     refuse_insecure,
     require_loopback,
 )
@@ -97,9 +98,9 @@ async def _resolve(address: TCPAddress, *, insecure: bool) -> Sequence[_Target]:
         targets = [_Target(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))]
     else:
         targets = list(dict.fromkeys(await _look_up(address)))
-    if not insecure:
-        for target in targets:
-            require_loopback(_tcp_address(target.where))
+    for target in targets:
+        if not insecure and not is_loopback(str(target.where[0])):
+            raise refuse_insecure(_tcp_address(target.where).host)
     return targets
 
 
@@ -192,38 +193,49 @@ def _reorder(targets: Sequence[_Target]) -> Sequence[_Target]:
 async def _dial_first(address: TCPAddress, targets: Sequence[_Target]) -> trio.socket.SocketType:
     """Connect to the first of several addresses that answers."""
     errors: list[OSError] = []
+    if len(targets) == 1:
+        sock = await _attempt(targets[0], errors)
+    else:
+        sock = await _race(targets, errors)
+    if sock is not None:
+        return sock
+    await trio.lowlevel.checkpoint()  # for those who try again and again
+    reasons = "; ".join(str(error.strerror) for error in errors).removeprefix(f"{address}: ")
+    raise OSError(errors[-1].errno, f"cannot connect to {address}: {reasons}") from errors[-1]
+
+
+async def _attempt(target: _Target, errors: list[OSError]) -> trio.socket.SocketType | None:
+    """Connect to an address, or note why that cannot be."""
+    try:
+        return await _connect(target.family, target.where)
+    except OSError as exc:
+        errors.append(OSError(exc.errno, f"{target}: {exc.strerror}"))
+        return None
+
+
+async def _race(targets: Sequence[_Target], errors: list[OSError]) -> trio.socket.SocketType | None:
+    """Connect to several addresses, one started after the other, until one answers."""
     connected: list[trio.socket.SocketType] = []
 
-    async def attempt(target: _Target, ended: trio.Event | None = None) -> None:
-        try:
-            connected.append(await _connect(target.family, target.where))
+    async def run(target: _Target, ended: trio.Event) -> None:
+        if sock := await _attempt(target, errors):
+            connected.append(sock)
             race.cancel()
-        except OSError as exc:
-            where = "" if str(target) == str(address) else f"{target}: "
-            errors.append(OSError(exc.errno, f"{where}{exc.strerror}"))
-        if ended is not None:
-            ended.set()
+        ended.set()
 
     try:
         with trio.CancelScope() as race:
-            if len(targets) == 1:
-                await attempt(targets[0])
-            else:
-                async with bare_nursery() as nursery:
-                    for target in targets:
-                        ended = trio.Event()
-                        nursery.start_soon(attempt, target, ended)
-                        with trio.move_on_after(STAGGER):
-                            await ended.wait()
+            async with bare_nursery() as nursery:
+                for target in targets:
+                    ended = trio.Event()
+                    nursery.start_soon(run, target, ended)
+                    with trio.move_on_after(STAGGER):
+                        await ended.wait()
     except BaseException:
         _close_all(connected)
         raise
-    if connected:
-        _close_all(connected[1:])
-        return connected[0]
-    await trio.lowlevel.checkpoint()  # for those who try again and again
-    reasons = "; ".join(str(error.strerror) for error in errors)
-    raise OSError(errors[-1].errno, f"cannot connect to {address}: {reasons}") from errors[-1]
+    _close_all(connected[1:])
+    return connected[0] if connected else None
 
 
 _CONNECTING: Final = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
