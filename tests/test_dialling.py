@@ -17,9 +17,18 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio import AddressError, Settings, TCPAddress, UnixAddress, open_connection
+from bokbok_trio import (
+    AddressError,
+    Settings,
+    TCPAddress,
+    UnixAddress,
+    open_connection,
+    open_reconnecting,
+    open_server,
+)
 from bokbok_trio._addresses import Address, require_loopback
 from bokbok_trio._sockets import LOOK_UPS, STAGGER, listener_address, stream_address
+from tests.helpers import echo
 from tests.sockets import dial_to, find_link_local, full_backlog, listen_on, resolve_to, tcp_address
 
 NOT_LOOPBACK = [
@@ -391,3 +400,20 @@ async def test_a_look_up_that_was_loopback_is_what_is_used() -> None:
     [listener] = await listen_on(TCPAddress("name.example", 0))
     async with listener:
         require_loopback(listener_address(listener))
+
+
+async def test_a_look_up_that_hangs_keeps_no_other_address_from_being_dialled() -> None:
+    class HangingResolver(trio.abc.HostnameResolver):
+        async def getaddrinfo(self, host: Any, port: Any, *args: int) -> Any:
+            await trio.sleep_forever()
+
+        async def getnameinfo(self, sockaddr: Any, flags: int) -> Any:
+            raise NotImplementedError
+
+    trio.socket.set_custom_hostname_resolver(HangingResolver())
+    settings = Settings(connect_timeout=0.1)
+    async with open_server("127.0.0.1:0", echo) as server:
+        with trio.fail_after(5):
+            addresses = ["name.example:80", server.addresses[0]]
+            async with open_reconnecting(addresses, settings=settings) as client:
+                assert await client.request(["x"]) == [b"x"]
