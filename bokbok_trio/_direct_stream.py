@@ -199,11 +199,6 @@ class DirectStream(trio.abc.Stream):
 
     # ---- closing ----
 
-    def stop_receiving(self) -> None:
-        """Receive no more."""
-        with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RD)
-
     def close_now(self) -> None:
         """As `aclose`, which waits for nothing either, but is a checkpoint. Again does nothing."""
         self._borrowed.detach()
