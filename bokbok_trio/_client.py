@@ -11,7 +11,7 @@ from typing import cast
 
 import trio
 
-from ._addresses import Address, as_address, dial, require_loopback, stream_address
+from ._addresses import Address, AddressLike, as_address, require_loopback
 from ._connection import Connection, ConnectionHandler
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
@@ -20,12 +20,13 @@ from ._keys import Key, encode_user
 from ._nursery import bare_nursery
 from ._opening import open_as_client
 from ._settings import Settings
+from ._sockets import dial, stream_address
 
 
 @asynccontextmanager
 @trio.lowlevel.enable_ki_protection
 async def open_connection(
-    to: str | Address | trio.abc.Stream,
+    to: AddressLike | trio.abc.Stream,
     *,
     user: str | None = None,
     key: Key | None = None,
@@ -47,7 +48,8 @@ async def open_connection(
     requests that wait for an answer fail, and the block goes on.
 
     Arguments:
-        to: an address, as a str or parsed, or an open stream, which is then the connection's.
+        to: an address, as a str or parsed, or the path of a UNIX socket as a path object; or an open
+            stream, which is then the connection's.
         user, key: the user's name (1 to 255 bytes of UTF-8) and pre-shared key. With both, the
             connection is encrypted and authenticated both ways, or is not opened; with neither, it
             is plain. Nothing ever falls back.
@@ -64,7 +66,7 @@ async def open_connection(
         ValueError: the user name or the service cannot be one, or `service` comes without a key,
             when nothing could check it.
         AddressError: no address, or plain TCP to another machine without `insecure`.
-        OSError: nobody answers there.
+        OSError: the name is not found, or nobody answers there, or not within ``connect_timeout``.
         HandshakeError: the peer is not one, or did not keep to the rules or to the time.
         AuthenticationError: the server refused the user and key, or could not prove that it has it;
             or, over a UNIX socket, it has no name for this process.
@@ -110,7 +112,7 @@ async def connect(
     if isinstance(to, trio.abc.Stream):
         stream = to
     else:
-        stream = await dial(to, insecure=insecure or key is not None)
+        stream = await dial(to, insecure=insecure or key is not None, timeout=settings.connect_timeout)
     address = stream_address(stream)
     try:
         if key is None and not insecure:

@@ -63,12 +63,13 @@ from ._statistics import ConnectionStatistics
 from ._watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from ._addresses import Address, PeerCredentials
+    from ._addresses import Address
     from ._handshake import Side
     from ._opening import Opened
     from ._packets import Field
     from ._server import Server
     from ._settings import Settings
+    from ._sockets import PeerCredentials
 
 CLOSE_TIMEOUT: Final = 1.0
 """Seconds that a send under way and the end record may take when the connection is closed, and

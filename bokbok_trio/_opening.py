@@ -22,7 +22,6 @@ from typing import Final, Literal, TypeAlias, cast, final
 
 import trio
 
-from ._addresses import PeerCredentials, stream_credentials
 from ._direct_stream import DirectStream, make_direct
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake, encode_refused
@@ -32,6 +31,7 @@ from ._packets import LENGTH_SIZE
 from ._places import Place
 from ._secretbox_stream import MAC_SIZE, SecretboxStream
 from ._settings import Settings
+from ._sockets import PeerCredentials, stream_credentials
 from ._wire import Wire
 
 MAX_PACKET_SIZE: Final = 4096

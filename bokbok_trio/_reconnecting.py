@@ -45,7 +45,7 @@ from weakref import WeakSet
 
 import trio
 
-from ._addresses import Address, TCPAddress, _is_numeric, as_address, check_dialable
+from ._addresses import Address, AddressLike, as_address, check_dialable
 from ._channel import Channel
 from ._client import check_handlers, check_key_arguments, check_settings, connect, end_reason
 from ._connection import Connection, ConnectionHandler
@@ -454,7 +454,7 @@ async def _call(handler: ConnectionHandler, connection: Connection) -> None:
 @asynccontextmanager
 @trio.lowlevel.enable_ki_protection
 async def open_reconnecting(
-    to: str | Address | Sequence[str | Address],
+    to: AddressLike | Sequence[AddressLike],
     *,
     user: str | None = None,
     key: Key | None = None,
@@ -523,9 +523,7 @@ async def open_reconnecting(
     if max_repeats < 0:
         raise ValueError(f"max_repeats must be at least 0, not {max_repeats}")
     for address in addresses:
-        is_name = isinstance(address, TCPAddress) and bool(address.host) and not _is_numeric(address.host)
-        # A name is looked up when it is its turn, or one that hangs would hold up those that are alive.
-        await check_dialable(address, insecure=insecure or key is not None or is_name)
+        check_dialable(address, insecure=insecure or key is not None)  # a name is looked up in its turn
     client = ReconnectingConnection(
         addresses,
         partial(

@@ -25,20 +25,11 @@ import socket
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final, Literal, TypeAlias, cast, final
+from typing import Final, Literal, cast, final
 
 import trio
 
-from ._addresses import (
-    Address,
-    TCPAddress,
-    as_address,
-    listen,
-    listener_address,
-    require_credentials,
-    require_loopback,
-    stream_address,
-)
+from ._addresses import Address, AddressLike, TCPAddress
 from ._client import check_handlers, check_settings, end_reason, may_be_async
 from ._connection import Connection, ConnectionHandler
 from ._errors import HandshakeError
@@ -49,6 +40,7 @@ from ._nursery import bare_nursery, check_run, contain, keep
 from ._opening import Displaced, NothingCame, PeerUser, UserKey, describe_error, linger, open_as_server
 from ._places import Place, Places, find_source
 from ._settings import Settings
+from ._sockets import Listeners, listener_address, open_listeners, stream_address
 from ._statistics import ServerStatistics
 from ._throttle import Throttle
 
@@ -72,8 +64,6 @@ are those that `trio.SocketListener` ignores."""
 
 DEFAULT_GRACE: Final = 5.0
 """Seconds that requests in flight may take when a server stops."""
-
-Listeners: TypeAlias = Sequence[trio.abc.Listener[trio.abc.Stream]]
 
 logger = logging.getLogger("bokbok_trio")
 
@@ -371,7 +361,7 @@ class Server:
 
 @trio.lowlevel.enable_ki_protection
 async def serve(
-    on: str | Address | Sequence[str | Address] | Listeners,
+    on: AddressLike | Sequence[AddressLike | trio.abc.Listener[trio.abc.Stream]],
     request_handler: RequestHandler | None = None,
     *,
     channel_handler: ChannelHandler | None = None,
@@ -397,8 +387,9 @@ async def serve(
     logger. ``KeyboardInterrupt`` and ``SystemExit`` of a handler end it, and come out bare.
 
     Arguments:
-        on: an address to listen on, as a str or parsed (all the addresses of a host name); or a sequence of
-            addresses; or a sequence of listeners, which are then the server's to close.
+        on: an address to listen on, as a str or parsed, or a path object; or a sequence of addresses and
+            listeners, which are then the server's to close. A host name is all of its addresses that
+            this machine has, with one port.
         request_handler: handles requests, many at once; see `RequestHandler`.
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         user_key: how to find the pre-shared key of a user: an async function from the name to a
@@ -440,12 +431,13 @@ async def serve(
         close_handler=close_handler,
     )
     check_settings(settings)
-    listeners = await _open_listeners(
+    listeners = await open_listeners(
         on,
         backlog=backlog,
         mode=unix_mode,
         insecure=insecure or user_key is not None,
         credentials=peer_user is not None,
+        timeout=settings.connect_timeout,
     )
     server = Server(
         listeners,
@@ -464,7 +456,7 @@ async def serve(
 @asynccontextmanager
 @trio.lowlevel.enable_ki_protection
 async def open_server(
-    on: str | Address | Sequence[str | Address] | Listeners,
+    on: AddressLike | Sequence[AddressLike | trio.abc.Listener[trio.abc.Stream]],
     request_handler: RequestHandler | None = None,
     *,
     channel_handler: ChannelHandler | None = None,
@@ -574,42 +566,3 @@ async def _accept_one(
     if address is None and sock.family in {socket.AF_INET, socket.AF_INET6}:
         address = TCPAddress(str(name[0]), int(name[1]))
     return accepted, address
-
-
-async def _open_listeners(
-    on: str | Address | Sequence[str | Address] | Listeners,
-    *,
-    backlog: int | None,
-    mode: int,
-    insecure: bool,
-    credentials: bool,
-) -> Listeners:
-    """Listen on an address, or on several, or check listeners. All or none: what was opened is closed."""
-    members = cast("Sequence[object]", on if isinstance(on, Sequence) and not isinstance(on, str) else [on])
-    if not members or isinstance(on, trio.abc.Listener):
-        raise TypeError("pass an address, or a sequence of at least one address or trio.abc.Listener")
-    opened: list[trio.abc.Listener[trio.abc.Stream]] = []
-    try:
-        if all(isinstance(member, trio.abc.Listener) for member in members):
-            opened += cast("Listeners", members)
-            _check_listeners(opened, insecure=insecure, credentials=credentials)
-            return opened
-        addresses = list(map(as_address, members))
-        if credentials:
-            for address in addresses:
-                require_credentials(address)
-        for address in addresses:
-            opened += await listen(address, backlog=backlog, mode=mode, insecure=insecure)
-    except BaseException:
-        for listener in opened:
-            await trio.aclose_forcefully(listener)
-        raise
-    return opened
-
-
-def _check_listeners(listeners: Listeners, *, insecure: bool, credentials: bool) -> None:
-    for address in map(listener_address, listeners):
-        if not insecure:
-            require_loopback(address)
-        if credentials:
-            require_credentials(address)

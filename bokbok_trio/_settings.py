@@ -27,6 +27,9 @@ class Settings:
             declare holds for both. The user's fields may take up all but 96 bytes of it.
         max_requests: incoming requests in flight at once, 1 to 1,000,000. The other side waits
             before it sends more.
+        connect_timeout: seconds for dialling one address, the look-up of its name and all addresses of
+            the name included, more than 0; `math.inf` for no limit but the system's. A server takes it for
+            the look-up of a name to listen on, and for the lock on the directory of a UNIX socket.
         handshake_timeout: seconds for all of the handshake, more than 0; `math.inf` for no limit.
         ping_after: seconds of silence after which the peer is asked for a sign of life, more than 0.
         ping_timeout: seconds it then has to give one, more than 0, or is lost. A send that takes as
@@ -52,6 +55,7 @@ class Settings:
 
     max_message_size: int = 4 * 2**20
     max_requests: int = 100
+    connect_timeout: float = 10.0
     handshake_timeout: float = 10.0
     ping_after: float = 20.0
     ping_timeout: float = 20.0
@@ -66,6 +70,7 @@ class Settings:
         _check_whole("max_connections", self.max_connections, 1, None)
         _check_whole("max_handshakes", self.max_handshakes, 1, None)
         _check_whole("max_lookups", self.max_lookups, 1, None)
+        _check_seconds("connect_timeout", self.connect_timeout)
         _check_seconds("handshake_timeout", self.handshake_timeout)
         _check_seconds("ping_after", self.ping_after)
         _check_seconds("ping_timeout", self.ping_timeout)

@@ -35,6 +35,9 @@ PUBLIC = {
 LAYERS = [
     *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_packets"),
     *(
+        "_fork",
+        "_unix_listener",
+        "_sockets",
         "_direct_stream",
         "_secretbox_stream",
         "_outbox",
@@ -62,7 +65,17 @@ LAYERS = [
 ]
 
 MAY_USE_TRIO = {
-    *("_errors", "_keys", "_addresses", "_direct_stream", "_secretbox_stream", "_opening", "_nursery"),
+    *(
+        "_errors",
+        "_keys",
+        "_fork",
+        "_unix_listener",
+        "_sockets",
+        "_direct_stream",
+        "_secretbox_stream",
+        "_opening",
+        "_nursery",
+    ),
     *("_places", "_pacing", "_wire", "_watchdog", "_sender", "_channel", "_handling", "_reader"),
 }
 """Of those below the connection."""

@@ -319,7 +319,7 @@ async def test_what_user_key_may_be(user_key: Any) -> None:
 async def test_names_are_wanted_at_each_of_several_addresses(failing: bool, tmp_path: Path) -> None:
     on = [f"{tmp_path}/one", f"{tmp_path}/other"] + (["127.0.0.1:0"] if failing else [])
     if failing:
-        with pytest.raises(AddressError, match="is none"):
+        with pytest.raises(AddressError, match="needs a UNIX socket"):
             async with open_server(on, echo, peer_user=uid_of):
                 raise AssertionError
     else:
@@ -380,7 +380,6 @@ async def test_several_addresses_or_none(failing: bool, tmp_path: Path) -> None:
         ({"on": "127.0.0.1:0", "settings": None}, TypeError),
         ({"on": "127.0.0.1:0", "settings": {}}, TypeError),
         ({"on": MemoryListener()}, TypeError),
-        ({"on": [MemoryListener(), "127.0.0.1:0"]}, TypeError),
         ({"on": b"127.0.0.1:0"}, TypeError),
         ({"on": ["127.0.0.1:0", "nonsense"]}, AddressError),
         ({"on": ["127.0.0.1:0"], "peer_user": uid_of}, AddressError),
@@ -679,7 +678,7 @@ async def test_a_peer_that_is_no_unix_socket_is_refused_where_names_are_wanted(
 async def test_listeners_on_tcp_are_closed_where_names_are_wanted() -> None:
     memory = MemoryListener()
     [tcp] = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    message = r"^peer_user needs a UNIX socket, and 127\.0\.0\.1:\d+ is none$"
+    message = r"^peer_user needs a UNIX socket, and 127\.0\.0\.1:\d+ is a TCP address$"
     with pytest.raises(AddressError, match=message), trio.fail_after(5):
         await serve([memory, tcp], echo, peer_user=uid_of)
     assert tcp.socket.fileno() == -1

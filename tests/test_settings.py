@@ -15,6 +15,7 @@ def test_the_defaults() -> None:
     assert dataclasses.asdict(Settings()) == {
         "max_message_size": 4 * 1024 * 1024,
         "max_requests": 100,
+        "connect_timeout": 10.0,
         "handshake_timeout": 10.0,
         "ping_after": 20.0,
         "ping_timeout": 20.0,
@@ -43,7 +44,7 @@ def test_settings_go_by_name() -> None:
         {"max_message_size": MAX_MESSAGE_SIZE, "max_requests": MAX_REQUESTS, "max_connections": 10**9},
         {"handshake_timeout": 1e-9},
         {"handshake_timeout": 5},
-        {"handshake_timeout": math.inf},
+        {"handshake_timeout": math.inf, "connect_timeout": math.inf},
         {"describe_error": repr},
     ],
 )
@@ -62,6 +63,7 @@ def test_what_is_in_range(values: dict[str, Any]) -> None:
         ("max_connections", 0, "max_connections must be at least 1, not 0"),
         ("max_handshakes", -1, "max_handshakes must be at least 1, not -1"),
         ("max_lookups", 0, "max_lookups must be at least 1, not 0"),
+        ("connect_timeout", 0, "connect_timeout must be more than 0 seconds"),
         ("handshake_timeout", 0, "handshake_timeout must be more than 0 seconds"),
         ("handshake_timeout", -1.0, "handshake_timeout must be more than 0 seconds"),
         ("handshake_timeout", -math.inf, "handshake_timeout must be more than 0 seconds"),
@@ -89,7 +91,7 @@ def test_what_is_out_of_range(name: str, value: Any, message: str) -> None:
         ),
         *(
             (name, value, f"{name} must be a number of seconds, not {type(value).__name__}")
-            for name in ("handshake_timeout", "ping_after", "ping_timeout")
+            for name in ("connect_timeout", "handshake_timeout", "ping_after", "ping_timeout")
             for value in ("10", None)
         ),
         ("describe_error", "text", "describe_error must be a function from an exception to a str"),
