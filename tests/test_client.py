@@ -11,9 +11,11 @@ import trio.testing
 from bokbok_trio import (
     AddressError,
     AuthenticationError,
+    ConnectionRefused,
     HandshakeError,
     Key,
     Settings,
+    TCPAddress,
     open_connection,
     open_server,
 )
@@ -45,6 +47,7 @@ KEY = Key(bytes(range(32)))
         ({"to": "127.0.0.1:0"}, AddressError),
         ({"to": "192.0.2.1:12345"}, AddressError),
         ({"to": "[2001:db8::1]:12345"}, AddressError),
+        ({"settings": None}, TypeError),
     ],
 )
 async def test_bad_arguments_raise_before_anything_is_dialled(
@@ -57,7 +60,9 @@ async def test_bad_arguments_raise_before_anything_is_dialled(
 
 async def test_nobody_there_is_an_oserror() -> None:
     for address in ("127.0.0.1:1", "/nonexistent/socket"):
-        with pytest.raises(OSError, match=r"failed to connect|No such file|attempts to connect"):
+        with pytest.raises(
+            OSError, match=r"cannot connect to 127\.0\.0\.1:1: Connection refused|No such file"
+        ):
             async with open_connection(address):
                 raise AssertionError
 
@@ -70,6 +75,52 @@ async def test_the_stream_is_closed_when_the_handshake_fails() -> None:
             raise AssertionError
     with pytest.raises(trio.ClosedResourceError):
         await ours.send_all(b"x")
+
+
+async def test_a_refused_client_is_told_who_was_refused_where_and_what_to_check() -> None:
+    async with open_server("127.0.0.1:0", echo, user_key={"alice": KEY}) as server:
+        [address] = server.addresses
+        for user, key, service in [("alice", Key.generate(), ""), ("bob", KEY, ""), ("alice", KEY, "mail")]:
+            with pytest.raises(AuthenticationError) as caught:
+                async with open_connection(address, user=user, key=key, service=service):
+                    raise AssertionError
+            assert str(caught.value) == (
+                f"authentication failed for user '{user}' at {address}: "
+                "check the user name, the key and the service"
+            )
+
+
+async def test_a_failed_handshake_tells_which_address_answered() -> None:
+    async with open_server("127.0.0.1:0", echo, settings=Settings(max_connections=1)) as server:
+        [address] = server.addresses
+        assert isinstance(address, TCPAddress)
+        name = f"localhost:{address.port}"
+        async with open_connection(address):
+            places: list[tuple[str | TCPAddress, str]] = [
+                (address, str(address)),
+                (name, rf"{name} \({address}\)"),
+            ]
+            for to, place in places:
+                with pytest.raises(ConnectionRefused, match=f"^{place}: .*busy.*\\[busy\\]$"):
+                    async with open_connection(to):
+                        raise AssertionError
+                with pytest.raises(
+                    HandshakeError, match=f"^{place}: .*; check whether the server expects a key"
+                ):
+                    async with open_connection(to, user="u", key=KEY):
+                        raise AssertionError
+            stream = await trio.open_tcp_stream(address.host, address.port)
+            with pytest.raises(HandshakeError, match=f"^{address}: "):
+                async with open_connection(stream, user="u", key=KEY):
+                    raise AssertionError
+
+
+async def test_a_stream_that_is_no_socket_has_no_address_to_tell() -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    await theirs.aclose()
+    with pytest.raises(HandshakeError, match=r"^the other end of the stream: the connection broke"):
+        async with open_connection(ours):
+            raise AssertionError
 
 
 @pytest.mark.parametrize("timeout", [3, math.inf])

@@ -97,7 +97,7 @@ async def test_a_plain_stream_to_elsewhere_needs_insecure(monkeypatch: pytest.Mo
         [address] = server.addresses
         assert isinstance(address, TCPAddress)
         stream = await trio.open_tcp_stream("127.0.0.1", address.port)
-        monkeypatch.setattr("bokbok_trio._addresses._is_loopback", lambda host: False)
+        monkeypatch.setattr("bokbok_trio._addresses.is_loopback", lambda host: False)
         with pytest.raises(AddressError, match="insecure"):
             async with open_connection(stream):
                 raise AssertionError
@@ -388,7 +388,7 @@ async def test_of_two_processes_that_race_for_a_stale_path_one_wins(tmp_path: Pa
                 for racer in racers:
                     await racer.tell(f"{path} {start}")
                 heard = {await racer.hear(): racer for racer in racers}
-                assert set(heard) == {"won", f"{path} is in use (it answers)"}, f"race {race}"
+                assert set(heard) == {"won", f"{path} is in use (a server answers)"}, f"race {race}"
                 winner = heard.pop("won")
                 await check_who_serves(path, winner)
                 assert stat.S_IMODE(os.lstat(path).st_mode) == 0o600
