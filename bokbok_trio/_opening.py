@@ -61,6 +61,7 @@ class Opened:
     encrypted: bool
     max_message_size: int
     peer_max_requests: int
+    peer_options: Mapping[str, bytes]
 
 
 def _broken(error: trio.BrokenResourceError) -> HandshakeError:
@@ -94,6 +95,7 @@ def _opened(
         handshake.sealed,
         min(settings.max_message_size, handshake.peer_limits.max_message_size),
         handshake.peer_limits.max_requests,
+        handshake.peer_options,
     )
 
 

@@ -39,6 +39,7 @@ LAYERS = [
         "_secretbox_stream",
         "_outbox",
         "_wire",
+        "_options",
         "_handshake",
         "_opening",
         "_events",

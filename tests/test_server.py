@@ -609,7 +609,7 @@ async def test_one_handshake_too_many_closes_the_oldest(caplog: pytest.LogCaptur
         await strangers[3].send_all(b"GET / HTTP/1.1")
         assert await strangers[3].receive_some() == b""
     assert caplog.text.count("had to make room") == 3
-    assert caplog.text.count("no bokbok peer: it began with b'GET / HT'") == 1
+    assert caplog.text.count("not a bokbok peer: the first bytes are b'GET / HT'") == 1
 
 
 async def test_a_connection_that_fails_oddly_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
