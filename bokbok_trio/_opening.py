@@ -80,6 +80,7 @@ class Opened:
     encrypted: bool
     max_message_size: int
     peer_max_requests: int
+    peer_options: Mapping[str, bytes]
 
 
 class _PeerLeft(HandshakeError):  # noqa: N818  (what happened)
@@ -123,6 +124,7 @@ def _opened(
         handshake.sealed,
         min(settings.max_message_size, handshake.peer_limits.max_message_size),
         handshake.peer_limits.max_requests,
+        handshake.peer_options,
     )
 
 

@@ -75,7 +75,7 @@ class RawPeer:
         assert received == hello
         await self.stream.send_all(MAGIC + packet(b"hello", b"server", b"plain", b""))
         assert (await self.receive())[0] == b"open"
-        await self.send(b"accepted", b"%d" % max_message_size, b"%d" % max_requests, b"")
+        await self.send(b"accepted", b"%d" % max_message_size, b"%d" % max_requests, b"\0", b"")
 
 
 @asynccontextmanager

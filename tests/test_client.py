@@ -70,7 +70,7 @@ async def test_nobody_there_is_an_oserror() -> None:
 async def test_the_stream_is_closed_when_the_handshake_fails() -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     await theirs.send_all(b"220 mail.example ESMTP\r\n")
-    with pytest.raises(HandshakeError, match="no bokbok peer: it began with b'220 mail'"):
+    with pytest.raises(HandshakeError, match="not a bokbok peer: the first bytes are b'220 mail'"):
         async with open_connection(ours):
             raise AssertionError
     with pytest.raises(trio.ClosedResourceError):
@@ -148,7 +148,7 @@ async def test_the_stream_is_closed_when_opening_is_cancelled() -> None:
 async def test_a_request_of_the_server_that_comes_with_its_acceptance_is_handled() -> None:
     """In mode plain nothing may be read beyond `accepted`."""
     ours, theirs = trio.testing.memory_stream_pair()
-    accepted = packet(b"accepted", b"4096", b"1", b"")
+    accepted = packet(b"accepted", b"4096", b"1", b"\0", b"")
     await theirs.send_all(
         MAGIC
         + packet(b"hello", b"server", b"plain", b"")
@@ -172,7 +172,7 @@ async def test_a_fake_server_is_found_out() -> None:
             handshake = ServerHandshake(sealed=True, service="", limits=Limits(4096, 1))
             channel = await _exchange_hello(accept, handshake)
             handshake.receive_open(await _receive_packet(channel))
-            await channel.send_all(encode_head(b"accepted", b"4096", b"1", bytes(32)))
+            await channel.send_all(encode_head(b"accepted", b"4096", b"1", b"\0", bytes(32)))
 
         nursery.start_soon(fake)
         with pytest.raises(AuthenticationError, match="did not prove"):

@@ -5,7 +5,7 @@ import math
 import os
 import ssl
 from collections import UserList
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -23,6 +23,7 @@ from bokbok_trio import (
     Key,
     PeerCredentials,
     Settings,
+    _options,
 )
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake
@@ -52,6 +53,14 @@ STRANGER_SIZE = 16 * 2**10
 
 in_both_modes = pytest.mark.parametrize("mode", ["sealed", "plain"])
 on_both_sides = pytest.mark.parametrize("side", ["client", "server"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fixed_grease() -> Iterator[None]:
+    """Give every handshake messages of the same lengths, as cuts and changed bits are counted in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_options, "make_grease", lambda randomness: ("grease.0000", b"1234"))
+        yield
 
 
 @final
@@ -373,6 +382,12 @@ async def test_the_same_service_opens_and_another_looks_like_a_wrong_key(autojum
     assert len({(str(client.error), client.seconds, str(server.error)) for client, server in endings}) == 1
 
 
+@in_both_modes
+async def test_each_side_is_told_the_options_of_the_other(mode: Mode, autojump_clock: MockClock) -> None:
+    for ending in await meet(make_wires(), mode):
+        assert ending.opened.peer_options == {"grease.0000": b"1234"}
+
+
 # ---- nothing comes of it, at once ----
 
 
@@ -419,7 +434,7 @@ async def test_sealed_and_plain_do_not_meet(
     assert "check whether the server expects a key" in str(client.error)
     assert wires[1].sent == []
     # In mode plain the client's `open` is along with its hello.
-    assert [len(sent) for sent in wires[0].sent] == [78 if client_mode == "sealed" else 88]
+    assert [len(sent) for sent in wires[0].sent] == [78 if client_mode == "sealed" else 116]
 
 
 async def test_sealed_and_plain_do_not_meet_over_sockets() -> None:
@@ -837,7 +852,7 @@ async def test_a_server_without_the_key_is_no_server(autojump_clock: MockClock) 
 
     async def pretend() -> None:
         stream, _ = await enter_as_server(server)
-        await stream.send_all(encode_head(b"accepted", b"65536", b"10", bytes(32)))
+        await stream.send_all(encode_head(b"accepted", b"65536", b"10", b"\0", bytes(32)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pretend)

@@ -42,6 +42,7 @@ LAYERS = [
         "_secretbox_stream",
         "_outbox",
         "_wire",
+        "_options",
         "_handshake",
         "_places",
         "_opening",

@@ -184,7 +184,7 @@ async def test_a_cancelled_request_to_a_peer_that_stopped_reading_leaves_no_half
             await stream.send_all(
                 MAGIC
                 + packet(b"hello", b"server", b"plain", b"")
-                + packet(b"accepted", b"4194304", b"9", b"")
+                + packet(b"accepted", b"4194304", b"9", b"\0", b"")
             )
 
         nursery.start_soon(accept)
