@@ -28,7 +28,6 @@ from bokbok_trio import (
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake
 from bokbok_trio._opening import (
-    MAX_CAUSES,
     MAX_EARLY_RECORD_SIZE,
     MAX_PACKET_SIZE,
     REFUSAL_DELAY,
