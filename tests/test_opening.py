@@ -27,13 +27,13 @@ from bokbok_trio import (
 )
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._nursery import MAX_CAUSES, describe_error
 from bokbok_trio._opening import (
     MAX_EARLY_RECORD_SIZE,
     MAX_PACKET_SIZE,
     REFUSAL_DELAY,
     NothingCame,
     Opened,
-    describe_error,
     open_as_client,
     open_as_server,
 )
