@@ -648,9 +648,9 @@ class Session:
 
     def _on_abort(self, fields: list[Received]) -> Abort:
         _, code, message = fields
+        self._peer_aborted = True  # also where it is malformed
         if len(message) > MAX_ABORT_SIZE:
             raise ProtocolError(f"an `abort` of {len(message)} bytes exceeds the limit of {MAX_ABORT_SIZE}")
-        self._peer_aborted = True
         return Abort(decode_text(code), decode_text(message))
 
     def _check_parity(self, id: int) -> None:

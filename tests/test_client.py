@@ -153,7 +153,7 @@ async def test_a_request_of_the_server_that_comes_with_its_acceptance_is_handled
         MAGIC
         + packet(b"hello", b"server", b"plain", b"")
         + accepted
-        + packet(b"req", b"1", b"", body=[b"early"])
+        + packet(b"req", b"1", b"", b"", b"", body=[b"early"])
     )
     async with open_connection(ours, request_handler=echo):
         received = b""

@@ -67,7 +67,7 @@ MAX_BATCH = 2**16 + MAX_WHOLE + 2**10
 quarter of 64 KiB of a piece; and heads."""
 
 DEPTHS = (0, 0, 0, 1, 1, 15)
-CONTEXTS = ({}, {}, {b"trace": b"\0\xff"}, {b"a": bytes(5000), b"b": b""})
+CONTEXTS: tuple[dict[bytes, bytes], ...] = ({}, {}, {b"trace": b"\0\xff"}, {b"a": bytes(5000), b"b": b""})
 
 FORMS = {
     b"req": "itdcb",

@@ -896,7 +896,7 @@ async def test_who_hears_late_that_a_connection_drains_does_not_end_the_next(
         for _ in range(2):
             [_, id, *_] = await peer.receive()
             await trio.sleep(1)
-            await peer.send(b"err", id, b"closing", b"not now")
+            await peer.send(b"err", id, b"closing", b"not now", b"")
 
     async with trio.open_nursery() as nursery, network.server(address=B) as b:
         nursery.start_soon(serve_slowly)
@@ -920,7 +920,7 @@ async def closing_peer(listener: MemoryListener) -> None:
         with suppress(AssertionError):  # until it is cut
             while True:
                 [_, id, *_] = await peer.receive()
-                await peer.send(b"err", id, b"closing", b"not now")
+                await peer.send(b"err", id, b"closing", b"not now", b"")
 
     async with trio.open_nursery() as nursery:
         while True:

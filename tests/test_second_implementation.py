@@ -271,6 +271,19 @@ def test_a_context_and_a_body_share_the_room(size: int) -> None:
     assert second.unpack_body(request[-1]) == [bytes(most)]
 
 
+def test_only_requests_of_depth_0_are_taken_back_by_a_bye() -> None:
+    package = Session("client", max_message_size=2**14, max_requests=1, slots=1)
+    other = second.Open(1, 2**14, 1)
+    asks = (package.request, package.open_channel)
+    sent, waiting = ([[ask([], depth=depth) for ask in asks] for depth in (0, 1)] for _ in range(2))
+    assert [int(fields[1]) for fields in pump(package, other)] == [id for ids in sent for id in ids]
+    assert receive(package, second.packet([b"bye"])) == [Bye(waiting[0])]
+    assert package.take(0.0) == second.BYE_OK
+    for id in sent[1]:
+        receive(package, b"".join(other.put([b"ok", b"%d" % id, second.body([])])))
+    assert [int(fields[1]) for fields in pump(package, other)] == waiting[1]
+
+
 def test_details_come_in_pieces_too() -> None:
     package = Session("client", max_message_size=2**20, max_requests=1, slots=1)
     other = second.Open(1, 2**20, 1)

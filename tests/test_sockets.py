@@ -204,7 +204,7 @@ async def test_a_cancelled_request_to_a_peer_that_stopped_reading_leaves_no_half
             while not packets or packets[-1][0] != b"req":
                 packets += decode(decoder, await accepted[0].receive_some())
             # After `open` every packet is whole: some of the request, that it is void, and the next.
-            assert packets[-2:] == [[b"drop", b"0"], [b"req", b"2", b"", b"\x01\0\0\0\5after"]]
+            assert packets[-2:] == [[b"drop", b"0"], [b"req", b"2", b"", b"", b"", b"\x01\0\0\0\5after"]]
             assert {(kind, number) for kind, number, *_ in packets[1:-2]} == {(b"part", b"0")}
             await accepted[0].send_all(packet(b"ok", b"2", body=[b"well"]))
             while not answers:
