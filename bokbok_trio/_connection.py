@@ -613,11 +613,11 @@ class Connection:
         self._channels.wake_writers()
 
     def _send_ping(self) -> None:
-        """Queue a ping, unless one is on its way, whose answer is as good."""
+        """Queue a ping. The watchdog's go also where one is out that the peer has not answered."""
         if not self._pings.is_out:
             self._pings.start_round()
-            self._session.ping()
-            self._sender.wake()
+        self._session.ping()
+        self._sender.wake()
 
     # ---- its end ----
 

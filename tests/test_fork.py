@@ -189,7 +189,7 @@ async def test_it_seals_and_opens_nothing(over: str) -> None:
         lambda: stream._opener.open(memoryview(b"")),
     ):
         assert "ClosedResourceError" in in_child(act)
-    assert in_child(lambda: stream.close_now(end=True)) == repr(over == "socket")
+    assert in_child(stream.seal_end) == repr(b"")
     assert in_child(lambda: run_coroutine(stream.aclose())) == "None"
     assert in_child(lambda: (stream._sealer._key, stream._opener._key)) == "(b'', b'')"
     await stream.send_all(b"for the peer")
@@ -319,7 +319,7 @@ async def test_all_sockets_are_closed_and_no_file_is_removed(
     fork()
     assert len(os.listdir("/proc/self/fd")) == before - 4
     assert dialled.socket.fileno() == accepted.socket.fileno() == -1
-    assert sealed.close_now(end=True)
+    sealed.close_now()
     with pytest.raises(trio.ClosedResourceError, match="the process that this one was forked from"):
         sealed.seal(b"x")
     with pytest.raises(trio.ClosedResourceError):

@@ -50,7 +50,7 @@ SPLITS: dict[str, Split] = {
     ),
     "fatal": (lambda _: KeyboardInterrupt(), None, KeyboardInterrupt),
     "exit": (lambda _: SystemExit(3), None, SystemExit),
-    "generator exit": (lambda _: GeneratorExit(), None, GeneratorExit),
+    "generator exit": (lambda _: GeneratorExit(), GeneratorExit, None),
     "fatal in a group": (lambda _: group(KeyboardInterrupt()), None, KeyboardInterrupt),
     "fatal deep in": (
         lambda c: group(ValueError(), group(c, group(KeyError(), SystemExit()))),

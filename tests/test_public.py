@@ -23,6 +23,7 @@ PUBLIC = {
         *("Channel", "Connection", "ReconnectingConnection", "Server", "Settings", "Key"),
         *("ConnectionStatistics", "ServerStatistics"),
         *("Address", "TCPAddress", "UnixAddress", "PeerCredentials"),
+        *("Context", "CurrentRequest", "Fields", "current_request"),
         *("Field", "RequestHandler", "ChannelHandler", "ConnectionHandler", "UserKey", "PeerUser"),
         *("BokbokError", "AddressError", "HandshakeError", "AuthenticationError", "ConnectionRefused"),
         *("ConnectionClosed", "ConnectionLost", "ProtocolError", "MessageTooLarge"),
@@ -33,7 +34,7 @@ PUBLIC = {
 
 # Lower files never import higher ones.
 LAYERS = [
-    *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_packets"),
+    *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_events", "_packets", "_eager"),
     *(
         "_fork",
         "_unix_listener",
@@ -46,13 +47,15 @@ LAYERS = [
         "_handshake",
         "_places",
         "_opening",
-        "_events",
         "_flow",
         "_pacing",
         "_session",
+        "_read_turn",
+        "_waiting",
         "_watchdog",
         "_sender",
         "_channel",
+        "_current",
         "_handling",
         "_reader",
         "_statistics",
@@ -77,7 +80,8 @@ MAY_USE_TRIO = {
         "_opening",
         "_nursery",
     ),
-    *("_places", "_pacing", "_wire", "_watchdog", "_sender", "_channel", "_handling", "_reader"),
+    *("_places", "_pacing", "_wire", "_waiting", "_watchdog"),
+    *("_sender", "_channel", "_handling", "_reader"),
 }
 """Of those below the connection."""
 
