@@ -56,6 +56,7 @@ def docs(session: nox.Session) -> None:
         "docs/protocol.rst",
         "docs/security.rst",
         "docs/performance.rst",
+        "docs/running.rst",
         "benchmarks/README.rst",
     ):
         session.run("docutils", "--strict", text, "--writer=null")

@@ -19,7 +19,6 @@ drawn in ``bokbok_trio._errors``::
 
 from ._addresses import (
     Address as Address,
-    PeerCredentials as PeerCredentials,
     TCPAddress as TCPAddress,
     UnixAddress as UnixAddress,
 )
@@ -57,6 +56,7 @@ from ._server import (
     serve as serve,
 )
 from ._settings import Settings as Settings
+from ._sockets import PeerCredentials as PeerCredentials
 from ._statistics import (
     ConnectionStatistics as ConnectionStatistics,
     ServerStatistics as ServerStatistics,

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncGenerator
+from functools import partial
+from types import FunctionType, MethodType
+from typing import cast
 
 import trio
 
-from ._addresses import Address, as_address, dial, require_loopback, stream_address
+from ._addresses import Address, AddressLike, as_address, require_loopback
 from ._connection import Connection, ConnectionHandler
+from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
 from ._keys import Key, encode_user
 from ._nursery import bare_nursery, block
 from ._opening import open_as_client
 from ._settings import Settings
+from ._sockets import dial, stream_address
 
 
 @block
 async def open_connection(
-    to: str | Address | trio.abc.Stream,
+    to: AddressLike | trio.abc.Stream,
     *,
     user: str | None = None,
     key: Key | None = None,
@@ -40,7 +46,8 @@ async def open_connection(
     requests that wait for an answer fail, and the block goes on.
 
     Arguments:
-        to: an address, as a str or parsed, or an open stream, which is then the connection's.
+        to: an address, as a str or parsed, or the path of a UNIX socket as a path object; or an open
+            stream, which is then the connection's.
         user, key: the user's name (1 to 255 bytes of UTF-8) and pre-shared key. With both, the
             connection is encrypted and authenticated both ways, or is not opened; with neither, it
             is plain. Nothing ever falls back.
@@ -57,13 +64,17 @@ async def open_connection(
         ValueError: the user name or the service cannot be one, or `service` comes without a key,
             when nothing could check it.
         AddressError: no address, or plain TCP to another machine without `insecure`.
-        OSError: nobody answers there.
+        OSError: the name is not found, or nobody answers there, or not within ``connect_timeout``.
         HandshakeError: the peer is not one, or did not keep to the rules or to the time.
         AuthenticationError: the server refused the user and key, or could not prove that it has it;
             or, over a UNIX socket, it has no name for this process.
         ConnectionRefused: the server has no room, or is stopping.
     """
     check_key_arguments(user, key, service)
+    check_handlers(
+        request_handler=request_handler, channel_handler=channel_handler, close_handler=close_handler
+    )
+    check_settings(settings)
     connection = await connect(
         to if isinstance(to, trio.abc.Stream) else as_address(to),
         user=user,
@@ -99,12 +110,15 @@ async def connect(
     if isinstance(to, trio.abc.Stream):
         stream = to
     else:
-        stream = await dial(to, insecure=insecure or key is not None)
+        stream = await dial(to, insecure=insecure or key is not None, timeout=settings.connect_timeout)
+    address = stream_address(stream)
     try:
-        address = stream_address(stream)
         if key is None and not insecure:
             require_loopback(address)
         opened = await open_as_client(stream, user=user, key=key, service=service, settings=settings)
+    except HandshakeError as exc:
+        await trio.aclose_forcefully(stream)
+        raise _locate(exc, user, _name_place(to, address)) from exc.__cause__
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
@@ -119,6 +133,29 @@ async def connect(
     )
 
 
+def _name_place(to: Address | trio.abc.Stream, address: Address | None) -> str:
+    """Where a connection goes: the address dialled, and the one that answered, if it is another."""
+    if isinstance(to, trio.abc.Stream):
+        return "the other end of the stream" if address is None else str(address)
+    return str(to) if address in {to, None} else f"{to} ({address})"
+
+
+def _locate(error: HandshakeError, user: str | None, place: str) -> HandshakeError:
+    """The same, with who was refused, where that was, and what to check."""
+    if isinstance(error, ConnectionRefused):
+        return ConnectionRefused(f"{place}: {error.message}", error.code)
+    if not isinstance(error, AuthenticationError):
+        return HandshakeError(f"{place}: {error}")
+    if user is None:
+        return AuthenticationError(
+            f"authentication failed at {place}: the server has no name for this process"
+        )
+    failed = f"authentication failed for user {user!r} at {place}"
+    if "prove" in str(error):
+        return AuthenticationError(f"{failed}: {error}")
+    return AuthenticationError(f"{failed}: check the user name, the key and the service")
+
+
 def check_key_arguments(user: str | None, key: Key | None, service: str) -> None:
     """Check what `open_connection` is told of a key, before anything is dialled."""
     if (user is None) != (key is None):
@@ -129,3 +166,49 @@ def check_key_arguments(user: str | None, key: Key | None, service: str) -> None
         raise TypeError(f"key must be a Key, not {type(key).__name__}")
     if encode_service(service) and key is None:
         raise ValueError("a service needs a key: a plain handshake has nothing to check it with")
+
+
+def check_handlers(**handlers: object) -> None:
+    """Check that handlers are async, before anything is opened.
+
+    Arguments:
+        handlers: by the names of the arguments; None is fine.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, handler in handlers.items():
+        if handler is not None and not may_be_async(handler):
+            raise TypeError(f"{name} must be an async function, not {handler!r}: define it with 'async def'")
+
+
+def check_settings(settings: object) -> None:
+    """Check that settings are some, before anything is opened."""
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings must be Settings, not {type(settings).__name__}")
+
+
+def may_be_async(value: object) -> bool:
+    """Whether something may be called and awaited: an async function, or an object with an async call.
+
+    Partials, methods and functions that wrap an async one, as `functools.wraps` says, are as what is in
+    them. Callables that are not written in Python cannot be judged, and may be.
+    """
+    while True:
+        if inspect.iscoroutinefunction(value):
+            return True
+        if isinstance(value, partial):
+            value = cast("partial[object]", value).func
+        elif isinstance(value, FunctionType) and (wrapped := inspect.unwrap(value)) is not value:
+            value = wrapped
+        else:
+            break
+    if not callable(value) or isinstance(value, type | FunctionType | MethodType) or inspect.isbuiltin(value):
+        return False
+    call = type(value).__call__
+    return not isinstance(call, FunctionType) or inspect.iscoroutinefunction(call)
+
+
+def end_reason(connection: Connection) -> str:
+    """Why a connection has ended, in words."""
+    return connection.reason or "it is draining"

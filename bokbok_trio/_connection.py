@@ -75,12 +75,13 @@ from ._waiting import Pings, Waiter
 from ._watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from ._addresses import Address, PeerCredentials
+    from ._addresses import Address
     from ._handshake import Side
     from ._opening import Opened
     from ._packets import Context, Fields
     from ._server import Server
     from ._settings import Settings
+    from ._sockets import PeerCredentials
 
 SLOT_PATIENCE: Final = 1.0
 """Seconds that a request waits for a slot before the log says so, once for each connection."""
@@ -187,7 +188,9 @@ class Connection:
             max_requests=settings.max_requests,
             slots=opened.peer_max_requests,
         )
-        self._waiters: dict[int, Waiter[list[bytes] | BokbokError] | Channel] = {}  # for the answers to what this side asked
+        self._waiters: dict[
+            int, Waiter[list[bytes] | BokbokError] | Channel
+        ] = {}  # for the answers to what this side asked
         self._watchdog = Watchdog(
             settings.ping_after, settings.ping_timeout, ping=self._send_ping, lose=self._lose
         )
@@ -563,7 +566,7 @@ class Connection:
                 else:
                     nursery.start_soon(self._open, open_handler)
                 await self._send()
-        except Exception as exc:  # noqa: BLE001  (no task of ours raises any)
+        except Exception as exc:
             # But one that a handler left a nursery open in, for which Trio raises this at its end.
             logger.error("%r: a task of the connection ended badly", self, exc_info=exc)
         except BaseException as exc:  # noqa: BLE001  (raised again below)
@@ -747,7 +750,9 @@ class Connection:
         elif isinstance(event, Bye):
             self._on_bye(event)
         elif isinstance(event, Abort):
-            text = f"this side broke the protocol, says the peer: {escape(event.message)} [{escape(event.code)}]"
+            text = (
+                f"this side broke the protocol, says the peer: {escape(event.message)} [{escape(event.code)}]"
+            )
             logger.warning("%r: %s", self, text)
             self._lose(text)
         elif self._pings.on_pong():

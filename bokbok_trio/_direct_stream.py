@@ -2,13 +2,20 @@
 
 Most of what a small request costs is the waking of tasks. Trio's own stream gives others a turn after
 every receive and every send; here a receive gives them one while it waits, and `send_now` none at
-all. Only public interfaces of Trio are used: the number of the socket, and waiting for it.
+all. Only public interfaces of Trio are used.
+
+Trio's socket cannot send without being awaited, and ``os.write`` cannot ask for no SIGPIPE: with that
+signal at its default, writing to a socket whose peer is gone ends the process. So each stream keeps a
+second `socket.socket` for the descriptor of Trio's, sends through it with ``MSG_NOSIGNAL``, and asks
+Trio's socket before each use whether it is still open. If the application closed it, its number may
+belong to another file by now. The two take as long as ``os.write`` and ``os.readv`` on a bare number
+would; the second socket never closes the descriptor.
 """
 
 from __future__ import annotations
 
-import os
 import socket
+import struct
 import sys
 import threading
 from contextlib import suppress
@@ -16,15 +23,29 @@ from typing import Final, final
 
 import trio
 
+from ._fork import abandon_in_child, close_in_child, close_inherited
+
+if sys.platform == "linux":  # pragma: no branch
+    import fcntl
+    import termios
+
 RECEIVE_SIZE: Final = 2**17
 """Bytes received at once: two batches, so that a batch and its records' headers come in one. More made
 no clear difference, and what is received at once is handled before other tasks have their turn."""
-
 
 MALLOC_HINT: Final = 2**22
 """Bytes of a block that is allocated and freed once. From this glibc's malloc learns (mallopt(3), "dynamic
 mmap threshold") not to give the end of the heap back whenever 128 KiB of it are free: the page faults that
 bring it back can take a third of a sealed echo of 64 KiB, and a quarter of one of 1 MiB."""
+
+NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
+"""The flag of a send that raises EPIPE and no SIGPIPE. macOS has an option of the socket instead."""
+
+SO_NOSIGPIPE: Final = 0x1022
+"""macOS's number of that option (``sys/socket.h``), which Python does not name."""
+
+QUEUED: Final = struct.Struct("=i")
+"""The answer of SIOCOUTQ."""
 
 
 class _Scratch(threading.local):
@@ -38,6 +59,17 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+class _Borrowed(socket.socket):
+    """A second socket object for a descriptor that another one owns. It never closes the descriptor."""
+
+    def __init__(self, owner: trio.socket.SocketType) -> None:
+        super().__init__(owner.family, owner.type, owner.proto, fileno=owner.fileno())
+        self.setblocking(False)  # whatever socket.setdefaulttimeout() said
+
+    def __del__(self) -> None:
+        self.detach()
+
+
 @final
 class DirectStream(trio.abc.Stream):
     """A stream over the one of a socket.
@@ -48,15 +80,29 @@ class DirectStream(trio.abc.Stream):
     Attributes:
         socket: Trio's.
         is_tcp: whether it is a TCP socket.
+
+    Raises:
+        trio.ClosedResourceError: the stream was closed.
     """
 
-    __slots__ = ("_fd", "_stream", "is_tcp", "socket")
+    __slots__ = ("__weakref__", "_borrowed", "_is_sending", "_stream", "is_tcp", "socket")
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self.socket = stream.socket
         self.is_tcp = stream.socket.family in (socket.AF_INET, socket.AF_INET6)
-        self._fd = stream.socket.fileno()  # -1 once it is closed
+        self._is_sending = False
+        self._check_open()
+        self._borrowed = _Borrowed(stream.socket)
+        if sys.platform == "darwin":
+            self.socket.setsockopt(socket.SOL_SOCKET, SO_NOSIGPIPE, 1)
+        abandon_in_child(self)
+
+    def _check_open(self) -> None:
+        if self.socket.fileno() < 0:
+            raise trio.ClosedResourceError("this stream was closed")
+
+    # ---- sending ----
 
     def send_now(self, data: bytes) -> int:
         """Send as much of some data as the socket takes at once, and return how many bytes.
@@ -64,18 +110,72 @@ class DirectStream(trio.abc.Stream):
         It never raises: a broken socket takes nothing, and `send_all` finds out why. To be called only
         while no `send_all` is under way.
         """
+        if self.socket.fileno() < 0:
+            return 0
         try:
-            return os.write(self._fd, data)
+            return self._borrowed.send(data, NO_SIGNAL)
         except OSError:
             return 0
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """As the socket's stream does."""
-        await self._stream.send_all(data)
+        """As the socket's stream does, but never with a SIGPIPE."""
+        self._start_sending()
+        try:
+            if not data:
+                await trio.lowlevel.checkpoint()
+            with memoryview(data) as view:
+                sent = 0
+                while sent < len(view):
+                    with view[sent:] as rest:
+                        sent += await self.socket.send(rest, NO_SIGNAL)
+        except OSError as exc:
+            raise self._translate(exc) from exc
+        finally:
+            self._is_sending = False
 
     async def wait_send_all_might_not_block(self) -> None:
         """As the socket's stream does."""
-        await self._stream.wait_send_all_might_not_block()
+        self._start_sending()
+        try:
+            await self.socket.wait_writable()
+        except OSError as exc:
+            raise self._translate(exc) from exc
+        finally:
+            self._is_sending = False
+
+    def _start_sending(self) -> None:
+        if self._is_sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        self._check_open()
+        if self.socket.did_shutdown_SHUT_WR:
+            raise trio.ClosedResourceError("sending on this stream was shut down")
+        self._is_sending = True
+
+    def _translate(self, error: OSError) -> trio.ClosedResourceError | trio.BrokenResourceError:
+        if self.socket.fileno() < 0:
+            return trio.ClosedResourceError("this stream was closed")
+        return trio.BrokenResourceError(str(error))
+
+    def shutdown_send(self) -> None:
+        """Send nothing more: the peer receives what was sent, and then the end. Ignores a broken socket."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def count_queued(self) -> int | None:
+        """Count the bytes that were sent and that the peer's system has not acknowledged yet.
+
+        Of a UNIX socket: that the peer has not received, with the system's overhead. None: the stream was
+        closed, or this system does not tell (only Linux does).
+        """
+        if sys.platform != "linux":
+            return None
+        try:
+            [queued] = QUEUED.unpack(fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, bytes(QUEUED.size)))
+        except (OSError, ValueError):
+            return None
+        return int(queued)
+
+    # ---- receiving ----
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """As the socket's stream does."""
@@ -86,36 +186,38 @@ class DirectStream(trio.abc.Stream):
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
         view = _scratch.view if max_bytes is None else _scratch.view[:max_bytes]
-        if self._fd < 0:
-            raise trio.ClosedResourceError("this stream was closed")
+        self._check_open()
         while True:
-            await trio.lowlevel.wait_readable(self._fd)
             try:
-                return view[: os.readv(self._fd, [view])]
+                await trio.lowlevel.wait_readable(self.socket.fileno())
+                self._check_open()  # it may have been closed after this task was woken
+                return view[: self._borrowed.recv_into(view)]
             except BlockingIOError:
                 continue
             except OSError as exc:
-                raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+                raise self._translate(exc) from exc
 
-    def shutdown_send(self) -> None:
-        """Send no more: the peer sees the end when it has received everything. A broken socket is left so."""
-        with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
+    # ---- closing ----
 
     def close_now(self) -> None:
         """As `aclose`, which waits for nothing either, but is a checkpoint. Again does nothing."""
-        self._fd = -1  # before its number can be another file's
+        self._borrowed.detach()
         self.socket.close()
 
     async def aclose(self) -> None:
         """As the socket's stream does."""
-        self._fd = -1  # as above
+        self._borrowed.detach()
         await self._stream.aclose()
+
+    def abandon(self) -> None:
+        """See `Abandonable.abandon`. To whoever uses it then, it is closed."""
+        self._borrowed.detach()
+        close_inherited(self.socket)
 
 
 def make_direct(stream: trio.abc.Stream) -> trio.abc.Stream:
     """A direct stream over one of a socket; any other as it is."""
-    # Elsewhere a socket is no file that one could write to.
-    if isinstance(stream, trio.SocketStream) and sys.platform != "win32":
+    if isinstance(stream, trio.SocketStream) and sys.platform != "win32":  # where it was never tried
         return DirectStream(stream)
+    close_in_child(stream)
     return stream

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
 from types import CodeType, FrameType, coroutine
-from typing import Any, TypeVar, final
-
-_T = TypeVar("_T")
+from typing import Any, final
 
 
 @final

@@ -77,6 +77,10 @@ class End(NamedTuple):
 class Pong(NamedTuple):
     """The peer answered a ping of ours."""
 
+    def __bool__(self) -> bool:
+        """An event is something, though this one says nothing more."""
+        return True
+
 
 class Abort(NamedTuple):
     """The peer ends the connection, as we broke the protocol."""

@@ -8,8 +8,8 @@ normative text. In short, for mode "sealed"::
     client -> server   hello       an ephemeral X25519 key
     server -> client   hello       an ephemeral X25519 key
                        -- from here on inside an anonymous private channel, keys `hs` --
-    client -> server   open        user, limits, a session key sealed under the user's key
-    server -> client   accepted    limits, a proof that the server knows the user's key
+    client -> server   open        user, limits, options, a session key sealed under the user's key
+    server -> client   accepted    limits, options, a proof that the server knows the user's key
                        -- from here on under the final keys `fk` --
 
 Invariants
@@ -19,7 +19,7 @@ Invariants
   a different hash on each side, and neither a box nor a proof that fits.
 - The user's key keys BLAKE2b under a label of its own for each use, and nothing else.
 - A client believes nothing of `accepted`, and a server nothing of `open`, before the box or the
-  proof in it has been checked, in constant time.
+  proof in it has been checked, in constant time. The server checks only the form of its fields before.
 - A user that is unknown, a name that cannot be one, and a wrong key take the same path through
   `ServerHandshake.accept`.
 
@@ -32,7 +32,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, final
 
@@ -46,6 +46,7 @@ from nacl.exceptions import CryptoError, RuntimeError as SodiumError
 
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError, ProtocolError
 from ._keys import KEY_SIZE, Key, encode_user
+from ._options import NO_OPTIONS, Randomness, decode_options, encode_options
 from ._packets import LENGTH_SIZE, decode_body, decode_number, describe, encode_head, encode_number
 from ._settings import MAX_REQUESTS, MIN_MESSAGE_SIZE
 
@@ -60,7 +61,8 @@ NONCE_SIZE: Final = 24
 """Bytes of a secretbox nonce."""
 
 OPEN_SIZE: Final = 512
-"""Bytes of a sealed `open` packet, length included, whatever the length of the user's name."""
+"""Bytes of a sealed `open` packet, length included, whatever is in it. With the longest user name, numbers
+and options 19 are left for the pad."""
 
 BOX_SIZE: Final = 16 + KEY_SIZE + 32
 """Bytes of the box in `open`: the seal, the session key, and the hash h1."""
@@ -70,8 +72,6 @@ MAX_REASON_SIZE: Final = 256
 
 MAX_KEYS: Final = 16
 """Keys of one user that a server tries, so that rotation cannot turn into a cost per stranger."""
-
-Randomness: TypeAlias = Callable[[int], bytes]
 
 
 def keyed_hash(size: int, key: bytes, label: bytes, data: bytes) -> bytes:
@@ -112,9 +112,13 @@ class Limits:
         except ProtocolError as exc:
             raise HandshakeError(str(exc)) from None
         if limits.max_message_size < MIN_MESSAGE_SIZE:
-            raise HandshakeError(f"the peer takes only {limits.max_message_size} bytes a message")
+            raise HandshakeError(
+                f"the peer takes messages of only {limits.max_message_size} bytes, under {MIN_MESSAGE_SIZE}"
+            )
         if not 1 <= limits.max_requests <= MAX_REQUESTS:
-            raise HandshakeError(f"the peer declares {limits.max_requests} requests at once")
+            raise HandshakeError(
+                f"the peer takes {limits.max_requests} requests at once, not 1 to {MAX_REQUESTS}"
+            )
         return limits
 
 
@@ -143,20 +147,38 @@ class DirectionKeys:
 
 
 class _Handshake:
-    """What both sides do alike: hello, and the anonymous channel's keys."""
+    """The part of both sides: hello, and the anonymous channel's keys.
+
+    Attributes:
+        peer_limits, peer_options, final_keys: of the peer, and for both directions; right once the
+            handshake has ended well.
+    """
 
     side: Side
 
-    def __init__(self, *, sealed: bool, service: str, limits: Limits, randomness: Randomness) -> None:
+    def __init__(
+        self,
+        *,
+        sealed: bool,
+        service: str,
+        limits: Limits,
+        options: Mapping[str, bytes],
+        randomness: Randomness,
+    ) -> None:
         self.sealed = sealed
+        self.peer_limits = limits
+        self.peer_options = NO_OPTIONS
+        self.final_keys: DirectionKeys | None = None
         self._service = encode_service(service)
-        self._limits = limits
         self._randomness = randomness
         self._secret = randomness(EPHEMERAL_SIZE) if sealed else b""
         self._public = crypto_scalarmult_base(self._secret) if sealed else b""
         self.hello: Final = _HELLO_STARTS[self.side, sealed] + self._public
+        self._declared = (*limits.fields(), encode_options(options, randomness))
         self._ee = b""
         self._h0 = b""
+        self._h1 = b""
+        self._box = b""
 
     @property
     def hello_size(self) -> int:
@@ -175,7 +197,7 @@ class _Handshake:
 
     def _describe_hello(self, start: bytes) -> str:
         if not MAGIC.startswith(start[: len(MAGIC)]):
-            return f"no bokbok peer: it began with {start[: len(MAGIC)]!r}"
+            return f"not a bokbok peer: the first bytes are {start[: len(MAGIC)]!r}"
         if start == self.hello[: len(start)]:
             return "our own hello came back"
         ours, other = ("sealed", "plain") if self.sealed else ("plain", "sealed")
@@ -260,7 +282,7 @@ class ClientHandshake(_Handshake):
     Arguments:
         user, key: both, for mode sealed, or neither, for mode plain.
         service: what the client means to reach; part of the hash.
-        limits: what this side declares.
+        limits, options: what this side declares. An option that means nothing is added.
         randomness: where random bytes come from; for test vectors.
     """
 
@@ -273,20 +295,19 @@ class ClientHandshake(_Handshake):
         key: Key | None,
         service: str,
         limits: Limits,
+        options: Mapping[str, bytes] = NO_OPTIONS,
         randomness: Randomness = secrets.token_bytes,
     ) -> None:
-        super().__init__(sealed=key is not None, service=service, limits=limits, randomness=randomness)
+        super().__init__(
+            sealed=key is not None, service=service, limits=limits, options=options, randomness=randomness
+        )
         self._user = b"" if user is None else encode_user(user)
         self._key = key
         self._session_key = b""
-        self._h1 = b""
-        self._box = b""
-        self.peer_limits = limits
-        self.final_keys: DirectionKeys | None = None
 
     def open(self) -> bytes:
         """Make the `open` packet."""
-        fields = [b"open", self._user, *self._limits.fields(), b""]
+        fields = [b"open", self._user, *self._declared, b""]
         if self._key is None:
             return encode_head(*fields, b"")
         fields[-1] = bytes(OPEN_SIZE - len(encode_head(*fields, bytes(BOX_SIZE))))
@@ -298,7 +319,7 @@ class ClientHandshake(_Handshake):
         return encode_head(*fields, self._box)
 
     def receive_reply(self, packet: bytes) -> None:
-        """Take in `accepted` or `refused`. Then `peer_limits` and `final_keys` are right.
+        """Take in `accepted` or `refused`. Then `peer_limits`, `peer_options` and `final_keys` are right.
 
         Raises:
             AuthenticationError: refused for it, or the server's proof does not hold.
@@ -306,29 +327,30 @@ class ClientHandshake(_Handshake):
             HandshakeError: it is neither.
         """
         match _decode(packet):
-            case [b"accepted", max_message_size, max_requests, proof]:
-                self._check_proof(max_message_size, max_requests, proof)
+            case [b"accepted", max_message_size, max_requests, options, proof]:
+                final_keys = self._check_proof([max_message_size, max_requests, options], proof)
+                peer_options = decode_options(options)
                 self.peer_limits = Limits.parse(max_message_size, max_requests)
+                self.peer_options, self.final_keys = peer_options, final_keys
             case [b"refused", code, message]:
                 raise _refusal(code, message)
             case fields:
-                raise HandshakeError(f"no answer to open: {describe(fields)}")
+                raise HandshakeError(f"expected accepted or refused, got {describe(fields)}")
 
-    def _check_proof(self, max_message_size: bytes, max_requests: bytes, proof: bytes) -> None:
+    def _check_proof(self, declared: Sequence[bytes], proof: bytes) -> DirectionKeys | None:
         if self._key is None:
             if proof:
                 raise HandshakeError("a proof in mode plain")
-            return
-        accepted = encode_head(b"accepted", max_message_size, max_requests)
-        h2 = _hash_accepted(self._h1, self._box, accepted)
+            return None
+        h2 = _hash_accepted(self._h1, self._box, encode_head(b"accepted", *declared))
         if not hmac.compare_digest(proof, _proof(self._key, h2)):
             raise AuthenticationError("the server did not prove that it knows the key")
-        self.final_keys = self._final_keys(self._key, self._session_key, h2)
+        return self._final_keys(self._key, self._session_key, h2)
 
 
 def _refusal(code: bytes, message: bytes) -> HandshakeError:
     if len(message) > MAX_REASON_SIZE:
-        return HandshakeError("a refusal that is too long")
+        return HandshakeError(f"a refusal of {len(message)} bytes exceeds the limit of {MAX_REASON_SIZE}")
     text = message.decode(errors="replace")
     match code:
         case b"authentication":
@@ -345,7 +367,7 @@ class ServerHandshake(_Handshake):
 
     Arguments:
         sealed: the mode this server speaks; there is no other way in.
-        service, limits, randomness: as for the client.
+        service, limits, options, randomness: as for the client.
     """
 
     side: Side = "server"
@@ -356,14 +378,14 @@ class ServerHandshake(_Handshake):
         sealed: bool,
         service: str,
         limits: Limits,
+        options: Mapping[str, bytes] = NO_OPTIONS,
         randomness: Randomness = secrets.token_bytes,
     ) -> None:
-        super().__init__(sealed=sealed, service=service, limits=limits, randomness=randomness)
-        self._h1 = b""
-        self._box = b""
+        super().__init__(
+            sealed=sealed, service=service, limits=limits, options=options, randomness=randomness
+        )
         self.user: str | None = None
-        self.peer_limits = limits
-        self.final_keys: DirectionKeys | None = None
+        self._claimed_options = NO_OPTIONS
 
     def receive_open(self, packet: bytes) -> None:
         """Take in `open`. Then `user` is the name it claims, or None where it cannot be one.
@@ -374,24 +396,25 @@ class ServerHandshake(_Handshake):
             HandshakeError: it is no `open` of this mode.
         """
         try:
-            tag, user, max_message_size, max_requests, pad, box = _decode(packet)
+            tag, user, max_message_size, max_requests, options, pad, box = fields = _decode(packet)
         except ValueError:
-            raise HandshakeError("no open: it has six fields") from None
+            raise HandshakeError("expected open, which has seven fields") from None
         if tag != b"open":
-            raise HandshakeError(f"no open: {tag[:20]!r}")
+            raise HandshakeError(f"expected open, not {tag[:20]!r}")
         if self.sealed:
             if len(packet) != OPEN_SIZE or len(box) != BOX_SIZE or pad.strip(b"\0"):
-                raise HandshakeError("an open that is not padded as it must be")
+                raise HandshakeError("an open with invalid padding")
         elif user or pad or box:
-            raise HandshakeError("an open with a user or a box in mode plain")
+            raise HandshakeError("an open with a user, a pad or a box in mode plain")
         self.peer_limits = Limits.parse(max_message_size, max_requests)
+        self._claimed_options = decode_options(options)
         self.user = _decode_user(user)
         self._box = box
         if self.sealed:
-            self._h1 = self._hash_open([tag, user, max_message_size, max_requests, pad])
+            self._h1 = self._hash_open(fields[:-1])
 
     def accept(self, keys: Sequence[Key]) -> bytes:
-        """Make the `accepted` packet. Then `final_keys` is right.
+        """Make the `accepted` packet. Then `peer_options` and `final_keys` are right.
 
         Arguments:
             keys: the keys the user may have; none where there is no such user. In mode plain there
@@ -401,14 +424,14 @@ class ServerHandshake(_Handshake):
             AuthenticationError: none of them opens the box. That of an unknown user is tried with a
                 random key, to take the same path.
         """
-        accepted = encode_head(b"accepted", *self._limits.fields())
         proof = b""
         if self.sealed:
             key, session_key = self._open_box(keys)
-            h2 = _hash_accepted(self._h1, self._box, accepted)
+            h2 = _hash_accepted(self._h1, self._box, encode_head(b"accepted", *self._declared))
             proof = _proof(key, h2)
             self.final_keys = self._final_keys(key, session_key, h2)
-        return encode_head(b"accepted", *self._limits.fields(), proof)
+        self.peer_options = self._claimed_options
+        return encode_head(b"accepted", *self._declared, proof)
 
     def _open_box(self, keys: Sequence[Key]) -> tuple[Key, bytes]:
         # Of an unknown user a random key is tried, to take the same path; were it to fit, it would not do.

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, TypeVarTuple, cast, final
+from typing import TYPE_CHECKING, Final, Literal, ParamSpec, TypeVar, TypeVarTuple, cast, final
 
 import trio
 
@@ -24,6 +24,9 @@ from ._errors import escape
 
 if TYPE_CHECKING:
     _Group = BaseExceptionGroup[BaseException]
+
+MAX_CAUSES: Final = 4
+"""How many causes of an exception `describe_error` follows; causes can be a circle."""
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
@@ -43,13 +46,18 @@ def call_user_sync(function: Callable[[*_Ts], _T], *args: *_Ts) -> _T:
 
 
 def describe_error(error: BaseException) -> str:
-    """Say in one line what went wrong: by the text of an error, or by its type and cause where it has none."""
-    text = escape(str(error))
-    if text:
-        return text
-    reason = error.__cause__ or error.__context__
-    name = type(error).__name__
-    return name if reason is None else f"{name}: {describe_error(reason)}"
+    """Say what is wrong, for a log line or a message. Never empty.
+
+    Some exceptions have no text, such as those of Trio's TLS streams, but a cause that has one.
+    """
+    names: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(names) < MAX_CAUSES:
+        if text := escape(str(cause)):
+            return ": ".join([*names, text])
+        names.append(type(cause).__name__)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return ": ".join(names)
 
 
 def split_exception(exc: BaseException) -> tuple[BaseException | None, BaseException | None]:
@@ -126,7 +134,7 @@ def keep(exc: BaseException, log: Callable[[BaseException], object]) -> None:
     error, rest = split_exception(exc)
     if error is not None:
         log(error)
-        forget_traceback(error)
+        forget_traceback(exc if rest is None else error)  # a group was split into a new one
     if rest is not None:
         try:
             raise rest from rest.__cause__

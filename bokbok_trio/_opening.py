@@ -2,13 +2,19 @@
 
 Until the connection is open a stranger may be at the other end. So reads ask for no more than the
 message that must come, every message has a bound, and all of it is done within
-``handshake_timeout``. Whoever calls closes the stream when these raise.
+``handshake_timeout``. The caller closes the stream when these functions raise; a server calls `linger`
+before that, or closing could destroy the refusal that it has sent.
+
+Of that time a server spends at most `MAX_WAIT_SHARE` on waiting for a turn to look the user up, and refuses
+the client as ``busy`` where that was not enough. For the client has a timeout too: a server that looks up who
+has waited too long looks up only those who are about to give up, and then nobody ever gets in.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,14 +22,16 @@ from typing import Final, Literal, TypeAlias, cast, final
 
 import trio
 
-from ._addresses import PeerCredentials, stream_credentials
 from ._direct_stream import DirectStream, make_direct
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake, encode_refused
 from ._keys import Key, encode_user
+from ._nursery import call_user, call_user_sync, describe_error, split_exception
 from ._packets import LENGTH_SIZE
+from ._places import Place
 from ._secretbox_stream import MAC_SIZE, SecretboxStream
 from ._settings import Settings
+from ._sockets import PeerCredentials, stream_credentials
 from ._wire import Wire
 
 MAX_PACKET_SIZE: Final = 4096
@@ -36,7 +44,18 @@ REFUSAL_DELAY: Final = 0.5
 """Seconds from `open` to the refusal of a user or key, so that its time does not tell which it was,
 and guessing keys over the network is slow."""
 
-HINT: Final = "does it expect a key, or none, and another service?"
+MAX_WAIT_SHARE: Final = 0.5
+"""The part of `handshake_timeout` that a client may wait for the turn to look it up. The rest is for the
+look-up, and for the client's own timeout, which began a little earlier."""
+
+LINGER_TIME: Final = 1.0
+"""Seconds that a peer has to close its end after it was refused: more than a round trip takes."""
+
+LINGER_SIZE: Final = 2**13
+"""Bytes that are read and dropped meanwhile. Twice what a handshake may have under way; who sends more is no
+client of ours."""
+
+HINT: Final = "check whether the server expects a key, and which service"
 """What mostly is wrong where a handshake ends without a word."""
 
 UserKeys: TypeAlias = Key | Sequence[Key] | None
@@ -61,10 +80,21 @@ class Opened:
     encrypted: bool
     max_message_size: int
     peer_max_requests: int
+    peer_options: Mapping[str, bytes]
 
 
-def _broken(error: trio.BrokenResourceError) -> HandshakeError:
-    return HandshakeError(f"the connection broke during the handshake: {error}; {HINT}")
+class _PeerLeft(HandshakeError):  # noqa: N818  (what happened)
+    """The peer closed the connection, or it broke."""
+
+
+@final
+class NothingCame(_PeerLeft):
+    """The client left before it had sent a byte, as health checks do."""
+
+
+@final
+class Displaced(HandshakeError):  # noqa: N818  (what happened)
+    """The handshake had no place, or lost it."""
 
 
 def _late(settings: Settings) -> HandshakeError:
@@ -94,6 +124,7 @@ def _opened(
         handshake.sealed,
         min(settings.max_message_size, handshake.peer_limits.max_message_size),
         handshake.peer_limits.max_requests,
+        handshake.peer_options,
     )
 
 
@@ -119,7 +150,9 @@ async def open_as_client(
                 await _send(transport, stream, handshake.open())
             handshake.receive_reply(await _receive_packet(stream))
         except trio.BrokenResourceError as exc:
-            raise _broken(exc) from exc
+            raise HandshakeError(f"{_broken(exc)}; {HINT}") from exc
+        except _PeerLeft as exc:
+            raise HandshakeError(f"{exc}; {HINT}") from exc.__cause__
         return _opened(transport, stream, user, credentials, handshake, settings=settings)
     raise _late(settings)
 
@@ -132,7 +165,7 @@ async def open_as_server(
     settings: Settings,
     peer_user: PeerUser | None = None,
     admit: Callable[[], Literal["busy", "stopping"] | None],
-    scope: trio.CancelScope | None = None,
+    place: Place,
 ) -> Opened:
     """Do the server's part.
 
@@ -140,7 +173,7 @@ async def open_as_server(
         user_key: how to find the key of a user; None for mode plain.
         peer_user: how to name the client in mode plain; None to let everybody in.
         admit: called once the client is authenticated, or named; returns why it cannot stay nevertheless.
-        scope: all of it is done in this one; for the caller, to cancel it.
+        place: the place of this handshake, which runs in its scope. The caller leaves it.
 
     Raises:
         HandshakeError: or one of its subclasses; the client has been told what it may know.
@@ -148,39 +181,82 @@ async def open_as_server(
     handshake = ServerHandshake(sealed=user_key is not None, service=service, limits=_limits(settings))
     credentials = stream_credentials(transport)
     transport = make_direct(transport)
-    scope = scope or trio.CancelScope()
-    scope.deadline = trio.current_time() + settings.handshake_timeout
-    with scope:
-        try:
+    failures = _Failures()
+    scope = place.scope
+    began = trio.current_time()
+    scope.deadline = began + settings.handshake_timeout
+    try:
+        with scope:
             stream = await _exchange_hello(transport, handshake)
+            place.note_hello()
             handshake.receive_open(await _receive_packet(stream))
+            place.note_open()
             # Counted from `open`: from hello, a client could let it pass first, and time the look-up.
             refuse_at = trio.current_time() + REFUSAL_DELAY
-            keys = () if user_key is None else await _look_up(user_key, handshake.user)
+            if not await place.take_turn(began + MAX_WAIT_SHARE * settings.handshake_timeout):
+                raise await _refuse(transport, stream, "busy", "the client waited too long for its look-up")
+            keys = await _look_up_in_turn(transport, user_key, handshake.user, place, failures)
             try:
                 accepted = handshake.accept(keys)
-                user = handshake.user or None
-                if peer_user is not None:
-                    user = _name_peer(peer_user, credentials)
+                name = handshake.user if peer_user is None else _name_peer(peer_user, credentials, failures)
             except AuthenticationError:
                 if handshake.sealed:  # whom the system names has nothing to guess
                     await trio.sleep_until(refuse_at)
-                with suppress(trio.BrokenResourceError):
-                    await _send(transport, stream, encode_refused("authentication", "authentication failed"))
+                await _send_refusal(transport, stream, "authentication", "authentication failed")
                 raise
             refusal = admit()
             if refusal is not None:
-                await _send(transport, stream, encode_refused(refusal, f"the server is {refusal}"))
-                raise ConnectionRefused("the client was refused", refusal)
+                raise await _refuse(transport, stream, refusal, "the client was refused")
             await _send(transport, stream, accepted)
-        except trio.BrokenResourceError as exc:
-            raise _broken(exc) from exc
-        # Cancelled too late to be caught is cancelled nevertheless: nobody would end it later.
-        if not scope.cancel_called:
-            return _opened(transport, stream, user, credentials, handshake, settings=settings)
+            # Cancelled too late to be caught is cancelled nevertheless: nobody would end it later.
+            if not scope.cancel_called:
+                return _opened(transport, stream, name or None, credentials, handshake, settings=settings)
+    except trio.BrokenResourceError as exc:
+        raise HandshakeError(_broken(exc)) from exc
+    finally:
+        failures.log()
+    if place.is_displaced:
+        raise Displaced("the handshake was ended to make room for others")
     if trio.current_time() < scope.deadline:
-        raise HandshakeError("the handshake had to make room, or the server stopped")
+        raise HandshakeError("the server stopped during the handshake")
     raise _late(settings)
+
+
+async def linger(transport: trio.abc.Stream) -> None:
+    """Let a peer read what it was sent last, before the caller closes the transport.
+
+    A socket that is closed with something unread resets the connection, and the peer's system then drops
+    what the peer has not read yet. So say that nothing follows, and read and drop until the peer has closed
+    its end, for a second and 8 KiB at most.
+    """
+    with trio.move_on_after(LINGER_TIME), suppress(trio.BrokenResourceError):
+        if isinstance(transport, trio.abc.HalfCloseableStream):
+            await transport.send_eof()
+        left = LINGER_SIZE
+        while left > 0 and (dropped := len(await transport.receive_some(left))):
+            left -= dropped
+
+
+async def _refuse(
+    transport: trio.abc.Stream, stream: trio.abc.Stream, code: Literal["busy", "stopping"], why: str
+) -> ConnectionRefused:
+    """Tell the client that it cannot stay, and return the exception to raise, which says why."""
+    await _send_refusal(transport, stream, code, f"the server is {code}")
+    return ConnectionRefused(why, code)
+
+
+async def _send_refusal(
+    transport: trio.abc.Stream,
+    stream: trio.abc.Stream,
+    code: Literal["authentication", "busy", "stopping"],
+    message: str,
+) -> None:
+    with suppress(trio.BrokenResourceError):
+        await _send(transport, stream, encode_refused(code, message))
+
+
+def _broken(error: trio.BrokenResourceError) -> str:
+    return f"the connection broke during the handshake: {describe_error(error)}"
 
 
 async def _exchange_hello(
@@ -191,7 +267,13 @@ async def _exchange_hello(
     hello = _read_now(transport, handshake.hello_size) if handshake.side == "server" else b""
     while len(hello) < handshake.hello_size:
         handshake.check_hello(hello)
-        hello += await _receive(transport, handshake.hello_size - len(hello))
+        try:
+            hello += await _receive(transport, handshake.hello_size - len(hello))
+        except (_PeerLeft, trio.BrokenResourceError) as exc:
+            # Where the system reports a reset, Trio says so in the cause; TLS that fails is another matter.
+            if hello or handshake.side == "client" or not isinstance(exc.__cause__, ConnectionError | None):
+                raise
+            raise NothingCame(f"the client left before it had sent anything: {describe_error(exc)}") from exc
     handshake.receive_hello(hello)
     if handshake.side == "server":
         await _send(transport, transport, handshake.hello)
@@ -223,7 +305,7 @@ async def _receive_packet(stream: trio.abc.Stream) -> bytes:
         packet += await _receive(stream, LENGTH_SIZE - len(packet))
     size = int.from_bytes(packet, "big")
     if size > MAX_PACKET_SIZE:
-        raise HandshakeError(f"a packet of {size} bytes in the handshake")
+        raise HandshakeError(f"packet of {size} bytes in the handshake; the limit is {MAX_PACKET_SIZE}")
     end = LENGTH_SIZE + size
     packet += _read_now(stream, size)
     while len(packet) < end:
@@ -246,22 +328,77 @@ def _read_now(stream: trio.abc.Stream, most: int) -> bytes:
 async def _receive(stream: trio.abc.Stream, most: int | None) -> bytes:
     data = await stream.receive_some(most)
     if not data:
-        raise HandshakeError(f"the peer closed the connection during the handshake; {HINT}")
+        raise _PeerLeft("the peer closed the connection during the handshake")
     return bytes(data)
 
 
-async def _look_up(user_key: UserKey, user: str | None) -> Sequence[Key]:
+def _check_still_there(transport: trio.abc.Stream) -> None:
+    """Do not look up a client that has left while it waited, as far as that can be told."""
+    if isinstance(transport, DirectStream):
+        poll = select.poll()
+        # A hang-up of both directions, and errors, are always reported. One of theirs alone is on Linux.
+        poll.register(transport.socket.fileno(), getattr(select, "POLLRDHUP", 0))
+        if poll.poll(0):
+            raise _PeerLeft("the client left while it waited to be looked up")
+
+
+@final
+class _Failures:
+    """Failures of the application's functions. They are logged when the client has been answered, because
+    logging takes time, by which a client could tell who is known.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, object, BaseException, BaseException]] = []
+
+    def add(self, what: str, whom: object, exc: BaseException) -> None:
+        """Take a failure, and raise what of it must go further, as `split_exception` tells."""
+        error, rest = split_exception(exc)
+        if error is not None:
+            self._found.append((what, whom, error, exc))  # a group is split, so the two may differ
+        if rest is not None:
+            raise rest from rest.__cause__
+
+    def log(self) -> None:
+        """Log them, and drop their tracebacks: an exception that is raised again and again, because it was
+        made only once, would collect them, with all that the frames hold.
+        """
+        for what, whom, error, raised in self._found:
+            logger.error("%s %r failed", what, whom, exc_info=error)
+            _drop_tracebacks(raised)
+        self._found.clear()
+
+
+def _drop_tracebacks(error: BaseException) -> None:
+    error.__traceback__ = None
+    if isinstance(error, BaseExceptionGroup):
+        for member in cast("BaseExceptionGroup[BaseException]", error).exceptions:
+            _drop_tracebacks(member)
+
+
+async def _look_up_in_turn(
+    transport: trio.abc.Stream, user_key: UserKey | None, user: str | None, place: Place, failures: _Failures
+) -> Sequence[Key]:
+    """Use the turn that was taken, and end it."""
+    try:
+        _check_still_there(transport)
+        return await _look_up(user_key, user, failures)
+    finally:
+        place.end_turn()
+
+
+async def _look_up(user_key: UserKey | None, user: str | None, failures: _Failures) -> Sequence[Key]:
     """The keys a user may have. A failing look-up finds none, like that of an unknown user."""
-    if user is None:
+    if user_key is None or user is None:
         return ()
     try:
-        return _check_keys(await user_key(user) if callable(user_key) else user_key.get(user))
-    except Exception:
-        logger.exception("looking up the key of user %r failed", user)
-        return ()
+        return _check_keys(await call_user(user_key, user) if callable(user_key) else user_key.get(user))
+    except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
+        failures.add("looking up the key of user", user, exc)
+    return ()
 
 
-def _name_peer(peer_user: PeerUser, credentials: PeerCredentials | None) -> str:
+def _name_peer(peer_user: PeerUser, credentials: PeerCredentials | None, failures: _Failures) -> str:
     """The user at the other end. A function that fails names nobody.
 
     Raises:
@@ -270,12 +407,12 @@ def _name_peer(peer_user: PeerUser, credentials: PeerCredentials | None) -> str:
     if credentials is None:
         raise AuthenticationError("the system does not tell who the peer is, so peer_user was not asked")
     try:
-        user = peer_user(credentials)
+        user = call_user_sync(peer_user, credentials)
         if user is not None:
             encode_user(user)
             return user
-    except Exception:
-        logger.exception("naming the peer %r failed", credentials)
+    except BaseException as exc:  # noqa: BLE001  (as above)
+        failures.add("naming the peer", credentials, exc)
     raise AuthenticationError(f"peer_user has no name for {credentials}")
 
 

@@ -29,10 +29,6 @@ import trio
 from ._direct_stream import DirectStream
 from ._outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
 
-if sys.platform == "linux":  # pragma: no branch
-    import fcntl
-    import termios
-
 QUEUE_TIME: Final = 0.025
 """Seconds of queue, over as long as the way itself, that big packets may make."""
 
@@ -47,9 +43,6 @@ MAX_WAIT: Final = 0.5
 
 TCP_INFO: Final = struct.Struct("=68xI48xQ16xII")
 """What we read of Linux's ``struct tcp_info``: rtt, bytes_acked, notsent_bytes, min_rtt."""
-
-QUEUED: Final = struct.Struct("=i")
-"""The answer of SIOCOUTQ."""
 
 
 @final
@@ -78,21 +71,16 @@ def read_load(stream: trio.abc.Stream) -> Load | None:
     try:
         found = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
         rtt, acknowledged, unsent, min_rtt = TCP_INFO.unpack(found)
-        [queued] = QUEUED.unpack(fcntl.ioctl(stream.socket.fileno(), termios.TIOCOUTQ, bytes(QUEUED.size)))
-    except (OSError, ValueError, struct.error):
+    except (OSError, struct.error):
         return None  # no TCP; closed; an older system
-    return Load(queued, unsent, acknowledged, rtt / 1e6, min_rtt / 1e6)
+    queued = stream.count_queued()
+    return None if queued is None else Load(queued, unsent, acknowledged, rtt / 1e6, min_rtt / 1e6)
 
 
 def is_drained(stream: trio.abc.Stream) -> bool:
     """Whether nearly nothing is queued, as far as that is known; asked more cheaply than the load."""
-    if sys.platform != "linux" or not isinstance(stream, DirectStream) or not stream.is_tcp:
-        return False
-    try:
-        [queued] = QUEUED.unpack(fcntl.ioctl(stream.socket.fileno(), termios.TIOCOUTQ, bytes(QUEUED.size)))
-    except (OSError, ValueError):
-        return False  # closed
-    return int(queued) < MIN_BATCH_SIZE
+    queued = stream.count_queued() if isinstance(stream, DirectStream) and stream.is_tcp else None
+    return queued is not None and queued < MIN_BATCH_SIZE
 
 
 @final

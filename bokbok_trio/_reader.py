@@ -242,7 +242,7 @@ class Reader:
     async def _receive_more(self) -> None:
         try:
             data = await self._receive()
-        except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
+        except Exception as exc:
             if not isinstance(exc, STREAM_ERRORS) and not self._is_discarding:
                 logger.error("a stream raised an error that streams do not raise", exc_info=exc)
             self.ended.set()

@@ -12,14 +12,23 @@ in flight while the next is opened already.
 after a failure is told by the connection, which knows whether the request has left; nothing is
 guessed here.
 
+A connection **worked** if it answered anything: a request made through this object, or a ping. Then the next
+is dialled at once when it has ended. That it lasted says nothing: a request that kills its server after ten
+seconds would be repeated every ten seconds.
+
+A request that may run twice may also be the one that kills each server it is sent to. So it is repeated a
+bounded number of times, and after a growing pause of its own, in which others use the new connection.
+
 Invariants
 ==========
 
 - A request that may have run is not sent again, unless the caller said that it may run twice.
 - A connection is current only after its open handler has returned.
-- Every try that comes to nothing in good time (no connection, or one that did not last) counts, and
-  after as many in a row as there are addresses the dialler waits. So nothing a peer does makes it
-  busy.
+- Every try that comes to nothing (no connection, or one that did not work) counts, and after as many in a
+  row as there are addresses the dialler waits. And it never dials more often than every `MIN_BACKOFF`
+  seconds because of connections that worked. So nothing a peer does makes it busy.
+- It waits longer where a server was there that had no room (or was no server of ours) than where nobody was:
+  coming back soon is what a crowded server can bear least.
 - The dialler fails only before the first connection is open, and then into who opens it.
 """
 
@@ -28,22 +37,30 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import cycle
-from typing import Final, cast, final
+from typing import Final, Literal, TypeAlias, cast, final
+from weakref import WeakSet
 
 import trio
 
-from ._addresses import Address, as_address, check_dialable
+from ._addresses import Address, AddressLike, as_address, check_dialable
 from ._channel import Channel
-from ._client import check_key_arguments, connect
+from ._client import check_handlers, check_key_arguments, check_settings, connect, end_reason
 from ._connection import Connection, ConnectionHandler
-from ._errors import AuthenticationError, ConnectionClosed, ConnectionLost, HandshakeError
+from ._errors import (
+    AddressError,
+    AuthenticationError,
+    ConnectionClosed,
+    ConnectionLost,
+    ConnectionRefused,
+    HandshakeError,
+    RemoteError,
+)
 from ._handling import ChannelHandler, RequestHandler
 from ._keys import Key
-from ._nursery import bare_nursery, block, is_within
-from ._packets import Fields, encode_fields
+from ._nursery import bare_nursery, block, call_user, check_run, is_within, split_exception
+from ._packets import Context, Fields, encode_fields
 from ._settings import Settings
 
 MIN_BACKOFF: Final = 0.1
@@ -54,9 +71,22 @@ MAX_BACKOFF: Final = 30.0
 """Seconds at most between rounds of tries: nobody waits much longer than that for a server that is
 back after a long time."""
 
-LASTING: Final = 10.0
-"""Seconds after which a connection counts as one that worked, so that when it ends the next is tried
-at once. A peer that keeps accepting and dropping is thus dialled every 10 s at most without a wait."""
+CROWDED_BACKOFF: Final = 2.0
+"""Seconds: the least limit of the wait where a server had no room. Then half of a limit is the least wait.
+A look-up takes about so long on a server that is crowded because its look-ups are slow."""
+
+REPEAT_PAUSE: Final = 0.2
+"""Seconds before a request is repeated for the first time, after it may have cost a connection. It is
+`REPEAT_GROWTH` times as long each further time."""
+
+REPEAT_GROWTH: Final = 4
+"""See `REPEAT_PAUSE`: with 0.2, 0.8 and 3.2 seconds others have most of the connections' time."""
+
+DEFAULT_REPEATS: Final = 3
+"""How often a request is repeated: one server that restarts, and then another, cost it two."""
+
+MAX_NAME: Final = 40
+"""Bytes of a request's first field that are shown in a log line."""
 
 MAX_CONNECTIONS: Final = 16
 """Connections of one client at once: the current one, and those before it that have not ended,
@@ -77,7 +107,11 @@ class ReconnectingConnection:
         addresses: Sequence[Address],
         connect: Callable[[Address], Awaitable[Connection]],
         open_handler: ConnectionHandler | None,
+        max_repeats: int,
     ) -> None:
+        self._home = trio.lowlevel.current_trio_token()
+        self._max_repeats = max_repeats
+        self._answered: WeakSet[Connection] = WeakSet()  # those that have answered a request made here
         self._addresses = addresses
         self._connect = connect
         self._open_handler = open_handler
@@ -108,7 +142,10 @@ class ReconnectingConnection:
         """Whether this side is done with it: no request can be made any more."""
         return self._closed
 
-    async def request(self, fields: Fields, *, idempotent: bool = False) -> list[bytes]:
+    @trio.lowlevel.enable_ki_protection
+    async def request(
+        self, fields: Fields, *, idempotent: bool = False, context: Context | None = None
+    ) -> list[bytes]:
         """Send a request over the current connection, or the next one, and wait for its answer.
 
         It waits for as long as there is no connection: put a time limit around it. A request that
@@ -117,8 +154,10 @@ class ReconnectingConnection:
 
         Arguments:
             fields: 0 to 255 of bytes or str (sent as UTF-8), as they are at the time of the call.
-            idempotent: that it does no harm if it runs more than once. It is then sent again until
-                it is answered.
+            context: as for `Connection.request`.
+            idempotent: that it does no harm if it runs more than once. It is then sent again, after a pause
+                of 0.2 s at first, when a connection was lost with it in flight; `max_repeats` times at most,
+                as it may be what the servers die of.
 
         Returns:
             The fields of the answer.
@@ -128,28 +167,43 @@ class ReconnectingConnection:
             MessageTooLarge: it is larger than the two sides of this connection agreed on.
             RemoteError: the other side answered with an error.
             ConnectionLost: the connection was lost, or closed by itself, with the request in flight:
-                it may have run. Never raised if idempotent.
+                it may have run. If it is idempotent, this happened once more than `max_repeats`.
             ConnectionClosed: this was closed. The request may have run if it was in flight.
             RuntimeError: called by the open handler, which is to ask the connection it was given:
-                no other request is sent before it has returned.
+                no other request is sent before it has returned. Or called from another thread or Trio run.
         """
+        check_run(self._home, self)
         frozen = encode_fields(fields)
+        tries = _Tries(self, frozen)
         while True:
+            await _check_cancelled()
             connection = await self._wait_askable()
             try:
-                return await connection.request(frozen)
+                answer = await connection.request(frozen, context=context)
+            except RemoteError:
+                self._answered.add(connection)
+                raise
             except ConnectionLost as exc:
-                if exc.may_have_run and not idempotent:
-                    raise
+                if exc.may_have_run:
+                    if not idempotent:
+                        raise
+                    tries.note_loss(exc)
             except ConnectionClosed as exc:
                 if self._closed:
                     raise
                 if not idempotent:
                     raise ConnectionLost(str(exc)) from exc
+                tries.note_loss(exc)
+            else:
+                self._answered.add(connection)
+                return answer
             self._retire(connection)
+            await self._pause(tries.take_pause())
 
     @block
-    async def open_channel(self, fields: Fields) -> AsyncGenerator[Channel]:
+    async def open_channel(
+        self, fields: Fields, *, context: Context | None = None
+    ) -> AsyncGenerator[Channel]:
         """Send a request with a channel over the current connection, or the next one.
 
         It waits for as long as there is no connection. Once open, the channel is that connection's, as
@@ -157,25 +211,37 @@ class ReconnectingConnection:
 
         Arguments:
             fields: 0 to 255 of bytes or str (sent as UTF-8).
+            context: as for `Connection.request`.
 
         Raises:
             TypeError, ValueError: `fields` is no such list. Nothing was sent.
             MessageTooLarge: it is larger than the two sides of this connection agreed on.
             ConnectionClosed: this was closed.
             RemoteError: as by `Connection.open_channel`.
-            RuntimeError: called by the open handler, as for `request`.
+            RuntimeError: as by `request`.
         """
+        check_run(self._home, self)
         frozen = encode_fields(fields)
+        await _check_cancelled()
         connection = await self._wait_askable()
-        async with connection.open_channel(frozen) as channel:
-            yield channel
+        async with connection.open_channel(frozen, context=context) as channel:
+            try:
+                yield channel
+            finally:
+                if isinstance(channel._outcome, list | RemoteError):
+                    self._answered.add(connection)
 
+    @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
         """Close it for good, and wait until all transports are closed, for at most a second or so.
 
         Requests that wait, for an answer or for a connection, fail with `ConnectionClosed`. Otherwise
-        this is like `Connection.aclose`, and a handler may call it too.
+        this is like `Connection.aclose`, and a handler may call it too. Cancelled, it closes nevertheless.
+
+        Raises:
+            RuntimeError: called from another thread or Trio run.
         """
+        check_run(self._home, self)
         self._close()
         await trio.lowlevel.checkpoint()
         for connection in list(self._connections):
@@ -208,6 +274,13 @@ class ReconnectingConnection:
                 return connection
             self._retire(connection)
 
+    async def _pause(self, seconds: float) -> None:
+        """Wait, unless this is closed. No checkpoint if there is nothing to wait for."""
+        if seconds:
+            with trio.move_on_after(seconds):
+                while not self._closed:
+                    await self._changed.park()
+
     def _retire(self, connection: Connection) -> None:
         """Ask a connection no more, if it is the current one; those who still wait for it may."""
         if connection is self.connection:
@@ -216,56 +289,72 @@ class ReconnectingConnection:
 
     # ---- the dialler ----
 
+    @trio.lowlevel.enable_ki_protection
     async def _run(self, nursery: trio.Nursery) -> None:
         """Open one connection after another until closed; they live in `nursery`."""
         failures = 0  # in a row
         backoff = MIN_BACKOFF
+        is_crowded = False  # of this round, a server was there
         addresses = cycle(self._addresses)
         try:
             with self._dialling:
                 while True:
-                    if await self._try(next(addresses), nursery):
+                    outcome = await self._try(next(addresses), nursery)
+                    if outcome == "worked":
                         failures = 0
                         backoff = MIN_BACKOFF
+                        is_crowded = False
                         continue
                     failures += 1
+                    is_crowded = is_crowded or outcome == "crowded"
                     if failures % len(self._addresses) == 0:
                         backoff = min(2 * backoff, MAX_BACKOFF)
-                        await trio.sleep(_jitter(backoff))
+                        if is_crowded:
+                            backoff = max(backoff, CROWDED_BACKOFF)
+                        await trio.sleep(_jitter(backoff / 2 if is_crowded else MIN_BACKOFF, backoff))
+                        is_crowded = False
         finally:
             # Again, for a connection that was opened in the very step of closing; and if this was
             # cancelled from outside, nobody would open the next.
             self._close()
 
-    async def _try(self, address: Address, nursery: trio.Nursery) -> bool:
-        """Open a connection and hold it until it is of no more use. Return whether it lasted."""
+    async def _try(self, address: Address, nursery: trio.Nursery) -> _Outcome:
+        """Open a connection and hold it until it is of no more use."""
         while len(self._connections) >= MAX_CONNECTIONS:
             logger.warning("%r: %d connections have not ended; waiting", self, len(self._connections))
             await self._changed.park()
         connection = await self._dial(address)
-        if connection is None:
-            return False
+        if not isinstance(connection, Connection):
+            return connection
         opened_at = trio.current_time()
         self._connections.add(connection)
         nursery.start_soon(self._live, connection)
         with trio.CancelScope() as self._holding:
             await connection._stream_closed.wait()
-        reason = connection.reason or "it is draining"
-        logger.warning("%r: done with the connection with %s: %s", self, address, reason)
-        return trio.current_time() - opened_at >= LASTING
+        logger.warning("%r: done with the connection with %s: %s", self, address, end_reason(connection))
+        if connection not in self._answered and not connection._watchdog.has_had_answer:
+            return "gone"
+        await trio.sleep_until(opened_at + MIN_BACKOFF)
+        return "worked"
 
-    async def _dial(self, address: Address) -> Connection | None:
-        """Open a connection; None: that failed, and was reported."""
+    async def _dial(self, address: Address) -> Connection | _Outcome:
+        """Open a connection. If that failed, which was reported, return how."""
         try:
             return await self._connect(address)
-        except Exception as exc:
-            if not self._was_open and (
-                isinstance(exc, AuthenticationError) or not isinstance(exc, OSError | HandshakeError)
-            ):
-                raise
-            logger.warning("%r: no connection with %s: %r", self, address, exc)
-            return None
+        except BaseException as exc:
+            error, rest = split_exception(exc)
+            if error is not None:
+                is_expected = isinstance(error, OSError | HandshakeError | AddressError)
+                is_usual = isinstance(error, OSError | HandshakeError)
+                if not self._was_open and (isinstance(error, AuthenticationError) or not is_usual):
+                    raise
+                text = "%r: no connection with %s: %r"
+                logger.warning(text, self, address, error, exc_info=None if is_expected else error)
+            if rest is not None:
+                raise rest from rest.__cause__
+            return _classify(error)
 
+    @trio.lowlevel.enable_ki_protection
     async def _live(self, connection: Connection) -> None:
         """The life of a connection, to the end of its last handler."""
         try:
@@ -274,13 +363,14 @@ class ReconnectingConnection:
             self._connections.remove(connection)
             self._changed.unpark_all()
 
+    @trio.lowlevel.enable_ki_protection
     async def _open(self, connection: Connection) -> None:
         """Open a connection's requests to everybody, after the open handler."""
         if self._open_handler is not None:
             task = trio.lowlevel.current_task()
             self._opening.add(task)
             try:
-                await self._open_handler(connection)
+                await call_user(self._open_handler, connection)
             finally:
                 self._opening.remove(task)
         if not connection.closed:  # else the dialler may hold the next one already
@@ -289,18 +379,80 @@ class ReconnectingConnection:
             self._changed.unpark_all()
 
 
-def _jitter(longest: float) -> float:
+_Outcome: TypeAlias = Literal["worked", "gone", "crowded"]
+"""Of a try: a connection that answered; nobody was there, or it did not answer; a server was there, and did
+not open a connection."""
+
+
+def _classify(error: BaseException | None) -> _Outcome:
+    """What came of a try that ended in an error."""
+    if isinstance(error, ConnectionRefused) and error.code == "stopping":
+        return "gone"  # soon, and then it may be back soon
+    return "crowded" if isinstance(error, HandshakeError) else "gone"
+
+
+@final
+class _Tries:
+    """How often a request was in flight on a connection that was lost."""
+
+    __slots__ = ("_client", "_fields", "_losses", "_since", "_to_pause")
+
+    def __init__(self, client: ReconnectingConnection, fields: Sequence[bytes]) -> None:
+        self._client = client
+        self._fields = fields
+        self._losses = 0
+        self._since = trio.current_time()
+        self._to_pause = False
+
+    def note_loss(self, error: ConnectionLost | ConnectionClosed) -> None:
+        """A connection was lost, and the request may be why.
+
+        Raises:
+            ConnectionLost: that has happened too often.
+        """
+        self._losses += 1
+        self._to_pause = True
+        seconds = trio.current_time() - self._since
+        if self._losses > 1:
+            name = f"that begins with {self._fields[0][:MAX_NAME]!r}" if self._fields else "without fields"
+            logger.warning(
+                "%r: a request %s was in flight on %d connections that were lost, within %.1f seconds; "
+                "it may be what ends them",
+                *(self._client, name, self._losses, seconds),
+            )
+        if self._losses > self._client._max_repeats:
+            times = "once" if self._losses == 1 else f"{self._losses} times in {seconds:.1f} seconds"
+            raise ConnectionLost(
+                f"the request was sent {times}, and the connection was lost each time; at last: {error}"
+            ) from error
+
+    def take_pause(self) -> float:
+        """Seconds to wait before the next try."""
+        if not self._to_pause:
+            return 0
+        self._to_pause = False
+        longest = min(REPEAT_PAUSE * REPEAT_GROWTH ** (self._losses - 1), MAX_BACKOFF)
+        return _jitter(longest / 2, longest)
+
+
+def _jitter(least: float, longest: float) -> float:
     """Seconds to wait, drawn so that clients that lost a server together do not come back together.
 
     "Full jitter" of https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/, with a
     least.
     """
-    return random.uniform(MIN_BACKOFF, longest)  # noqa: S311  (nothing secret)
+    return random.uniform(least, longest)  # noqa: S311  (nothing secret)
+
+
+async def _check_cancelled() -> None:
+    """Raise `trio.Cancelled` if it is due, also by a deadline that passed and that Trio has not noticed."""
+    if trio.current_effective_deadline() <= trio.current_time():
+        await trio.lowlevel.checkpoint()
 
 
 @block
 async def open_reconnecting(
-    to: str | Address | Sequence[str | Address],
+    to: AddressLike | Sequence[AddressLike],
     *,
     user: str | None = None,
     key: Key | None = None,
@@ -310,6 +462,7 @@ async def open_reconnecting(
     channel_handler: ChannelHandler | None = None,
     open_handler: ConnectionHandler | None = None,
     close_handler: ConnectionHandler | None = None,
+    max_repeats: int = DEFAULT_REPEATS,
     settings: Settings = Settings(),  # noqa: B008  (immutable)
 ) -> AsyncGenerator[ReconnectingConnection]:
     """Stay connected for as long as a block: whenever the connection is lost, open the next.
@@ -323,9 +476,10 @@ async def open_reconnecting(
 
     Entering waits until the first connection is open, for as long as it takes: put a time limit
     around it. The addresses are tried in turn, also after a connection was lost: the first try is
-    made at once if that one had lasted 10 s. After as many tries in a row as there are addresses,
-    a random time passes, from 0.1 s to a limit that doubles with each round from 0.2 s to 30 s. What
-    failed is reported to the ``bokbok_trio`` logger as a warning.
+    made at once if that one had answered anything. After as many tries in a row as there are addresses,
+    a random time passes, from 0.1 s to a limit that doubles with each round from 0.2 s to 30 s. Where a
+    server was there that had no room, the limit is 2 s at least, and the time half of it. What failed is
+    reported to the ``bokbok_trio`` logger as a warning. A name is looked up when it is its turn.
 
     What the block raises comes out as itself. Leaving it closes everything, and waits for the
     handlers and close handlers.
@@ -342,18 +496,32 @@ async def open_reconnecting(
         close_handler: called once with each connection, after it and all its handlers have ended,
             if the open handler returned. What it raises is logged. The next connection may be open
             by then.
+        max_repeats: how often a request that is idempotent is sent again after a connection was lost with it
+            in flight; 0 or more. For a request that kills its server takes along what others had in flight.
 
     Raises:
-        TypeError, ValueError, AddressError: as by `open_connection`, or there is no address.
+        TypeError, ValueError, AddressError: as by `open_connection`, or there is no address, or
+            `max_repeats` is not a number of times. Where a name stands for another machine, which plain TCP
+            must not go to, this is found when it is its turn.
         AuthenticationError: a server refused the user and key, or could not prove that it has it,
             before the first connection was open. Later it is one more failure, as keys may be
             about to change; so are OSError and the other HandshakeErrors, always.
     """
     check_key_arguments(user, key, service)
+    check_handlers(
+        request_handler=request_handler,
+        channel_handler=channel_handler,
+        open_handler=open_handler,
+        close_handler=close_handler,
+    )
+    check_settings(settings)
     addresses = _as_addresses(to)
+    if not isinstance(max_repeats, int):
+        raise TypeError(f"max_repeats must be an int, not {type(max_repeats).__name__}")
+    if max_repeats < 0:
+        raise ValueError(f"max_repeats must be at least 0, not {max_repeats}")
     for address in addresses:
-        with suppress(OSError):  # a name that is not found now may be found when it is its turn
-            await check_dialable(address, insecure=insecure or key is not None)
+        check_dialable(address, insecure=insecure or key is not None)  # a name is looked up in its turn
     client = ReconnectingConnection(
         addresses,
         partial(
@@ -368,6 +536,7 @@ async def open_reconnecting(
             settings=settings,
         ),
         open_handler,
+        max_repeats,
     )
     async with bare_nursery() as nursery:
         nursery.start_soon(client._run, nursery)

@@ -24,6 +24,7 @@ Invariants
 - Ciphertext is opened one record at a time, when it is asked for, and what was read and not yet
   opened stays in ``_ciphertext``: cancelling `receive_some` loses nothing, and after `rekey` it is
   opened under the new key.
+- A forked child has the same keys and counters, so it seals and opens nothing: see `abandon`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from nacl.bindings import crypto_secretbox, crypto_secretbox_open
 from nacl.exceptions import CryptoError
 
 from ._direct_stream import DirectStream
+from ._fork import abandon_in_child
 from ._packets import Received
 
 HEADER_SIZE: Final = 2
@@ -80,6 +82,20 @@ class _Direction:
 
 
 @final
+class _Abandoned(_Direction):
+    """A direction that is another process's. It has no key."""
+
+    def __init__(self) -> None:
+        super().__init__(b"")
+
+    def seal(self, plaintext: bytes | memoryview) -> bytes:  # noqa: ARG002
+        raise trio.ClosedResourceError("this stream belongs to the process that this one was forked from")
+
+    def open(self, box: memoryview) -> bytes:
+        return self.seal(box)
+
+
+@final
 class SecretboxStream(trio.abc.HalfCloseableStream):
     """An encrypted, authenticated stream over another stream.
 
@@ -89,6 +105,8 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         max_record_size: bytes of a record, without its header, that will be accepted; reads ask the
             transport for no more than a header and so many bytes.
     """
+
+    _abandoned = False
 
     def __init__(
         self,
@@ -113,6 +131,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         self._ciphertext = bytearray()
         self._plaintext = b""
         self._position = 0  # of what was not yet received of it
+        abandon_in_child(self)
 
     def rekey(self, *, send_key: bytes, receive_key: bytes) -> None:
         """Go on under new keys, from the next record on, in both directions.
@@ -363,6 +382,9 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
 
         Waits for the transport to take the end record; cancelled, it closes the transport at once.
         """
+        if self._abandoned:
+            await trio.lowlevel.checkpoint()
+            return
         end = self.seal_end()
         self._closed = True
         try:
@@ -372,3 +394,11 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         finally:
             # A cancelled aclose() of a transport closes it and raises Cancelled, as we then do.
             await self._transport.aclose()
+
+    def abandon(self) -> None:
+        """See `Abandonable.abandon`. The keys are dropped, and the transport is not touched any more.
+
+        The transport may have a close of its own that its peer would notice, as TLS has.
+        """
+        self._abandoned = self._closed = True
+        self._sealer = self._opener = _Abandoned()

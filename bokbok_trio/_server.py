@@ -3,66 +3,68 @@
 Theory
 ======
 
-`trio.serve_listeners` accepts, in a cancel scope of its own, so that accepting can stop while the
-connections, each a task in another nursery, go on. After `Server.stop` the accepting ends; every
-connection drains: it takes no new request, finishes those it is handling, and closes; what is left
-when the grace is over is closed, which cancels the handlers; and the server has stopped when the
+Each listener has a task that accepts. These tasks are in a cancel scope of their own, so accepting can stop
+while the connections, each a task in another nursery, go on. After `Server.stop` the accepting ends; every
+connection drains: it takes no new request, finishes those it is handling, and closes; the connections that
+are left when the grace is over are closed, which cancels the handlers; and the server has stopped when the
 last task has ended.
+
+A connection gets its place for the handshake (see `_places`) when it is accepted, and keeps it until the
+handshake has ended. A client that was refused may then linger for a moment, without a place.
 
 A connection's task never fails: what goes wrong in it is logged, and is over with it.
 """
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+import socket
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
-from typing import Final, Literal, TypeAlias, cast, final
+from typing import Final, Literal, cast, final
 
 import trio
 
-from ._addresses import (
-    Address,
-    as_address,
-    listen,
-    listener_address,
-    require_credentials,
-    require_loopback,
-    stream_address,
-)
+from ._addresses import Address, AddressLike, TCPAddress
+from ._client import check_handlers, check_settings, end_reason, may_be_async
 from ._connection import Connection, ConnectionHandler
-from ._errors import AddressError, HandshakeError
+from ._errors import HandshakeError
 from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
-from ._nursery import bare_nursery, block, keep
-from ._opening import PeerUser, UserKey, open_as_server
+from ._keys import Key
+from ._nursery import bare_nursery, block, check_run, contain, describe_error, keep
+from ._opening import Displaced, NothingCame, PeerUser, UserKey, linger, open_as_server
+from ._places import Place, Places, find_source
 from ._settings import Settings
+from ._sockets import Listeners, listener_address, open_listeners, stream_address
 from ._statistics import ServerStatistics
+from ._throttle import Throttle
+
+ACCEPT_PAUSE: Final = 0.1
+"""Seconds until the next try to accept where the system has no descriptor or memory left; as Trio."""
+
+SHORTAGES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+"""What the system says then."""
+
+IGNORED: Final = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ECONNABORTED", "ECONNRESET", "EPERM", "EPROTO", "ENETDOWN", "ENOPROTOOPT", "EHOSTDOWN", "ENONET"),
+        *("EHOSTUNREACH", "EOPNOTSUPP", "ENETUNREACH", "ENOSR", "ESOCKTNOSUPPORT", "EPROTONOSUPPORT"),
+        "ETIMEDOUT",
+    )
+    if hasattr(errno, name)
+)
+"""Errors of the connection to be accepted, and not of the listener: accept(2), "Error handling". The names
+are those that `trio.SocketListener` ignores."""
 
 DEFAULT_GRACE: Final = 5.0
 """Seconds that requests in flight may take when a server stops."""
 
-Listeners: TypeAlias = Sequence[trio.abc.Listener[trio.abc.Stream]]
-
 logger = logging.getLogger("bokbok_trio")
-
-
-@final
-class _Starter:
-    """What `trio.serve_listeners` is to start its handlers in, which takes anything with a `start_soon`.
-
-    It gives its handlers a wrapper that closes the stream, in a scope and two turns of the event loop,
-    though a connection has closed it itself. Without, closing takes 40 us less.
-    """
-
-    def __init__(self, nursery: trio.Nursery, serve: Callable[[trio.abc.Stream], Awaitable[None]]) -> None:
-        self._nursery = nursery
-        self._serve = serve
-
-    def start_soon(self, _wrapper: object, stream: trio.abc.Stream, *_: object) -> None:
-        self._nursery.start_soon(self._serve, stream)
 
 
 @final
@@ -93,7 +95,11 @@ class Server:
         self._peer_user = peer_user
         self._service = service
         self._settings = settings
-        self._handshakes: dict[trio.CancelScope, None] = {}  # oldest first
+        self._name = repr(self)  # for log lines, which may be kept, and must keep nothing alive
+        self._home = trio.lowlevel.current_trio_token()
+        self._places = Places(settings.max_handshakes, settings.max_lookups)
+        self._lingering = 0  # refused clients that may still have to read that
+        self._throttle = Throttle(logger)
         self._connections: set[Connection] = set()
         self._admitted = 0
         self._accepting = trio.CancelScope()
@@ -120,7 +126,7 @@ class Server:
         return ServerStatistics(
             connections=self._admitted,
             max_connections=self._settings.max_connections,
-            handshakes=len(self._handshakes),
+            handshakes=len(self._places),
             max_handshakes=self._settings.max_handshakes,
             handlers_running=sum(len(each._handlers) for each in self._connections),
         )
@@ -137,7 +143,9 @@ class Server:
 
         Raises:
             ValueError: `grace` is negative, or no number.
+            RuntimeError: called from another thread or Trio run.
         """
+        check_run(self._home, self)
         if math.isnan(grace) or grace < 0:
             raise ValueError(f"grace must be at least 0 seconds, not {grace}")
         self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace)
@@ -154,52 +162,90 @@ class Server:
 
         In a handler this waits for that handler too, so it lasts until the grace is over and the
         handler is cancelled.
+
+        Raises:
+            RuntimeError: called from another thread or Trio run.
         """
+        check_run(self._home, self)
         await self._stopped.wait()
 
     # ---- its life ----
 
+    @trio.lowlevel.enable_ki_protection
     async def _run(self, task_status: trio.TaskStatus[Server]) -> None:
         """Accept and serve until stopped, in this task."""
         try:
             async with bare_nursery() as nursery:
                 try:
+                    task_status.started(self)  # the listeners listen already
                     with self._accepting:
-                        await self._accept(nursery, task_status)
+                        async with bare_nursery() as acceptors:
+                            for listener in self._listeners:
+                                acceptors.start_soon(self._accept, listener, nursery)
                     with self._grace:
                         await self._idle.wait()
                 finally:
                     # Stopped, cancelled, or unable to accept: nobody may be left behind.
                     self._stopping = True
-                    for scope in self._handshakes:
-                        scope.cancel()
+                    self._places.cancel_all()
+                    self._log_unfinished()
                     for connection in self._connections:
                         connection._close("the server stopped")
         finally:
+            self._throttle.flush()
             self._stopped.set()
 
-    async def _accept(self, nursery: trio.Nursery, task_status: trio.TaskStatus[Server]) -> None:
-        task_status.started(self)  # the listeners listen already
-        starter = cast("trio.Nursery", _Starter(nursery, self._serve_stream))
-        try:
-            await trio.serve_listeners(self._serve_stream, self._listeners, handler_nursery=starter)
-        except ExceptionGroup as group:
-            first, *others = group.exceptions
-            if others:
-                raise
-            raise first from None
+    @trio.lowlevel.enable_ki_protection
+    async def _accept(self, listener: trio.abc.Listener[trio.abc.Stream], nursery: trio.Nursery) -> None:
+        """Accept until cancelled, or until the listener breaks, which ends the server."""
+        async with listener:
+            while True:
+                try:
+                    stream, address = await _accept_one(listener)
+                except OSError as exc:
+                    if exc.errno not in SHORTAGES:
+                        raise
+                    name = errno.errorcode[exc.errno]
+                    text = "%s: accepting failed: %s (%s); trying again in %g seconds"
+                    self._throttle.log(
+                        "shortage", logging.ERROR, text, self._name, name, exc.strerror, ACCEPT_PAUSE
+                    )
+                    await trio.sleep(ACCEPT_PAUSE)
+                    continue
+                place = self._places.take(find_source(address))
+                if place is None:
+                    nursery.start_soon(self._turn_away, stream, address)
+                else:
+                    nursery.start_soon(self._serve_stream, stream, address, place)
 
-    async def _serve_stream(self, stream: trio.abc.Stream) -> None:
+    @trio.lowlevel.enable_ki_protection
+    async def _turn_away(self, stream: trio.abc.Stream, address: Address | None) -> None:
+        """Close a connection that got no place."""
+        with contain(partial(self._log_failure, address)):
+            try:
+                raise Displaced("there was no place for its handshake")
+            finally:
+                await trio.aclose_forcefully(stream)
+
+    @trio.lowlevel.enable_ki_protection
+    async def _serve_stream(self, stream: trio.abc.Stream, address: Address | None, place: Place) -> None:
         """Serve one connection, in a task of its own, and keep what goes wrong to it.
 
         As this lasts as long as the connection, what only the handshake needs is in frames of others.
         """
-        address: Address | None = None
         connection: Connection | None = None
         try:
-            address = stream_address(stream)
-            connection = await self._shake_hands(stream, address)
-            await connection._run(self._open_handler)
+            connection = await self._shake_hands(stream, address, place)
+            del place
+            if connection is not None:
+                began = trio.current_time()
+                logger.info("%s: connected with %s, user %r", self._name, address, connection.user)
+                await connection._run(self._open_handler)
+                seconds = trio.current_time() - began
+                logger.info(
+                    "%s: the connection with %s, user %r, has ended after %.1f seconds: %s",
+                    *(self._name, address, connection.user, seconds, end_reason(connection)),
+                )
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
             keep(exc, partial(self._log_failure, address))
         finally:
@@ -210,13 +256,29 @@ class Server:
                 self._leave()
 
     def _log_failure(self, address: Address | None, error: BaseException) -> None:
-        if isinstance(error, HandshakeError):
-            logger.warning("%r: no connection with %s: %s", self, address, error)
+        if isinstance(error, NothingCame):
+            logger.debug("%s: no connection with %s: %s", self._name, address, error)
+        elif isinstance(error, HandshakeError):
+            # Lines of one kind are throttled, and those about strangers must not hide those about users.
+            kind = type(error).__name__
+            self._throttle.log(
+                kind,
+                logging.WARNING,
+                "%s: no connection with %s: %s",
+                self._name,
+                address,
+                describe_error(error),
+            )
         else:
-            logger.error("%r: the connection with %s failed", self, address, exc_info=error)
+            logger.error("%s: the connection with %s failed", self._name, address, exc_info=error)
 
-    async def _shake_hands(self, stream: trio.abc.Stream, address: Address | None) -> Connection:
-        """Open a connection. When this returns one, it counts, until `_leave` is called."""
+    async def _shake_hands(
+        self, stream: trio.abc.Stream, address: Address | None, place: Place
+    ) -> Connection | None:
+        """Open a connection. When this returns one, it counts, until `_leave` is called.
+
+        None: it came to nothing, which was logged, and the client had its time to read why.
+        """
         admitted = False
 
         def admit() -> Literal["busy", "stopping"] | None:
@@ -229,19 +291,19 @@ class Server:
             admitted = True
             return None
 
-        scope = trio.CancelScope()
-        self._make_room()
-        self._handshakes[scope] = None
         try:
-            opened = await open_as_server(
-                stream,
-                user_key=self._user_key,
-                peer_user=self._peer_user,
-                service=self._service,
-                settings=self._settings,
-                admit=admit,
-                scope=scope,
-            )
+            try:
+                opened = await open_as_server(
+                    stream,
+                    user_key=self._user_key,
+                    peer_user=self._peer_user,
+                    service=self._service,
+                    settings=self._settings,
+                    admit=admit,
+                    place=place,
+                )
+            finally:
+                place.leave()
             connection = Connection(
                 opened,
                 side="server",
@@ -252,24 +314,39 @@ class Server:
                 close_handler=self._close_handler,
                 server=self,
             )
-        except BaseException:
+        except BaseException as exc:
             if admitted:
                 self._leave()
-            raise
-        finally:
-            del self._handshakes[scope]
+            if not isinstance(exc, HandshakeError):
+                raise
+            self._log_failure(address, exc)
+            if not place.scope.cancel_called:
+                await self._linger(stream)
+            return None
         self._connections.add(connection)
         if self._stopping:
             connection.drain()
         return connection
 
-    def _make_room(self) -> None:
-        """Bound the handshakes: one too many cancels the oldest, until that has really ended."""
-        if len(self._handshakes) >= 2 * self._settings.max_handshakes:
-            raise HandshakeError("too many handshakes are being cancelled, and have not ended")
-        going_on = [other for other in self._handshakes if not other.cancel_called]
-        if len(going_on) >= self._settings.max_handshakes:
-            going_on[0].cancel()
+    async def _linger(self, stream: trio.abc.Stream) -> None:
+        """Let a client read why it was refused; as many at once as may shake hands."""
+        if self._lingering < self._settings.max_handshakes:
+            self._lingering += 1
+            try:
+                await linger(stream)
+            finally:
+                self._lingering -= 1
+
+    def _log_unfinished(self) -> None:
+        """Say which requests are in flight though the grace is over: the server waits for their handlers."""
+        found = [
+            f"{len(ids)} of user {each.user!r} at {each.address} ({', '.join(map(str, ids))})"
+            for each in self._connections
+            if (ids := sorted(each._handlers.ids))
+        ]
+        if found:
+            number = sum(len(each._handlers) for each in self._connections)
+            logger.info("%s: cancelling %d requests in flight: %s", self._name, number, "; ".join(found))
 
     def _leave(self) -> None:
         """One connection less."""
@@ -281,8 +358,9 @@ class Server:
             self._idle.set()
 
 
+@trio.lowlevel.enable_ki_protection
 async def serve(
-    on: str | Address | Listeners,
+    on: AddressLike | Sequence[AddressLike | trio.abc.Listener[trio.abc.Stream]],
     request_handler: RequestHandler | None = None,
     *,
     channel_handler: ChannelHandler | None = None,
@@ -308,8 +386,9 @@ async def serve(
     logger. ``KeyboardInterrupt`` and ``SystemExit`` of a handler end it, and come out bare.
 
     Arguments:
-        on: an address to listen on, as a str or parsed (all the addresses of a host name), or a
-            sequence of listeners, which are then the server's to close.
+        on: an address to listen on, as a str or parsed, or a path object; or a sequence of addresses and
+            listeners, which are then the server's to close. A host name is all of its addresses that
+            this machine has, with one port.
         request_handler: handles requests, many at once; see `RequestHandler`.
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         user_key: how to find the pre-shared key of a user: an async function from the name to a
@@ -336,19 +415,28 @@ async def serve(
         Through ``nursery.start``, the `Server`, as soon as it listens.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or `peer_user` comes with `user_key`.
+        TypeError, ValueError: an argument is wrong: a handler is not async, say, or `user_key` is a dict
+            with values that are no keys. Or `peer_user` comes with `user_key`.
         AddressError: no address, or one in use, or plain TCP elsewhere without `insecure`; or
             `peer_user` for TCP, or on another system than Linux.
         OSError: the system does not let it listen or accept.
     """
     check_user_key(user_key, service)
     check_peer_user(peer_user, user_key)
-    listeners = await _open_listeners(
+    check_handlers(
+        request_handler=request_handler,
+        channel_handler=channel_handler,
+        open_handler=open_handler,
+        close_handler=close_handler,
+    )
+    check_settings(settings)
+    listeners = await open_listeners(
         on,
         backlog=backlog,
         mode=unix_mode,
         insecure=insecure or user_key is not None,
         credentials=peer_user is not None,
+        timeout=settings.connect_timeout,
     )
     server = Server(
         listeners,
@@ -366,7 +454,7 @@ async def serve(
 
 @block
 async def open_server(
-    on: str | Address | Listeners,
+    on: AddressLike | Sequence[AddressLike | trio.abc.Listener[trio.abc.Stream]],
     request_handler: RequestHandler | None = None,
     *,
     channel_handler: ChannelHandler | None = None,
@@ -418,10 +506,31 @@ async def open_server(
 
 def check_user_key(user_key: object, service: str) -> None:
     """Check what `serve` is told of keys, before anything is opened."""
-    if user_key is not None and not callable(user_key) and not isinstance(user_key, Mapping):
+    if callable(user_key):
+        if not may_be_async(user_key):
+            raise TypeError(
+                f"user_key must be an async function, not {user_key!r}: define it with 'async def'"
+            )
+    elif user_key is not None and not isinstance(user_key, Mapping):
         raise TypeError("user_key must be an async function from user name to key, or a mapping")
+    if type(cast("object", user_key)) is dict:  # other mappings may look keys up somewhere
+        for user, keys in cast("dict[object, object]", user_key).items():
+            _check_user(user, keys)
     if encode_service(service) and user_key is None:
         raise ValueError("a service needs user_key: a plain handshake has nothing to check it with")
+
+
+def _check_user(user: object, keys: object) -> None:
+    if not isinstance(user, str):
+        raise TypeError(f"user_key must be a mapping from user names, which are str, not {user!r}")
+    several = cast("Sequence[object]", keys if isinstance(keys, Sequence) else [keys])
+    if not several:
+        raise TypeError(f"user_key has no key for user {user!r}: leave the user out, or give a Key")
+    for key in several:
+        if not isinstance(key, Key):
+            raise TypeError(
+                f"user_key has {type(key).__name__} for user {user!r}, not a Key: wrap 32 bytes in Key(...)"
+            )
 
 
 def check_peer_user(peer_user: object, user_key: object) -> None:
@@ -430,28 +539,28 @@ def check_peer_user(peer_user: object, user_key: object) -> None:
         return
     if user_key is not None:
         raise TypeError("peer_user is for plain connections: with user_key it is the key that names the user")
-    if not callable(peer_user) or inspect.iscoroutinefunction(peer_user):
+    if not callable(peer_user) or any(
+        map(inspect.iscoroutinefunction, (peer_user, type(peer_user).__call__))
+    ):
         raise TypeError("peer_user must be a function from PeerCredentials to user name, and not async")
 
 
-async def _open_listeners(
-    on: str | Address | Listeners, *, backlog: int | None, mode: int, insecure: bool, credentials: bool
-) -> Listeners:
-    if isinstance(on, Sequence) and not isinstance(on, str):
-        if not on or not all(isinstance(listener, trio.abc.Listener) for listener in on):
-            raise TypeError("serve takes an address, or a sequence of at least one trio.abc.Listener")
+async def _accept_one(
+    listener: trio.abc.Listener[trio.abc.Stream],
+) -> tuple[trio.abc.Stream, Address | None]:
+    """Accept a connection; and who it is with, which cannot be asked of a socket that was reset already."""
+    if not isinstance(listener, trio.SocketListener):
+        stream = await listener.accept()
+        return stream, stream_address(stream)
+    while True:
         try:
-            for address in map(listener_address, on):
-                if not insecure:
-                    require_loopback(address)
-                if credentials:
-                    require_credentials(address)
-        except AddressError:
-            for listener in on:
-                await trio.aclose_forcefully(listener)
-            raise
-        return on
-    address = as_address(on)
-    if credentials:
-        require_credentials(address)
-    return await listen(address, backlog=backlog, mode=mode, insecure=insecure)
+            sock, name = await listener.socket.accept()
+            break
+        except OSError as exc:
+            if exc.errno not in IGNORED:
+                raise
+    accepted = trio.SocketStream(sock)
+    address = stream_address(accepted)
+    if address is None and sock.family in {socket.AF_INET, socket.AF_INET6}:
+        address = TCPAddress(str(name[0]), int(name[1]))
+    return accepted, address

@@ -212,13 +212,7 @@ class Session:
             return self._ask_large(b"req", fields, deadline, depth, context)
         body, size = encode_body(fields, self._max_body_size)
         id = self._next_id
-        if (
-            len(body) > 1
-            or depth
-            or deadline < math.inf
-            or self._used[0] >= self._slots
-            or self._backlogs
-        ):
+        if len(body) > 1 or depth or deadline < math.inf or self._used[0] >= self._slots or self._backlogs:
             return self._ask(b"req", body, size, deadline, depth, b"")
         # The same for most requests, in fewer steps.
         self._next_id = id + 2
@@ -470,8 +464,7 @@ class Session:
     def _has_queued_request(self) -> bool:
         """Whether a request of depth 0 has not wholly left."""
         return any(
-            state is State.QUEUED and self._asked_classes.get(id, 0) <= 1
-            for id, state in self._asked.items()
+            state is State.QUEUED and self._asked_classes.get(id, 0) <= 1 for id, state in self._asked.items()
         )
 
     def note_sent(self, seconds: float) -> None:
@@ -655,9 +648,9 @@ class Session:
 
     def _on_abort(self, fields: list[Received]) -> Abort:
         _, code, message = fields
+        self._peer_aborted = True  # also where it is malformed
         if len(message) > MAX_ABORT_SIZE:
             raise ProtocolError(f"an `abort` of {len(message)} bytes exceeds the limit of {MAX_ABORT_SIZE}")
-        self._peer_aborted = True
         return Abort(decode_text(code), decode_text(message))
 
     def _check_parity(self, id: int) -> None:

@@ -27,6 +27,9 @@ class Settings:
             declare holds for both. The user's fields may take up all but 96 bytes of it.
         max_requests: incoming requests in flight at once, 1 to 1,000,000. The other side waits
             before it sends more.
+        connect_timeout: seconds for dialling one address, the look-up of its name and all addresses of
+            the name included, more than 0; `math.inf` for no limit but the system's. A server takes it for
+            the look-up of a name to listen on, and for the lock on the directory of a UNIX socket.
         handshake_timeout: seconds for all of the handshake, more than 0; `math.inf` for no limit.
         ping_after: seconds of silence after which the peer is asked for a sign of life, more than 0.
         ping_timeout: seconds it then has to give one, more than 0, or is lost. A send that takes as
@@ -37,8 +40,13 @@ class Settings:
             until it is closed and its handlers and close handler have ended. The next client, once
             it is authenticated, is told so: its `open_connection` raises `ConnectionRefused`, with the
             code ``busy``.
-        max_handshakes: unfinished handshakes of a server at once. One more closes the oldest, which
-            is told nothing: its `open_connection` raises `HandshakeError`.
+        max_handshakes: unfinished handshakes of a server at once. One more closes one of them: of the network
+            address that has most of them, and one that has sent nothing before others. A client whose user
+            is being looked up, or waits for that, is not closed; where all are such, the newcomer is. The
+            client that is closed is told nothing: its `open_connection` raises `HandshakeError`.
+        max_lookups: calls of a server's `user_key` function at once. The other clients wait in order, and
+            network addresses take turns. A client that has waited for half of `handshake_timeout` is told
+            so: its `open_connection` raises `ConnectionRefused`, with the code ``busy``.
 
     Raises:
         TypeError: a number is not a number, or `describe_error` cannot be called.
@@ -47,18 +55,22 @@ class Settings:
 
     max_message_size: int = 4 * 2**20
     max_requests: int = 100
+    connect_timeout: float = 10.0
     handshake_timeout: float = 10.0
     ping_after: float = 20.0
     ping_timeout: float = 20.0
     describe_error: Callable[[BaseException], str] | None = None
     max_connections: int = 1000
-    max_handshakes: int = 64
+    max_handshakes: int = 512
+    max_lookups: int = 64
 
     def __post_init__(self) -> None:
         _check_whole("max_message_size", self.max_message_size, MIN_MESSAGE_SIZE, MAX_MESSAGE_SIZE)
         _check_whole("max_requests", self.max_requests, 1, MAX_REQUESTS)
         _check_whole("max_connections", self.max_connections, 1, None)
         _check_whole("max_handshakes", self.max_handshakes, 1, None)
+        _check_whole("max_lookups", self.max_lookups, 1, None)
+        _check_seconds("connect_timeout", self.connect_timeout)
         _check_seconds("handshake_timeout", self.handshake_timeout)
         _check_seconds("ping_after", self.ping_after)
         _check_seconds("ping_timeout", self.ping_timeout)

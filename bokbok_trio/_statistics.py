@@ -44,7 +44,7 @@ class ServerStatistics:
         max_connections: how many those can be. The next client is refused as ``busy``.
         handshakes: unfinished handshakes. One that had to make room for another counts until it has
             ended, so this can pass `max_handshakes`, to twice that at most.
-        max_handshakes: how many can go on at once. One more closes the oldest.
+        max_handshakes: how many can go on at once. One more closes one of them; see `Settings`.
         handlers_running: requests that are being handled, over all connections.
     """
 

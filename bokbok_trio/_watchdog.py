@@ -128,6 +128,11 @@ class Watchdog:
             rounds.note_stopped()
 
     @property
+    def has_had_answer(self) -> bool:
+        """Whether the peer was heard of after a ping."""
+        return self._asked_after is not None and self._heard_at != self._asked_after
+
+    @property
     def has_stopped(self) -> bool:
         """Whether it watches no more."""
         return self._lose is None

@@ -10,7 +10,6 @@ import trio
 
 from ._direct_stream import DirectStream
 from ._outbox import MAX_BATCH_SIZE
-from ._pacing import read_load
 from ._packets import Received
 from ._secretbox_stream import SecretboxStream
 
@@ -122,8 +121,7 @@ class Wire:
 
     def unacknowledged(self) -> int:
         """How many bytes were written and have not arrived; 0 where the system does not say."""
-        load = read_load(self._direct) if self._direct is not None else None
-        return 0 if load is None else load.queued
+        return 0 if self._direct is None else self._direct.count_queued() or 0
 
     def close_now(self) -> bool:
         """Close the stream, if that needs no waiting; return whether it was so. Again does no harm."""

@@ -11,7 +11,6 @@ import trio.testing
 
 from bokbok_trio import ChannelHandler, Connection, RequestError, RequestHandler, Settings, open_connection
 from bokbok_trio._packets import PacketDecoder, encode_body, encode_head
-from bokbok_trio._reader import Turn
 
 MAGIC = b"bokbok1\n"
 
@@ -75,7 +74,7 @@ class RawPeer:
         assert received == hello
         await self.stream.send_all(MAGIC + packet(b"hello", b"server", b"plain", b""))
         assert (await self.receive())[0] == b"open"
-        await self.send(b"accepted", b"%d" % max_message_size, b"%d" % max_requests, b"")
+        await self.send(b"accepted", b"%d" % max_message_size, b"%d" % max_requests, b"\0", b"")
 
 
 @asynccontextmanager
@@ -124,7 +123,7 @@ async def settle() -> None:
 
 def req(id: int, *fields: bytes, timeout: bytes = b"") -> bytes:
     """A request of the peer's that is made by hand."""
-    return packet(b"req", b"%d" % id, timeout, body=list(fields))
+    return packet(b"req", b"%d" % id, timeout, b"", b"", body=list(fields))
 
 
 def cancel(id: int) -> bytes:
@@ -153,10 +152,9 @@ def check_idle(connection: Connection) -> None:
     """Nothing is left of anything, one task reads, and one at most waits for its turn."""
     assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
     assert not connection._sender._is_held
+    assert not connection._sender.lock.is_held
+    turn = connection._reader._turn
     assert connection._reader._nursery is not None
-    assert connection._reader._turn is Turn.HELD
-    assert connection._reader._leader is None
-    tasks = 1 if connection._reader._next is None else 2
-    assert [task.name for task in connection._reader._nursery.child_tasks] == [
-        "bokbok_trio._reader.Reader._run"
-    ] * tasks
+    tasks = connection._reader._nursery.child_tasks
+    assert tasks == {task for task in (turn.reader, turn.follower) if task is not None}
+    assert {task.name for task in tasks} == {"bokbok_trio reader"}

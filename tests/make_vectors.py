@@ -1,12 +1,14 @@
-"""Makes ``tests/vectors.json``, the test vectors of ``docs/protocol.rst``, from the package.
+"""Makes ``tests/vectors.json``, the test vectors of ``docs/protocol.rst``.
 
-``python -m tests.make_vectors``; the same bytes every time, as all that is random is fixed here.
+``python -m tests.make_vectors``; the same bytes every time, because everything random is fixed here. The
+package makes the handshakes, records and keys; what a server replies to packets of an open connection comes
+from the second implementation, so ``test_second_implementation.py`` compares the engine with both.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,13 +16,11 @@ import trio
 import trio.testing
 from nacl.bindings import crypto_secretbox
 
-from bokbok_trio._events import Event, Item, Request
 from bokbok_trio._handshake import (
     MAGIC,
     ClientHandshake,
     Limits,
     ServerHandshake,
-    Side,
     _box_key,
     _hash_accepted,
     _proof,
@@ -31,7 +31,8 @@ from bokbok_trio._handshake import (
 from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, Key, encode_user, passphrase_to_key
 from bokbok_trio._packets import decode_body, encode_body, encode_head, encode_number
 from bokbok_trio._secretbox_stream import SecretboxStream
-from bokbok_trio._session import Session
+
+from . import second_implementation as second
 
 Vectors: TypeAlias = dict[str, Any]
 
@@ -47,8 +48,14 @@ USER = "zoë"
 SERVICE = "maps"
 CLIENT_LIMITS = Limits(4194304, 100)
 SERVER_LIMITS = Limits(65536, 7)
+CLIENT_OPTIONS = {"example/1": b"\1"}
+# What each handshake draws, in this order: the X25519 secret (mode sealed), then the 11 bytes of grease (two
+# for the four hex digits of its name, one for its length modulo 9, eight for its value), then on the
+# client the session key (mode sealed).
+CLIENT_GREASE = bytes.fromhex("0a1b0cc0c1c2c3c4c5c6c7")  # a length of 12 modulo 9
+SERVER_GREASE = bytes.fromhex("f00d00d0d1d2d3d4d5d6d7")
 OPEN_LIMITS = Limits(2**20, 5)
-OPEN_CREDIT = 40
+OPEN_CREDIT = 140
 
 
 def _packet(*fields: bytes, body: Sequence[bytes] | None = None) -> bytes:
@@ -64,22 +71,24 @@ def _flip(data: bytes) -> bytes:
 
 
 def _client(key: bytes | None = KEY, service: str = SERVICE) -> ClientHandshake:
-    random = iter([CLIENT_SECRET, SESSION_KEY])
+    random = iter([CLIENT_GREASE] if key is None else [CLIENT_SECRET, CLIENT_GREASE, SESSION_KEY])
     return ClientHandshake(
         user=None if key is None else USER,
         key=None if key is None else Key(key),
         service="" if key is None else service,
         limits=CLIENT_LIMITS,
+        options=CLIENT_OPTIONS,
         randomness=lambda _: next(random),
     )
 
 
 def _server(*, sealed: bool = True) -> ServerHandshake:
+    random = iter([SERVER_SECRET, SERVER_GREASE] if sealed else [SERVER_GREASE])
     return ServerHandshake(
         sealed=sealed,
         service=SERVICE if sealed else "",
         limits=SERVER_LIMITS,
-        randomness=lambda _: SERVER_SECRET,
+        randomness=lambda _: next(random),
     )
 
 
@@ -164,7 +173,73 @@ def _users() -> Vectors:
     }
 
 
+def _body(*fields: bytes) -> bytes:
+    return encode_head(*fields)[4:]
+
+
+BAD_OPTIONS = {
+    "empty": b"",
+    "a name without a value": _body(b"a", b"", b"b"),
+    "a name twice": _body(b"a", b"1", b"a", b"2"),
+    "an empty name": _body(b"", b""),
+    "a name of 33 bytes": _body(b"a" * 33, b""),
+    "a capital letter": _body(b"A", b""),
+    "an underscore": _body(b"a_b", b""),
+    "a space": _body(b"a b", b""),
+    "a line feed after a name": _body(b"a\n", b""),
+    "a letter that is not ASCII": _body("ë".encode(), b""),
+    "97 bytes": _body(b"a", bytes(87)),
+    "a byte after the last field": _body(b"a", b"") + b"\0",
+    "a value cut short": _body(b"a", b"12")[:-1],
+}
+BAD_CONTEXTS = {
+    "a body without fields": _body(),
+    "a name without a value": _body(b"a", b"", b"b"),
+    "a name twice": _body(b"a", b"1", b"a", b"2"),
+    "an empty name": _body(b"", b""),
+    "a name of 65 bytes": _body(b"a" * 65, b""),
+    "a capital letter": _body(b"A", b""),
+    "a slash": _body(b"a/b", b""),
+    "a letter that is not ASCII": _body("ë".encode(), b""),
+    "33 pairs": _body(*(field for at in range(33) for field in (b"%d" % at, b""))),
+    "8,193 bytes": _body(b"a", bytes(8193 - 10)),
+    "a byte after the last field": _body(b"a", b"") + b"\0",
+    "a value cut short": _body(b"a", b"12")[:-1],
+}
+
+
+def _options() -> Vectors:
+    good = {
+        "none": {},
+        "one": {b"grease.c0de": b"\0\377"},
+        "an empty value": {b"a": b""},
+        "names of every kind of character": {b"bokbok/0.9-z": b"1", b"/": b"", b"-.": b""},
+        "a name of 32 bytes": {b"a" * 32: b"1"},
+        "96 bytes": {b"a": bytes(86)},
+    }
+    return {
+        "good": [
+            {
+                "name": name,
+                "options": {each.decode(): value.hex() for each, value in options.items()},
+                "body": second.flat(options).hex(),
+            }
+            for name, options in good.items()
+        ],
+        "bad": [{"name": name, "body": body.hex()} for name, body in BAD_OPTIONS.items()],
+    }
+
+
 # ---- the handshake ----
+
+
+def _declared(handshake: ClientHandshake | ServerHandshake) -> list[bytes]:
+    """What a side declares: its two numbers, and its options."""
+    return list(handshake._declared)
+
+
+def _shown(options: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: value.hex() for name, value in options.items()}
 
 
 def _sealed() -> Vectors:
@@ -176,7 +251,7 @@ def _sealed() -> Vectors:
     accepted = server.accept([Key(KEY)])
     client.receive_reply(accepted)
     h1, box = client._h1, client._box
-    head = encode_head(b"accepted", *SERVER_LIMITS.fields())
+    head = encode_head(b"accepted", *_declared(server))
     h2 = _hash_accepted(h1, box, head)
     hs, fk = client.channel_keys(), client.final_keys
     assert fk is not None
@@ -189,7 +264,7 @@ def _sealed() -> Vectors:
         "ee": client._ee,
         "h0": client._h0,
         "hs": hs.c2s + hs.s2c,
-        "O": encode_head(*_fields(open)[:5]),
+        "O": encode_head(*_fields(open)[:6]),
         "h1": h1,
         "session_key": SESSION_KEY,
         "box_key": _box_key(Key(KEY), h1),
@@ -207,6 +282,8 @@ def _sealed() -> Vectors:
         "service": SERVICE,
         "client_limits": [CLIENT_LIMITS.max_message_size, CLIENT_LIMITS.max_requests],
         "server_limits": [SERVER_LIMITS.max_message_size, SERVER_LIMITS.max_requests],
+        "client_options": _shown(server.peer_options),
+        "server_options": _shown(client.peer_options),
         **{name: value.hex() for name, value in values.items()},
         "client_sends": client.hello.hex() + "".join(_records((hs.c2s, [open]))),
         "server_sends": server.hello.hex() + "".join(_records((hs.s2c, [accepted]))),
@@ -222,9 +299,12 @@ def _plain() -> Vectors:
     open = client.open()
     server.receive_open(open)
     accepted = server.accept([])
+    client.receive_reply(accepted)
     return {
         "client_limits": [CLIENT_LIMITS.max_message_size, CLIENT_LIMITS.max_requests],
         "server_limits": [SERVER_LIMITS.max_message_size, SERVER_LIMITS.max_requests],
+        "client_options": _shown(server.peer_options),
+        "server_options": _shown(client.peer_options),
         "C": client.hello.hex(),
         "S": server.hello.hex(),
         "open": open.hex(),
@@ -266,8 +346,13 @@ def _bad_hellos() -> list[Vectors]:
     return [{"to": to, "mode": mode, "name": name, "hello": hello.hex()} for to, mode, name, hello in table]
 
 
-def _open(*head: bytes, key: bytes = KEY, service: str = SERVICE) -> str:
-    """An `open` made of any first fields, its box right for them."""
+def _open(*head: bytes, key: bytes = KEY, service: str = SERVICE, pad: int = 0) -> str:
+    """A sealed `open` of any first five fields, its box right for them, of 512 bytes and `pad` more."""
+    size = 512 - len(encode_head(*head, b"", bytes(80)))
+    return _open_padded(*head, bytes(size + pad), key=key, service=service)
+
+
+def _open_padded(*head: bytes, key: bytes = KEY, service: str = SERVICE) -> str:
     client = _client(key, service)
     client.receive_hello(_server().hello)
     h1 = client._hash_open(head)
@@ -276,9 +361,11 @@ def _open(*head: bytes, key: bytes = KEY, service: str = SERVICE) -> str:
 
 
 def _bad_opens() -> list[Vectors]:
-    user, size, count = encode_user(USER), b"4194304", b"100"
-    good = [b"open", user, size, count, bytes(385)]
-    plain = [b"open", b"", size, count, b"", b""]
+    user = encode_user(USER)
+    size, count, options = _declared(_client())
+    good = [b"open", user, size, count, options]
+    plain = [b"open", b"", size, count, options, b"", b""]
+    pad = _fields(bytes.fromhex(_open(*good)))[5]
     authentication = "authentication"
     table: list[tuple[str, str, str | None, str]] = [
         ("sealed", "another key", authentication, _open(*good, key=OTHER_KEY)),
@@ -286,22 +373,30 @@ def _bad_opens() -> list[Vectors]:
         ("sealed", "a bit of the box changed", authentication, _flip(bytes.fromhex(_open(*good))).hex()),
         ("sealed", "an unknown user", authentication, _open(b"open", b"zack", *good[2:])),
         ("sealed", "a user that is no name", authentication, _open(b"open", b"zo\xeb\n", *good[2:])),
-        ("sealed", "no user", authentication, _open(b"open", b"", size, count, bytes(389))),
-        ("sealed", "511 bytes", None, _open(*good[:4], bytes(384))),
-        ("sealed", "513 bytes", None, _open(*good[:4], bytes(386))),
-        ("sealed", "a pad that is not zeros", None, _open(*good[:4], _flip(bytes(385)))),
-        ("sealed", "no box", None, encode_head(*good[:4], bytes(465), b"").hex()),
+        ("sealed", "no user", authentication, _open(b"open", b"", *good[2:])),
+        ("sealed", "511 bytes", None, _open(*good, pad=-1)),
+        ("sealed", "513 bytes", None, _open(*good, pad=1)),
+        ("sealed", "a pad that is not zeros", None, _open_padded(*good, _flip(pad))),
+        ("sealed", "no box", None, encode_head(*good, pad + bytes(80), b"").hex()),
         ("sealed", "another first field", None, _open(b"nope", *good[1:])),
-        ("sealed", "five fields", None, encode_head(*good[:4], bytes(469)).hex()),
-        ("sealed", "messages of 4,095 bytes", None, _open(*good[:2], b"4095", count, bytes(388))),
-        ("sealed", "no request at once", None, _open(*good[:3], b"0", bytes(387))),
-        ("sealed", "1,000,001 requests at once", None, _open(*good[:3], b"1000001", bytes(381))),
-        ("sealed", "a number with a leading zero", None, _open(*good[:3], b"0100", bytes(384))),
+        ("sealed", "six fields", None, encode_head(*good, pad + bytes(84)).hex()),
+        ("sealed", "without options", None, _open(*good[:4])),
+        ("sealed", "messages of 4,095 bytes", None, _open(*good[:2], b"4095", count, options)),
+        ("sealed", "no request at once", None, _open(*good[:3], b"0", options)),
+        ("sealed", "1,000,001 requests at once", None, _open(*good[:3], b"1000001", options)),
+        ("sealed", "a number with a leading zero", None, _open(*good[:3], b"0100", options)),
         ("plain", "a user", None, encode_head(b"open", user, *plain[2:]).hex()),
-        ("plain", "a pad", None, encode_head(*plain[:4], b"\0", b"").hex()),
-        ("plain", "a box", None, encode_head(*plain[:5], bytes(80)).hex()),
+        ("plain", "a pad", None, encode_head(*plain[:5], b"\0", b"").hex()),
+        ("plain", "a box", None, encode_head(*plain[:6], bytes(80)).hex()),
         ("plain", "messages of 4,095 bytes", None, encode_head(*plain[:2], b"4095", *plain[3:]).hex()),
+        ("plain", "without options", None, encode_head(*plain[:4], *plain[5:]).hex()),
     ]
+    for name, bad in BAD_OPTIONS.items():
+        told = f"options: {name}"
+        table += [
+            ("sealed", told, None, _open(*good[:4], bad)),
+            ("plain", told, None, encode_head(*plain[:4], bad, b"", b"").hex()),
+        ]
     return [
         {"mode": mode, "name": name, "refused": refused, "open": packet}
         for mode, name, refused, packet in table
@@ -311,27 +406,38 @@ def _bad_opens() -> list[Vectors]:
 def _bad_replies(sealed: Vectors) -> list[Vectors]:
     h1, box, accepted = (bytes.fromhex(sealed[name]) for name in ("h1", "box", "accepted"))
 
-    def accept(*head: bytes, key: bytes = KEY) -> bytes:
+    def accept(*declared: bytes, key: bytes = KEY) -> bytes:
+        head = (b"accepted", *declared)
         return encode_head(*head, _proof(Key(key), _hash_accepted(h1, box, encode_head(*head))))
 
-    size, count = SERVER_LIMITS.fields()
-    proof = _fields(accepted)[3]
+    size, count, options = _declared(_server())
+    proof = _fields(accepted)[4]
+    other_options = _body(b"grease.f00e", b"")
     table: list[tuple[str, str, bool, bytes]] = [
-        ("sealed", "another key", True, accept(b"accepted", size, count, key=OTHER_KEY)),
+        ("sealed", "another key", True, accept(size, count, options, key=OTHER_KEY)),
         ("sealed", "a bit of the proof changed", True, _flip(accepted)),
-        ("sealed", "a limit changed", True, encode_head(b"accepted", b"65537", count, proof)),
-        ("sealed", "no proof", True, encode_head(b"accepted", size, count, b"")),
-        ("sealed", "half a proof", True, encode_head(b"accepted", size, count, proof[:16])),
+        ("sealed", "a limit changed", True, encode_head(b"accepted", b"65537", count, options, proof)),
+        ("sealed", "an option changed", True, encode_head(b"accepted", size, count, other_options, proof)),
+        ("sealed", "no proof", True, encode_head(b"accepted", size, count, options, b"")),
+        ("sealed", "half a proof", True, encode_head(b"accepted", size, count, options, proof[:16])),
         ("sealed", "refused", True, encode_refused("authentication", "authentication failed")),
-        ("sealed", "messages of 4,095 bytes", False, accept(b"accepted", b"4095", count)),
-        ("sealed", "no request at once", False, accept(b"accepted", size, b"0")),
-        ("sealed", "three fields", False, encode_head(b"accepted", size, count)),
+        ("sealed", "messages of 4,095 bytes", False, accept(b"4095", count, options)),
+        ("sealed", "no request at once", False, accept(size, b"0", options)),
+        ("sealed", "without options", False, accept(size, count)),
+        ("sealed", "four fields", False, encode_head(b"accepted", size, count, options)),
         ("sealed", "a byte after the packet", False, accepted + b"\0"),
         ("sealed", "an unknown code", False, encode_head(b"refused", b"perhaps", b"")),
         ("sealed", "a message of 257 bytes", False, encode_head(b"refused", b"authentication", b"a" * 257)),
         ("plain", "a proof", False, accepted),
         ("plain", "refused", False, encode_refused("busy", "the server is busy")),
+        ("plain", "without options", False, encode_head(b"accepted", size, count, b"")),
     ]
+    for name, bad in BAD_OPTIONS.items():
+        told = f"options: {name}"
+        table += [
+            ("sealed", told, False, accept(size, count, bad)),
+            ("plain", told, False, encode_head(b"accepted", size, count, bad, b"")),
+        ]
     return [
         {"mode": mode, "name": name, "authentication": authentication, "reply": packet.hex()}
         for mode, name, authentication, packet in table
@@ -378,10 +484,19 @@ def _record_vectors() -> Vectors:
 # ---- an open connection ----
 
 
-def _session(side: Side) -> Session:
-    """A side of the connection of these vectors."""
-    size, count = OPEN_LIMITS.max_message_size, OPEN_LIMITS.max_requests
-    return Session(side, max_message_size=size, max_requests=count, slots=count)
+def _req(id: int, *body: bytes, timeout: bytes = b"", depth: bytes = b"", context: bytes = b"") -> bytes:
+    return _packet(b"req", encode_number(id), timeout, depth, context, body=body)
+
+
+def _chan(
+    id: int,
+    *body: bytes,
+    credit: bytes = b"0",
+    timeout: bytes = b"",
+    depth: bytes = b"",
+    context: bytes = b"",
+) -> bytes:
+    return _packet(b"chan", encode_number(id), timeout, depth, context, credit, body=body)
 
 
 def _part(number: int, left: int, piece: bytes) -> bytes:
@@ -390,106 +505,100 @@ def _part(number: int, left: int, piece: bytes) -> bytes:
 
 def _connection_packets() -> Vectors:
     """What a client sends first on an open connection, and what it must not."""
-    asker, answerer = _session("client"), _session("client")
-    asker.request(["ping", "12345"])
-    req = asker.take(0.0)
-    asker.request(["ping", "12345"], deadline=1.5)
-    req_timeout = asker.take(0.0)
-    asker.cancel(0)
-    cancel = asker.take(0.0)
-    asker.ping()
-    ping = asker.take(0.0)
-    asker.drain()
-    bye = asker.take(0.0)
-    answerer_events = list(answerer.receive(_packet(b"req", b"1", b"", body=[b"a"])))
-    assert len(answerer_events) == 1
-    answerer.answer(1, [b"pong", b"12345"])
-    ok = answerer.take(0.0)
-    list(answerer.receive(_packet(b"req", b"3", b"", body=[b"a"])))
-    answerer.fail(3, "unknown-request", "no such request")
-    err = answerer.take(0.0)
-    asker.open_channel(["log"], deadline=1.5)
-    chan = asker.take(0.0)
-    list(answerer.receive(_packet(b"chan", b"5", b"", b"262144", body=[b"log"])))
-    answerer.channels.send(5, *answerer.channels.encode([b"line", b"12345"]))
-    item = answerer.take(0.0)
-    answerer.channels.grant(5, 1000)
-    credit = answerer.take(0.0)
-    answerer.channels.end(5)
-    end = answerer.take(0.0)
-    list(answerer.receive(ping))
-    pong = answerer.take(0.0)
-    list(answerer.receive(bye))
-    bye_ok = answerer.take(0.0)
+    trace = _body(b"trace-id", b"4bf92f3577b34da6", b"lang", b"eo")
+    longest = _body(b"a", bytes(8192 - 10))
+    most = _body(*(field for at in range(32) for field in (b"a.b-c_%d" % at, b"")))
     good = {
-        "req": req,
-        "req with a timeout of 1.5 s": req_timeout,
-        "req with a timeout that has passed": _packet(b"req", b"4", b"0", body=[]),
-        "req with the longest timeout": _packet(b"req", b"4", b"9" * 18, body=[]),
-        "req with no fields": _packet(b"req", b"999999999999999998", b"", body=[]),
-        "cancel": cancel,
-        "ok": ok,
-        "err": err,
+        "req": _req(0, b"ping", b"12345"),
+        "req with a timeout of 1.5 s": _req(2, b"ping", b"12345", timeout=b"1500000"),
+        "req with a timeout that has passed": _req(4, timeout=b"0"),
+        "req with the longest timeout": _req(4, timeout=b"9" * 18),
+        "req with no fields": _req(999999999999999998),
+        "req of depth 1": _req(4, b"again?", depth=b"1"),
+        "req of depth 15, with a context": _req(4, b"ping", depth=b"15", context=trace),
+        "req with a context of one empty value": _req(4, context=_body(b"a" * 64, b"")),
+        "req with the longest context": _req(4, context=longest),
+        "req with the most pairs in its context": _req(4, context=most),
+        "cancel": _of(b"cancel 0"),
+        "ok": _packet(b"ok", b"1", body=[b"pong", b"12345"]),
+        "err": encode_head(b"err", b"3", b"unknown-request", b"no such request", b""),
+        "err with details": encode_head(b"err", b"3", b"no-room", b"the disk is full", b"\0\xff"),
+        "err with the longest details": encode_head(b"err", b"3", b"no-room", b"", bytes(16_384)),
         "part": _part(0, 3, b"abc"),
-        "drop": encode_head(b"drop", b"0"),
-        "ping": ping,
-        "pong": pong,
-        "bye": bye,
-        "bye-ok": bye_ok,
-        "chan with a timeout of 1.5 s": chan,
-        "chan with no credit": _packet(b"chan", b"6", b"", b"0", body=[]),
-        "chan with the most credit": _packet(b"chan", b"6", b"", b"4294967295", body=[]),
-        "item": item,
+        "drop": _of(b"drop 0"),
+        "ping": _of(b"ping"),
+        "pong": _of(b"pong"),
+        "bye": _of(b"bye"),
+        "bye-ok": _of(b"bye-ok"),
+        "chan with a timeout of 1.5 s": _chan(4, b"log", timeout=b"1500000", credit=b"262144"),
+        "chan with no credit": _chan(6),
+        "chan with the most credit": _chan(6, credit=b"4294967295"),
+        "chan of depth 2, with a context": _chan(6, b"log", depth=b"2", context=trace, credit=b"100"),
+        "item": _packet(b"item", b"5", body=[b"line", b"12345"]),
         "item with no fields": _packet(b"item", b"5", body=[]),
-        "credit": credit,
+        "credit": encode_head(b"credit", b"5", b"1000"),
         "credit of nothing": encode_head(b"credit", b"5", b"0"),
-        "end": end,
+        "end": _of(b"end 5"),
+        "abort": encode_head(b"abort", b"protocol", b"`item` without credit"),
+        "abort with the longest text": encode_head(b"abort", b"protocol", b"a" * 256),
     }
     size = OPEN_LIMITS.max_message_size
     bad = {
         "no fields": encode_head(),
         "an unknown first field": encode_head(b"hello"),
         "66,561 bytes that are not in pieces, only the length of them": bytes.fromhex("00010401"),
-        "req of three fields": encode_head(b"req", b"0", b""),
-        "req with an id of the server's": _packet(b"req", b"1", b"", body=[]),
-        "req with an id that is no number": _packet(b"req", b"00", b"", body=[]),
-        "req with a timeout that is no number": _packet(b"req", b"0", b"1.5", body=[]),
-        "req with a timeout of 19 digits": _packet(b"req", b"0", b"1" + b"0" * 18, body=[]),
-        "req with a body that is none": encode_head(b"req", b"0", b"", b""),
+        "req of five fields": encode_head(b"req", b"0", b"", b"", _body()),
+        "req with an id of the server's": _req(1),
+        "req with an invalid id": _packet(b"req", b"00", b"", b"", b"", body=[]),
+        "req with an invalid timeout": _req(0, timeout=b"1.5"),
+        "req with a timeout of 19 digits": _req(0, timeout=b"1" + b"0" * 18),
+        "req with an invalid body": encode_head(b"req", b"0", b"", b"", b"", b""),
         "ok to nothing": _packet(b"ok", b"1", body=[]),
-        "err to nothing": encode_head(b"err", b"1", b"handler-error", b""),
-        "cancel with an id of the server's": encode_head(b"cancel", b"1"),
+        "err to nothing": encode_head(b"err", b"1", b"handler-error", b"", b""),
+        "err of four fields": encode_head(b"err", b"1", b"handler-error", b""),
+        "cancel with an id of the server's": _of(b"cancel 1"),
         "cancel of three fields": encode_head(b"cancel", b"0", b""),
         "part of three fields": encode_head(b"part", b"0", b"3"),
-        "part with a number that is none": encode_head(b"part", b"", b"3", b"abc"),
-        "part with a left that is no number": encode_head(b"part", b"0", b"-3", b"abc"),
+        "part with an invalid number": encode_head(b"part", b"", b"3", b"abc"),
+        "part with an invalid left": encode_head(b"part", b"0", b"-3", b"abc"),
         "part with an empty piece": _part(0, 3, b""),
         "part with an empty piece and nothing left": _part(0, 0, b""),
         "part of a packet one byte over the limit": _part(0, size - 2, b"abc"),
         "part of a packet far over the limit": _part(0, 10**18 - 1, b"abc"),
         "part, the only one, of no body": _part(0, 0, b"\1"),
-        "part, the only one, of no fields": _part(0, 0, encode_head()[4:]),
-        "drop of nothing": encode_head(b"drop", b"0"),
+        "part, the only one, of no fields": _part(0, 0, _body()),
+        "drop of nothing": _of(b"drop 0"),
         "drop of three fields": encode_head(b"drop", b"0", b""),
         "ping of two fields": encode_head(b"ping", b"12345"),
         "pong of two fields": encode_head(b"pong", b"12345"),
         "bye of two fields": encode_head(b"bye", b""),
-        "bye-ok without bye": bye_ok,
-        "chan of four fields": _packet(b"chan", b"0", b"", body=[]),
-        "chan with an id of the server's": _packet(b"chan", b"1", b"", b"0", body=[]),
-        "chan with an id that is no number": _packet(b"chan", b"00", b"", b"0", body=[]),
-        "chan with a timeout that is no number": _packet(b"chan", b"0", b"1.5", b"0", body=[]),
-        "chan with a credit that is no number": _packet(b"chan", b"0", b"", b"", body=[]),
-        "chan with more credit than may be": _packet(b"chan", b"0", b"", b"4294967296", body=[]),
-        "chan with a body that is none": encode_head(b"chan", b"0", b"", b"0", b""),
+        "bye-ok without bye": _of(b"bye-ok"),
+        "chan of six fields": encode_head(b"chan", b"0", b"", b"", b"", _body()),
+        "chan with an id of the server's": _chan(1),
+        "chan with an invalid id": _packet(b"chan", b"00", b"", b"", b"", b"0", body=[]),
+        "chan with an invalid timeout": _chan(0, timeout=b"1.5"),
+        "chan with an invalid credit": _chan(0, credit=b""),
+        "chan with more than the most credit": _chan(0, credit=b"4294967296"),
+        "chan with an invalid body": encode_head(b"chan", b"0", b"", b"", b"", b"0", b""),
+        "chan of depth 16": _chan(0, depth=b"16"),
+        "abort of two fields": encode_head(b"abort", b"protocol"),
+        "abort with a code that is not UTF-8": encode_head(b"abort", b"\xff", b""),
+        "abort with a text that is not UTF-8": encode_head(b"abort", b"protocol", b"\xff"),
+        "abort with a text of 257 bytes": encode_head(b"abort", b"protocol", b"a" * 257),
+        **{
+            f"req with the depth {depth.decode()}": _req(0, depth=depth)
+            for depth in (b"0", b"16", b"01", b"-1", b"+1", b"1.0", b" 1", b"1" + b"0" * 17)
+        },
+        **{f"req with a context: {name}": _req(0, context=context) for name, context in BAD_CONTEXTS.items()},
+        "chan with a context: a name twice": _chan(0, context=BAD_CONTEXTS["a name twice"]),
         "item of two fields": encode_head(b"item", b"0"),
-        "item with an id that is no number": _packet(b"item", b"-1", body=[]),
-        "item of nothing in flight, with a body that is none": encode_head(b"item", b"0", b"\1"),
+        "item with an invalid id": _packet(b"item", b"-1", body=[]),
+        "item of nothing in flight, with an invalid body": encode_head(b"item", b"0", b"\1"),
         "credit of two fields": encode_head(b"credit", b"0"),
-        "credit with an id that is no number": encode_head(b"credit", b"", b"5"),
-        "credit of nothing in flight, with no number of bytes": encode_head(b"credit", b"0", b"05"),
+        "credit with an invalid id": encode_head(b"credit", b"", b"5"),
+        "credit of nothing in flight, with an invalid number of bytes": encode_head(b"credit", b"0", b"05"),
         "end of three fields": encode_head(b"end", b"0", b""),
-        "end with an id that is no number": encode_head(b"end", b"01"),
+        "end with an invalid id": encode_head(b"end", b"01"),
     }
     return {
         "max_message_size": OPEN_LIMITS.max_message_size,
@@ -517,17 +626,17 @@ Sequences: TypeAlias = dict[str, tuple[bool, list[bytes]]]
 
 
 def _item(id: bytes, size: int) -> bytes:
-    """An item of one field, or of none, whose body is so large."""
-    return _packet(b"item", id, body=[b"a" * (size - 5)] if size > 1 else [])
+    """An item of one field, or of none, that takes up so much credit: 65 at least."""
+    return _packet(b"item", id, body=[b"a" * (size - 64 - 5)] if size > 65 else [])
 
 
 def _channel_sequences() -> tuple[Sequences, Sequences]:
-    """Those of the client's channel 0, to which the server grants 40, and of the server's channel 1."""
-    chan, request = _packet(b"chan", b"0", b"", b"100", body=[b"log"]), _packet(b"req", b"0", b"", body=[])
-    most = _packet(b"chan", b"0", b"", b"4294967295", body=[])
-    tenth = _packet(b"chan", b"10", b"", b"0", body=[])
-    five = [_packet(b"chan", encode_number(id), b"", b"0", body=[]) for id in range(0, 10, 2)]
-    large, small, end, cancel = _item(b"0", 300), _item(b"0", 1), _of(b"end 0"), _of(b"cancel 0")
+    """Those of the client's channel 0, to which the server grants 140, and of the server's channel 1."""
+    chan, request = _chan(0, b"log", credit=b"100"), _req(0)
+    most = _chan(0, credit=b"4294967295")
+    tenth = _chan(10)
+    five = [_chan(id) for id in range(0, 10, 2)]
+    large, small, end, cancel = _item(b"0", 300), _item(b"0", 65), _of(b"end 0"), _of(b"cancel 0")
     a1, a2, a3 = _pieces(0, large, 10, 100)
     ok = _packet(b"ok", b"1", body=[])
     good: Sequences = {
@@ -535,52 +644,66 @@ def _channel_sequences() -> tuple[Sequences, Sequences]:
         "a channel in pieces": (False, _pieces(0, chan, 5)),
         "a channel and a cancel": (False, [chan, cancel]),
         "credit after cancel": (False, [chan, cancel, _of(b"credit 0 5")]),
-        "an item for all of the credit": (False, [chan, _item(b"0", 40)]),
-        "an item of no fields for the last byte of it": (False, [chan, _item(b"0", 39), small]),
-        "an item that starts with one byte of it": (False, [chan, _item(b"0", 39), large]),
+        "an item for all of the credit": (False, [chan, _item(b"0", 140)]),
+        "an item of no fields for the last byte of it": (False, [chan, _item(b"0", 139), small]),
+        "an item that starts with one byte of it": (False, [chan, _item(b"0", 139), large]),
+        "three items of no fields, for 195 of 140 bytes": (False, [chan, small, small, small]),
         "an item in three pieces, then the end": (False, [chan, a1, a2, a3, end]),
-        "an item of another channel between pieces": (False, [chan, a1, _item(b"1", 9), a2, a3]),
+        "an item of another channel between pieces": (False, [chan, a1, _item(b"1", 79), a2, a3]),
         "a dropped item takes no credit": (False, [chan, a1, a2, _of(b"drop 0"), small, large]),
         "items, credit and the end of a channel of the server's": (
             False,
-            [_item(b"1", 99), _of(b"credit 1 5"), _item(b"1", 1), _of(b"end 1"), _of(b"credit 1 5")],
+            [_item(b"1", 99), _of(b"credit 1 5"), _item(b"1", 65), _of(b"end 1"), _of(b"credit 1 5")],
         ),
         "credit of nothing": (False, [most, _of(b"credit 0 0")]),
         "the most credit": (False, [_of(b"credit 1 1"), _of(b"credit 1 4294967294")]),
         "item, credit and ends of a channel that never was": (
             False,
-            [_item(b"6", 1), _of(b"credit 6 5"), _of(b"end 6"), _of(b"end 6"), _item(b"6", 1)],
+            [_item(b"6", 65), _of(b"credit 6 5"), _of(b"end 6"), _of(b"end 6"), _item(b"6", 65)],
         ),
         "the same, with an id of the server's": (
             False,
-            [_item(b"7", 1), _of(b"credit 7 5"), _of(b"end 7"), _of(b"end 7"), _item(b"7", 1)],
+            [_item(b"7", 65), _of(b"credit 7 5"), _of(b"end 7"), _of(b"end 7"), _item(b"7", 65)],
         ),
         "the same, after the answer": (
             False,
-            [ok, _item(b"1", 1), _of(b"credit 1 5"), _of(b"end 1"), _of(b"end 1"), _item(b"1", 1)],
+            [ok, _item(b"1", 65), _of(b"credit 1 5"), _of(b"end 1"), _of(b"end 1"), _item(b"1", 65)],
         ),
         "more credit than may be, for a channel that never was": (False, [_of(b"credit 6 4294967296")]),
         "an item, before its channel has wholly come": (False, [*_pieces(0, chan, 5)[:1], small]),
         "an item and the end after bye": (False, [chan, _of(b"bye"), small, end]),
         "item, credit and end after bye-ok": (
             True,
-            [_of(b"bye-ok"), _item(b"1", 9), _of(b"credit 1 5"), _of(b"end 1")],
+            [_of(b"bye-ok"), _item(b"1", 79), _of(b"credit 1 5"), _of(b"end 1")],
         ),
         "a channel that crosses bye, and bye-ok": (True, [chan, _of(b"bye-ok")]),
+        "a channel of depth 1 after bye-ok": (True, [_of(b"bye-ok"), _chan(0, b"log", depth=b"1"), small]),
+        "all slots for channels, and all for requests": (
+            False,
+            [*five, *(_req(id) for id in range(10, 20, 2))],
+        ),
+        "all slots for channels of two depths": (
+            False,
+            [*five, *(_chan(id, depth=b"1") for id in range(10, 20, 2))],
+        ),
     }
     bad: Sequences = {
         "a channel in flight": (False, [chan, chan]),
         "a channel with the id of a request in flight": (False, [request, chan]),
         "a request with the id of a channel in flight": (False, [chan, request]),
-        "one request too many, with a channel": (False, [*five, tenth]),
-        "one request too many, after channels": (False, [*five, _packet(b"req", b"10", b"", body=[])]),
+        "one channel too many": (False, [*five, tenth]),
+        "one channel of depth 15 too many": (
+            False,
+            [*(_chan(id, depth=b"15") for id in range(0, 12, 2))],
+        ),
         "a channel after bye-ok": (True, [_of(b"bye-ok"), chan]),
         "an item before any credit": (True, [chan, small]),
-        "an item with a credit of 0": (False, [chan, _item(b"0", 40), small]),
+        "an item with a credit of 0": (False, [chan, _item(b"0", 140), small]),
+        "a fourth item of no fields, with 140 bytes": (False, [chan, small, small, small, small]),
         "an item with a credit below 0": (False, [chan, large, small]),
         "an item with a credit below 0, in pieces": (False, [chan, large, *_pieces(0, small, 5)]),
         "an item after the end": (False, [chan, end, small]),
-        "an item after the end, of a channel of the server's": (False, [_of(b"end 1"), _item(b"1", 1)]),
+        "an item after the end, of a channel of the server's": (False, [_of(b"end 1"), _item(b"1", 65)]),
         "the last piece of an item after the end": (False, [chan, a1, a2, end, a3]),
         "an item after cancel, with a credit below 0": (False, [chan, large, cancel, small]),
         "a second end": (False, [chan, end, end]),
@@ -588,7 +711,7 @@ def _channel_sequences() -> tuple[Sequences, Sequences]:
         "an item for a request": (False, [request, small]),
         "credit for a request": (False, [request, _of(b"credit 0 5")]),
         "the end of a request": (False, [request, end]),
-        "an item for a request of the server's": (False, [_item(b"3", 1)]),
+        "an item for a request of the server's": (False, [_item(b"3", 65)]),
         "credit for a request of the server's": (False, [_of(b"credit 3 5")]),
         "the end of a request of the server's": (False, [_of(b"end 3")]),
         "more credit than may be": (False, [_of(b"credit 1 4294967296")]),
@@ -608,10 +731,14 @@ def _of(words: bytes) -> bytes:
 def _sequences() -> Vectors:
     """Packets of a client whose meaning depends on those before; True: the server has said `bye`."""
     channels_good, channels_bad = _channel_sequences()
-    first = _packet(b"req", b"0", b"", body=[b"ping", b"12345"])
-    second = _packet(b"req", b"2", b"1500000", body=[b"a" * 30])
+    first, other = _req(0, b"ping", b"12345"), _req(2, b"a" * 30, timeout=b"1500000")
+    nested = _req(4, b"again?", depth=b"1")
     a1, a2, a3 = _pieces(0, first, 10, 20)
-    b1, b2 = _pieces(1, second, 40)
+    b1, b2 = _pieces(1, other, 40)
+    err = encode_head(b"err", b"3", b"no-room", b"", bytes(300))
+    abort = encode_head(b"abort", b"protocol", b"unknown packet")
+    five = [_req(id) for id in range(0, 10, 2)]
+    five_deeper = [_req(id, depth=b"1") for id in range(10, 20, 2)]
     ping, pong, bye, bye_ok = _of(b"ping"), _of(b"pong"), _of(b"bye"), _of(b"bye-ok")
     drop, cancel = _of(b"drop 0"), _of(b"cancel 0")
     size = OPEN_LIMITS.max_message_size
@@ -621,7 +748,7 @@ def _sequences() -> Vectors:
         "a request in a piece for each byte": (False, _pieces(0, first, *[1] * (len(first) - 5))),
         "a request in one piece": (False, _pieces(7, first)),
         "two requests in pieces, the second ends first": (False, [a1, b1, a2, b2, a3]),
-        "a small request between pieces": (False, [a1, second, a2, a3]),
+        "a small request between pieces": (False, [a1, other, a2, a3]),
         "a dropped request, then another": (False, [a1, a2, drop, b1, b2]),
         "four open packets of the size of the limit, one dropped, one more": (
             False,
@@ -640,16 +767,36 @@ def _sequences() -> Vectors:
         "both say bye": (True, [bye, bye_ok]),
         "both say bye, the other way round": (True, [bye_ok, bye]),
         "cancel, ping and pong after bye-ok": (True, [first, bye_ok, cancel, ping, pong]),
+        "an error in pieces": (False, _pieces(0, err, 100, 200)),
+        "a request of depth 1 with a context, in pieces": (
+            False,
+            _pieces(0, _req(0, b"a", depth=b"1", context=_body(b"a", bytes(200))), 50, 100),
+        ),
+        "a request of depth 1 after bye": (False, [bye, nested]),
+        "a request of depth 1 that crosses bye": (True, [nested]),
+        "a request of depth 1 after bye-ok": (True, [bye_ok, nested]),
+        "all slots of two depths": (False, [*five, *five_deeper]),
+        "all slots of every depth": (
+            False,
+            [*five]
+            + [
+                _req(10 * depth + id, depth=encode_number(depth))
+                for depth in range(1, 16)
+                for id in range(0, 10, 2)
+            ],
+        ),
+        "abort": (False, [first, abort]),
+        "an abort that crosses a bye": (True, [abort]),
     }
-    five = [_packet(b"req", encode_number(id), b"", body=[]) for id in range(0, 10, 2)]
     bad: Sequences = {
         "a request in flight": (False, [first, first]),
         "a request in flight, in pieces": (False, [first, a1, a2, a3]),
-        "one request too many": (False, [*five, _packet(b"req", b"10", b"", body=[])]),
-        "one request too many, in pieces": (
-            False,
-            [*five, *_pieces(0, _packet(b"req", b"10", b"", body=[]))],
-        ),
+        "one request too many": (False, [*five, _req(10)]),
+        "one request too many, in pieces": (False, [*five, *_pieces(0, _req(10))]),
+        "one request of depth 1 too many": (False, [*five_deeper, _req(20, depth=b"1")]),
+        "one request too many, after deeper ones": (False, [*five, *five_deeper, _req(20)]),
+        "a request of another depth with an id in flight": (False, [first, _req(0, depth=b"1")]),
+        "details of 16,385 bytes": (False, [encode_head(b"err", b"3", b"no-room", b"", bytes(16_385))]),
         "a left that is too large": (False, [a1, _part(0, len(first) - 4 - 29, first[14:34])]),
         "a left that is too small": (False, [a1, _part(0, len(first) - 4 - 31, first[14:34])]),
         "a left of 0 too early": (False, [a1, _part(0, 0, first[14:34])]),
@@ -662,7 +809,7 @@ def _sequences() -> Vectors:
         "a drop of another packet": (False, [b1, drop]),
         "one piece, without the last byte of the packet": (False, _pieces(0, first[:-1])),
         "cancel in pieces": (False, [first, *_pieces(0, cancel, 5)]),
-        "err in pieces": (False, _pieces(0, encode_head(b"err", b"1", b"handler-error", b""), 5)),
+        "abort in pieces": (False, _pieces(0, abort, 5)),
         "ping in pieces": (False, _pieces(0, ping, 5)),
         "a piece in pieces": (False, _pieces(0, a1, 5)),
         "drop in pieces": (False, [a1, *_pieces(1, drop, 5)]),
@@ -685,43 +832,36 @@ def _sequences() -> Vectors:
     }
 
 
-def server_of_a_sequence(has_bye: bool) -> tuple[Session, bytes]:
-    """The server that it is sent to, with a channel and a request of its own; and what it sent before."""
-    server = _session("server")
-    server.open_channel([])
-    server.request([])
-    if has_bye:
-        server.drain()
-    return server, server.take(0.0)
+def server_of_a_sequence(has_bye: bool) -> second.Open:
+    """The server that it is sent to: it has opened a channel and made a request of its own."""
+    server = second.Open(1, OPEN_LIMITS.max_message_size, OPEN_LIMITS.max_requests, OPEN_CREDIT)
+    for fields in SENT_BEFORE[has_bye]:
+        server.put(fields)
+    return server
 
 
-def receive_sequence(server: Session, data: bytes) -> list[Event]:
-    """Let that server take packets, and grant credit to the channels that it takes."""
-    events = []
-    for event in server.receive(data):
-        events.append(event)
-        if isinstance(event, Request) and event.has_channel and not server.is_draining:
-            server.channels.grant(event.id, OPEN_CREDIT)
-    return events
+_CALLS = [[b"chan", b"1", b"", b"", b"", b"262144", _body()], [b"req", b"3", b"", b"", b"", _body()]]
+SENT_BEFORE = {False: _CALLS, True: [[b"bye"], *_CALLS]}
+"""What that server has sent, by whether it has said `bye`."""
 
 
 def _result(has_bye: bool, packets: Sequence[bytes]) -> Vectors:
     """What a server makes of a client's packets."""
-    server, _ = server_of_a_sequence(has_bye)
-    events = receive_sequence(server, b"".join(packets))
+    server = server_of_a_sequence(has_bye)
+    taken = [fields for packet in packets if (fields := server.take(packet))]
 
-    def list_fields(kind: type[Request | Item]) -> list[Vectors]:
+    def list_fields(*kinds: bytes) -> list[Vectors]:
         return [
-            {"id": event.id, "fields": [field.hex() for field in event.fields]}
-            for event in events
-            if isinstance(event, kind)
+            {"id": int(fields[1]), "fields": [field.hex() for field in second.unpack_body(fields[-1])]}
+            for fields in taken
+            if fields[0] in kinds
         ]
 
     return {
         "packets": [packet.hex() for packet in packets],
-        "requests": list_fields(Request),
-        "items": list_fields(Item),
-        "replies": server.take(0.0).hex(),
+        "requests": list_fields(b"req", b"chan"),
+        "items": list_fields(b"item"),
+        "replies": b"".join(server.replies).hex(),
     }
 
 
@@ -751,6 +891,7 @@ def make() -> Vectors:
         "packets": _packets(),
         "numbers": _numbers(),
         "users": _users(),
+        "options": _options(),
         "sealed": sealed,
         "plain": _plain(),
         "refused": _refused(sealed),

@@ -1,12 +1,13 @@
 """A second implementation of the protocol, from ``docs/protocol.rst`` alone, to test that text with.
 
-Bytes in, bytes out; no input or output, no time, and nothing of the package. `Bad` is what a receiver
-refuses; `NotAuthentic` is the part of it that is about the key. The names are those of the text.
+Bytes in, bytes out; no input or output, no time, and nothing of the package. A receiver refuses what is
+`Bad`; `NotAuthentic` is for the errors that are about the key. The names are those of the text.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Mapping
 
@@ -88,6 +89,40 @@ def limits(max_message_size: bytes, max_requests: bytes) -> tuple[int, int]:
     return found
 
 
+def pairs(data: bytes, most: int, name: bytes) -> dict[bytes, bytes]:
+    """The names and values of options or of a context, whose names match a pattern."""
+    if len(data) > most:
+        raise Bad("too long")
+    fields = unpack_body(data)
+    found = dict(zip(fields[::2], fields[1::2], strict=False))
+    if len(fields) != 2 * len(found):
+        raise Bad("an odd count, or a name twice")
+    if not all(re.fullmatch(name, each) for each in found):
+        raise Bad("name")
+    return found
+
+
+def options(data: bytes) -> dict[bytes, bytes]:
+    return pairs(data, 96, rb"[a-z0-9./-]{1,32}")
+
+
+def context(data: bytes) -> dict[bytes, bytes]:
+    """The context of a request; empty where there is none."""
+    found = pairs(data, 8192, rb"[a-z0-9._-]{1,64}") if data else {}
+    if data and not 1 <= len(found) <= 32:
+        raise Bad("number of pairs")
+    return found
+
+
+def flat(mapping: Mapping[bytes, bytes]) -> bytes:
+    """The body of options, or of a context."""
+    return body([field for pair in mapping.items() for field in pair])
+
+
+GREASE = {b"grease.c0de": b"second"}
+"""What this implementation sends as options by default."""
+
+
 # ---- records ----
 
 
@@ -124,11 +159,20 @@ class Handshake:
     """What both sides do. `me` is 0 for the client and 1 for the server."""
 
     def __init__(
-        self, me: int, mode: bytes, service: bytes, own_limits: tuple[int, int], secret: bytes
+        self,
+        me: int,
+        mode: bytes,
+        service: bytes,
+        own_limits: tuple[int, int],
+        secret: bytes,
+        *,
+        own_options: Mapping[bytes, bytes],
     ) -> None:
         self.me, self.mode, self.service, self.secret = me, mode, service, secret
         self.own_limits = [b"%d" % value for value in own_limits]
+        self.declared = [*self.own_limits, flat(own_options)]
         self.peer_limits = (0, 0)
+        self.peer_options: dict[bytes, bytes] = {}
         self.ephemeral = crypto_scalarmult_base(secret) if mode == b"sealed" else b""
         self.own_hello = MAGIC + packet([b"hello", SIDES[me], mode, self.ephemeral])
         self.ee = self.h0 = self.hs = self.h1 = self.box_key = self.box = b""
@@ -150,13 +194,13 @@ class Handshake:
         self.h0 = blake(32, b"", b"bokbok1 hello", both[self.me] + both[1 - self.me])
         self.hs = blake(64, self.ee, b"bokbok1 shake", self.h0)
 
-    def hash_open(self, key: bytes, five: list[bytes]) -> None:
+    def hash_open(self, key: bytes, six: list[bytes]) -> None:
         service = struct.pack(">B", len(self.service)) + self.service
-        self.h1 = blake(32, b"", b"bokbok1 open", self.h0 + service + packet(five))
+        self.h1 = blake(32, b"", b"bokbok1 open", self.h0 + service + packet(six))
         self.box_key = blake(32, key, b"bokbok1 box", self.h1)
 
-    def hash_accepted(self, key: bytes, three: list[bytes]) -> None:
-        self.h2 = blake(32, b"", b"bokbok1 accept", self.h1 + self.box + packet(three))
+    def hash_accepted(self, key: bytes, four: list[bytes]) -> None:
+        self.h2 = blake(32, b"", b"bokbok1 accept", self.h1 + self.box + packet(four))
         self.proof = blake(32, key, b"bokbok1 server", self.h2)
         self.fk = blake(64, key, b"bokbok1 final", self.session_key + self.ee + self.h2)
 
@@ -165,34 +209,42 @@ class Client(Handshake):
     """The side that dialled; with an empty key in mode plain."""
 
     def __init__(
-        self, user: bytes, key: bytes, service: bytes, own_limits: tuple[int, int], secret: bytes
+        self,
+        user: bytes,
+        key: bytes,
+        service: bytes,
+        own_limits: tuple[int, int],
+        secret: bytes,
+        *,
+        own_options: Mapping[bytes, bytes] = GREASE,
     ) -> None:
-        super().__init__(0, b"sealed" if key else b"plain", service, own_limits, secret)
+        mode = b"sealed" if key else b"plain"
+        super().__init__(0, mode, service, own_limits, secret, own_options=own_options)
         self.user, self.key = user, key
 
     def open(self, session_key: bytes) -> bytes:
         if not self.key:
-            return packet([b"open", b"", *self.own_limits, b"", b""])
-        five = [b"open", self.user, *self.own_limits, b""]
-        five[4] = bytes(512 - len(packet([*five, bytes(80)])))
-        self.hash_open(self.key, five)
+            return packet([b"open", b"", *self.declared, b"", b""])
+        six = [b"open", self.user, *self.declared, b""]
+        six[5] = bytes(512 - len(packet([*six, bytes(80)])))
+        self.hash_open(self.key, six)
         self.session_key = session_key
         self.box = crypto_secretbox(session_key + self.h1, self.h1[:24], self.box_key)
-        return packet([*five, self.box])
+        return packet([*six, self.box])
 
     def take_reply(self, reply: bytes) -> None:
         fields = unpack(reply)
         if fields[:1] == [b"refused"] and len(fields) == 3 and len(fields[2]) <= 256:
             raise (NotAuthentic if fields[1] == b"authentication" else Bad)("refused")
-        if fields[:1] != [b"accepted"] or len(fields) != 4:
+        if fields[:1] != [b"accepted"] or len(fields) != 5:
             raise Bad("reply")
         if self.key:
-            self.hash_accepted(self.key, fields[:3])
-            if len(fields[3]) != 32 or not sodium_memcmp(fields[3], self.proof):
+            self.hash_accepted(self.key, fields[:4])
+            if len(fields[4]) != 32 or not sodium_memcmp(fields[4], self.proof):
                 raise NotAuthentic("proof")
-        elif fields[3]:
+        elif fields[4]:
             raise Bad("a proof in mode plain")
-        self.peer_limits = limits(fields[1], fields[2])
+        self.peer_limits, self.peer_options = limits(fields[1], fields[2]), options(fields[3])
 
 
 class Server(Handshake):
@@ -204,35 +256,39 @@ class Server(Handshake):
         service: bytes,
         own_limits: tuple[int, int],
         secret: bytes,
+        *,
+        own_options: Mapping[bytes, bytes] = GREASE,
     ) -> None:
-        super().__init__(1, b"plain" if keys is None else b"sealed", service, own_limits, secret)
+        mode = b"plain" if keys is None else b"sealed"
+        super().__init__(1, mode, service, own_limits, secret, own_options=own_options)
         self.keys = keys
 
     def take_open(self, data: bytes, dummy_key: bytes = bytes(32)) -> bytes:
         """Take `open` and make `accepted`. Where this raises `NotAuthentic`, `refused` is due."""
         fields = unpack(data)
-        if len(fields) != 6 or fields[0] != b"open":
+        if len(fields) != 7 or fields[0] != b"open":
             raise Bad("open")
-        _, user, max_message_size, max_requests, pad, self.box = fields
-        self.peer_limits = limits(max_message_size, max_requests)
-        three = [b"accepted", *self.own_limits]
+        _, user, max_message_size, max_requests, encoded, pad, self.box = fields
+        self.peer_limits, peer_options = limits(max_message_size, max_requests), options(encoded)
+        four = [b"accepted", *self.declared]
         if self.keys is None:
             if user or pad or self.box:
                 raise Bad("not empty in mode plain")
-            return packet([*three, b""])
+            self.peer_options = peer_options
+            return packet([*four, b""])
         if len(data) != 512 or len(self.box) != 80 or any(pad):
             raise Bad("padding")
         key = self.keys.get(user, dummy_key)
-        self.hash_open(key, fields[:5])
+        self.hash_open(key, fields[:6])
         try:
             opened = crypto_secretbox_open(self.box, self.h1[:24], self.box_key)
         except CryptoError:
             raise NotAuthentic("box") from None
         if not sodium_memcmp(opened[32:], self.h1):
             raise NotAuthentic("box")
-        self.session_key = opened[:32]
-        self.hash_accepted(key, three)
-        return packet([*three, self.proof])
+        self.session_key, self.peer_options = opened[:32], peer_options
+        self.hash_accepted(key, four)
+        return packet([*four, self.proof])
 
 
 # ---- an open connection ----
@@ -241,44 +297,55 @@ MAX_WHOLE = 66_560
 MAX_PIECE = 65_458
 MAX_OPEN = 4
 MAX_CREDIT = 4_294_967_295
+ITEM_COST = 64
+MAX_DEPTH = 15
+MAX_DETAILS = 16_384
+MAX_ABORT = 256
+PIECED = (b"req", b"chan", b"ok", b"err", b"item")
 PONG = packet([b"pong"])
 BYE_OK = packet([b"bye-ok"])
+
+
+def depth(field: bytes) -> int:
+    if field and (not 1 <= number(field) <= MAX_DEPTH):
+        raise Bad("depth")
+    return int(field or b"0")
 
 
 class Open:
     """One side of an open connection; `me` as above, `limit` and `slots` as agreed.
 
-    What it sends leaves at once: nothing waits here but the `replies`, the packets that are due to
-    what the other side sent. So is the first `credit` of each channel that it takes, of so many bytes.
+    It sends everything at once. Only the `replies` wait here: the packets that are due because of those
+    that the other side sent, such as the first `credit`, of so many bytes, of each channel that it takes.
     """
 
     def __init__(self, me: int, limit: int, slots: int, credit: int = 262_144) -> None:
         self.me, self.limit, self.slots, self.credit = me, limit, slots, credit
         self.asked: set[int] = set()  # own requests that are not answered
-        self.asking: set[int] = set()  # those of the other side
+        self.asking: dict[int, tuple[int, bool]] = {}  # those of the other side: depth, and if a channel
         self.to_send: dict[int, int] = {}  # of those that are channels: credit for own items
         self.to_take: dict[int, int] = {}  # and for those of the other side, until its end
-        self.pieces: dict[int, tuple[bytes, int]] = {}  # what came, and what is left
+        self.pieces: dict[int, tuple[bytes, int]] = {}  # what came, and how much is left
         self.count = 0  # own packets in pieces
-        self.said_bye = self.heard_bye = self.heard_bye_ok = False
+        self.said_bye = self.heard_bye = self.heard_bye_ok = self.heard_abort = False
         self.replies: list[bytes] = []
 
-    # what is sent
+    # sending
 
     def put(self, fields: list[bytes]) -> list[bytes]:
         """The packets that these fields are sent as."""
         match fields:
-            case [b"req" | b"chan", id, _, *credit, _]:
-                assert not self.heard_bye
+            case [b"req" | b"chan", id, _, nested, _, *credit, _]:
+                assert nested or not self.heard_bye
                 self.asked.add(int(id))
                 if credit:
                     self.to_send[int(id)], self.to_take[int(id)] = 0, int(credit[0])
             case [b"ok" | b"err", id, *_]:
-                self.asking.remove(int(id))
+                del self.asking[int(id)]
                 self.forget(int(id))
             case [b"item", id, inner]:
                 assert self.to_send[int(id)] > 0
-                self.to_send[int(id)] -= len(inner)
+                self.to_send[int(id)] -= len(inner) + ITEM_COST
             case [b"credit", id, size]:
                 self.to_take[int(id)] += int(size)
             case [b"bye"]:
@@ -287,6 +354,7 @@ class Open:
         assert len(data) <= self.limit
         if len(data) <= MAX_WHOLE:
             return [packet(fields)]
+        assert fields[0] in PIECED
         parts = []
         while data:
             piece, data = data[:MAX_PIECE], data[MAX_PIECE:]
@@ -294,29 +362,37 @@ class Open:
         self.count += 1
         return parts
 
+    def abort(self, error: Bad) -> list[bytes]:
+        """The packets that are due to an error of the other side, before the end."""
+        if self.heard_abort:
+            return []
+        return self.put([b"abort", b"protocol", str(error).encode()[:MAX_ABORT]])
+
     def is_drained(self) -> bool:
         return self.heard_bye_ok and not self.asked and not self.asking and not self.replies
 
-    # what is received
+    # receiving
 
     def take(self, data: bytes) -> list[bytes] | None:
         """Take one packet; its fields, if it is one for the user, or ends one."""
+        if self.heard_abort:
+            return None
         return self.interpret(unpack(data, min(self.limit, MAX_WHOLE)))
 
     def interpret(self, fields: list[bytes]) -> list[bytes] | None:
         match fields:
-            case [b"req", id, timeout, inner]:
-                self.take_request(self.other_id(id))
-                if timeout:
-                    number(timeout)
-                unpack_body(inner)
+            case [b"req", id, timeout, nested, along, inner]:
+                self.check_request(timeout, along, inner)
+                self.take_request(self.other_id(id), depth(nested), is_channel=False)
             case [b"ok", id, inner]:
-                self.take_answer(number(id))
                 unpack_body(inner)
-            case [b"err", id, code, message]:
                 self.take_answer(number(id))
+            case [b"err", id, code, message, details]:
                 text(code)
                 text(message)
+                if len(details) > MAX_DETAILS:
+                    raise Bad("details")
+                self.take_answer(number(id))
             case [b"cancel", id]:
                 self.other_id(id)
             case [b"part", n, left, piece]:
@@ -327,6 +403,12 @@ class Open:
                 return None
             case [b"chan" | b"item" | b"credit" | b"end", *_]:
                 return fields if self.take_of_channel(fields) else None
+            case [b"abort", code, message]:
+                text(code)
+                text(message)
+                if len(message) > MAX_ABORT:
+                    raise Bad("message of abort")
+                self.heard_abort = True
             case _:
                 self.take_word(fields)
                 return None
@@ -345,7 +427,7 @@ class Open:
             case [b"bye-ok"] if self.said_bye and not self.heard_bye_ok:
                 self.heard_bye_ok = True
             case _:
-                raise Bad("unknown, or not now")
+                raise Bad("unknown packet, or not allowed now")
 
     def other_id(self, field: bytes) -> int:
         id = number(field)
@@ -353,10 +435,18 @@ class Open:
             raise Bad("parity")
         return id
 
-    def take_request(self, id: int) -> None:
-        if id in self.asking or len(self.asking) == self.slots or self.heard_bye_ok:
-            raise Bad("in flight, one too many, or too late")
-        self.asking.add(id)
+    def check_request(self, timeout: bytes, along: bytes, inner: bytes) -> None:
+        if timeout:
+            number(timeout)
+        context(along)
+        unpack_body(inner)
+
+    def take_request(self, id: int, nested: int, *, is_channel: bool) -> None:
+        if id in self.asking or (self.heard_bye_ok and not nested):
+            raise Bad("in flight, or too late")
+        if list(self.asking.values()).count((nested, is_channel)) == self.slots:
+            raise Bad("one too many of its kind and depth")
+        self.asking[id] = nested, is_channel
 
     def take_answer(self, id: int) -> None:
         if id not in self.asked:
@@ -369,9 +459,12 @@ class Open:
     def take_of_channel(self, fields: list[bytes]) -> bool:
         """Whether it is one for the user."""
         match fields:
-            case [b"chan", id, timeout, credit, inner]:
-                self.interpret([b"req", id, timeout, inner])
-                self.begin(int(id), number(credit))
+            case [b"chan", id, timeout, nested, along, credit, inner]:
+                self.check_request(timeout, along, inner)
+                if number(credit) > MAX_CREDIT:
+                    raise Bad("too much credit")
+                self.take_request(self.other_id(id), depth(nested), is_channel=True)
+                self.begin(int(id), int(credit))
                 return True
             case [b"item", id, inner]:
                 unpack_body(inner)
@@ -385,9 +478,8 @@ class Open:
                 raise Bad("number of fields")
 
     def begin(self, id: int, credit: int) -> None:
-        self.to_send[id] = self.to_take[id] = 0
-        self.take_credit(id, credit)
-        if not self.said_bye:
+        self.to_send[id], self.to_take[id] = credit, 0
+        if not self.said_bye or self.asking[id][0]:
             self.replies += self.put([b"credit", b"%d" % id, b"%d" % self.credit])
 
     def forget(self, id: int) -> None:
@@ -395,7 +487,7 @@ class Open:
         self.to_take.pop(id, None)
 
     def is_channel(self, id: int) -> bool:
-        if id in self.asked | self.asking and id not in self.to_send:
+        if id in self.asked | self.asking.keys() and id not in self.to_send:
             raise Bad("no channel")
         return id in self.to_send
 
@@ -404,7 +496,7 @@ class Open:
             return False
         if self.to_take.get(id, 0) <= 0:
             raise Bad("no credit, or after the end")
-        self.to_take[id] -= size
+        self.to_take[id] -= size + ITEM_COST
         return True
 
     def take_end(self, id: int) -> bool:
@@ -436,7 +528,7 @@ class Open:
             self.pieces[n] = data, left
             return None
         fields = unpack_body(data)
-        if fields[:1] not in ([b"req"], [b"chan"], [b"ok"], [b"item"]):
+        if fields[:1] not in [[kind] for kind in PIECED]:
             raise Bad("not in pieces")
         return self.interpret(fields)
 

@@ -1,10 +1,12 @@
-"""Shared Hypothesis strategies: fields, packets, and bytes cut into chunks."""
+"""Shared Hypothesis strategies: fields, packets, options, and bytes cut into chunks."""
 
 from __future__ import annotations
 
 import itertools
 
 from hypothesis import strategies as st
+
+from bokbok_trio._options import MAX_OWN_OPTIONS_SIZE
 
 fields = st.binary(max_size=40)
 """What arrives as one field."""
@@ -19,6 +21,19 @@ user_fields = st.one_of(
 
 packets = st.lists(fields, max_size=8) | st.lists(st.binary(max_size=2), max_size=255)
 """Packets, as lists of fields: mostly small ones."""
+
+
+option_names = st.text("abcdefghijklmnopqrstuvwxyz0123456789./-", min_size=1, max_size=32)
+"""Every name that an option may have, grease too."""
+
+
+def options() -> st.SearchStrategy[dict[str, bytes]]:
+    """Options that a side may declare: they leave room for grease."""
+    names = option_names.filter(lambda name: not name.startswith("grease."))
+    each = st.dictionaries(names, st.binary(max_size=20), max_size=7)
+    return each.filter(
+        lambda them: sum(8 + len(name) + len(value) for name, value in them.items()) < MAX_OWN_OPTIONS_SIZE
+    )
 
 
 def chunked(data: bytes) -> st.SearchStrategy[list[bytes]]:

@@ -23,7 +23,7 @@ from bokbok_trio import (
     Settings,
 )
 from bokbok_trio._flow import ITEM_OVERHEAD, MAX_QUEUED, WINDOW
-from bokbok_trio._nursery import Once
+from bokbok_trio._nursery import LazyEvent
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.helpers import RawPeer, packet, raw_peer, settle
 
@@ -923,7 +923,7 @@ async def test_a_peer_that_drains_takes_no_new_channel(autojump_clock: MockClock
 
 async def test_one_that_is_cancelled_before_the_open_handler_is_done(autojump_clock: MockClock) -> None:
     async with raw_peer(channel_handler=echo_items) as (connection, peer):
-        connection._handlers.ready = Once()  # as if the open handler were at work
+        connection._handlers.ready = LazyEvent()  # as if the open handler were at work
         await peer.send(b"chan", b"1", b"", b"0", body=[])
         await peer.send(b"cancel", b"1")
         assert await peer.receive() == [b"credit", b"1", b"%d" % WINDOW]

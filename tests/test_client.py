@@ -11,9 +11,11 @@ import trio.testing
 from bokbok_trio import (
     AddressError,
     AuthenticationError,
+    ConnectionRefused,
     HandshakeError,
     Key,
     Settings,
+    TCPAddress,
     open_connection,
     open_server,
 )
@@ -45,6 +47,7 @@ KEY = Key(bytes(range(32)))
         ({"to": "127.0.0.1:0"}, AddressError),
         ({"to": "192.0.2.1:12345"}, AddressError),
         ({"to": "[2001:db8::1]:12345"}, AddressError),
+        ({"settings": None}, TypeError),
     ],
 )
 async def test_bad_arguments_raise_before_anything_is_dialled(
@@ -57,7 +60,9 @@ async def test_bad_arguments_raise_before_anything_is_dialled(
 
 async def test_nobody_there_is_an_oserror() -> None:
     for address in ("127.0.0.1:1", "/nonexistent/socket"):
-        with pytest.raises(OSError, match=r"failed to connect|No such file|attempts to connect"):
+        with pytest.raises(
+            OSError, match=r"cannot connect to 127\.0\.0\.1:1: Connection refused|No such file"
+        ):
             async with open_connection(address):
                 raise AssertionError
 
@@ -65,11 +70,57 @@ async def test_nobody_there_is_an_oserror() -> None:
 async def test_the_stream_is_closed_when_the_handshake_fails() -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     await theirs.send_all(b"220 mail.example ESMTP\r\n")
-    with pytest.raises(HandshakeError, match="no bokbok peer: it began with b'220 mail'"):
+    with pytest.raises(HandshakeError, match="not a bokbok peer: the first bytes are b'220 mail'"):
         async with open_connection(ours):
             raise AssertionError
     with pytest.raises(trio.ClosedResourceError):
         await ours.send_all(b"x")
+
+
+async def test_a_refused_client_is_told_who_was_refused_where_and_what_to_check() -> None:
+    async with open_server("127.0.0.1:0", echo, user_key={"alice": KEY}) as server:
+        [address] = server.addresses
+        for user, key, service in [("alice", Key.generate(), ""), ("bob", KEY, ""), ("alice", KEY, "mail")]:
+            with pytest.raises(AuthenticationError) as caught:
+                async with open_connection(address, user=user, key=key, service=service):
+                    raise AssertionError
+            assert str(caught.value) == (
+                f"authentication failed for user '{user}' at {address}: "
+                "check the user name, the key and the service"
+            )
+
+
+async def test_a_failed_handshake_tells_which_address_answered() -> None:
+    async with open_server("127.0.0.1:0", echo, settings=Settings(max_connections=1)) as server:
+        [address] = server.addresses
+        assert isinstance(address, TCPAddress)
+        name = f"localhost:{address.port}"
+        async with open_connection(address):
+            places: list[tuple[str | TCPAddress, str]] = [
+                (address, str(address)),
+                (name, rf"{name} \({address}\)"),
+            ]
+            for to, place in places:
+                with pytest.raises(ConnectionRefused, match=f"^{place}: .*busy.*\\[busy\\]$"):
+                    async with open_connection(to):
+                        raise AssertionError
+                with pytest.raises(
+                    HandshakeError, match=f"^{place}: .*; check whether the server expects a key"
+                ):
+                    async with open_connection(to, user="u", key=KEY):
+                        raise AssertionError
+            stream = await trio.open_tcp_stream(address.host, address.port)
+            with pytest.raises(HandshakeError, match=f"^{address}: "):
+                async with open_connection(stream, user="u", key=KEY):
+                    raise AssertionError
+
+
+async def test_a_stream_that_is_no_socket_has_no_address_to_tell() -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    await theirs.aclose()
+    with pytest.raises(HandshakeError, match=r"^the other end of the stream: the connection broke"):
+        async with open_connection(ours):
+            raise AssertionError
 
 
 @pytest.mark.parametrize("timeout", [3, math.inf])
@@ -97,12 +148,12 @@ async def test_the_stream_is_closed_when_opening_is_cancelled() -> None:
 async def test_a_request_of_the_server_that_comes_with_its_acceptance_is_handled() -> None:
     """In mode plain nothing may be read beyond `accepted`."""
     ours, theirs = trio.testing.memory_stream_pair()
-    accepted = packet(b"accepted", b"4096", b"1", b"")
+    accepted = packet(b"accepted", b"4096", b"1", b"\0", b"")
     await theirs.send_all(
         MAGIC
         + packet(b"hello", b"server", b"plain", b"")
         + accepted
-        + packet(b"req", b"1", b"", body=[b"early"])
+        + packet(b"req", b"1", b"", b"", b"", body=[b"early"])
     )
     async with open_connection(ours, request_handler=echo):
         received = b""
@@ -121,7 +172,7 @@ async def test_a_fake_server_is_found_out() -> None:
             handshake = ServerHandshake(sealed=True, service="", limits=Limits(4096, 1))
             channel = await _exchange_hello(accept, handshake)
             handshake.receive_open(await _receive_packet(channel))
-            await channel.send_all(encode_head(b"accepted", b"4096", b"1", bytes(32)))
+            await channel.send_all(encode_head(b"accepted", b"4096", b"1", b"\0", bytes(32)))
 
         nursery.start_soon(fake)
         with pytest.raises(AuthenticationError, match="did not prove"):

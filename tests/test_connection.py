@@ -237,7 +237,7 @@ async def test_a_request_error_is_the_answer_and_no_failure(caplog: pytest.LogCa
         with pytest.raises(RemoteError, match="unknown request") as caught:
             await client.request(["what?"])
     assert (caught.value.message, caught.value.code) == ("unknown request", "unknown-request")
-    assert caplog.records == []
+    assert {record.levelname for record in caplog.records} <= {"DEBUG", "INFO"}
 
 
 async def test_without_a_handler_the_answer_is_no_handler() -> None:

@@ -102,7 +102,8 @@ async def test_an_err_timeout_that_comes_first_is_held_until_the_askers_own_cloc
 
         async def hasty() -> None:
             await peer.receive()
-            await peer.send(b"err", b"0", b"timeout", b"too slow")
+            await trio.sleep(2.96)
+            await peer.send(b"err", b"0", b"timeout", b"too slow", b"")
 
         nursery.start_soon(hasty)
         with pytest.raises(trio.TooSlowError), trio.fail_after(3):
@@ -123,8 +124,9 @@ async def test_an_asker_whose_deadline_was_moved_meanwhile_sees_the_remote_timeo
 
             async def extend() -> None:
                 await peer.receive()
+                await trio.sleep(2.96)
                 scope.deadline = 100
-                await peer.send(b"err", b"0", b"timeout", b"too slow")
+                await peer.send(b"err", b"0", b"timeout", b"too slow", b"")
 
             nursery.start_soon(extend)
             with pytest.raises(RemoteError) as caught:
@@ -150,12 +152,12 @@ async def test_a_handler_that_is_cancelled_by_the_deadline_answers_timeout(
     autojump_clock: MockClock,
 ) -> None:
     async with raw_peer(Sleeper()) as (_, peer):
-        await peer.send(b"req", b"1", b"1500000", body=[b"100"])
+        await peer.send(b"req", b"1", b"1500000", b"", b"", body=[b"100"])
         assert (await peer.receive())[:3] == [b"err", b"1", b"timeout"]
         assert trio.current_time() == 1.5
-        await peer.send(b"req", b"3", b"0", body=[b"100"])
+        await peer.send(b"req", b"3", b"0", b"", b"", body=[b"100"])
         assert (await peer.receive())[:3] == [b"err", b"3", b"timeout"]
-        await peer.send(b"req", b"5", b"9" * 18, body=[b"100"])
+        await peer.send(b"req", b"5", b"9" * 18, b"", b"", body=[b"100"])
         await peer.stream.send_all(packet(b"cancel", b"5"))
         assert (await peer.receive())[:3] == [b"err", b"5", b"cancelled"]
         assert trio.current_time() == 1.5

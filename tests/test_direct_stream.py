@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import gc
+import os
 import socket
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
+import bokbok_trio._direct_stream
 from bokbok_trio._direct_stream import RECEIVE_SIZE, DirectStream, make_direct
 
 
@@ -68,7 +75,7 @@ async def test_a_reset_breaks_receiving() -> None:
         async with stream:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             await client.aclose()
-            with pytest.raises(trio.BrokenResourceError, match="receiving failed"):
+            with pytest.raises(trio.BrokenResourceError, match="Connection reset"):
                 await stream.receive_some()
 
 
@@ -138,3 +145,199 @@ async def test_it_closes_at_once_under_whoever_waits() -> None:
         with pytest.raises(trio.ClosedResourceError):
             await ours.send_all(b"x")
         await ours.aclose()
+
+
+# ---- sending ----
+
+
+@pytest.mark.parametrize("how", ["send_now", "send_all"])
+def test_a_peer_that_is_gone_is_no_signal(how: str) -> None:
+    """With SIGPIPE at its default, which many programs of a pipeline want, the process would end."""
+    program = f"""
+import signal, trio
+from bokbok_trio._direct_stream import DirectStream
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+async def main():
+    ours, theirs = trio.socket.socketpair()
+    stream = DirectStream(trio.SocketStream(ours))
+    theirs.close()
+    if {how!r} == "send_now":
+        print(stream.send_now(b"x"))
+    else:
+        try:
+            await stream.send_all(b"x")
+        except trio.BrokenResourceError as exc:
+            print(exc)
+trio.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == {"send_now": "0\n", "send_all": "[Errno 32] Broken pipe\n"}[how]
+
+
+async def test_macos_has_an_option_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(bokbok_trio._direct_stream, "SO_NOSIGPIPE", socket.SO_KEEPALIVE)
+        patch.setattr(sys, "platform", "darwin")
+        ours, theirs = pair()
+        assert ours.count_queued() is None
+    async with ours, theirs:
+        assert ours.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+async def test_a_default_timeout_of_sockets_makes_nothing_wait() -> None:
+    socket.setdefaulttimeout(5)
+    try:
+        ours, theirs = pair()
+    finally:
+        socket.setdefaulttimeout(None)
+    async with ours, theirs:
+        began = time.monotonic()
+        while ours.send_now(bytes(2**16)):
+            pass
+        assert time.monotonic() - began < 4
+
+
+async def test_one_task_sends_at_a_time() -> None:
+    ours, theirs = await make_clogged_pair()
+    async with theirs, ours, trio.open_nursery() as nursery:
+        nursery.start_soon(ours.wait_send_all_might_not_block)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            await ours.send_all(b"x")
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_was_sent_arrives_before_the_end() -> None:
+    ours, theirs = pair()
+    async with ours, theirs:
+        await ours.send_all(b"last")
+        ours.shutdown_send()
+        ours.shutdown_send()
+        assert await theirs.receive_some() == b"last"
+        assert await theirs.receive_some() == b""
+        assert ours.send_now(b"x") == 0
+        with pytest.raises(trio.ClosedResourceError, match="shut down"):
+            await ours.send_all(b"x")
+        await theirs.send_all(b"the other way goes on")
+        assert await ours.receive_some() == b"the other way goes on"
+    ours.shutdown_send()
+
+
+async def test_a_send_that_waits_when_the_stream_breaks() -> None:
+    ours, theirs = await make_clogged_pair()
+    async with ours, trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def send() -> None:
+            with pytest.raises(trio.BrokenResourceError, match=r"Broken pipe|Connection reset"):
+                await ours.send_all(b"x")
+
+        await trio.testing.wait_all_tasks_blocked()
+        theirs.close_now()
+
+
+async def test_what_the_peer_has_not_acknowledged_is_counted() -> None:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    client = await trio.open_tcp_stream(*listener.socket.getsockname())
+    async with listener, DirectStream(client) as ours, await listener.accept() as theirs:
+        assert ours.count_queued() == 0
+        sent = 0
+        while taken := ours.send_now(bytes(2**16)):
+            sent += taken
+        queued = ours.count_queued()
+        assert queued is not None
+        assert 0 < queued <= sent
+        while sent > 0:
+            sent -= len(await theirs.receive_some())
+        with trio.fail_after(5):
+            while ours.count_queued():
+                await trio.sleep(0.01)
+    assert ours.count_queued() is None, "it is closed"
+
+
+# ---- a socket that somebody else closes ----
+
+
+async def test_a_closed_stream_is_none() -> None:
+    ours, theirs = trio.socket.socketpair()
+    stream = trio.SocketStream(ours)
+    await stream.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        DirectStream(stream)
+    theirs.close()
+
+
+@pytest.mark.parametrize("how", ["stream", "socket"])
+async def test_nothing_goes_into_a_file_that_has_the_number_of_a_socket_that_was_closed(
+    how: str, tmp_path: Path
+) -> None:
+    """And nothing comes from it: the application has closed the stream that it had given away."""
+    ours, theirs = trio.socket.socketpair()
+    inner = trio.SocketStream(ours)
+    stream = DirectStream(inner)
+    number = ours.fileno()
+    if how == "stream":
+        await inner.aclose()
+    else:
+        ours.close()
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    os.write(other, b"other's")
+    os.lseek(other, 0, os.SEEK_SET)
+    if other != number:
+        os.dup2(other, number)
+    assert stream.send_now(b"x") == 0
+    for use in (stream.send_all(b"x"), stream.wait_send_all_might_not_block(), stream.receive_some()):
+        with pytest.raises(trio.ClosedResourceError):
+            await use
+    assert stream.count_queued() is None
+    await stream.aclose()
+    stream.close_now()
+    assert os.read(number, 10) == b"other's", "it is open, and as it was"
+    for fd in {number, other}:
+        os.close(fd)
+    theirs.close()
+
+
+async def test_a_socket_that_is_closed_when_its_receiver_was_woken_already(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = pair()
+
+    async def wait_readable(fd: int) -> None:
+        await trio.lowlevel.checkpoint()
+        ours.socket.close()
+
+    await theirs.send_all(b"x")
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    with pytest.raises(trio.ClosedResourceError):
+        await ours.receive_some()
+    await theirs.aclose()
+
+
+async def test_a_socket_that_is_closed_in_the_step_of_a_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pair()
+
+    async def wait_writable() -> None:
+        ours.socket.close()
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(ours.socket, "wait_writable", wait_writable)
+    with pytest.raises(trio.ClosedResourceError):
+        await ours.wait_send_all_might_not_block()
+    await theirs.aclose()
+
+
+async def test_a_stream_that_is_dropped_closes_nothing() -> None:
+    """Its socket is Trio's, also where both are garbage of one cycle."""
+    ours, theirs = trio.socket.socketpair()
+    inner = trio.SocketStream(ours)
+    for in_cycle in (False, True):
+        kept: list[object] = [DirectStream(inner)]
+        if in_cycle:
+            kept.append(kept)
+        del kept
+        gc.collect()
+    async with inner, trio.SocketStream(theirs) as other:
+        await inner.send_all(b"x")
+        assert await other.receive_some() == b"x"

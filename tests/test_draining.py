@@ -110,7 +110,7 @@ async def test_a_request_that_crosses_the_bye_is_answered_unrun() -> None:
     async with raw_peer(handler) as (connection, peer):
         connection.drain()
         assert await peer.receive() == [b"bye"]
-        await peer.send(b"req", b"1", b"", body=[b"crossed"])
+        await peer.send(b"req", b"1", b"", b"", b"", body=[b"crossed"])
         assert (await peer.receive())[:3] == [b"err", b"1", b"closing"]
         assert not connection.closed
         await peer.send(b"bye-ok")

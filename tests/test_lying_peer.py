@@ -1,15 +1,15 @@
-"""One engine, and a peer that does all that the protocol allows, in any crossing, and lies, and babbles.
+"""One engine, and a peer that does everything the protocol allows, in any crossing, and lies, and babbles.
 
-`Model` is the wire between them, from ``docs/protocol.rst``: it says of all that comes to the engine what is
-due for it, or that it must be refused, and checks all that leaves. `LyingPeer` plays both the peer and the
-engine's user. What ends an engine (a lie, noise, closing) it does to a copy of it, so it can go on.
+`Model` is the wire between them, from ``docs/protocol.rst``: for everything that comes to the engine it says
+which events are due, or that it must be refused, and it checks everything that leaves. `LyingPeer` plays both
+the peer and the engine's user. A lie, noise or closing ends an engine, so it does these to a copy.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,19 +23,25 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from bokbok_trio import ProtocolError
-from bokbok_trio._events import Answer, Bye, Cancel, End, Event, Failure, Item, Request
+from bokbok_trio._events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
 from bokbok_trio._flow import ITEM_OVERHEAD, MAX_QUEUED, WINDOW
 from bokbok_trio._packets import LARGE
 from bokbok_trio._session import Session
 
 from .second_implementation import (
+    ITEM_COST,
+    MAX_ABORT,
     MAX_CREDIT,
+    MAX_DETAILS,
     MAX_OPEN,
     MAX_PIECE,
     MAX_WHOLE,
+    PIECED,
     Bad,
     body,
+    context,
+    depth,
+    flat,
     number,
     packet,
     text,
@@ -47,8 +53,8 @@ T = TypeVar("T")
 LIMIT = 2**18
 """Bytes of a packet: more than travels whole, and than a channel's credit."""
 
-HEAD_ROOM = 96
-"""Bytes of a packet that are not for the user's body."""
+HEAD_ROOM = 128
+"""Bytes of a packet that are not for the user's body and context."""
 
 ITEM_ROOM = MAX_QUEUED - ITEM_OVERHEAD - 6
 """Bytes of the largest item's field behind which another may be queued."""
@@ -60,13 +66,15 @@ MAX_BATCH = 2**16 + MAX_WHOLE + 2**10
 """Bytes of a batch beside control packets: one more packet when it has 64 KiB already, or 48 KiB, and a
 quarter of 64 KiB of a piece; and heads."""
 
-PIECED = {b"req", b"chan", b"ok", b"item"}
+DEPTHS = (0, 0, 0, 1, 1, 15)
+CONTEXTS: tuple[dict[bytes, bytes], ...] = ({}, {}, {b"trace": b"\0\xff"}, {b"a": bytes(5000), b"b": b""})
 
 FORMS = {
-    b"req": "itb",
-    b"chan": "itib",
+    b"req": "itdcb",
+    b"chan": "itdcib",
     b"ok": "ib",
-    b"err": "ixx",
+    b"err": "ixxn",
+    b"abort": "xm",
     b"cancel": "i",
     b"item": "ib",
     b"credit": "ii",
@@ -77,13 +85,21 @@ FORMS = {
     b"bye": "",
     b"bye-ok": "",
 }
-"""The fields of each kind: numbers (i), a timeout (t), a body (b), texts (x)."""
+"""The fields of each kind: numbers (i), a timeout (t), a depth (d), a context (c), a body (b), texts (x),
+details (n), and the message of an abort (m)."""
 
 WRONG = {
     "i": (b"", b"00", b"-1", b"1_0", b" 1", b"1\n", "\u0661".encode(), b"1" * 19),
     "t": (b"00", b"-1", b"1.5", b"1e9", b"1" * 19),
     "b": (b"", b"\x01", b"\x00\x00", b"\x01\x00\x00\x00\x02a"),
+    "d": (b"0", b"16", b"01", b"-1", b"1.0", b"1" * 19),
+    "c": (
+        *(b"\0", body([b"a"]), body([b"a", b"", b"a", b""]), body([b"A", b""]), body([b"", b""])),
+        *(body([b"a" * 65, b""]), body([b"a", bytes(8192)]), body([b"a/b", b""]), b"\x01"),
+    ),
     "x": (b"\xff", b"\xed\xa0\x80", b"\xc0\x80"),
+    "n": (bytes(MAX_DETAILS + 1),),
+    "m": (b"\xff", b"a" * (MAX_ABORT + 1)),
 }
 """What a field of each form must not be."""
 
@@ -97,6 +113,7 @@ class Talk:
     """A request of either side, with its channel if it has one. `in` is toward the engine."""
 
     has_channel: bool
+    depth: int = 0
     has_left: bool = True  # the engine's: wholly
     deadline: float = math.inf
     due: deque[list[bytes]] = field(default_factory=deque)  # of the engine's: what has not wholly left
@@ -113,6 +130,11 @@ class Talk:
     held: deque[int] = field(default_factory=deque)  # sizes of the items that are not consumed
 
     @property
+    def slots(self) -> tuple[int, bool]:
+        """With which others it shares slots."""
+        return self.depth, self.has_channel
+
+    @property
     def may_send(self) -> bool:
         items = [packet[-1] for packet in self.due if packet[0] == b"item"]
         return self.out_credit > 0 and sum(map(len, items)) + ITEM_OVERHEAD * len(items) < MAX_QUEUED
@@ -120,7 +142,8 @@ class Talk:
     @property
     def room(self) -> int:
         """How much credit the peer may still grant, by its own count."""
-        return MAX_CREDIT - self.out_credit - sum(len(x[-1]) for x in self.due if x[0] == b"item")
+        items = [x for x in self.due if x[0] == b"item"]
+        return MAX_CREDIT - self.out_credit - sum(len(x[-1]) + ITEM_COST for x in items)
 
 
 class Model:
@@ -157,18 +180,21 @@ class Model:
 
     # ---- the engine's user ----
 
-    def ask(self, fields: list[bytes], deadline: float, *, has_channel: bool) -> int:
+    def ask(
+        self, fields: list[bytes], deadline: float, *, has_channel: bool, depth: int, context: bytes
+    ) -> int:
         id, self.next_id = self.next_id, self.next_id + 2
         kind, rest = (b"chan", [b"%d" % WINDOW]) if has_channel else (b"req", [])
-        talk = self.backlog[id] = Talk(has_channel, has_left=False, deadline=deadline)
-        talk.due.append([kind, b"%d" % id, b"", *rest, body(fields)])
+        talk = self.backlog[id] = Talk(has_channel, depth, has_left=False, deadline=deadline)
+        nested = b"%d" % depth if depth else b""
+        talk.due.append([kind, b"%d" % id, b"", nested, context, *rest, body(fields)])
         self.use_slots()
         return id
 
     def use_slots(self) -> None:
-        while self.backlog and len(self.ours) < self.slots:
-            id = next(iter(self.backlog))
-            self.ours[id] = self.backlog.pop(id)
+        for id, talk in list(self.backlog.items()):
+            if count(self.ours, talk.slots) < self.slots:
+                self.ours[id] = self.backlog.pop(id)
 
     def free_slot(self, id: int) -> None:
         del self.ours[id]
@@ -203,7 +229,7 @@ class Model:
     def send_item(self, id: int, inner: bytes) -> None:
         talk = self.talk(id)
         talk.due.append([b"item", b"%d" % id, inner])
-        talk.out_credit -= len(inner)
+        talk.out_credit -= len(inner) + ITEM_COST
 
     def end(self, id: int) -> None:
         talk = self.talk(id)
@@ -213,7 +239,7 @@ class Model:
 
     def consume(self, id: int) -> None:
         talk = self.talk(id)
-        talk.consumed += talk.held.popleft()
+        talk.consumed += talk.held.popleft() + ITEM_COST
         if talk.consumed >= WINDOW // 2 and not talk.in_ended:
             self.grant(id, talk.consumed)
             talk.consumed = 0
@@ -223,6 +249,11 @@ class Model:
         talk.has_begun = True
         talk.in_credit += size
         self.credits[id] = self.credits.get(id, 0) + size
+
+    def drop_items(self, id: int) -> None:
+        """The peer has cancelled it."""
+        if id in self.theirs:
+            self.take_back(self.theirs[id])
 
     def drain(self) -> None:
         if not self.is_draining:
@@ -297,7 +328,7 @@ class Model:
                 case [b"bye-ok"]:
                     assert self.owes_bye_ok
                     assert at == len(packets) - 1
-                    assert all(talk.has_left for talk in self.ours.values())
+                    assert not self.has_unsent
                     self.owes_bye_ok = False
                 case _:
                     id = number(fields[1])
@@ -305,18 +336,23 @@ class Model:
                     assert fields == self.due(id, now)
                     self.on_left(id)
         if self.owes_bye_ok:
-            assert not all(talk.has_left for talk in self.ours.values())
+            assert self.has_unsent
         assert sum(len(packet(fields)) for fields in packets) <= MAX_BATCH
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether a request of depth 0 still leaves before `bye-ok`."""
+        return any(not talk.has_left and not talk.depth for talk in self.ours.values())
 
     def due(self, id: int, now: float) -> list[bytes]:
         """What must leave next of that id."""
         fields = list((self.ours | self.theirs)[id].due[0])
         if fields[0] in (b"req", b"chan"):
-            assert not self.peer_drains or self.owes_bye_ok
+            assert not self.peer_drains or self.owes_bye_ok or self.ours[id].depth
             if not is_big(self.ours[id].due):
                 ours = self.ours.items()
                 waiting = [id for id, talk in ours if not talk.has_left and not is_big(talk.due)]
-                assert id == min(waiting), "in the order they were made"
+                assert id == waiting[0], "in the order they took a slot"
             left = max(0.0, self.ours[id].deadline - now) * 10**6
             fields[2] = b"" if left > 10**17 else b"%d" % int(left)
         return fields
@@ -374,12 +410,20 @@ class Model:
     def interpret(self, fields: list[bytes]) -> Event | None:  # noqa: PLR0911  (one for each kind)
         self.check_form(fields)
         match fields:
-            case [b"req" | b"chan", id, timeout, *credit, inner]:
-                return self.on_request(int(id), timeout, credit, inner)
+            case [b"req" | b"chan", id, timeout, nested, along, *credit, inner]:
+                request = Request(
+                    int(id),
+                    int(timeout) / 10**6 if timeout else math.inf,
+                    unpack_body(inner),
+                    bool(credit),
+                    depth(nested),
+                    {name.decode(): value for name, value in context(along).items()},
+                )
+                return self.on_request(request, int(credit[0]) if credit else 0)
             case [b"ok", id, inner]:
                 return Answer(int(id), unpack_body(inner)) if self.is_wanted(int(id)) else None
-            case [b"err", id, code, message]:
-                failure = Failure(int(id), code.decode(), message.decode())
+            case [b"err", id, code, message, details]:
+                failure = Failure(int(id), code.decode(), message.decode(), details)
                 return failure if self.is_wanted(int(id)) else None
             case [b"cancel", id]:
                 return self.on_cancel(int(id))
@@ -387,6 +431,8 @@ class Model:
                 return self.on_channel(self.in_flight.get(int(id)), fields)
             case [b"part", n, left, piece]:
                 return self.on_piece(int(n), int(left), piece)
+            case [b"abort", code, message]:
+                return Abort(code.decode(), message.decode())
             case [b"drop", n]:
                 if self.pieces.pop(int(n), None) is None:
                     raise Bad("drop")
@@ -401,21 +447,32 @@ class Model:
         for letter, value in zip(form, fields[1:], strict=True):
             if letter == "i" or (letter == "t" and value):
                 number(value)
+            elif letter == "d":
+                depth(value)
+            elif letter == "c":
+                context(value)
             elif letter == "b":
                 unpack_body(value)
-            elif letter == "x":
+            elif letter in "xm":
                 text(value)
+            if len(value) > {"n": MAX_DETAILS, "m": MAX_ABORT}.get(letter, math.inf):
+                raise Bad("too long")
 
-    def on_request(self, id: int, timeout: bytes, credit: list[bytes], inner: bytes) -> Event:
+    def on_request(self, request: Request, credit: int) -> Event:
+        id = request.id
         if id % 2 == self.me or id in self.theirs:
             raise Bad("id")
-        if len(self.theirs) == self.max_requests or self.heard_bye_ok:
+        talk = Talk(request.has_channel, request.depth, out_credit=credit)
+        if self.is_full(talk.slots) or (self.heard_bye_ok and not talk.depth):
             raise Bad("too many, or too late")
-        talk = self.theirs[id] = Talk(bool(credit), out_credit=int(credit[0]) if credit else 0)
-        if talk.out_credit > MAX_CREDIT:
+        if credit > MAX_CREDIT:
             raise Bad("credit")
-        seconds = int(timeout) / 10**6 if timeout else math.inf
-        return Request(id, seconds, unpack_body(inner), talk.has_channel)
+        self.theirs[id] = talk
+        return request
+
+    def is_full(self, slots: tuple[int, bool]) -> bool:
+        """Whether the peer has used up such slots."""
+        return count(self.theirs, slots) == self.max_requests
 
     def is_wanted(self, id: int) -> bool:
         if id not in self.ours or not self.ours[id].has_left:
@@ -431,7 +488,6 @@ class Model:
         if id not in self.theirs or self.theirs[id].is_answered:
             return None
         self.theirs[id].is_cancelled = True
-        self.take_back(self.theirs[id])
         return Cancel(id)
 
     def on_channel(self, talk: Talk | None, fields: list[bytes]) -> Event | None:
@@ -445,7 +501,7 @@ class Model:
             case [b"item", _, inner]:
                 if talk.in_ended or talk.in_credit <= 0:
                     raise Bad("ended, or without credit")
-                talk.in_credit -= len(inner)
+                talk.in_credit -= len(inner) + ITEM_COST
                 if not is_dropped:
                     talk.held.append(len(inner))
                     return Item(id, len(inner), unpack_body(inner), inner if len(inner) < LARGE else None)
@@ -478,19 +534,32 @@ class Model:
     def on_word(self, word: bytes) -> Event | None:
         if word == b"ping" and [b"pong"] not in self.control:
             self.control.append([b"pong"])
+        elif word == b"pong":
+            return Pong()
         elif word == b"bye":
             if self.peer_drains:
                 raise Bad("bye twice")
             self.peer_drains = self.owes_bye_ok = True
-            ids = list(self.backlog)
+            ids = [
+                id for kind in (False, True) for id, talk in self.backlog.items() if talk.slots == (0, kind)
+            ]
             self.gone += ids
-            self.backlog.clear()
+            for id in ids:
+                del self.backlog[id]
             return Bye(ids)
         elif word == b"bye-ok":
             if not self.is_draining or self.heard_bye_ok:
                 raise Bad("bye-ok without bye, or twice")
             self.heard_bye_ok = True
         return None
+
+
+def request(id: int, nested: int, *, has_channel: bool, credit: int = 0) -> list[bytes]:
+    """A request without a context."""
+    head = [b"%d" % id, b"", b"%d" % nested if nested else b"", b""]
+    if has_channel:
+        return [b"chan", *head, b"%d" % credit, body([])]
+    return [b"req", *head, body([])]
 
 
 def split(batch: bytes) -> list[list[bytes]]:
@@ -506,32 +575,68 @@ def split(batch: bytes) -> list[list[bytes]]:
 
 def is_big(due: deque[list[bytes]]) -> bool:
     """Whether the first of them travels in pieces, with the longest head as with the shortest."""
-    return bool(due) and len(due[0][-1]) > MAX_WHOLE - HEAD_ROOM
+    if not due:
+        return False
+    kind, _, *rest = due[0]
+    if kind in (b"req", b"chan"):
+        del rest[0]  # its timeout
+    return sum(map(len, rest)) > MAX_WHOLE - HEAD_ROOM
 
 
-def is_refused(engine: Session, model: Model, data: bytes, size: int) -> bool:
-    """Receive it, so many bytes at a time. The engine must do what the model says."""
+def count(talks: Mapping[int, Talk], slots: tuple[int, bool]) -> int:
+    """How many of these share such slots."""
+    return [talk.slots for talk in talks.values()].count(slots)
+
+
+def is_refused(
+    engine: Session, model: Model, data: bytes, size: int, events: list[Event] | None = None
+) -> bool:
+    """Receive it, so many bytes at a time. The engine must do what the model says.
+
+    Arguments:
+        events: where the events go.
+    """
     size = max(size, len(data) // 64)
     for at in range(0, len(data), size):
         chunk = data[at : at + size]
         due: list[Event] = []
-        told: list[Event] = []
-        is_bad = is_error = False
+        is_bad = False
         try:
             for event in model.judge(chunk):
                 due.append(event)  # noqa: PERF402  (those before an error count)
         except Bad:
             is_bad = True
-        try:
-            for event in engine.receive(chunk):
-                told.append(event)  # noqa: PERF402
-        except ProtocolError:
-            is_error = True
+        told = engine.receive(chunk)
+        if events is not None:
+            events += told
+        aborts = [at for at, event in enumerate(due) if isinstance(event, Abort)]
+        if aborts:  # nothing after it counts
+            assert told[: aborts[0] + 1] == due[: aborts[0] + 1]
+            check_last_words(engine, None)
+            return False
         assert told == due
-        assert is_error == is_bad
+        assert (engine.error is not None) == is_bad
         if is_bad:
+            if b"abort" not in data:
+                check_last_words(engine, "you know why" + "\xe4" * 200)
             return True
     return False
+
+
+def check_last_words(engine: Session, message: str | None) -> None:
+    """Close an engine; its last packet says why. None: the peer said so first, so that it must not."""
+    engine.close()
+    engine.abort(message or "not in answer to an abort")
+    packets = []
+    while batch := engine.take(0):
+        packets += split(batch)
+    if message is None:
+        assert [b"abort"] not in [packet[:1] for packet in packets]
+    else:
+        kind, code, text = packets.pop()
+        assert (kind, code) == (b"abort", b"protocol")
+        assert message.startswith(text.decode())
+        assert MAX_ABORT - 1 <= len(text) <= MAX_ABORT
 
 
 Acts: TypeAlias = list[tuple[str | bytes, int, int]]
@@ -565,7 +670,8 @@ class LyingPeer(RuleBasedStateMachine):
         self.log: list[Callable[[Session], object]] = []
         self.texts = 0
         self.next_id = 1 - me  # of the peer's
-        self.sending: dict[int, tuple[bytes, int, bytes]] = {}  # what it sends in pieces: kind, id, the rest
+        # Packets that it sends in pieces: the slots that they take, id, the rest.
+        self.sending: dict[int, tuple[tuple[int, bool] | None, int, bytes]] = {}
         self.next_number = 0
 
     def make(self) -> Session:
@@ -607,15 +713,21 @@ class LyingPeer(RuleBasedStateMachine):
     # ---- the engine's user ----
 
     def ask(self, which: int, size: int) -> None:
-        if self.model.peer_drains:
+        nested, along = DEPTHS[which % 6], CONTEXTS[which // 6 % 4]
+        if self.model.peer_drains and not nested:
             return
-        fields, has_channel = self.fields(size), which % 3 > 0
+        encoded = flat(along) if along else b""
+        fields = self.fields(min(size, LIMIT - HEAD_ROOM - 5 - len(encoded)))
+        has_channel = which % 7 > 2
         timeout = (math.inf, -1.0, 0.25, 1e7, 1e12)[which % 5]
-        if has_channel:
-            id = self.do(lambda engine: engine.open_channel(fields, timeout))
-        else:
-            id = self.do(lambda engine: engine.request(fields, timeout))
-        assert id == self.model.ask(fields, timeout, has_channel=has_channel)
+        given = {name.decode(): value for name, value in along.items()}
+
+        def ask(engine: Session) -> int:
+            call = engine.open_channel if has_channel else engine.request
+            return call(fields, timeout, depth=nested, context=given)
+
+        due = self.model.ask(fields, timeout, has_channel=has_channel, depth=nested, context=encoded)
+        assert self.do(ask) == due
 
     def cancel(self, which: int, _size: int) -> None:
         wanted = [id for id, talk in self.model.ours.items() if not talk.is_cancelled]
@@ -634,8 +746,9 @@ class LyingPeer(RuleBasedStateMachine):
             self.model.answer(id, [b"ok", b"%d" % id, body(fields)])
         else:
             [message] = self.fields(min(size, 2048))
-            self.do(lambda engine: engine.fail(id, "code", message.decode()))
-            self.model.answer(id, [b"err", b"%d" % id, b"code", message])
+            details = bytes(min(size, MAX_DETAILS)) if which % 3 else b""
+            self.do(lambda engine: engine.fail(id, "code", message.decode(), details))
+            self.model.answer(id, [b"err", b"%d" % id, b"code", message, details])
 
     def send_item(self, which: int, size: int) -> None:
         ids = [id for id in self.model.used if not self.model.talk(id).out_ended]
@@ -720,11 +833,19 @@ class LyingPeer(RuleBasedStateMachine):
 
     def deliver(self, data: bytes, size: int = 10**6) -> None:
         before = {id: talk.may_send for id, talk in self.model.channels.items()}
-        assert not is_refused(self.engine, self.model, data, size), "the peer was honest"
-        self.log.append(lambda engine: list(engine.receive(data)))
+        events: list[Event] = []
+        assert not is_refused(self.engine, self.model, data, size, events), "the peer was honest"
+        self.log.append(lambda engine: engine.receive(data))
         self.check_writable(before)
+        for event in events:
+            if isinstance(event, Cancel):
+                self.drop_items(event.id)
         if self.grants:
             self.grant(0, 0)
+
+    def drop_items(self, id: int) -> None:
+        self.do(lambda engine: engine.drop_items(id))
+        self.model.drop_items(id)
 
     def say(self, kind: bytes, which: int, size: int) -> None:
         if kind == b"item" and which % 3:
@@ -737,7 +858,8 @@ class LyingPeer(RuleBasedStateMachine):
             id = int(fields[1])
             if len(self.sending) == MAX_OPEN or (id in self.model.ours and id not in self.model.in_flight):
                 return
-            self.sending[self.next_number] = (kind, id, body(fields))
+            asks = (int(fields[3] or 0), kind == b"chan") if kind in (b"req", b"chan") else None
+            self.sending[self.next_number] = (asks, id, body(fields))
             self.go_on(self.next_number, which % 90 + 1, to_the_end=which % 2 == 0)
             self.next_number += 1 + which % 3
         else:
@@ -755,21 +877,28 @@ class LyingPeer(RuleBasedStateMachine):
             for id, talk in free.items()
             if talk.has_channel and not talk.in_ended and not (talk.is_cancelled and id in model.theirs)
         ]
-        asking = sum(kind in (b"req", b"chan") for kind, _, _ in self.sending.values())
+        asking = [slots for slots, _, _ in self.sending.values() if slots is not None]
         ids: list[int] = []
         rest: list[bytes] = []
         match kind:
             case b"req" | b"chan":
-                if not model.heard_bye_ok and len(model.theirs) + asking < model.max_requests:
+                slots = DEPTHS[which // 3 % 6], kind == b"chan"
+                used = count(model.theirs, slots) + asking.count(slots)
+                if used < model.max_requests and (slots[0] or not model.heard_bye_ok):
                     ids = [self.next_id, self.next_id + 2]
+                timeout = (b"", b"0", b"1500000", b"9" * 18)[which % 4]
+                along = CONTEXTS[which // 7 % 4]
+                encoded = flat(along) if along else b""
                 credit = [b"%d" % (0, 70_000, MAX_CREDIT)[which % 3]] if kind == b"chan" else []
-                rest = [(b"", b"0", b"1500000", b"9" * 18)[which % 4], *credit, body(self.fields(size))]
+                inner = body(self.fields(min(size, LIMIT - HEAD_ROOM - 5 - len(encoded))))
+                rest = [timeout, b"%d" % slots[0] if slots[0] else b"", encoded, *credit, inner]
             case b"ok":
                 ids = [id for id in free if id in model.ours]
                 rest = [body(self.fields(size))]
             case b"err":
                 ids = [id for id in free if id in model.ours]
-                rest = [b"code", *self.fields(min(size, 3000))]
+                details = bytes(min(size, MAX_DETAILS)) if which % 3 else b""
+                rest = [b"code", *self.fields(min(size, 3000)), details]
             case b"cancel":
                 ids = [id for id, talk in free.items() if id in model.theirs and not talk.is_cancelled]
             case b"item":
@@ -789,7 +918,9 @@ class LyingPeer(RuleBasedStateMachine):
                 return None if model.peer_drains else [b"bye"]
             case b"bye-ok":
                 may = model.is_draining and [b"bye"] not in model.control and not model.heard_bye_ok
-                return [b"bye-ok"] if may and not asking else None
+                return [b"bye-ok"] if may and not any(depth == 0 for depth, _ in asking) else None
+            case b"abort":
+                return [b"abort", b"protocol", b"you know why"]
             case _:
                 return [kind]
         if kind in (b"cancel", b"item", b"credit", b"end") and (not ids or which % 9 == 8):
@@ -808,10 +939,10 @@ class LyingPeer(RuleBasedStateMachine):
 
     def go_on(self, n: int, size: int, *, to_the_end: bool) -> None:
         """Send one more piece of a packet, or all that there are."""
-        kind, id, rest = self.sending.pop(n)
+        slots, id, rest = self.sending.pop(n)
         piece, rest = rest[:size], rest[size:]
         if rest:
-            self.sending[n] = (kind, id, rest)
+            self.sending[n] = (slots, id, rest)
         self.deliver(packet([b"part", b"%d" % n, b"%d" % len(rest), piece]))
         if rest and to_the_end:
             self.go_on(n, MAX_PIECE, to_the_end=True)
@@ -853,16 +984,14 @@ class LyingPeer(RuleBasedStateMachine):
 
     def misplaced_requests(self, which: int) -> Iterator[list[bytes]]:
         model, new = self.model, self.next_id
-        may_ask = self.honest(b"req", 0, 0) is not None
-        bad = [one_of(which, list(model.theirs)), one_of(which, [10**17 + self.me, *model.ours])]
-        if len(model.theirs) == model.max_requests or model.heard_bye_ok:
-            bad.append(new)
-        for id in bad:
+        for id in (one_of(which, list(model.theirs)), one_of(which, [10**17 + self.me, *model.ours])):
             if id is not None:
-                both = [b"req", b"%d" % id, b"", body([])], [b"chan", b"%d" % id, b"", b"0", body([])]
-                yield both[which % 2]
-        if may_ask:
-            yield [b"chan", b"%d" % new, b"", b"%d" % (MAX_CREDIT + 1), body([])]
+                yield request(id, DEPTHS[which % 6], has_channel=which % 2 == 0)
+        for has_channel in (False, True):
+            for nested in {*DEPTHS}:
+                if model.is_full((nested, has_channel)) or (model.heard_bye_ok and not nested):
+                    yield request(new, nested, has_channel=has_channel)
+        yield request(new, 2, has_channel=True, credit=MAX_CREDIT + 1)
         yield [b"cancel", b"%d" % (one_of(which, [*model.ours, model.next_id]) or self.me)]
 
     def misplaced_answers(self, which: int) -> Iterator[list[bytes]]:
@@ -871,7 +1000,7 @@ class LyingPeer(RuleBasedStateMachine):
         for ids in (unsent, [*model.backlog, model.next_id], list(model.theirs), model.gone):
             id = one_of(which, ids)
             if id is not None:
-                both = [b"ok", b"%d" % id, body([])], [b"err", b"%d" % id, b"code", b""]
+                both = [b"ok", b"%d" % id, body([])], [b"err", b"%d" % id, b"code", b"", b""]
                 yield both[which % 2]
 
     def misplaced_items(self, which: int) -> Iterator[list[bytes]]:
@@ -899,7 +1028,7 @@ class LyingPeer(RuleBasedStateMachine):
             yield [b"part", unused, b"%d" % (which + 1), b""]
             yield [b"part", unused, b"%d" % LIMIT, b"x"]
             yield [b"part", unused, b"0", (b"\xff", b"\x00", b"\x01")[which % 3]]
-            for kind in (b"ping", b"pong", b"bye", b"end", b"err", b"credit", b"cancel", b"drop"):
+            for kind in (b"ping", b"pong", b"bye", b"end", b"credit", b"cancel", b"drop", b"abort"):
                 fields = self.honest(kind, which, 20)
                 if fields is not None:
                     yield [b"part", unused, b"0", body(fields)]
@@ -918,6 +1047,13 @@ class LyingPeer(RuleBasedStateMachine):
             if (at + which) % 6 == 0:
                 self.tell(fields, chunk, which % 7)
         self.announce(which)
+        self.abort(which, chunk)
+
+    def abort(self, which: int, chunk: int) -> None:
+        """Tell a copy of the engine that it was in the wrong; nothing that comes after it counts."""
+        engine, model = self.copy()
+        last = packet([b"abort", (b"protocol", b"other")[which % 2], b"\xc3\xa4" * (which % 129)])
+        assert not is_refused(engine, model, last + (b"", packet([b"ping"]), packet([]))[which % 3], chunk)
 
     def tell(self, fields: list[bytes], chunk: int, which: int) -> None:
         """A lie, to a copy of the engine: whole, or in pieces, or after what is none."""
@@ -962,12 +1098,14 @@ class LyingPeer(RuleBasedStateMachine):
 
     def check(self) -> None:
         engine, model = self.engine, self.model
-        assert engine.asked == len(model.ours) <= self.slots
-        assert engine.handling == len(model.theirs) <= self.max_requests
+        assert engine.asked == len(model.ours)
+        assert engine.handling == len(model.theirs)
+        for talks, most in ((model.ours, self.slots), (model.theirs, self.max_requests)):
+            assert all(count(talks, talk.slots) <= most for talk in talks.values())
         assert engine.waiting == len(model.backlog)
         assert engine.cancelled == sum(talk.is_cancelled for talk in model.ours.values())
         assert engine.queued == model.queued
-        assert engine.may_ask == (not model.peer_drains)
+        assert engine.peer_drains == model.peer_drains
         assert engine.is_draining == model.is_draining
         over = model.heard_bye_ok and not (model.ours or model.backlog or model.theirs)
         assert engine.is_drained == over

@@ -3,8 +3,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import ssl
 from collections import UserList
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -22,18 +23,22 @@ from bokbok_trio import (
     Key,
     PeerCredentials,
     Settings,
+    _options,
 )
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._nursery import MAX_CAUSES, describe_error
 from bokbok_trio._opening import (
     MAX_EARLY_RECORD_SIZE,
     MAX_PACKET_SIZE,
     REFUSAL_DELAY,
+    NothingCame,
     Opened,
     open_as_client,
     open_as_server,
 )
 from bokbok_trio._packets import encode_head
+from bokbok_trio._places import Places
 from bokbok_trio._secretbox_stream import HEADER_SIZE, MAX_PLAINTEXT_SIZE, SecretboxStream
 
 Mode = Literal["sealed", "plain"]
@@ -47,6 +52,14 @@ STRANGER_SIZE = 16 * 2**10
 
 in_both_modes = pytest.mark.parametrize("mode", ["sealed", "plain"])
 on_both_sides = pytest.mark.parametrize("side", ["client", "server"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fixed_grease() -> Iterator[None]:
+    """Give every handshake messages of the same lengths, as cuts and changed bits are counted in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_options, "make_grease", lambda randomness: ("grease.0000", b"1234"))
+        yield
 
 
 @final
@@ -129,7 +142,8 @@ def as_client(wire: trio.abc.Stream, mode: Mode = "sealed", **options: Any) -> C
 
 def as_server(wire: trio.abc.Stream, mode: Mode = "sealed", **options: Any) -> Coroutine[Any, Any, Opened]:
     user_key = {"myuser": K} if mode == "sealed" else None
-    others = {"service": "", "settings": Settings(), "admit": lambda: None}
+    place = Places(1, 1).take(None)
+    others = {"service": "", "settings": Settings(), "admit": lambda: None, "place": place}
     return open_as_server(wire, **{"user_key": user_key, **others, **options})
 
 
@@ -229,6 +243,61 @@ async def enter_as_server(wire: Wire) -> tuple[SecretboxStream, bytes]:
     return stream, handshake.accept([K])
 
 
+# ---- what went wrong, in words ----
+
+
+def caused(error: BaseException, cause: BaseException | None, *, hidden: bool = False) -> BaseException:
+    if hidden:
+        error.__context__, error.__suppress_context__ = cause, True
+    else:
+        error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("bad"), "bad"),
+        (ValueError(), "ValueError"),
+        (caused(ValueError("bad"), KeyError("worse")), "bad"),
+        (
+            caused(trio.BrokenResourceError(), OSError("certificate verify failed")),
+            "BrokenResourceError: certificate verify failed",
+        ),
+        (
+            caused(trio.BrokenResourceError(), caused(ValueError(), KeyError())),
+            "BrokenResourceError: ValueError: KeyError",
+        ),
+        (caused(ValueError(), OSError("elsewhere"), hidden=True), "ValueError"),
+    ],
+)
+def test_an_error_is_never_described_by_nothing(error: BaseException, text: str) -> None:
+    assert describe_error(error) == text
+
+
+def test_causes_in_a_circle_and_contexts_are_described_too() -> None:
+    error = ValueError()
+    error.__cause__ = error
+    assert describe_error(error) == ": ".join(["ValueError"] * MAX_CAUSES)
+    with pytest.raises(trio.BrokenResourceError) as caught:
+        try:
+            raise OSError("reset")
+        finally:
+            raise trio.BrokenResourceError
+    assert describe_error(caught.value) == "BrokenResourceError: reset"
+
+
+@on_both_sides
+async def test_tls_that_is_cut_is_told_of_with_its_cause(side: Side, autojump_clock: MockClock) -> None:
+    """Trio's exceptions of TLS have no text."""
+    ours, theirs = memory_stream_pair()
+    stream = trio.SSLStream(ours, ssl.create_default_context(), server_hostname="x", server_side=False)
+    await theirs.send_all(b"no TLS at all")
+    error = (await end_of(stream, as_side(side, stream, "plain"))).error
+    assert not isinstance(error, NothingCame)
+    assert "the connection broke during the handshake: BrokenResourceError: [SSL" in str(error)
+
+
 # ---- it opens ----
 
 
@@ -312,6 +381,12 @@ async def test_the_same_service_opens_and_another_looks_like_a_wrong_key(autojum
     assert len({(str(client.error), client.seconds, str(server.error)) for client, server in endings}) == 1
 
 
+@in_both_modes
+async def test_each_side_is_told_the_options_of_the_other(mode: Mode, autojump_clock: MockClock) -> None:
+    for ending in await meet(make_wires(), mode):
+        assert ending.opened.peer_options == {"grease.0000": b"1234"}
+
+
 # ---- nothing comes of it, at once ----
 
 
@@ -355,10 +430,10 @@ async def test_sealed_and_plain_do_not_meet(
     user_key = {"myuser": K} if server_mode == "sealed" else None
     client, server = await meet(wires, client_mode, server={"user_key": user_key})
     assert "may be plain" in str(server.error) or "may be sealed" in str(server.error)
-    assert "does it expect a key, or none" in str(client.error)
+    assert "check whether the server expects a key" in str(client.error)
     assert wires[1].sent == []
     # In mode plain the client's `open` is along with its hello.
-    assert [len(sent) for sent in wires[0].sent] == [78 if client_mode == "sealed" else 88]
+    assert [len(sent) for sent in wires[0].sent] == [78 if client_mode == "sealed" else 116]
 
 
 async def test_sealed_and_plain_do_not_meet_over_sockets() -> None:
@@ -367,7 +442,7 @@ async def test_sealed_and_plain_do_not_meet_over_sockets() -> None:
         nursery.start_soon(end_of, theirs, as_server(theirs, "sealed"))
         client = await end_of(ours, as_client(ours, "plain"))
         assert isinstance(client.error, HandshakeError)
-        assert "does it expect a key, or none" in str(client.error)
+        assert "check whether the server expects a key" in str(client.error)
 
 
 @in_both_modes
@@ -443,7 +518,7 @@ async def test_open_and_accepted_are_one_record_with_one_packet(
         nursery.start_soon(misbehave)
         options = {"admit": admit} if side == "server" else {}
         ending = await end_of(ours, as_side(side, ours, "sealed", **options))
-    assert type(ending.error) is HandshakeError
+    assert not isinstance(ending.error, AuthenticationError | ConnectionRefused)
     assert ending.seconds == 0
     assert not asked_admission
     assert len(ours.sent) == (2 if side == "client" else 1)
@@ -474,7 +549,7 @@ async def test_an_early_record_is_bounded(
     ("size", "told"),
     [
         (MAX_PACKET_SIZE, "4091 bytes after the last field"),
-        (MAX_PACKET_SIZE + 1, "a packet of 4097 bytes"),
+        (MAX_PACKET_SIZE + 1, "packet of 4097 bytes"),
         (0, "count"),
     ],
 )
@@ -683,6 +758,65 @@ async def test_a_failing_look_up_is_logged(
     assert repr(K.raw)[2:-1] not in caplog.text
 
 
+async def test_a_failing_look_up_is_logged_after_the_refusal(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    """Logging takes time, by which one could tell who is known."""
+    client, server = make_wires()
+    logged: list[int] = []
+
+    async def note_when_sent() -> None:
+        stream, opening = await enter_as_client(client, b"myuser")
+        await stream.send_all(opening)
+        await stream.receive_some()
+
+    class Note(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(len(server.sent))
+
+    note = Note()
+    logging.getLogger("bokbok_trio").addHandler(note)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(note_when_sent)
+            await end_of(server, as_server(server, user_key=raising))
+    finally:
+        logging.getLogger("bokbok_trio").removeHandler(note)
+    assert logged == [2]  # hello, and the refusal
+
+
+ONCE = ExceptionGroup("made once", [LookupError("the database is down")])
+
+
+async def test_failing_look_ups_keep_no_tracebacks(autojump_clock: MockClock) -> None:
+    """An exception that was made once and is raised each time would collect them."""
+
+    async def raise_it_again(user: str) -> Key:
+        raise ONCE
+
+    for _ in range(3):
+        await be_refused(b"myuser", raise_it_again)
+    assert ONCE.__traceback__ is None
+    assert ONCE.exceptions[0].__traceback__ is None
+
+
+async def test_a_look_up_that_fails_while_it_is_cancelled_is_logged(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    async def fail_late(user: str) -> Key:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise LookupError("the database is down")
+
+    options = {"user_key": fail_late, "settings": Settings(handshake_timeout=TIMEOUT)}
+    _client, server = await meet(make_wires(), server=options)
+    assert "not done within 7 seconds" in str(server.error)
+    assert caplog.text.count("looking up the key of user 'myuser' failed") == 1
+
+
 async def test_no_look_up_is_asked_for_an_unusable_name(
     caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
@@ -717,7 +851,7 @@ async def test_a_server_without_the_key_is_no_server(autojump_clock: MockClock) 
 
     async def pretend() -> None:
         stream, _ = await enter_as_server(server)
-        await stream.send_all(encode_head(b"accepted", b"65536", b"10", bytes(32)))
+        await stream.send_all(encode_head(b"accepted", b"65536", b"10", b"\0", bytes(32)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pretend)
@@ -819,7 +953,8 @@ async def test_a_message_in_pieces_is_read_no_further_than_its_end(
 async def test_a_socket_that_is_broken_or_closed(side: Side, mode: Mode, autojump_clock: MockClock) -> None:
     async with open_sockets() as (ours, theirs):
         await theirs.aclose()
-        assert type((await end_of(ours, as_side(side, ours, mode))).error) is HandshakeError
+        error = (await end_of(ours, as_side(side, ours, mode))).error
+        assert isinstance(error, NothingCame) == (side == "server")
         with pytest.raises(trio.ClosedResourceError):
             await as_side(side, ours, mode)
 

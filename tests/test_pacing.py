@@ -152,11 +152,12 @@ async def test_the_load_of_a_tcp_socket() -> None:
             assert 0 < load.least_round_trip <= load.round_trip < 10
             with trio.move_on_after(0.1):
                 await ours.send_all(bytes(64 * MIB))  # it is not read
-            load = read_load(DirectStream(ours))
+            direct = DirectStream(ours)
+            load = read_load(direct)
             assert load is not None
             assert load.queued >= load.unsent > 0
             assert load.acknowledged + load.queued >= 50_000 + load.unsent
-    assert read_load(DirectStream(ours)) is None, "it is closed"
+    assert read_load(direct) is None, "it is closed"
 
 
 async def test_other_streams_have_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +188,9 @@ async def test_whether_a_socket_has_drained() -> None:
             assert not is_drained(ours)
             with trio.move_on_after(0.1):
                 await ours.send_all(bytes(64 * MIB))  # it is not read
-            assert not is_drained(DirectStream(ours))
-    assert not is_drained(DirectStream(ours)), "it is closed"
+            direct = DirectStream(ours)
+            assert not is_drained(direct)
+    assert not is_drained(direct), "it is closed"
     one, other = map(trio.SocketStream, trio.socket.socketpair())
     async with one, other:
         assert not is_drained(DirectStream(one)), "it is not told of other sockets"

@@ -35,11 +35,16 @@ PUBLIC = {
 LAYERS = [
     *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_packets"),
     *(
+        "_fork",
+        "_unix_listener",
+        "_sockets",
         "_direct_stream",
         "_secretbox_stream",
         "_outbox",
         "_wire",
+        "_options",
         "_handshake",
+        "_places",
         "_opening",
         "_events",
         "_flow",
@@ -53,6 +58,7 @@ LAYERS = [
         "_statistics",
         "_connection",
         "_client",
+        "_throttle",
         "_server",
         "_reconnecting",
     ),
@@ -60,8 +66,18 @@ LAYERS = [
 ]
 
 MAY_USE_TRIO = {
-    *("_errors", "_keys", "_addresses", "_direct_stream", "_secretbox_stream", "_opening", "_nursery"),
-    *("_pacing", "_wire", "_watchdog", "_sender", "_channel", "_handling", "_reader"),
+    *(
+        "_errors",
+        "_keys",
+        "_fork",
+        "_unix_listener",
+        "_sockets",
+        "_direct_stream",
+        "_secretbox_stream",
+        "_opening",
+        "_nursery",
+    ),
+    *("_places", "_pacing", "_wire", "_watchdog", "_sender", "_channel", "_handling", "_reader"),
 }
 """Of those below the connection."""
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from bokbok_trio import (
     serve,
 )
 from bokbok_trio._addresses import Address
-from bokbok_trio._reconnecting import LASTING, MAX_BACKOFF, MAX_CONNECTIONS, MIN_BACKOFF, _jitter
+from bokbok_trio._reconnecting import MAX_BACKOFF, MAX_CONNECTIONS, MIN_BACKOFF, _jitter
 from bokbok_trio.testing import FaultyStream, MemoryListener
 from tests.helpers import RawPeer, busy_handler, echo, settle
 
@@ -53,7 +54,7 @@ class Network:
         self.dialled: list[tuple[float, str]] = []
         self.streams: list[FaultyStream] = []
 
-    async def dial(self, address: Address, *, insecure: bool) -> trio.abc.Stream:
+    async def dial(self, address: Address, **_: Any) -> trio.abc.Stream:
         await trio.lowlevel.checkpoint()
         self.dialled.append((round(trio.current_time(), 6), str(address)))
         if str(address) not in self.listeners:
@@ -99,7 +100,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     network = Network()
     monkeypatch.setattr("bokbok_trio._client.dial", network.dial)
     # The longest waits there are, so that times can be told.
-    monkeypatch.setattr("bokbok_trio._reconnecting._jitter", lambda longest: longest)
+    monkeypatch.setattr("bokbok_trio._reconnecting._jitter", lambda _least, longest: longest)
     return network
 
 
@@ -132,6 +133,8 @@ class Oops(Exception):
         ([A, ":12345"], {"user": "u", "key": KEY}, AddressError),
         ([A, "127.0.0.1:0"], {}, AddressError),
         ([A, "192.0.2.1:12345"], {}, AddressError),
+        (A, {"max_repeats": -1}, ValueError),
+        (A, {"max_repeats": 1.5}, TypeError),
     ],
 )
 async def test_bad_arguments_raise_before_anything_is_dialled(
@@ -146,22 +149,24 @@ async def test_bad_arguments_raise_before_anything_is_dialled(
 
 async def test_a_stream_cannot_be_reconnected() -> None:
     ours, _ = trio.testing.memory_stream_pair()
-    with pytest.raises(TypeError, match="an address is"):
+    with pytest.raises(TypeError, match="pass an address as"):
         async with open_reconnecting(ours):  # type: ignore[arg-type]
             raise AssertionError
 
 
-async def test_a_name_that_is_not_found_now_is_no_bad_argument(
-    network: Network, monkeypatch: pytest.MonkeyPatch
+async def test_names_are_looked_up_in_their_turn(
+    network: Network, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
+    """One that hangs does not hold up an address that is alive."""
+
     async def getaddrinfo(*args: Any, **kwargs: Any) -> Any:
-        await trio.lowlevel.checkpoint()
-        raise OSError("no such name")
+        await trio.sleep_forever()
 
     monkeypatch.setattr("trio.socket.getaddrinfo", getaddrinfo)
-    async with network.server(address="later.example:1"):
-        async with open_reconnecting(["later.example:1"]) as client:
+    async with network.server():
+        async with open_reconnecting([A, "hangs.example:1"]) as client:
             assert client.connection
+    assert trio.current_time() == 0
 
 
 @pytest.mark.parametrize(
@@ -220,7 +225,7 @@ async def test_the_first_connection_is_waited_for(
         assert network.times == [0, 0.2, 0.6, 1.4]
         nursery.cancel_scope.cancel()
     assert caplog.text.count("no connection with 127.0.0.1:1: ConnectionRefusedError") == 3
-    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert {record.levelname for record in caplog.records} == {"WARNING", "INFO"}
 
 
 async def test_waiting_for_the_first_connection_can_be_cancelled(
@@ -301,7 +306,7 @@ async def test_another_failure_is_raised_at_first_and_reported_later(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def fail(address: Address, *, insecure: bool) -> trio.abc.Stream:
+    async def fail(address: Address, **_: Any) -> trio.abc.Stream:
         await trio.lowlevel.checkpoint()
         raise error("cannot be dialled")
 
@@ -323,7 +328,7 @@ async def test_another_failure_is_raised_at_first_and_reported_later(
 
 def test_waits_are_random_between_the_least_and_the_limit() -> None:
     for longest in (2 * MIN_BACKOFF, 1.0, MAX_BACKOFF):
-        waits = [_jitter(longest) for _ in range(1000)]
+        waits = [_jitter(MIN_BACKOFF, longest) for _ in range(1000)]
         assert MIN_BACKOFF <= min(waits) < MIN_BACKOFF + longest / 10
         assert longest * 0.9 < max(waits) <= longest
 
@@ -350,44 +355,77 @@ async def test_several_addresses_are_tried_in_turn_and_then_waited_for(
     assert network.times == [0] * 3 + [0.2] * 3 + [0.6] * 3
 
 
-async def test_a_connection_that_lasted_is_followed_at_once_by_the_next_address(
+async def test_a_connection_that_answered_is_followed_at_once_by_the_next_address(
     network: Network, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with network.server(address=A) as a, network.server(address=B):
         async with open_reconnecting([A, B, C]) as client:
-            await trio.sleep(LASTING)
+            await client.request(["ping", "x"])
+            await trio.sleep(1)
             await drop(a)
-            assert network.dialled == [(0, A), (LASTING, B)]
+            assert network.dialled == [(0, A), (1, B)]
             assert client.connection
             assert "done with the connection with 127.0.0.1:1: the peer closed" in caplog.text
-            await trio.sleep(LASTING)
+            with pytest.raises(RemoteError):
+                await client.request(["what?"])
+            await trio.sleep(1)
             await network.cut()
             await client.request(["ping", "x"], idempotent=True)
-            assert network.dialled[2:] == [(2 * LASTING, C), (2 * LASTING, A)]
+            assert network.dialled[2:] == [(2, C), (2, A)]
 
 
-async def test_a_connection_that_lasted_begins_a_new_round(
+async def test_a_connection_that_answered_begins_a_new_round(
     network: Network, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with network.server(address=B) as server, open_reconnecting([A, B]) as client:
-        await trio.sleep(LASTING)
+        await client.request(["ping", "x"])
+        await trio.sleep(1)
         await drop(server)
-        assert network.dialled == [(0, A), (0, B), (LASTING, A), (LASTING, B)]
+        assert network.dialled == [(0, A), (0, B), (1, A), (1, B)]
         assert client.connection
 
 
-async def test_a_connection_that_lasted_resets_the_waits(
+async def test_a_connection_that_answered_resets_the_waits_and_one_that_lasted_does_not(
     network: Network, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with network.server() as server, open_reconnecting(A):
-        for lasts, wait in [(1, 0.2), (1, 0.4), (LASTING - 0.1, 0.8), (LASTING, 0), (1, 0.2), (1, 0.4)]:
+    async with network.server() as server, open_reconnecting(A) as client:
+        for lasts, answers, wait in [
+            *((1, False, 0.2), (1, False, 0.4), (12, False, 0.8), (1, True, 0)),
+            *((1, False, 0.2), (1, False, 0.4), (0.02, True, 0.09), (1, True, 0)),
+        ]:
             opened = trio.current_time()
+            if answers:
+                await client.request(["ping", "x"])
             await trio.sleep(lasts)
             await drop(server)
             await trio.sleep(wait)
             await settle()
-            assert network.times[-1] == pytest.approx(opened + lasts + wait)
-        assert len(network.times) == 7
+            assert network.times[-1] == pytest.approx(opened + lasts + wait, abs=0.011)
+        assert len(network.times) == 9
+
+
+async def test_an_answered_ping_is_an_answer(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with network.server() as server, open_reconnecting(A, settings=Settings(ping_after=5)):
+        await trio.sleep(7)
+        await drop(server)
+        assert network.times == [0, 7]
+
+
+@pytest.mark.parametrize("answered", [True, False])
+async def test_an_answered_channel_is_an_answer(
+    network: Network, answered: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with network.server(channel_handler=count_items) as server, open_reconnecting(A) as client:
+        async with client.open_channel(["count"]) as channel:
+            if answered:
+                await channel.end()
+                await channel.answer()
+        await trio.sleep(1)
+        await drop(server)
+        await trio.sleep(0.1)
+        assert network.times == ([0, 1] if answered else [0])
 
 
 async def test_a_peer_that_accepts_and_drops_is_not_dialled_in_a_loop(
@@ -403,9 +441,8 @@ async def test_a_peer_that_accepts_and_drops_is_not_dialled_in_a_loop(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accept_and_drop)
-        async with open_reconnecting([A, B]) as client:
-            with trio.move_on_after(100):
-                await client.request(["x"], idempotent=True)
+        async with open_reconnecting([A, B]):
+            await trio.sleep(100)
         nursery.cancel_scope.cancel()
     assert network.where[:6] == [A, B, A, B, A, B]
     assert network.times[::2] == pytest.approx([0, 0.2, 0.6, 1.4, 3, 6.2, 12.6, 25.4, 51, 81])
@@ -496,6 +533,156 @@ async def test_a_request_that_certainly_did_not_run_is_sent_over_the_next_connec
             await settle()
             await network.cut()
             nursery.start_soon(client.request, ["ping", "y"])
+
+
+async def kill_on_request(connection: Connection, request: list[bytes]) -> list[bytes]:
+    """A handler that some requests kill: the connection, as a server that crashes would."""
+    await trio.lowlevel.checkpoint()
+    if request[0] == b"poison":
+        connection._close("crashed")
+        await trio.sleep_forever()
+    return request
+
+
+@pytest.mark.parametrize("max_repeats", [0, 1, 3])
+async def test_a_request_that_kills_its_servers_is_repeated_a_bounded_number_of_times(
+    max_repeats: int,
+    network: Network,
+    autojump_clock: trio.testing.MockClock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    killed: list[float] = []
+
+    async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
+        killed.append(trio.current_time())
+        return await kill_on_request(connection, request)
+
+    async with network.server(handler), open_reconnecting(A, max_repeats=max_repeats) as client:
+        with pytest.raises(ConnectionLost) as caught:
+            await client.request([b"poison" + b"" * 100, "x"], idempotent=True)
+    assert len(killed) == 1 + max_repeats
+    assert caught.value.may_have_run
+    assert isinstance(caught.value.__cause__, ConnectionLost)
+    if max_repeats == 0:
+        assert str(caught.value).startswith(
+            "the request was sent once, and the connection was lost each time"
+        )
+        assert "was in flight" not in caplog.text
+        return
+    seconds = killed[-1] - killed[0]
+    assert f"the request was sent {1 + max_repeats} times in {seconds:.1f} seconds" in str(caught.value)
+    assert caplog.text.count("a request that begins with b'poison' was in flight on") == max_repeats
+    gaps = [later - sooner for sooner, later in pairwise(killed)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] >= 0.2 * 4 ** (max_repeats - 1)
+
+
+async def test_others_use_the_connection_between_the_repeats(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    answered = 0
+    async with network.server(kill_on_request), open_reconnecting(A) as client:
+
+        async def ask_on() -> None:
+            nonlocal answered
+            while True:
+                with suppress(ConnectionLost):
+                    await client.request(["other"])
+                    answered += 1
+                await trio.sleep(0.01)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_on)
+            with pytest.raises(ConnectionLost):
+                await client.request(["poison"], idempotent=True)
+            nursery.cancel_scope.cancel()
+    assert answered > 100
+
+
+async def test_a_pause_between_repeats_ends_when_this_side_closes(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with (
+        network.server(kill_on_request),
+        open_reconnecting(A) as client,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def ask() -> None:
+            with pytest.raises(ConnectionClosed):
+                await client.request(["poison"], idempotent=True)
+
+        nursery.start_soon(ask)
+        await trio.sleep(0.7)  # in the second pause, of 0.8 s
+        await client.aclose()
+        await settle()
+        assert nursery.child_tasks == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [([], "without fields"), (["x" * 100], "that begins with b'" + "x" * 40 + "'"), ([b"\n"], r"b'\n'")],
+)
+async def test_the_request_is_named_in_the_log_in_short(
+    network: Network,
+    fields: list[Any],
+    name: str,
+    autojump_clock: trio.testing.MockClock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await kill_on_request(connection, [b"poison"])
+
+    async with network.server(handler), open_reconnecting(A, max_repeats=1) as client:
+        with pytest.raises(ConnectionLost):
+            await client.request(fields, idempotent=True)
+    assert f"{name} was in flight on 2 connections" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
+@pytest.mark.parametrize("what", ["request", "channel"])
+async def test_a_call_that_is_cancelled_before_it_begins_sends_nothing(how: str, what: str) -> None:
+    ran: list[object] = []
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        await trio.lowlevel.checkpoint()
+        ran.append(request)
+
+    async def channel_handler(connection: Connection, request: list[bytes], channel: Channel) -> None:
+        await handler(connection, request)
+
+    async with open_server("127.0.0.1:0", handler, channel_handler=channel_handler) as server:
+        async with open_reconnecting(server.addresses[0]) as client:
+            for _ in range(5):
+                with trio.CancelScope() as scope:
+                    if how == "cancelled":
+                        scope.cancel()
+                    else:  # it has passed, and Trio has not noticed yet
+                        scope.deadline = trio.current_time()
+                    if what == "request":
+                        await client.request(["x"])
+                    else:
+                        async with client.open_channel(["x"]):
+                            raise AssertionError
+                assert scope.cancelled_caught
+            await client.request(["last"])
+    assert ran == [[b"last"]]
+
+
+async def test_calls_from_another_run_are_refused() -> None:
+    async with open_server("127.0.0.1:0", echo) as server, open_reconnecting(server.addresses[0]) as client:
+
+        async def misuse() -> None:
+            with pytest.raises(RuntimeError, match="another Trio run"):
+                await client.request(["x"])
+            with pytest.raises(RuntimeError, match="another Trio run"):
+                async with client.open_channel(["x"]):
+                    raise AssertionError
+            with pytest.raises(RuntimeError, match="another Trio run"):
+                await client.aclose()
+
+        await trio.to_thread.run_sync(trio.run, misuse)
+        assert await client.request(["x"]) == [b"x"]
 
 
 @pytest.mark.parametrize("idempotent", [False, True])
@@ -679,13 +866,14 @@ async def test_a_connection_that_this_side_drains_is_asked_no_more(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_for_long)
-            await trio.sleep(LASTING)
+            assert await client.request(["ping", "x"]) == [b"pong", b"x"]
+            await trio.sleep(10)
             first = client.connection
             assert first is not None
             first.drain()
             assert await client.request(["ping", "x"]) == [b"pong", b"x"]
             assert client.connection not in {first, None}
-            assert network.times == [0, LASTING]
+            assert network.times == [0, 10]
             await first.wait_closed()
             assert trio.current_time() == 50
         assert answers == [[b"slept"]]
@@ -708,7 +896,7 @@ async def test_who_hears_late_that_a_connection_drains_does_not_end_the_next(
         for _ in range(2):
             [_, id, *_] = await peer.receive()
             await trio.sleep(1)
-            await peer.send(b"err", id, b"closing", b"not now")
+            await peer.send(b"err", id, b"closing", b"not now", b"")
 
     async with trio.open_nursery() as nursery, network.server(address=B) as b:
         nursery.start_soon(serve_slowly)
@@ -732,7 +920,7 @@ async def closing_peer(listener: MemoryListener) -> None:
         with suppress(AssertionError):  # until it is cut
             while True:
                 [_, id, *_] = await peer.receive()
-                await peer.send(b"err", id, b"closing", b"not now")
+                await peer.send(b"err", id, b"closing", b"not now", b"")
 
     async with trio.open_nursery() as nursery:
         while True:
@@ -1153,6 +1341,32 @@ async def test_a_cancelled_aclose_returns_at_once_and_closes_nevertheless(networ
             await client.aclose()
         assert scope.cancelled_caught
         assert client.closed
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+async def test_a_dialling_that_hangs_ends_with_the_block(
+    network: Network,
+    crashes: bool,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def hang(address: Address, **_: Any) -> trio.abc.Stream:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            try:
+                await trio.sleep_forever()
+            finally:
+                if crashes:
+                    raise Oops("while it was cancelled")
+        raise AssertionError
+
+    async with network.server() as server, open_reconnecting(A):
+        monkeypatch.setattr("bokbok_trio._client.dial", hang)
+        await drop(server)
+        await trio.sleep(5)
+    assert trio.current_time() == 5
+    assert ("while it was cancelled" in caplog.text) is crashes
 
 
 async def test_a_connection_that_is_opened_too_late_is_closed(

@@ -15,12 +15,14 @@ def test_the_defaults() -> None:
     assert dataclasses.asdict(Settings()) == {
         "max_message_size": 4 * 1024 * 1024,
         "max_requests": 100,
+        "connect_timeout": 10.0,
         "handshake_timeout": 10.0,
         "ping_after": 20.0,
         "ping_timeout": 20.0,
         "describe_error": None,
         "max_connections": 1000,
-        "max_handshakes": 64,
+        "max_handshakes": 512,
+        "max_lookups": 64,
     }
 
 
@@ -38,10 +40,11 @@ def test_settings_go_by_name() -> None:
     "values",
     [
         {"max_message_size": MIN_MESSAGE_SIZE, "max_requests": 1, "max_connections": 1, "max_handshakes": 1},
+        {"max_lookups": 1},
         {"max_message_size": MAX_MESSAGE_SIZE, "max_requests": MAX_REQUESTS, "max_connections": 10**9},
         {"handshake_timeout": 1e-9},
         {"handshake_timeout": 5},
-        {"handshake_timeout": math.inf},
+        {"handshake_timeout": math.inf, "connect_timeout": math.inf},
         {"describe_error": repr},
     ],
 )
@@ -59,6 +62,8 @@ def test_what_is_in_range(values: dict[str, Any]) -> None:
         ("max_requests", 10**6 + 1, "max_requests must be at least 1 and at most 1000000, not 1000001"),
         ("max_connections", 0, "max_connections must be at least 1, not 0"),
         ("max_handshakes", -1, "max_handshakes must be at least 1, not -1"),
+        ("max_lookups", 0, "max_lookups must be at least 1, not 0"),
+        ("connect_timeout", 0, "connect_timeout must be more than 0 seconds"),
         ("handshake_timeout", 0, "handshake_timeout must be more than 0 seconds"),
         ("handshake_timeout", -1.0, "handshake_timeout must be more than 0 seconds"),
         ("handshake_timeout", -math.inf, "handshake_timeout must be more than 0 seconds"),
@@ -75,12 +80,18 @@ def test_what_is_out_of_range(name: str, value: Any, message: str) -> None:
     [
         *(
             (name, value, f"{name} must be an int, not {type(value).__name__}")
-            for name in ("max_message_size", "max_requests", "max_connections", "max_handshakes")
+            for name in (
+                "max_message_size",
+                "max_requests",
+                "max_connections",
+                "max_handshakes",
+                "max_lookups",
+            )
             for value in (4096.0, "4096", None)
         ),
         *(
             (name, value, f"{name} must be a number of seconds, not {type(value).__name__}")
-            for name in ("handshake_timeout", "ping_after", "ping_timeout")
+            for name in ("connect_timeout", "handshake_timeout", "ping_after", "ping_timeout")
             for value in ("10", None)
         ),
         ("describe_error", "text", "describe_error must be a function from an exception to a str"),

@@ -97,7 +97,7 @@ async def test_a_plain_stream_to_elsewhere_needs_insecure(monkeypatch: pytest.Mo
         [address] = server.addresses
         assert isinstance(address, TCPAddress)
         stream = await trio.open_tcp_stream("127.0.0.1", address.port)
-        monkeypatch.setattr("bokbok_trio._addresses._is_loopback", lambda host: False)
+        monkeypatch.setattr("bokbok_trio._addresses.is_loopback", lambda host: False)
         with pytest.raises(AddressError, match="insecure"):
             async with open_connection(stream):
                 raise AssertionError
@@ -184,7 +184,7 @@ async def test_a_cancelled_request_to_a_peer_that_stopped_reading_leaves_no_half
             await stream.send_all(
                 MAGIC
                 + packet(b"hello", b"server", b"plain", b"")
-                + packet(b"accepted", b"4194304", b"9", b"")
+                + packet(b"accepted", b"4194304", b"9", b"\0", b"")
             )
 
         nursery.start_soon(accept)
@@ -204,7 +204,7 @@ async def test_a_cancelled_request_to_a_peer_that_stopped_reading_leaves_no_half
             while not packets or packets[-1][0] != b"req":
                 packets += decode(decoder, await accepted[0].receive_some())
             # After `open` every packet is whole: some of the request, that it is void, and the next.
-            assert packets[-2:] == [[b"drop", b"0"], [b"req", b"2", b"", b"\x01\0\0\0\5after"]]
+            assert packets[-2:] == [[b"drop", b"0"], [b"req", b"2", b"", b"", b"", b"\x01\0\0\0\5after"]]
             assert {(kind, number) for kind, number, *_ in packets[1:-2]} == {(b"part", b"0")}
             await accepted[0].send_all(packet(b"ok", b"2", body=[b"well"]))
             while not answers:
@@ -388,7 +388,7 @@ async def test_of_two_processes_that_race_for_a_stale_path_one_wins(tmp_path: Pa
                 for racer in racers:
                     await racer.tell(f"{path} {start}")
                 heard = {await racer.hear(): racer for racer in racers}
-                assert set(heard) == {"won", f"{path} is in use (it answers)"}, f"race {race}"
+                assert set(heard) == {"won", f"{path} is in use (a server answers)"}, f"race {race}"
                 winner = heard.pop("won")
                 await check_who_serves(path, winner)
                 assert stat.S_IMODE(os.lstat(path).st_mode) == 0o600

@@ -1,0 +1,86 @@
+"""What the tests of sockets share: dialling and listening with the defaults, and names of any address."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import trio
+
+from bokbok_trio import TCPAddress
+from bokbok_trio._sockets import dial, listen, listener_address
+
+listen_on = partial(listen, backlog=None, mode=0o600, insecure=False, timeout=10)
+dial_to = partial(dial, insecure=False, timeout=10)
+
+
+class FakeResolver(trio.abc.HostnameResolver):
+    """Every name has these addresses."""
+
+    def __init__(self, *hosts: str) -> None:
+        self._hosts = hosts
+        self.asked: list[bytes | None] = []
+
+    async def getaddrinfo(self, host: bytes | None, port: Any, *_args: int) -> Any:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(host)
+        found = [socket.getaddrinfo(literal, port, type=socket.SOCK_STREAM)[0] for literal in self._hosts]
+        return [(*info[:3], "", info[4]) for info in found]
+
+    async def getnameinfo(self, sockaddr: Any, flags: int) -> Any:
+        raise NotImplementedError
+
+
+def resolve_to(*hosts: str) -> FakeResolver:
+    """From now on every name has these addresses."""
+    resolver = FakeResolver(*hosts)
+    trio.socket.set_custom_hostname_resolver(resolver)
+    return resolver
+
+
+def tcp_address(listener: trio.abc.Listener[trio.SocketStream]) -> TCPAddress:
+    address = listener_address(listener)
+    assert isinstance(address, TCPAddress)
+    return address
+
+
+def knock(path: str) -> int:
+    """Try to connect to a UNIX socket; the error's number, 0 for none."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(path)
+
+
+@contextmanager
+def full_backlog(family: int, where: Any) -> Generator[socket.socket]:
+    """A socket that listens, and that has so many connections to accept that it takes no more."""
+    waiting: list[socket.socket] = []
+    with socket.socket(family) as listener:
+        listener.bind(where)
+        listener.listen(0)
+        try:
+            for _ in range(6):
+                waiting.append(socket.socket(family))
+                waiting[-1].setblocking(False)
+                if waiting[-1].connect_ex(listener.getsockname()) == errno.EAGAIN:
+                    break
+            yield listener
+        finally:
+            for sock in waiting:
+                sock.close()
+
+
+def find_link_local() -> str | None:
+    """A link-local IPv6 address of this machine, with its zone, if it has one."""
+    try:
+        with open("/proc/net/if_inet6") as lines:
+            for line in lines:
+                digits, _, _, scope, _, zone = line.split()
+                if scope == "20":
+                    return f"{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))}%{zone}"
+    except OSError:
+        pass
+    return None
