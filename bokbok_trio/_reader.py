@@ -178,6 +178,8 @@ class Reader:
         if self._turn.reader is not task:
             if self.ended.is_set() or not self._turn.follow(task):
                 return False
+            task.context = self._handlers.new_context()  # it was a handler's, as was the name
+            task.name = _NAME
             await trio.lowlevel.wait_task_rescheduled(abort)
         return not self.ended.is_set()
 
@@ -209,9 +211,6 @@ class Reader:
                 return
             if has_deadline:
                 within.deadline = math.inf
-            if has_waited:
-                task.context = self._handlers.new_context()
-                task.name = _NAME
             if within.cancel_called:
                 return
             if has_waited:
