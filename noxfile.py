@@ -85,6 +85,13 @@ def compare(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Ask all kinds of things for an hour; `-- --seconds 600 --sealed --seed 7` changes that."""
+    session.install("-e", ".")
+    session.run("python", "benchmarks/soak.py", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build the wheel, install it alone, and use it."""
     session.install("build")
