@@ -28,8 +28,8 @@ from ._nursery import check_run
 from ._packets import Chunks, Fields, decode_body
 
 CLOCK_DRIFT: Final = 0.05
-"""Seconds by which the peer's clock may be ahead of ours at the end of a deadline, besides a thousandth of its
-span: the peer counts the same span from later on, so only drift makes it run out there first."""
+"""Seconds by which the peer's clock may be ahead of ours at the end of a deadline, besides a thousandth of
+its span: the peer counts the same span from later on, so only drift makes it run out there first."""
 
 
 def is_own_timeout(error: BaseException, deadline: float, span: float) -> bool:
@@ -106,6 +106,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         id: int,
         wake_sender: Callable[[], object],
         home: trio.lowlevel.TrioToken,
+        *,
         cancel: Callable[[], object] | None = None,
         deadline: float = math.inf,
     ) -> None:
@@ -406,7 +407,7 @@ class Channels:
     def open(self, id: int, cancel: Callable[[], object], deadline: float) -> Channel:
         """One of ours: `cancel` is called when nobody wants its answer; somebody does until `deadline`."""
         channel = self._channels[id] = Channel(
-            self._flows, id, self._wake_sender, self._home, cancel, deadline
+            self._flows, id, self._wake_sender, self._home, cancel=cancel, deadline=deadline
         )
         return channel
 

@@ -63,8 +63,8 @@ def start_eagerly(
     Arguments:
         work: a native coroutine that has not begun.
         context: its context variables until it first waits.
-        on_first_wait: called when it first waits. The event loop does not know yet that the current task waits,
-            so this must not wake it. It is to make `context` the task's.
+        on_first_wait: called when it first waits. The event loop does not know yet that the current task
+            waits, so this must not wake it. It is to make `context` the task's.
 
     Returns:
         Whether it waited. An exception of the work comes out, and so does one of `on_first_wait`, when

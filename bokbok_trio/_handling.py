@@ -41,8 +41,8 @@ RequestHandler: TypeAlias = "Callable[[Connection, list[bytes]], Awaitable[Field
 """``async def handler(connection, request)``; returns the fields of the answer; None means none.
 
 It must leave every cancel scope and nursery that it enters before it returns, or its request fails.
-``SystemExit`` and ``KeyboardInterrupt`` end the program, also where a request of the peer makes a handler raise
-them, as `argparse` does; any other exception is the answer to its request.
+``SystemExit`` and ``KeyboardInterrupt`` end the program, also where a request of the peer makes a handler
+raise them, as `argparse` does; any other exception is the answer to its request.
 """
 
 ChannelHandler: TypeAlias = "Callable[[Connection, list[bytes], Channel], Awaitable[Fields | None]]"
@@ -286,7 +286,7 @@ class Handlers:
         if isinstance(single, RequestError):
             if not self._session.fail(id, single.code, single.message, single.details):
                 logger.error(
-                    "%r: request %d failed with %d bytes of details, which exceed the agreed size of a message",
+                    "%r: request %d failed with %d bytes of details, which do not fit the agreed size",
                     self._connection,
                     id,
                     len(single.details),

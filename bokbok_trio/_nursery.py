@@ -146,8 +146,8 @@ def keep(exc: BaseException, log: Callable[[BaseException], object]) -> None:
 def innermost_scope(task: trio.lowlevel.Task) -> object:
     """Return what stands for the innermost cancel scope that a task is in, to be compared by ``is``.
 
-    Trio has no public way to ask, and to find out by leaving a scope costs a small request a fifth more. Where
-    the attribute is missing, a scope that was left open shows later, when the one around it is left.
+    Trio has no public way to ask, and to find out by leaving a scope costs a small request a fifth more.
+    Where the attribute is missing, a scope that was left open shows later, when the one around it is left.
     """
     return getattr(task, "_cancel_status", None)
 

@@ -271,7 +271,7 @@ def encode_context(context: Context | None) -> bytes:
             raise TypeError(f"a name of a context is a str, not {type(name).__name__}")
         if _CONTEXT_NAME.fullmatch(name) is None:
             raise ValueError(
-                f"invalid name of a context: {name[:80]!r}; use 1 to 64 lower-case ASCII letters, digits, . - _"
+                f"invalid name of a context: {name[:80]!r}; use 1 to 64 of a-z, 0-9, '.', '-' and '_'"
             )
         fields += (name.encode(), _encode_field(value))
     encoded = b"".join(encode_body(fields, 2**32 - 1)[0])

@@ -184,40 +184,54 @@ class Reader:
         return not self.ended.is_set()
 
     async def _read(self, task: trio.lowlevel.Task, scope: HandlerScope) -> None:
-        """Dispatch and receive in turn, for as long as the task has the turn to read and its scope is good."""
-        innermost = innermost_scope(task)
-        within = scope.cancel_scope
+        """Dispatch and receive in turn, while the task has the turn to read and its scope is good."""
         self._scope = scope
         self._start_tasks_for_rest()
         while not self.ended.is_set():
             request = self._dispatch()
             if request is None:
-                if self._session.error is not None and not self._is_discarding:
-                    self._on_protocol_error(self._session.error)
-                self._sender.end_batch(self._count)
-                self._count = 0
+                self._end_batch()
                 await self._receive_more()
                 continue
             call = self._handlers.accept(request, scope)
-            if call is None:
-                continue
-            has_deadline = request.timeout < math.inf
-            del request  # or it would be kept while this receives
-            has_waited = await start_eagerly(call.work, call.context, partial(self._hand_over, task, call))
-            del call
-            if task.child_nurseries or innermost_scope(task) is not innermost:
-                if self._turn.reader is task:
-                    self._promote()
-                return
-            if has_deadline:
-                within.deadline = math.inf
-            if within.cancel_called:
-                return
-            if has_waited:
-                if not await self._take_turn(task):
+            if call is not None:
+                has_deadline = request.timeout < math.inf
+                del request  # or it would be kept while this receives
+                if not await self._handle(task, scope, call, has_deadline=has_deadline):
                     return
-                self._scope = scope
-                self._start_tasks_for_rest()
+                del call
+
+    async def _handle(
+        self, task: trio.lowlevel.Task, scope: HandlerScope, call: Call, *, has_deadline: bool
+    ) -> bool:
+        """Begin a handler, and where it waits, go on when the task has the turn again.
+
+        Returns whether the task is to read on in that scope.
+        """
+        innermost = innermost_scope(task)
+        has_waited = await start_eagerly(call.work, call.context, partial(self._hand_over, task, call))
+        if task.child_nurseries or innermost_scope(task) is not innermost:
+            if self._turn.reader is task:
+                self._promote()
+            return False
+        if has_deadline:
+            scope.cancel_scope.deadline = math.inf
+        if scope.cancel_scope.cancel_called:
+            return False
+        if has_waited:
+            del call  # or it would be kept while this waits
+            if not await self._take_turn(task):
+                return False
+            self._scope = scope
+            self._start_tasks_for_rest()
+        return True
+
+    def _end_batch(self) -> None:
+        """Everything that was received is dispatched."""
+        if self._session.error is not None and not self._is_discarding:
+            self._on_protocol_error(self._session.error)
+        self._sender.end_batch(self._count)
+        self._count = 0
 
     def _dispatch(self) -> Request | None:
         """Dispatch the events up to the next request, and return that."""
@@ -263,8 +277,8 @@ class Reader:
     def _hand_over(self, task: trio.lowlevel.Task, call: Call) -> None:
         """A handler begun here waits: the task is the handler's, and another reads.
 
-        The event loop does not know yet that this task waits, so nothing may wake it. Hence the events that are
-        left are for the other task.
+        The event loop does not know yet that this task waits, so nothing may wake it. Hence the other task
+        dispatches the events that are left.
         """
         task.context = call.context
         task.name = call.name

@@ -25,7 +25,7 @@ A *channel* is a request with items both ways, in flight for as long as it is. `
 Items that have not left when it is cancelled or answered never do.
 
 *Slots* are counted for each depth, and for requests and channels apart (`_class_of`): each side takes
-`max_requests` of every class. A request made in a handler is one deeper than the request being handled. So who
+`max_requests` of every class. A request made in a handler is one deeper than the one being handled. So who
 holds a slot waits only for deeper slots, the deepest for none, and nested callbacks cannot lock up.
 
 Either side may *drain*: with `bye` it says that it takes no new request of depth 0; the other sends `bye-ok`
@@ -213,7 +213,7 @@ class Session:
         body, size = encode_body(fields, self._max_body_size)
         id = self._next_id
         if len(body) > 1 or depth or deadline < math.inf or self._used[0] >= self._slots or self._backlogs:
-            return self._ask(b"req", body, size, deadline, depth, b"")
+            return self._ask(b"req", (body, size), deadline, depth=depth, context=b"")
         # The same for most requests, in fewer steps.
         self._next_id = id + 2
         self._asked[id] = State.QUEUED
@@ -236,10 +236,12 @@ class Session:
         self, kind: bytes, fields: Fields, deadline: float, depth: int, context: Context | None
     ) -> int:
         encoded = encode_context(context)
-        body, size = encode_body(fields, self._max_body_size - len(encoded))
-        return self._ask(kind, body, size, deadline, depth, encoded)
+        body = encode_body(fields, self._max_body_size - len(encoded))
+        return self._ask(kind, body, deadline, depth=depth, context=encoded)
 
-    def _ask(self, kind: bytes, body: Chunks, size: int, deadline: float, depth: int, context: bytes) -> int:
+    def _ask(
+        self, kind: bytes, body: tuple[Chunks, int], deadline: float, *, depth: int, context: bytes
+    ) -> int:
         id = self._next_id
         self._next_id += 2
         has_channel = kind == b"chan"
@@ -247,7 +249,7 @@ class Session:
         if has_channel:
             self.channels.add_ours(id)
             head.append(encode_number(WINDOW))
-        packet = Outgoing(kind, id, *head, body=body, body_size=size, deadline=deadline)
+        packet = Outgoing(kind, id, *head, body=body[0], body_size=body[1], deadline=deadline)
         slot_class = _class_of(depth, has_channel=has_channel)
         if slot_class:
             self._asked_classes[id] = slot_class

@@ -46,7 +46,10 @@ class Waiter(Generic[_Outcome]):
 
 @final
 class Pings:
-    """Who waits for a pong. Pongs have no ids, and a peer answers several pings by one: so one is out at a time.
+    """The tasks that wait for a pong.
+
+    Pongs have no ids, and a peer may answer several pings by one, so one is out at a time. (The watchdog's go
+    nevertheless, after long silence; then a figure may come out too small.)
 
     Attributes:
         is_out: whether a ping is out.
