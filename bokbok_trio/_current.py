@@ -25,9 +25,10 @@ class CurrentRequest:
         deadline: until when its asker wants the answer, by Trio's clock; `math.inf` if it did not say.
         context: the names and values that its asker sent along, which cannot be changed.
         depth: how many requests it was made inside of, 0 to 15.
+        has_channel: whether it came with a channel.
     """
 
-    __slots__ = ("connection", "context", "deadline", "depth", "id")
+    __slots__ = ("connection", "context", "deadline", "depth", "has_channel", "id")
 
     def __init__(self, connection: Connection, request: Request, deadline: float = math.inf) -> None:
         self.connection = connection
@@ -35,6 +36,7 @@ class CurrentRequest:
         self.deadline = deadline
         self.context: Mapping[str, bytes] = request.context
         self.depth = request.depth
+        self.has_channel = request.has_channel
 
     @property
     def user(self) -> str | None:

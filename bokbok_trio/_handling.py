@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, copy_context
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
 import trio
 
@@ -55,20 +55,6 @@ LEFT_OPEN: Final = "the handler left a cancel scope or a nursery open; enter the
 logger = logging.getLogger("bokbok_trio")
 
 
-class Call(NamedTuple):
-    """A handler to be run for a request.
-
-    Attributes:
-        work: a coroutine that runs it and queues its answer.
-        context: the context variables to run that in.
-        name: of its task, for those who look at what goes on.
-    """
-
-    work: Coroutine[Any, Any, None]
-    context: Context
-    name: str
-
-
 @final
 class HandlerScope:
     """A cancel scope for handlers to run in one after another, until one has waited for something.
@@ -82,16 +68,16 @@ class HandlerScope:
     Attributes:
         cancel_scope: Trio's.
         id: of the request whose handler ran last.
-        was_corrupted: when it was left, a scope or a nursery of a handler was open within it.
+        is_spoiled: whether a handler has left a scope or a nursery open within it.
     """
 
-    __slots__ = ("_handlers", "cancel_scope", "id", "was_corrupted")
+    __slots__ = ("_handlers", "cancel_scope", "id", "is_spoiled")
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
         self.cancel_scope = trio.CancelScope()
         self.id = -1
-        self.was_corrupted = False
+        self.is_spoiled = False
 
     def __enter__(self) -> None:
         self.cancel_scope.__enter__()
@@ -105,7 +91,7 @@ class HandlerScope:
         try:
             is_caught = self.cancel_scope.__exit__(type, exc, traceback)
         except RuntimeError:  # Trio mends what a handler has left open
-            self.was_corrupted = True
+            self.is_spoiled = True
             self._handlers.on_scope_left(self)
             return exc is None or isinstance(exc, trio.Cancelled)
         finally:
@@ -173,8 +159,13 @@ class Handlers:
         """The requests whose handlers run."""
         return list(self._scopes)
 
-    def accept(self, request: Request, scope: HandlerScope) -> Call | None:
-        """Return what handles a request, to be run in `scope`. None: it was refused, which is queued."""
+    def accept(
+        self, request: Request, scope: HandlerScope
+    ) -> tuple[Coroutine[Any, Any, None], Context] | None:
+        """Return a coroutine that handles a request, to be run in `scope`, and the context to run it in.
+
+        None: the request was refused, and the refusal is queued.
+        """
         if self._session.is_draining and not request.depth:
             self._session.fail(request.id, "closing", DRAINING_MESSAGE)
         elif request.has_channel and self._channel_handler is None:
@@ -182,22 +173,24 @@ class Handlers:
         elif not request.has_channel and self._request_handler is None:
             self._session.fail(request.id, "no-handler", "this side handles no requests")
         else:
-            return self._make_call(request, scope)
+            deadline = math.inf
+            if request.timeout < math.inf:
+                deadline = trio.current_time() + request.timeout
+                scope.cancel_scope.deadline = min(scope.cancel_scope.deadline, deadline)
+            channel = self._channels.take(request.id) if request.has_channel else None
+            scope.id = request.id
+            self._scopes[request.id] = scope
+            context = self._context.copy()
+            context.run(CURRENT.set, CurrentRequest(self._connection, request, deadline))
+            return self._handle(request, channel, scope), context
         return None
 
-    def _make_call(self, request: Request, scope: HandlerScope) -> Call:
-        channel = self._channels.take(request.id) if request.has_channel else None
-        deadline = math.inf
-        if request.timeout < math.inf:
-            deadline = trio.current_time() + request.timeout
-            scope.cancel_scope.deadline = min(scope.cancel_scope.deadline, deadline)
-        scope.id = request.id
-        self._scopes[request.id] = scope
-        context = self._context.copy()
-        context.run(CURRENT.set, CurrentRequest(self._connection, request, deadline))
+    def name_task(self, context: Context) -> str:
+        """Name the task of a handler, for those who look at what goes on."""
+        request = context[CURRENT]
         handler = self._channel_handler if request.has_channel else self._request_handler
         name = getattr(handler, "__qualname__", type(handler).__qualname__)
-        return Call(self._handle(request, channel), context, f"{name} (request {request.id})")
+        return f"{name} (request {request.id})"
 
     def start_task(self, nursery: trio.Nursery, request: Request) -> None:
         """Handle a request in a task of its own from the beginning."""
@@ -205,7 +198,8 @@ class Handlers:
         call = self.accept(request, scope)
         if call is not None:
             # The task's context is a copy of the one that it is started in.
-            call.context.run(partial(nursery.start_soon, _run_in, scope, call.work, name=call.name))
+            work, context = call
+            context.run(partial(nursery.start_soon, _run_in, scope, work, name=self.name_task(context)))
 
     def new_context(self) -> Context:
         """Return a context for a task that handles nothing yet."""
@@ -216,12 +210,12 @@ class Handlers:
         if self._scopes.get(scope.id) is not scope:
             return
         within = scope.cancel_scope
-        if within.cancelled_caught or (scope.was_corrupted and within.cancel_called):
+        if within.cancelled_caught or (scope.is_spoiled and within.cancel_called):
             if trio.current_time() >= within.deadline:
                 self._fail(scope.id, RequestError("the deadline of the request has passed", "timeout"))
             else:
                 self._fail(scope.id, RequestError("the handler was cancelled", "cancelled"))
-        elif scope.was_corrupted:
+        elif scope.is_spoiled:
             self._fail(scope.id, RuntimeError(LEFT_OPEN))
         else:
             del self._scopes[scope.id]  # cancelled from outside, with the connection: nobody is to be told
@@ -244,11 +238,11 @@ class Handlers:
         """There will be no more of them: forget the connection."""
         del self._connection, self._wake_sender
 
-    async def _handle(self, request: Request, channel: Channel | None) -> None:
+    async def _handle(self, request: Request, channel: Channel | None, scope: HandlerScope) -> None:
         """Handle a request and queue its one answer, unless it is cancelled."""
+        task = trio.lowlevel.current_task()
+        innermost = innermost_scope(task)
         try:
-            task = trio.lowlevel.current_task()
-            scope = innermost_scope(task)
             if not request.depth and not self.ready.is_set():
                 await self.ready.wait()
             if channel is None:
@@ -256,10 +250,11 @@ class Handlers:
                 fields = await call_user(self._request_handler, self._connection, request.fields)
             else:
                 fields = await self._use_channel(request, channel)
-            if task.child_nurseries or innermost_scope(task) is not scope:
+            if task.child_nurseries or innermost_scope(task) is not innermost:
                 raise RuntimeError(LEFT_OPEN)
             self._answer(request.id, () if fields is None else fields)
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
+            scope.is_spoiled = bool(task.child_nurseries) or innermost_scope(task) is not innermost
             keep(exc, partial(self._fail, request.id))
         finally:
             self._wake_sender()

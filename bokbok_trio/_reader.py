@@ -22,17 +22,18 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import Context
 from functools import partial
-from typing import Final, final
+from typing import Any, Final, final
 
 import trio
 
 from ._eager import start_eagerly
 from ._errors import ProtocolError
 from ._events import Event, Request
-from ._handling import Call, Handlers, HandlerScope
-from ._nursery import LazyEvent, describe_error, innermost_scope, keep
+from ._handling import Handlers, HandlerScope
+from ._nursery import LazyEvent, describe_error, keep
 from ._packets import Received
 from ._read_turn import ReadTurn
 from ._sender import Sender
@@ -153,7 +154,7 @@ class Reader:
                 scope = HandlerScope(self._handlers)
                 with scope:
                     await self._read(task, scope)
-                if scope.was_corrupted or task.child_nurseries:
+                if scope.is_spoiled or task.child_nurseries:
                     break
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
             keep(exc, self._on_defect)
@@ -197,20 +198,25 @@ class Reader:
             if call is not None:
                 has_deadline = request.timeout < math.inf
                 del request  # or it would be kept while this receives
-                if not await self._handle(task, scope, call, has_deadline=has_deadline):
+                if not await self._handle(task, scope, *call, has_deadline=has_deadline):
                     return
                 del call
 
     async def _handle(
-        self, task: trio.lowlevel.Task, scope: HandlerScope, call: Call, *, has_deadline: bool
+        self,
+        task: trio.lowlevel.Task,
+        scope: HandlerScope,
+        work: Coroutine[Any, Any, None],
+        context: Context,
+        *,
+        has_deadline: bool,
     ) -> bool:
         """Begin a handler, and where it waits, go on when the task has the turn again.
 
         Returns whether the task is to read on in that scope.
         """
-        innermost = innermost_scope(task)
-        has_waited = await start_eagerly(call.work, call.context, partial(self._hand_over, task, call))
-        if task.child_nurseries or innermost_scope(task) is not innermost:
+        has_waited = await start_eagerly(work, context, partial(self._hand_over, task, context))
+        if scope.is_spoiled:
             if self._turn.reader is task:
                 self._promote()
             return False
@@ -219,7 +225,7 @@ class Reader:
         if scope.cancel_scope.cancel_called:
             return False
         if has_waited:
-            del call  # or it would be kept while this waits
+            del work, context  # or they would be kept while this waits
             if not await self._take_turn(task):
                 return False
             self._scope = scope
@@ -274,14 +280,14 @@ class Reader:
 
     # ---- where a handler waits ----
 
-    def _hand_over(self, task: trio.lowlevel.Task, call: Call) -> None:
+    def _hand_over(self, task: trio.lowlevel.Task, context: Context) -> None:
         """A handler begun here waits: the task is the handler's, and another reads.
 
         The event loop does not know yet that this task waits, so nothing may wake it. Hence the other task
         dispatches the events that are left.
         """
-        task.context = call.context
-        task.name = call.name
+        task.context = context
+        task.name = self._handlers.name_task(context)
         self._promote()
 
     def _promote(self) -> None:
