@@ -19,9 +19,9 @@ Ending
 `_end` is called once, by whoever first sees that it is over: `aclose`, the reader, the sender, or
 the nursery being cancelled. It is synchronous: it sets the reason, cancels the handlers, fails the waiters,
 and gives the sender `CLOSE_TIMEOUT` to say goodbye. Whatever happens after that cannot be seen by a waiter.
-Where this side closes, it says so, and the reader goes on, and drops everything, until the peer has said so too: to
-close a socket earlier may reset it, and destroy what the peer has not read yet. The handlers may take their
-time to end; `close_handler` runs after the last of them.
+Where this side closes, it says so, and the reader goes on, and drops everything, until the peer has said so
+too: to close a socket earlier may reset it, and destroy what the peer has not read yet. The handlers may take
+their time to end; `close_handler` runs after the last of them.
 
 Invariants
 ==========
