@@ -5,7 +5,7 @@ from itertools import groupby
 import pytest
 
 from bokbok_trio import MessageTooLarge, ProtocolError
-from bokbok_trio._flow import ITEM_OVERHEAD, MAX_CREDIT, MAX_QUEUED, WINDOW, Flow, Flows
+from bokbok_trio._flow import ITEM_COST, ITEM_OVERHEAD, MAX_CREDIT, MAX_QUEUED, WINDOW, Flow, Flows
 from bokbok_trio._outbox import TURN, Outbox, Outgoing
 from bokbok_trio._packets import PacketDecoder
 from tests.helpers import decode
@@ -36,22 +36,22 @@ class Ends:
 
 
 def test_an_item_may_start_while_some_credit_is_left() -> None:
-    flow = make_flow(send_credit=10)
+    flow = make_flow(send_credit=10 + ITEM_COST)
     flow.send(9)
     assert flow.may_send
     flow.send(1000)
     assert not flow.may_send
-    flow.add_credit(999)
+    flow.add_credit(999 + ITEM_COST)
     assert not flow.may_send, "none is left"
     flow.add_credit(1)
     assert flow.may_send
 
 
 def test_the_receiver_counts_as_the_sender_does() -> None:
-    flow = make_flow(receive_credit=10)
+    flow = make_flow(receive_credit=10 + ITEM_COST)
     flow.receive(9)
     flow.receive(1000)
-    with pytest.raises(ProtocolError, match="an item without credit"):
+    with pytest.raises(ProtocolError, match="`item` without credit"):
         flow.receive(1)
 
 
@@ -83,27 +83,27 @@ def test_the_smallest_items_that_wait_are_bounded_too() -> None:
 
 def test_too_much_credit_is_an_error() -> None:
     flow = make_flow(send_credit=MAX_CREDIT)
-    with pytest.raises(ProtocolError, match="a credit of"):
+    with pytest.raises(ProtocolError, match="exceeds the limit"):
         flow.add_credit(1)
-    with pytest.raises(ProtocolError, match="a credit of"):
+    with pytest.raises(ProtocolError, match="exceeds the limit"):
         make_flow(send_credit=MAX_CREDIT + 1)
 
 
 def test_nothing_comes_after_the_end() -> None:
     flow = make_flow(receive_credit=10)
     flow.receive_end()
-    with pytest.raises(ProtocolError, match="an item after the end"):
+    with pytest.raises(ProtocolError, match="`item` after `end`"):
         flow.receive(1)
-    with pytest.raises(ProtocolError, match="an end after the end"):
+    with pytest.raises(ProtocolError, match="`end` sent twice"):
         flow.receive_end()
 
 
 def test_credit_is_granted_by_half_windows_and_none_is_forgotten() -> None:
     flow = make_flow()
-    assert flow.consume(WINDOW // 2 - 1) == 0
-    assert flow.consume(1) == WINDOW // 2
+    assert flow.consume(WINDOW // 2 - 2 * ITEM_COST - 1) == 0
+    assert flow.consume(1) == WINDOW // 2, "an item counts as more than its body"
     assert flow.consume(1) == 0
-    assert flow.consume(WINDOW) == WINDOW + 1
+    assert flow.consume(WINDOW) == WINDOW + 1 + 2 * ITEM_COST
     flow.receive_end()
     assert flow.consume(WINDOW) == 0, "nobody needs it"
 

@@ -303,9 +303,9 @@ def test_whatever_is_queued_arrives_once_unless_it_was_taken_back(operations: li
         ([(0, 5, b"x"), (0, 5, b"")], "an empty piece"),
         ([(0, LIMIT, b"x")], f"a packet of {LIMIT + 1} bytes"),
         ([(0, 10**17, b"x")], "a packet of 100000000000000001 bytes"),
-        ([(0, 5, b"x"), (0, 5, b"x")], "a piece with 5 bytes left after one with 5"),
-        ([(0, 5, b"x"), (0, 0, b"x")], "a piece with 0 bytes left after one with 5"),
-        ([(0, 5, b"x"), (0, 0, b"123456")], "a piece with 0 bytes left"),
+        ([(0, 5, b"x"), (0, 5, b"x")], "a piece with 5 bytes to come after one with 5"),
+        ([(0, 5, b"x"), (0, 0, b"x")], "a piece with 0 bytes to come after one with 5"),
+        ([(0, 5, b"x"), (0, 0, b"123456")], "a piece with 0 bytes to come"),
         ([(n, 5, b"x") for n in range(MAX_OPEN + 1)], "more than 4 packets in pieces"),
     ],
 )
@@ -327,5 +327,5 @@ def test_the_limit_itself_is_allowed() -> None:
 
 
 def test_a_drop_of_what_is_not_there() -> None:
-    with pytest.raises(ProtocolError, match="no packet 7"):
+    with pytest.raises(ProtocolError, match="`drop` of packet 7, of which no piece has come"):
         Reassembler(5).drop(7)

@@ -16,9 +16,11 @@ from bokbok_trio._packets import (
     MAX_FIELDS,
     PacketDecoder,
     decode_body,
+    decode_context,
     decode_number,
     decode_text,
     encode_body,
+    encode_context,
     encode_head,
     encode_number,
     encode_small,
@@ -65,20 +67,20 @@ def test_as_many_fields_as_a_packet_may_have(count: int) -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ("text", TypeError, "a packet is a list of fields, not str"),
-        (b"bytes", TypeError, "a packet is a list of fields, not bytes"),
-        (bytearray(b"x"), TypeError, "a packet is a list of fields, not bytearray"),
-        (memoryview(b"x"), TypeError, "a packet is a list of fields, not memoryview"),
-        (None, TypeError, "a packet is a list of fields, not NoneType"),
-        ({"a"}, TypeError, "a packet is a list of fields, not set"),
-        ({"a": "b"}, TypeError, "a packet is a list of fields, not dict"),
-        ({0: "a"}.values(), TypeError, "a packet is a list of fields, not dict_values"),
-        (iter(["a"]), TypeError, "a packet is a list of fields, not list_iterator"),
+        ("text", TypeError, "pass a list of fields such as ['ping'], not str"),
+        (b"bytes", TypeError, "pass a list of fields such as ['ping'], not bytes"),
+        (bytearray(b"x"), TypeError, "pass a list of fields such as ['ping'], not bytearray"),
+        (memoryview(b"x"), TypeError, "pass a list of fields such as ['ping'], not memoryview"),
+        (None, TypeError, "pass a list of fields such as ['ping'], not NoneType"),
+        ({"a"}, TypeError, "pass a list of fields such as ['ping'], not set"),
+        ({"a": "b"}, TypeError, "pass a list of fields such as ['ping'], not dict"),
+        ({0: "a"}.values(), TypeError, "pass a list of fields such as ['ping'], not dict_values"),
+        (iter(["a"]), TypeError, "pass a list of fields such as ['ping'], not list_iterator"),
         (["a", 1], TypeError, "a field is bytes or str, not int"),
         ([None], TypeError, "a field is bytes or str, not NoneType"),
         ([[b"a"]], TypeError, "a field is bytes or str, not list"),
         ([array.array("B", b"a")], TypeError, "a field is bytes or str, not array"),
-        ([b""] * 256, ValueError, "a packet has at most 255 fields, and not 256"),
+        ([b""] * 256, ValueError, "a packet has at most 255 fields, not 256"),
         (["\ud800"], ValueError, "surrogates not allowed"),
     ],
     ids=repr,
@@ -256,7 +258,7 @@ def test_a_length_over_the_limit_is_refused_as_soon_as_it_is_there(length: int) 
     decoder = PacketDecoder(100)
     head = length.to_bytes(4, "big")
     assert decode(decoder, head[:3]) == []
-    with pytest.raises(ProtocolError, match=f"^a packet of {length} bytes, and 100 are allowed$"):
+    with pytest.raises(ProtocolError, match=f"^a packet of {length} bytes exceeds the limit of 100$"):
         decode(decoder, head[3:])
     assert decoder.buffered == 0
 
@@ -313,7 +315,7 @@ def test_a_number_and_back(number: int) -> None:
     ],
 )
 def test_no_number(field: bytes) -> None:
-    with pytest.raises(ProtocolError, match=f"^{re.escape(f'no number: {field[:20]!r}')}$"):
+    with pytest.raises(ProtocolError, match=f"^{re.escape(f'invalid number: {field[:20]!r}')}$"):
         decode_number(field)
 
 
@@ -334,3 +336,56 @@ def test_a_text() -> None:
 def test_no_text(field: bytes) -> None:
     with pytest.raises(ProtocolError, match=r"^a text that is not UTF-8: "):
         decode_text(field)
+
+
+# ---- contexts ----
+
+names = st.text(alphabet="abcxyz019._-", min_size=1, max_size=64)
+
+
+@given(st.dictionaries(names, st.binary(max_size=100), max_size=32))
+def test_contexts_round_trip(context: dict[str, bytes]) -> None:
+    decoded = decode_context(encode_context(context))
+    assert decoded == context
+    with pytest.raises(TypeError):
+        decoded["more"] = b""  # type: ignore[index]
+
+
+def test_a_context_takes_text_and_no_context_takes_no_room() -> None:
+    assert decode_context(encode_context({"trace": "\xe9"})) == {"trace": "\xe9".encode()}
+    assert encode_context({}) == encode_context(None) == b""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (["trace"], TypeError, "a context is a mapping from names to bytes or str, not list"),
+        ({1: b""}, TypeError, "a name of a context is a str, not int"),
+        ({"a": 1}, TypeError, "a field is bytes or str, not int"),
+        ({"": b""}, ValueError, "invalid name of a context: ''"),
+        ({"A": b""}, ValueError, "invalid name of a context: 'A'"),
+        ({"a" * 65: b""}, ValueError, "invalid name of a context"),
+        ({f"n{n}": b"" for n in range(33)}, ValueError, "a context has at most 32 names, not 33"),
+        ({"a": bytes(2**13)}, ValueError, "a context takes at most 8192 bytes, not"),
+    ],
+)
+def test_contexts_that_cannot_be_sent(wrong: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        encode_context(wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([], "a context of 0 fields"),
+        ([b"a"], "a context of 1 fields"),
+        ([field for n in range(33) for field in (b"n%d" % n, b"")], "a context of 66 fields"),
+        ([b"A", b""], "invalid or repeated name in a context: b'A'"),
+        ([b"\xe9", b""], "invalid or repeated name in a context"),
+        ([b"a", b"", b"a", b""], "invalid or repeated name in a context: b'a'"),
+        ([b"a", bytes(2**13)], "exceeds the limit of 8192"),
+    ],
+)
+def test_contexts_that_break_the_protocol(fields: list[bytes], message: str) -> None:
+    with pytest.raises(ProtocolError, match=re.escape(message)):
+        decode_context(b"".join(encode_body(fields, LIMIT)[0]))
