@@ -93,9 +93,9 @@ class Wire:
 
         Raises as the stream's `send_eof` does.
         """
+        if self._rest:
+            await self.send_rest()
         if self._sealed is not None:
-            if self._rest:
-                await self.send_rest()
             if self._direct is None:
                 await self._sealed.send_eof()
             elif not self.send_end_now():

@@ -9,6 +9,7 @@ import trio.testing
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._secretbox_stream import SecretboxStream
 from bokbok_trio._wire import Wire
+from bokbok_trio.testing import FaultyStream
 
 BATCH = bytes(range(256)) * 256
 
@@ -114,12 +115,23 @@ async def test_it_closes_at_once(sealed: bool, end: bool) -> None:
     ours, theirs = wires(sealed=sealed)
     async with theirs._stream:
         assert ours.send_now(b"last")
-        assert ours.close_now(end=end)
-        assert ours.close_now(end=end)
+        assert not end or ours.send_end_now()
+        assert ours.close_now()
+        assert ours.close_now()
         await ours._stream.aclose()
         with pytest.raises(trio.ClosedResourceError):
             await ours._stream.send_all(b"x")
         assert await is_cut_short(theirs) is (sealed and not end)
+
+
+async def test_the_end_shows_while_the_other_direction_goes_on(sealed: bool) -> None:
+    ours, theirs = wires(sealed=sealed)
+    async with ours._stream, theirs._stream:
+        assert await ours.send_end()
+        assert await ours.send_end(), "again does no harm"
+        assert await theirs.receive() == b""
+        await theirs.send(b"more")
+        assert await ours.receive() == b"more"
 
 
 @pytest.mark.parametrize("most", [0, 1, 17])
@@ -127,24 +139,57 @@ async def test_the_rest_of_an_end_record_is_waited_for(most: int, monkeypatch: p
     ours, theirs = wires(sealed=True)
     send_now = DirectStream.send_now
     monkeypatch.setattr(DirectStream, "send_now", lambda self, data: send_now(self, data[:most]))
-    async with theirs._stream:
-        assert not ours.close_now(end=True)
-        await ours._stream.aclose()
+    async with ours._stream, theirs._stream:
+        assert await ours.send_end()
         assert not await is_cut_short(theirs)
 
 
-async def test_a_rest_is_followed_by_no_end_record() -> None:
+async def test_an_end_follows_the_rest(sealed: bool) -> None:
+    ours, theirs = wires(sealed=sealed)
+    async with ours._stream, theirs._stream, trio.open_nursery() as nursery:
+        assert not ours.send_now(BATCH)
+        assert not ours.send_end_now(), "something goes before it"
+        nursery.start_soon(ours.send_end)
+        assert await receive(theirs, len(BATCH)) == BATCH
+        assert await theirs.receive() == b""
+
+
+async def test_a_rest_that_is_given_up_is_followed_by_no_end_record() -> None:
     ours, theirs = wires(sealed=True)
     async with theirs._stream:
         assert not ours.send_now(BATCH)
-        assert ours.close_now(end=True)
+        assert not ours.send_end_now()
+        assert ours.close_now()
         assert await is_cut_short(theirs)
+
+
+async def test_what_the_peer_has_not_acknowledged_is_counted() -> None:
+    ours, theirs = wires(sealed=False)
+    async with ours._stream, theirs._stream:
+        assert ours.unacknowledged() == 0
+        assert not ours.send_now(BATCH)
+        assert ours.unacknowledged() > 0
 
 
 async def test_a_stream_that_is_no_socket_does_not_close_at_once() -> None:
     left, right = trio.testing.memory_stream_pair()
     for stream in (left, SecretboxStream(left, send_key=bytes(32), receive_key=bytes(32))):
         wire = Wire(stream, left)
-        assert not wire.close_now(end=True)
+        assert not wire.send_end_now()
+        assert not wire.close_now()
+        assert wire.unacknowledged() == 0
         await wire.send(b"x")
         await right.receive_some()
+
+
+async def test_streams_that_are_no_sockets_say_their_end_as_they_can() -> None:
+    left, right = trio.testing.memory_stream_pair()
+    assert await Wire(left, left).send_end()
+    assert await right.receive_some() == b""
+    left, right = trio.testing.memory_stream_pair()
+    sealed = SecretboxStream(left, send_key=bytes(32), receive_key=bytes(32))
+    assert await Wire(sealed, left).send_end()
+    peer = SecretboxStream(right, send_key=bytes(32), receive_key=bytes(32))
+    assert await peer.receive_some() == b""
+    whole = FaultyStream(left)
+    assert not await Wire(whole, whole).send_end(), "it has no way to say so"
