@@ -22,7 +22,7 @@ from bokbok_trio import (
     RequestError,
     Settings,
 )
-from bokbok_trio._flow import ITEM_OVERHEAD, MAX_QUEUED, WINDOW
+from bokbok_trio._flow import ITEM_COST, ITEM_OVERHEAD, MAX_QUEUED, WINDOW
 from bokbok_trio._nursery import LazyEvent
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.helpers import RawPeer, packet, raw_peer, settle
@@ -324,7 +324,8 @@ async def test_a_slow_reader_holds_a_fast_writer_and_memory(autojump_clock: Mock
     async with open_pair() as (_, _, channel, handler):
         slow = handler.channel
         sent = await fill(channel)
-        assert WINDOW <= sent < WINDOW + 1000
+        cost = sent + sent // 1000 * ITEM_COST
+        assert WINDOW <= cost < WINDOW + 1000 + ITEM_COST
         assert sum(map(len, slow._buffer)) == sent
         received = most = 0
         async with trio.open_nursery() as nursery:
@@ -348,23 +349,25 @@ async def test_a_slow_reader_holds_a_fast_writer_and_memory(autojump_clock: Mock
 async def test_small_items_take_up_no_multiple_of_the_window(autojump_clock: MockClock) -> None:
     async with raw_peer() as (connection, peer), connection.open_channel([]) as channel:
         await receive_chan(peer)
-        await peer.stream.send_all(packet(b"item", b"0", body=[]) * 5000)
+        await peer.stream.send_all(packet(b"item", b"0", body=[]) * 1900)
         await settle()
         buffer = channel._buffer
-        assert len(buffer) == 5000
+        assert len(buffer) == 1900
         # Python has one object for each single byte.
         assert all(body is buffer[0] for body in buffer)
         channel._buffer.clear()
-        await peer.stream.send_all(packet(b"item", b"0", body=[b""]) * 5000)
+        await peer.stream.send_all(packet(b"item", b"0", body=[b""]) * 1900)
         await settle()
-        assert sum(sys.getsizeof(body) + 8 for body in channel._buffer) < 5000 * 60
+        assert sum(sys.getsizeof(body) + 8 for body in channel._buffer) < 1900 * 60
 
 
 async def test_leaving_grants_no_credit_for_what_nobody_read(autojump_clock: MockClock) -> None:
     async with raw_peer() as (connection, peer):
         async with connection.open_channel([]):
             await receive_chan(peer)
-            await peer.stream.send_all(packet(b"item", b"0", body=[bytes(1019)]) * (WINDOW // 1024))
+            await peer.stream.send_all(
+                packet(b"item", b"0", body=[bytes(1019)]) * (WINDOW // (1024 + ITEM_COST))
+            )
             await settle()
         assert await peer.receive() == [b"cancel", b"0"]
         connection.drain()
@@ -376,9 +379,9 @@ async def test_a_handler_that_returns_grants_no_credit_for_what_it_did_not_read(
 ) -> None:
     handler = Handler()
     async with raw_peer(channel_handler=handler) as (_, peer):
-        await peer.send(b"chan", b"1", b"", b"0", body=[])
+        await peer.send(b"chan", b"1", b"", b"", b"", b"0", body=[])
         assert (await peer.receive())[0] == b"credit"
-        await peer.stream.send_all(packet(b"item", b"1", body=[bytes(1019)]) * (WINDOW // 1024))
+        await peer.stream.send_all(packet(b"item", b"1", body=[bytes(1019)]) * (WINDOW // (1024 + ITEM_COST)))
         await settle()
         handler.may_end.set()
         assert (await peer.receive())[:2] == [b"ok", b"1"]
@@ -393,7 +396,7 @@ async def test_a_shielded_handler_that_was_cancelled_gathers_nothing(autojump_cl
             await trio.sleep(5)
 
     async with raw_peer(channel_handler=handler) as (_, peer):
-        await peer.send(b"chan", b"1", b"", b"0", body=[])
+        await peer.send(b"chan", b"1", b"", b"", b"", b"0", body=[])
         assert (await peer.receive())[0] == b"credit"
         await peer.send(b"item", b"1", body=[b"before"])
         await peer.send(b"cancel", b"1")
@@ -775,7 +778,8 @@ async def test_a_timeout_over_there_that_is_early_is_held(use: str, autojump_clo
             async with connection.open_channel([]) as channel:
                 await settle()
                 await receive_chan(peer)
-                await peer.send(b"err", b"0", b"timeout", b"")
+                await trio.sleep_until(6.96)
+                await peer.send(b"err", b"0", b"timeout", b"", b"")
                 await settle()
                 await (channel.send([]) if use == "send" else getattr(channel, use)())
         assert scope.cancelled_caught
@@ -802,8 +806,8 @@ async def test_whoever_waits_for_an_early_timeout_to_be_due_is_told_when_it_is(
             except Exception as exc:
                 caught.append((type(exc), trio.current_time()))
 
-        await settle()
-        await peer.send(b"err", b"0", b"timeout", b"")
+        await trio.sleep_until(6.96)
+        await peer.send(b"err", b"0", b"timeout", b"", b"")
         await trio.sleep_until(8)
         assert caught == [(RemoteError if use == "answer" else trio.BrokenResourceError, 7)]
         with suppress(RemoteError):
@@ -816,7 +820,8 @@ async def test_closing_tells_those_who_wait_for_an_early_timeout(use: str, autoj
         with trio.fail_after(7):
             async with connection.open_channel([]) as channel, trio.open_nursery() as nursery:
                 await receive_chan(peer)
-                await peer.send(b"err", b"0", b"timeout", b"")
+                await trio.sleep_until(6.96)
+                await peer.send(b"err", b"0", b"timeout", b"", b"")
                 await settle()
 
                 @nursery.start_soon
@@ -836,17 +841,32 @@ async def test_an_early_timeout_after_the_end_is_no_error_of_receiving(autojump_
         with trio.move_on_after(7):
             async with connection.open_channel([]) as channel:
                 await receive_chan(peer)
+                await trio.sleep_until(6.96)
                 await peer.stream.send_all(packet(b"item", b"0", body=[b"x"]) + packet(b"end", b"0"))
-                await peer.send(b"err", b"0", b"timeout", b"")
+                await peer.send(b"err", b"0", b"timeout", b"", b"")
                 await settle()
                 assert [item async for item in channel] == [[b"x"]]
                 assert trio.current_time() < 7
 
 
+@pytest.mark.parametrize("deadline", [1, 1000, math.inf])
+async def test_a_timeout_that_is_far_too_early_is_the_handlers_own(
+    deadline: float, autojump_clock: MockClock
+) -> None:
+    async with raw_peer() as (connection, peer):
+        with trio.CancelScope(deadline=deadline):
+            async with connection.open_channel([]) as channel:
+                await peer.receive()
+                await peer.send(b"err", b"0", b"timeout", b"why", b"")
+                with pytest.raises(RemoteError, match="why"):
+                    await channel.answer()
+                assert trio.current_time() == 0
+
+
 async def test_a_timeout_of_the_handlers_own_is_an_error(autojump_clock: MockClock) -> None:
     async with raw_peer() as (connection, peer), connection.open_channel([]) as channel:
         await receive_chan(peer)
-        await peer.send(b"err", b"0", b"timeout", b"why")
+        await peer.send(b"err", b"0", b"timeout", b"why", b"")
         with pytest.raises(RemoteError, match="why"):
             await channel.answer()
         assert trio.current_time() == 0
@@ -924,7 +944,7 @@ async def test_a_peer_that_drains_takes_no_new_channel(autojump_clock: MockClock
 async def test_one_that_is_cancelled_before_the_open_handler_is_done(autojump_clock: MockClock) -> None:
     async with raw_peer(channel_handler=echo_items) as (connection, peer):
         connection._handlers.ready = LazyEvent()  # as if the open handler were at work
-        await peer.send(b"chan", b"1", b"", b"0", body=[])
+        await peer.send(b"chan", b"1", b"", b"", b"", b"0", body=[])
         await peer.send(b"cancel", b"1")
         assert await peer.receive() == [b"credit", b"1", b"%d" % WINDOW]
         assert (await peer.receive())[:3] == [b"err", b"1", b"cancelled"]
@@ -946,7 +966,9 @@ async def test_a_handler_does_not_overtake_a_sender_that_waited_for_credit() -> 
             assert (await peer.receive())[0] == b"chan"
             nursery.start_soon(channel.send, [b"first"])
             await settle()
-            await peer.stream.send_all(packet(b"credit", b"0", b"1") + packet(b"req", b"1", b"", body=[]))
+            await peer.stream.send_all(
+                packet(b"credit", b"0", b"1") + packet(b"req", b"1", b"", b"", b"", body=[])
+            )
             assert (await peer.receive())[2].endswith(b"first")
             await peer.send(b"credit", b"0", b"100")
             nursery.cancel_scope.cancel()
@@ -955,7 +977,7 @@ async def test_a_handler_does_not_overtake_a_sender_that_waited_for_credit() -> 
 async def receive_chan(peer: RawPeer) -> None:
     chan = await peer.receive()
     assert chan[:2] == [b"chan", b"0"]
-    assert chan[3:] == [b"%d" % WINDOW, b"\0"]
+    assert chan[3:] == [b"", b"", b"%d" % WINDOW, b"\0"]
 
 
 async def test_the_packets_of_a_channel_that_we_open(autojump_clock: MockClock) -> None:
@@ -969,7 +991,7 @@ async def test_the_packets_of_a_channel_that_we_open(autojump_clock: MockClock) 
         for _ in range(5):
             await peer.send(b"item", b"0", body=[bytes(2**15)])
             assert await channel.receive() == [bytes(2**15)]
-        assert await peer.receive() == [b"credit", b"0", b"%d" % (4 * (2**15 + 5))]
+        assert await peer.receive() == [b"credit", b"0", b"%d" % (4 * (2**15 + 5 + ITEM_COST))]
         await channel.end()
         assert await peer.receive() == [b"end", b"0"]
         await peer.send(b"end", b"0")
@@ -989,7 +1011,7 @@ async def test_what_crosses_our_cancel_and_our_answer_is_dropped(autojump_clock:
         await peer.send(b"end", b"0")
         await peer.send(b"ok", b"0", body=[])
         await peer.send(b"item", b"0", body=[b"late"])
-        await peer.send(b"chan", b"1", b"", b"100", body=[])
+        await peer.send(b"chan", b"1", b"", b"", b"", b"100", body=[])
         assert await peer.receive() == [b"credit", b"1", b"%d" % WINDOW]
         await peer.send(b"end", b"1")
         assert await peer.receive() == [b"ok", b"1", b"\0"]
@@ -1006,7 +1028,7 @@ async def test_items_that_come_after_the_handler_has_ended_are_dropped(autojump_
         return [bytes(2**18)]
 
     async with raw_peer(channel_handler=handler) as (connection, peer):
-        await peer.send(b"chan", b"1", b"", b"0", body=[])
+        await peer.send(b"chan", b"1", b"", b"", b"", b"0", body=[])
         assert (await peer.receive())[0] == b"credit"
         assert (await peer.receive())[0] == b"part"
         assert connection._session.handling == 1
