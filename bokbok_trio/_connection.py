@@ -639,9 +639,9 @@ class Connection:
         self._end(_Ending(reason + where, is_ours=False, cause=cause), graceful=graceful)
 
     def _describe_peer(self) -> str:
-        user = "" if self.user is None else f"user {self.user!r} "
+        user = f"user {self.user!r}" if self.user is not None and self._side == "server" else ""
         where = "" if self._address is None else f"at {self._address}"
-        return (user if self._side == "server" else "") + where
+        return " ".join(filter(None, (user, where)))
 
     def _on_defect(self, error: BaseException) -> None:
         logger.error("%r: a defect of bokbok_trio ends the connection", self, exc_info=error)

@@ -100,8 +100,10 @@ async def raw_peer(
         async with open_connection(
             ours, request_handler=request_handler, channel_handler=channel_handler, settings=settings
         ) as connection:
-            yield connection, peer
-    await trio.aclose_forcefully(theirs)
+            try:
+                yield connection, peer
+            finally:
+                await trio.aclose_forcefully(theirs)  # or our side would wait for its end
 
 
 @asynccontextmanager

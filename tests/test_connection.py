@@ -26,6 +26,7 @@ from bokbok_trio import (
 from bokbok_trio._connection import CLOSE_TIMEOUT
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._handling import Handlers
+from bokbok_trio._outbox import HEAD_ROOM
 from bokbok_trio._wire import Wire
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import busy_handler, echo, packet, raw_peer, settle
@@ -139,7 +140,7 @@ async def test_a_bad_call_raises_and_sends_nothing(fields: Any, error: type[Exce
         with pytest.raises(error):
             await client.request(fields)
         assert await client.request(["still"]) == [b"still"]
-        assert server_session._max_body_size == client._session._max_body_size == 4000
+        assert server_session._max_body_size == client._session._max_body_size == 4096 - HEAD_ROOM
 
 
 async def test_an_answer_that_is_too_large_is_an_error_and_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -149,7 +150,7 @@ async def test_an_answer_that_is_too_large_is_an_error_and_logged(caplog: pytest
 
     small = Settings(max_message_size=8192)
     async with open_connection_pair(server_handler=handler, client_settings=small) as (client, _):
-        with pytest.raises(RemoteError, match=r"10005 bytes.* 8096") as caught:
+        with pytest.raises(RemoteError, match=r"10005 bytes.* 8064") as caught:
             await client.request([])
         assert caught.value.code == "too-large"
     assert "the answer to request 0 is too large" in caplog.text
@@ -205,10 +206,10 @@ class Unprintable(Exception):
         (raising(trio.TooSlowError()), "TooSlowError: "),
         (raising(MessageTooLarge(2, 1)), "MessageTooLarge: the message takes 2 bytes"),
         (raising(Unprintable()), "Unprintable"),
-        (raise_group, "ExceptionGroup: "),
-        (crash_while_cancelled, "ExceptionGroup: "),
-        (returning(7), "TypeError: a packet is a list of fields, not int"),
-        (returning("text"), "TypeError: a packet is a list of fields, not str"),
+        (raise_group, "ValueError: in a nursery"),
+        (crash_while_cancelled, "KeyError: 'crashed'"),
+        (returning(7), "TypeError: pass a list of fields such as ['ping'], not int"),
+        (returning("text"), "TypeError: pass a list of fields such as ['ping'], not str"),
         (returning([7]), "TypeError: a field is bytes or str, not int"),
         (returning(["x"] * 256), "ValueError: a packet has at most 255 fields"),
         (lambda: 7, "TypeError: object int can't be used in 'await' expression"),
@@ -264,7 +265,7 @@ async def test_describe_error_chooses_what_the_peer_is_told(caplog: pytest.LogCa
             await client.request([])
         with pytest.raises(RemoteError, match=r"^KeyError \[handler-error\]"):
             await client.request(["x"])
-    assert "describing that failed" in caplog.text
+    assert "describe_error failed" in caplog.text
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -445,7 +446,7 @@ async def test_closing_fails_every_waiter_on_both_sides_at_once(sealed: bool) ->
             assert [type(exc) for exc in theirs] == [ConnectionLost] * 3
         lost = [exc for exc in theirs if isinstance(exc, ConnectionLost)]
         assert sorted(exc.may_have_run for exc in lost) == [False, True, True]
-        assert {exc.reason for exc in lost} == {"the peer closed the connection"}
+        assert all(exc.reason.startswith("the peer closed the connection") for exc in lost)
         assert client.closed
         assert server.closed
         await client.wait_closed()
@@ -738,7 +739,7 @@ async def test_wait_closed_from_a_task_of_its_own_is_an_error() -> None:
     async with open_connection_pair(server_handler=handler) as (client, _):
         with pytest.raises(RemoteError, match="RuntimeError"):
             await client.request([])
-        with pytest.raises(RemoteError, match="ExceptionGroup"):
+        with pytest.raises(RemoteError, match="RuntimeError"):
             await client.request(["nested"])
 
 
@@ -901,7 +902,7 @@ async def test_a_request_answered_as_closing_did_not_run() -> None:
         caught: list[BaseException] = []
         await start_waiting(nursery, connection, caught)
         await peer.receive()
-        await peer.send(b"err", b"0", b"closing", b"going away")
+        await peer.send(b"err", b"0", b"closing", b"going away", b"")
         await settle()
         [exc] = caught
         assert isinstance(exc, ConnectionLost)
@@ -912,7 +913,7 @@ async def test_a_request_answered_as_closing_did_not_run() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (packet(b"nonsense"), "the peer broke the protocol: no packet of ours"),
+        (packet(b"nonsense"), "the peer broke the protocol: unknown packet"),
         (packet(b"ok", b"0", body=[]), "the peer broke the protocol: an answer to 0"),
         (b"\xff\xff\xff\xff", "the peer broke the protocol: a packet of 4294967295 bytes"),
         (b"HTTP/1.1 400 Bad Request", "the peer broke the protocol: a packet of 1213486160 bytes"),
@@ -923,12 +924,17 @@ async def test_a_peer_that_lies_ends_its_own_connection_only(
 ) -> None:
     async with raw_peer(echo) as (connection, peer), raw_peer(echo) as (_, other):
         await peer.stream.send_all(data)
+        kind, code, text = await peer.receive()
+        assert (kind, code) == (b"abort", b"protocol")
+        assert reason.endswith(text[: len(reason) - len("the peer broke the protocol: ")].decode())
+        assert await peer.stream.receive_some() == b""
+        await peer.stream.aclose()
         await connection.wait_closed()
         with pytest.raises(ConnectionLost) as caught:
             await connection.request([])
         assert caught.value.reason.startswith(reason)
-        assert await peer.stream.receive_some() == b"", "the peer is told nothing"
-        await other.send(b"req", b"1", b"", body=[b"alive?"])
+        assert connection.reason == caught.value.reason
+        await other.send(b"req", b"1", b"", b"", b"", body=[b"alive?"])
         assert await other.receive() == [b"ok", b"1", b"\x01\x00\x00\x00\x06alive?"]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert reason in caplog.text
@@ -936,7 +942,7 @@ async def test_a_peer_that_lies_ends_its_own_connection_only(
 
 async def test_a_packet_cut_short_is_told() -> None:
     async with raw_peer(echo) as (connection, peer):
-        await peer.stream.send_all(packet(b"req", b"1", b"", body=[])[:-1])
+        await peer.stream.send_all(packet(b"req", b"1", b"", b"", b"", body=[])[:-1])
         await peer.stream.aclose()
         await connection.wait_closed()
         with pytest.raises(ConnectionLost, match="the peer cut a packet short"):
@@ -953,7 +959,7 @@ async def test_a_flood_of_requests_and_cancels_is_handled_within_the_slots() -> 
 
     async with raw_peer(handler, Settings(max_requests=5)) as (connection, peer):
         for n in range(1, 11, 2):
-            await peer.send(b"req", b"%d" % n, b"", body=[b"%d" % n])
+            await peer.send(b"req", b"%d" % n, b"", b"", b"", body=[b"%d" % n])
         for n in range(1, 7, 2):
             await peer.send(b"cancel", b"%d" % n)
             await peer.send(b"cancel", b"%d" % n)
@@ -961,9 +967,9 @@ async def test_a_flood_of_requests_and_cancels_is_handled_within_the_slots() -> 
         assert [fields[:3] for fields in answers] == [[b"err", b"%d" % n, b"cancelled"] for n in (1, 3, 5)]
         assert connection._session.handling == 2
         for n in range(11, 19, 2):
-            await peer.send(b"req", b"%d" % n, b"", body=[b"x"])
+            await peer.send(b"req", b"%d" % n, b"", b"", b"", body=[b"x"])
         await connection.wait_closed()
-        with pytest.raises(ConnectionLost, match="more than 5 requests in flight"):
+        with pytest.raises(ConnectionLost, match="more than 5 requests of depth 0 in flight"):
             await connection.request([])
 
 
@@ -978,7 +984,7 @@ async def test_what_arrives_with_the_end_is_not_handled() -> None:
     async with raw_peer(handler) as (connection, _):
         await settle()
         # The reader is woken by these bytes, and before it runs the connection is closed.
-        connection._stream.receive_stream.put_data(packet(b"req", b"1", b"", body=[]))  # type: ignore[attr-defined]
+        connection._stream.receive_stream.put_data(packet(b"req", b"1", b"", b"", b"", body=[]))  # type: ignore[attr-defined]
         connection._close("too late")
         await connection.wait_closed()
     assert started == []
@@ -1129,7 +1135,7 @@ async def test_a_lone_request_leaves_before_its_task_sleeps(monkeypatch: pytest.
             await real_send(wire, batch)
 
         monkeypatch.setattr(Wire, "send", count)
-        assert await peer.receive() == [b"req", b"0", b"", b"\1\0\0\0\1x"]
+        assert await peer.receive() == [b"req", b"0", b"", b"", b"", b"\1\0\0\0\1x"]
         await peer.send(b"ok", b"0", body=[])
         assert sends == 0
 
@@ -1164,7 +1170,7 @@ async def test_what_a_socket_does_not_take_at_once_leaves_later_and_whole(
         nursery.start_soon(connection.request, [b"x" * 50_000])
         nursery.start_soon(connection.request, ["small"])
         packets = [await peer.receive(), await peer.receive()]
-        assert {len(fields[3]) for fields in packets} == {50_005, 10}
+        assert {len(fields[5]) for fields in packets} == {50_005, 10}
         for fields in packets:
             await peer.send(b"ok", fields[1], body=[])
 
