@@ -262,7 +262,7 @@ async def test_a_receiver_that_waits_is_told_of_the_end(autojump_clock: MockCloc
 async def test_what_is_no_item_is_refused_and_harms_nothing(autojump_clock: MockClock) -> None:
     async with open_pair() as (_, _, channel, handler):
         with pytest.raises(TypeError):
-            await channel.send("text")
+            await channel.send("text")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="255"):
             await channel.send([b""] * 256)
         with pytest.raises(MessageTooLarge):
