@@ -61,6 +61,7 @@ from ._nursery import (
     bare_nursery,
     block,
     call_user,
+    check_cancelled,
     check_run,
     contain,
     describe_error,
@@ -486,7 +487,7 @@ class Connection:
             RuntimeError: called from another Trio run.
         """
         check_run(self._home, self)
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await check_cancelled()
         if self._ending is not None:
             await self._refuse()
         asker = self._pings.add()
