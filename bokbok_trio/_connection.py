@@ -348,8 +348,7 @@ class Connection:
             RecursionError: it is nested in more than 15 others, which handlers of both sides made.
             RuntimeError: called from another Trio run.
         """
-        if trio.lowlevel.current_trio_token() is not self._home:
-            check_run(self._home, self)
+        check_run(self._home, self)
         deadline = trio.current_effective_deadline()
         asked_at = 0.0
         if deadline < math.inf:
