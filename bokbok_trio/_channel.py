@@ -288,7 +288,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     # ---- for the connection ----
 
-    def wake(self, outcome: list[bytes] | BokbokError) -> None:
+    def _wake(self, outcome: list[bytes] | BokbokError) -> None:
         """The answer came, or none will."""
         self._outcome = outcome
         if isinstance(outcome, list):
