@@ -24,7 +24,7 @@ import trio
 from ._errors import BokbokError, RemoteError
 from ._events import End, Item
 from ._flow import Flows
-from ._nursery import check_run
+from ._nursery import check_cancelled, check_run
 from ._packets import Chunks, Fields, decode_body
 
 CLOCK_DRIFT: Final = 0.05
@@ -155,7 +155,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
             RuntimeError: called from another Trio run.
         """
         check_run(self._home, self)
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await check_cancelled()
         waiter = _Waiter(self._flows.encode(value))
         if not self._senders and self._send_error() is None and self._flows.may_send(self._id):
             self._put(waiter)
@@ -178,7 +178,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
             RuntimeError: called from another Trio run.
         """
         check_run(self._home, self)
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await check_cancelled()
         if self._buffer:
             fields = self._take_buffered()
             await trio.lowlevel.cancel_shielded_checkpoint()
@@ -289,7 +289,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     # ---- for the connection ----
 
-    def wake(self, outcome: list[bytes] | BokbokError) -> None:
+    def _wake(self, outcome: list[bytes] | BokbokError) -> None:
         """The answer came, or none will."""
         self._outcome = outcome
         if isinstance(outcome, list):

@@ -61,6 +61,7 @@ from ._nursery import (
     bare_nursery,
     block,
     call_user,
+    check_cancelled,
     check_run,
     contain,
     describe_error,
@@ -347,8 +348,7 @@ class Connection:
             RecursionError: it is nested in more than 15 others, which handlers of both sides made.
             RuntimeError: called from another Trio run.
         """
-        if trio.lowlevel.current_trio_token() is not self._home:
-            check_run(self._home, self)
+        check_run(self._home, self)
         deadline = trio.current_effective_deadline()
         asked_at = 0.0
         if deadline < math.inf:
@@ -486,7 +486,7 @@ class Connection:
             RuntimeError: called from another Trio run.
         """
         check_run(self._home, self)
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await check_cancelled()
         if self._ending is not None:
             await self._refuse()
         asker = self._pings.add()
@@ -669,7 +669,7 @@ class Connection:
         self._handlers.cancel_all()
         waiters, self._waiters = self._waiters, {}
         for id, waiter in waiters.items():
-            waiter.wake(ending.make_error(may_have_run=not self._session.is_unsent(id)))
+            waiter._wake(ending.make_error(may_have_run=not self._session.is_unsent(id)))
         self._pings.end(partial(ending.make_error, may_have_run=True))
         self._channels.break_all(ending.make_error(may_have_run=True))
         self._session.close()
@@ -738,11 +738,11 @@ class Connection:
         if isinstance(event, Answer):
             waiter = self._waiters.pop(event.id, None)
             if waiter is not None:
-                waiter.wake(event.fields)
+                waiter._wake(event.fields)
         elif isinstance(event, Failure):
             waiter = self._waiters.pop(event.id, None)
             if waiter is not None:
-                waiter.wake(_as_error(event))
+                waiter._wake(_as_error(event))
         elif isinstance(event, Item | End):
             self._channels.on_event(event)
         elif isinstance(event, Cancel):
@@ -763,7 +763,7 @@ class Connection:
         for id in bye.ids:
             waiter = self._waiters.pop(id, None)
             if waiter is not None:
-                waiter.wake(ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
+                waiter._wake(ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
 
 
 def _as_error(failure: Failure) -> BokbokError:

@@ -255,6 +255,18 @@ def check_run(home: trio.lowlevel.TrioToken, what: object) -> None:
     raise RuntimeError(f"{what!r} belongs to another Trio run; call it there, with trio.from_thread.run")
 
 
+async def check_cancelled() -> None:
+    """Raise the cancellation in force here, if there is one; else go on at once.
+
+    Other than `trio.lowlevel.checkpoint_if_cancelled` it sees a deadline that passed while the task computed,
+    and that Trio has not noticed.
+    """
+    deadline = trio.current_effective_deadline()
+    if deadline < math.inf and deadline <= trio.current_time():
+        await trio.lowlevel.checkpoint()
+    await trio.lowlevel.checkpoint_if_cancelled()
+
+
 @final
 class LazyEvent:
     """A `trio.Event` that is made only where somebody waits for it: most connections need none."""

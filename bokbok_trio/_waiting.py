@@ -22,7 +22,7 @@ class Waiter(Generic[_Outcome]):
         self._outcome: _Outcome | None = None
         self._sleeper: trio.lowlevel.Task | None = None
 
-    def wake(self, outcome: _Outcome) -> None:
+    def _wake(self, outcome: _Outcome) -> None:
         """Let the task go on with that; where it does not wait any more, nothing happens."""
         self._outcome = outcome
         sleeper, self._sleeper = self._sleeper, None
@@ -86,10 +86,10 @@ class Pings:
         if self.is_out:
             self.is_out = False
             for waiter in self._now:
-                waiter.wake(trio.current_time() - self._began_at)
+                waiter._wake(trio.current_time() - self._began_at)
         return bool(self._next)
 
     def end(self, make_error: Callable[[], BokbokError]) -> None:
         """The connection is over; `make_error` makes what each task sees."""
         for waiter in (*self._now, *self._next):
-            waiter.wake(make_error())
+            waiter._wake(make_error())

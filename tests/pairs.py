@@ -54,9 +54,9 @@ async def open_pair(
     has_accepted = trio.Event()
 
     async def open_handler(connection: Connection) -> None:
+        await trio.lowlevel.checkpoint()
         accepted.append(connection)
         has_accepted.set()
-        await trio.lowlevel.checkpoint()
 
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/socket"
@@ -82,6 +82,7 @@ async def open_pair(
                 channel_handler=client_channel_handler,
                 close_handler=client_close_handler,
                 settings=client_settings,
+                insecure=wrap is not None,  # what is no socket could lead anywhere
                 **secrets,
             ) as client:
                 await has_accepted.wait()
