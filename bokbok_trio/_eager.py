@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
-from types import CodeType, FrameType, coroutine
+from types import FrameType, coroutine
 from typing import Any, final
 
 
@@ -43,11 +43,6 @@ class _Started:
     def cr_frame(self) -> FrameType:
         frame: FrameType = self._work.cr_frame  # type: ignore[attr-defined]  # it is a native coroutine
         return frame
-
-    @property
-    def cr_code(self) -> CodeType:
-        code: CodeType = self._work.cr_code  # type: ignore[attr-defined]
-        return code
 
     @property
     def cr_await(self) -> object:

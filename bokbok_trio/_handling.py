@@ -215,8 +215,6 @@ class Handlers:
                 self._fail(scope.id, RequestError("the deadline of the request has passed", "timeout"))
             else:
                 self._fail(scope.id, RequestError("the handler was cancelled", "cancelled"))
-        elif scope.is_spoiled:
-            self._fail(scope.id, RuntimeError(LEFT_OPEN))
         else:
             del self._scopes[scope.id]  # cancelled from outside, with the connection: nobody is to be told
         self._wake_sender()

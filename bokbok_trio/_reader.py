@@ -295,7 +295,7 @@ class Reader:
         follower = self._turn.hand_over()
         if follower is not None:
             trio.lowlevel.reschedule(follower)
-        elif not self.ended.is_set():
+        else:
             self._start_task()
 
     async def _sleep_until_end(self, task: trio.lowlevel.Task) -> None:
