@@ -259,10 +259,12 @@ def encode_context(context: Context | None) -> bytes:
         ValueError: a name is not 1 to 64 lower-case ASCII letters, digits, ``.``, ``-`` or ``_``; or
             there are more than 32, or more than 8 KiB.
     """
-    if not context:
+    if context is None:
         return b""
     if not isinstance(context, Mapping):
         raise TypeError(f"a context is a mapping from names to bytes or str, not {type(context).__name__}")
+    if not context:
+        return b""
     if len(context) > MAX_CONTEXT_PAIRS:
         raise ValueError(f"a context has at most {MAX_CONTEXT_PAIRS} names, not {len(context)}")
     fields: list[bytes] = []

@@ -208,7 +208,7 @@ class Session:
             TypeError, ValueError, MessageTooLarge: as `encode_body` and `encode_context` do; nothing is
                 queued.
         """
-        if context:
+        if context is not None:
             return self._ask_large(b"req", fields, deadline, depth, context)
         body, size = encode_body(fields, self._max_body_size)
         id = self._next_id
