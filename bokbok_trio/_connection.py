@@ -496,9 +496,9 @@ class Connection:
             outcome = await asker.wait()
         finally:
             self._pings.remove(asker)
-        if isinstance(outcome, float):
-            return outcome
-        raise outcome
+        if isinstance(outcome, BokbokError):
+            raise outcome
+        return outcome
 
     @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
-from types import FrameType, coroutine
-from typing import Any, final
+from types import CoroutineType, FrameType, coroutine
+from typing import Any, cast, final
 
 
 @final
@@ -40,13 +40,12 @@ class _Started:
         return message
 
     @property
-    def cr_frame(self) -> FrameType:
-        frame: FrameType = self._work.cr_frame  # type: ignore[attr-defined]  # it is a native coroutine
-        return frame
+    def cr_frame(self) -> FrameType | None:
+        return cast("CoroutineType[Any, Any, object]", self._work).cr_frame
 
     @property
     def cr_await(self) -> object:
-        return self._work.cr_await  # type: ignore[attr-defined]
+        return cast("CoroutineType[Any, Any, object]", self._work).cr_await
 
 
 @coroutine

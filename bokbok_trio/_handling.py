@@ -199,7 +199,8 @@ class Handlers:
         if call is not None:
             # The task's context is a copy of the one that it is started in.
             work, context = call
-            context.run(partial(nursery.start_soon, _run_in, scope, work, name=self.name_task(context)))
+            run = partial(_run_in, scope, work)
+            context.run(partial(nursery.start_soon, run, name=self.name_task(context)))
 
     def new_context(self) -> Context:
         """Return a context for a task that handles nothing yet."""
