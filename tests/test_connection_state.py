@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
+from collections.abc import Generator
+from types import coroutine
 from typing import Any
 
 import pytest
@@ -15,11 +18,12 @@ from bokbok_trio import (
     ConnectionLost,
     current_request,
 )
+from bokbok_trio._eager import start_eagerly
 from bokbok_trio._events import Answer, Bye, Failure
 from bokbok_trio._nursery import bare_nursery
 from bokbok_trio._session import Session
 from bokbok_trio._wire import Wire
-from bokbok_trio.testing import open_connection_pair
+from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.helpers import echo, open_peer, packet, raw_peer, req, settle
 
 # ---- pings ----
@@ -82,6 +86,25 @@ async def test_a_drained_connection_waits_on_while_the_peer_acknowledges_somethi
         await peer.send(b"bye-ok")
         await connection.wait_closed()
         assert trio.current_time() == 2, "a second after the last time that something was"
+
+
+async def test_a_stream_that_cannot_say_its_end_is_closed_at_once(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_connection_pair(sealed=False, wrap=FaultyStream) as (client, server):
+        await client.aclose()
+        await server.wait_closed()
+        assert trio.current_time() == 0
+
+
+async def test_a_follower_is_cancelled_with_what_is_around_the_connection() -> None:
+    with trio.CancelScope() as scope:
+        async with open_connection_pair(server_handler=echo, client_handler=echo) as (client, server):
+            assert await server.request(["x"]) == [b"x"]
+            await settle()
+            assert client._reader._turn.follower is not None
+            scope.cancel()
+    assert scope.cancelled_caught
 
 
 async def test_an_abort_of_the_peer_is_told_and_not_answered(caplog: pytest.LogCaptureFixture) -> None:
@@ -209,3 +232,49 @@ async def test_a_block_left_in_another_task_is_an_error_at_once() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(leave)
     await block.__aexit__(None, None, None)
+
+
+async def test_a_stream_that_fails_to_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Stuck(trio.abc.Stream):
+        def __init__(self, stream: trio.abc.Stream) -> None:
+            self.stream = stream
+
+        async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+            await self.stream.send_all(data)
+
+        async def wait_send_all_might_not_block(self) -> None:
+            await self.stream.wait_send_all_might_not_block()
+
+        async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+            return await self.stream.receive_some(max_bytes)
+
+        async def aclose(self) -> None:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await self.stream.aclose()
+            raise ValueError("the door is stuck")
+
+    async with open_connection_pair(sealed=False, wrap=Stuck) as (client, server):
+        await client.aclose()
+        await server.wait_closed()
+    [record] = [record for record in caplog.records if "closing the stream failed" in record.message]
+    assert record.exc_info is not None
+    assert "the door is stuck" in str(record.exc_info[1])
+
+
+def test_eagerly_started_work_may_be_gone_on_with_by_an_event_loop_that_sends_none() -> None:
+    @coroutine
+    def give(message: str) -> Generator[str, object, object]:
+        return (yield message)
+
+    async def work() -> None:
+        assert await give("first") is None
+        assert await give("second") is None
+        assert await give("third") is None
+
+    waits: list[str] = []
+    task = start_eagerly(work(), contextvars.copy_context(), lambda: waits.append("waits"))
+    assert [task.send(None) for _ in range(3)] == ["first", "second", "third"]
+    with pytest.raises(StopIteration) as ended:
+        task.send(None)
+    assert ended.value.value is True
+    assert waits == ["waits"]

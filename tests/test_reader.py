@@ -86,6 +86,7 @@ async def test_handlers_that_wait_for_nothing_run_in_the_task_that_reads_in_the_
         assert [field for field, _ in ran] == [b"%d" % n for n in range(51)]
         assert len({task for _, task in ran}) == 1
         await settle()
+        await settle()
         check_idle(connection)
 
 
@@ -113,6 +114,7 @@ async def test_a_handler_that_waits_keeps_its_task_and_another_reads_on(
         assert trio.current_time() == 2
         assert all(len(set(each)) == 1 for each in tasks.values())
         assert len({each[0] for each in tasks.values()}) == 4
+        await settle()
         check_idle(connection)
 
 
@@ -130,6 +132,7 @@ async def test_two_tasks_take_turns_where_each_handler_waits() -> None:
             await settle()
         assert tasks == tasks[:2] * 3
         assert tasks[0] is not tasks[1]
+        await settle()
         check_idle(connection)
 
 
@@ -150,6 +153,7 @@ async def test_of_the_tasks_whose_handlers_have_ended_one_waits_for_its_turn() -
         await outcomes(peer, 5)
         await settle()
         assert reader._turn.follower is not None
+        await settle()
         check_idle(connection)
         await peer.stream.aclose()
         await settle()
@@ -179,6 +183,7 @@ async def test_one_task_reads_through_a_mixture_of_handlers() -> None:
             waits = [(turn * n) % 4 for n in range(6)]
             await peer.stream.send_all(b"".join(req(1 + 2 * n, b"%d" % w) for n, w in enumerate(waits)))
             assert set((await outcomes(peer, 6)).values()) == {b"ok"}
+        await settle()
         await settle()
         check_idle(connection)
     assert most <= 7
@@ -222,6 +227,7 @@ async def test_where_there_is_no_handler_what_comes_is_answered_before_and_after
         assert await outcomes(peer, 2) == {1: b"no-channel", 5: b"no-channel"}
         gate.set()
         assert await outcomes(peer, 1) == {3: b"ok"}
+        await settle()
         await settle()
         check_idle(connection)
 
@@ -277,6 +283,7 @@ async def test_the_deadline_of_a_request_is_that_of_a_handler_called_by_the_task
         await peer.stream.send_all(req(1, b"x", timeout=b"2000000") + req(3, b"x", timeout=b"0") + req(5))
         assert await outcomes(peer, 3) == {1: b"timeout", 3: b"timeout", 5: b"ok"}
         assert trio.current_time() == 2
+        await settle()
         check_idle(connection)
 
 
@@ -308,6 +315,7 @@ async def test_handlers_call_back_and_are_called_back_hundreds_at_once(sealed: b
                 nursery.start_soon(ask, pair[n % 2], n % 7)
         for connection in pair:
             await settle()
+            await settle()
             check_idle(connection)
     assert answers == [[b"done"]] * 300
 
@@ -325,6 +333,7 @@ async def test_a_handler_is_handed_an_answer_that_came_together_with_its_request
         assert [fields[:2] for fields in asked] == [[b"req", b"2"], [b"req", b"4"]]
         await peer.stream.send_all(packet(b"ok", b"4", body=[]) + packet(b"ok", b"2", body=[]))
         assert await outcomes(peer, 2) == {1: b"ok", 3: b"ok"}
+        await settle()
         check_idle(connection)
 
 
@@ -351,6 +360,7 @@ async def test_an_async_generator_left_early_by_a_handler_harms_no_other(has_sco
         await settle()
         await peer.stream.send_all(req(1))
         assert await outcomes(peer, 1) == {1: left}
+        await settle()
         check_idle(connection)
 
 
@@ -373,6 +383,7 @@ async def test_a_cancel_in_the_same_receive_as_its_request(
         assert await outcomes(peer, 4) == {1: b"ok", 3: b"cancelled", 5: b"cancelled", 7: b"ok"}
         await settle()
         assert trio.current_time() == 0
+        await settle()
         check_idle(connection)
 
 
@@ -397,6 +408,7 @@ async def test_the_cancelling_of_a_handler_leaves_alone_who_reads(
         await settle()
         await peer.stream.send_all(cancel(3))
         assert await outcomes(peer, 2) == {1: b"cancelled", 3: b"cancelled"}
+        await settle()
         check_idle(connection)
     assert seen == ["cancelled"] * 2
 
@@ -769,6 +781,7 @@ async def test_a_failing_handler_is_one_error_wherever_it_runs(waits_before: boo
         code = b"request-error" if isinstance(error, RequestError) else b"handler-error"
         assert await outcomes(peer, 3) == {1: b"ok", 3: code, 5: code}
         await settle()
+        await settle()
         check_idle(connection)
 
 
@@ -813,6 +826,7 @@ async def test_a_cancelled_kept_from_earlier_is_a_failure_wherever_it_is_raised(
         await peer.stream.send_all(req(5))
         assert await outcomes(peer, 1) == {5: b"handler-error"}
         await settle()
+        await settle()
         check_idle(connection)
 
 
@@ -853,6 +867,7 @@ async def test_a_handler_that_waits_and_leaves_a_scope_open_harms_no_other(
             bad = b"handler-error"
             assert await outcomes(peer, 5) == {1: bad, 3: bad, 5: b"ok", 7: b"ok", 9: bad}
             await trio.sleep(10)
+            await settle()
             check_idle(connection)
     assert count_left_open(caplog) == 9
 
@@ -870,6 +885,7 @@ async def test_the_deadline_of_a_scope_left_open_by_a_handler_that_has_waited_is
             await peer.stream.send_all(req(1 + 2 * n, *[b"bad"] * (n < 2)))
             assert await outcomes(peer, 1) == {1 + 2 * n: b"handler-error" if n < 2 else b"ok"}
             await settle()
+        await settle()
         check_idle(connection)
 
 
@@ -891,6 +907,7 @@ async def test_a_scope_left_open_by_a_handler_that_waits_for_nothing_harms_no_ot
         await settle()
         await peer.stream.send_all(req(1) + req(3, b"wait"))
         assert await outcomes(peer, 2) == {1: b"ok", 3: b"ok"}
+        await settle()
         await settle()
         check_idle(connection)
     assert count_left_open(caplog) == 2
@@ -983,6 +1000,7 @@ async def test_a_handler_that_awaits_something_foreign_is_told_and_may_go_on() -
         await peer.stream.send_all(req(1, b"go on"))
         assert await outcomes(peer, 1) == {1: b"ok"}
         await settle()
+        await settle()
         check_idle(connection)
 
 
@@ -1004,6 +1022,7 @@ async def test_items_that_come_together_are_received(waits_before: bool, over_so
         await peer.stream.send_all(b"".join(items) + packet(b"end", b"1"))
         assert await receive_but_credit(peer) == [b"ok", b"1", b"\x01\0\0\0\x03abc"]
         await settle()
+        await settle()
         check_idle(connection)
         assert len(connection._channels) == len(connection._session.channels) == 0
 
@@ -1022,6 +1041,7 @@ async def test_items_for_a_channel_that_was_answered_at_once_are_dropped(
         assert await outcomes(peer, 1) == {1: b"ok"}
         await peer.stream.send_all(item)
         await settle()
+        await settle()
         check_idle(connection)
         assert len(connection._channels) == len(connection._session.channels) == 0
 
@@ -1039,6 +1059,7 @@ async def test_credit_that_comes_together_with_its_channel_wakes_the_handler_tha
         )
         assert (await receive_but_credit(peer))[:2] == [b"item", b"1"]
         assert await outcomes(peer, 1) == {1: b"ok"}
+        await settle()
         await settle()
         check_idle(connection)
 
@@ -1072,6 +1093,7 @@ async def test_room_that_the_first_wait_of_a_handler_makes_wakes_it_only_when_it
             await peer.send(b"ok", b"0", body=[])
             with pytest.raises(trio.EndOfChannel):
                 await channel.receive()
+        await settle()
         await settle()
         check_idle(connection)
 
@@ -1173,6 +1195,7 @@ async def test_a_flood_of_requests_leaves_other_tasks_their_turns(over_sockets: 
             await outcomes(peer, 20_000)
             nursery.cancel_scope.cancel()
         await settle()
+        await settle()
         check_idle(connection)
     assert handled == 20_000
     # In each turn of the event loop what was received at once; its order may change between two turns.
@@ -1201,6 +1224,7 @@ async def test_what_is_left_of_a_batch_outlasts_the_buffer_that_it_was_received_
         await peer.stream.send_all(batch)
         assert set((await outcomes(peer, 11)).values()) == {b"ok"}
         assert sorted(seen) == fields
+        await settle()
         await settle()
         check_idle(connection)
 
@@ -1364,6 +1388,7 @@ async def check_requests(
                 await peer.send(b"ok", id, body=[body[5:]])
             await settle()
             nursery.cancel_scope.cancel()
+        await settle()
         check_idle(connection)
         assert connection._session.asked == 0
     expected = {1 + 2 * n: BEHAVIOURS[behaviour] for n, behaviour in enumerate(asked)}
