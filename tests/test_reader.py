@@ -979,7 +979,8 @@ async def test_a_handler_that_leaves_a_nursery_open_fails_alone(
             await has_child_ended.wait()
             assert await client.request([]) == []
         assert not server.closed
-    assert "a task of the connection ended badly" in caplog.text, "Trio raises it, and it goes no further"
+    # Newer Trio raises an error where the task ends, and it goes no further.
+    assert ("a task of the connection ended badly" in caplog.text) is not trio.__version__.startswith("0.27.")
 
 
 async def test_a_handler_that_awaits_something_foreign_is_told_and_may_go_on() -> None:
