@@ -187,7 +187,7 @@ def test_one_interrupt_at_each_step_of_the_loop(mode: str, what: str, catches: b
                     break
                 if outcome == "fine []":
                     return f"swallowed at step {at}, after={after}"
-                if at > 60:
+                if at > 40:
                     break
         return "fine"
 
