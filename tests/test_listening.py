@@ -127,6 +127,7 @@ async def test_a_tcp_port_in_use() -> None:
             await listen_on(TCPAddress("name.example", address.port))
         assert str(caught.value) == f"name.example:{address.port} is in use: {reason}"
         with socket.socket() as other:  # what was opened for the other address is closed
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections may linger there
             other.bind(("127.0.0.1", address.port))
 
 
