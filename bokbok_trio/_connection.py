@@ -141,6 +141,7 @@ class Connection:
         "_handlers",
         "_has_warned",
         "_home",
+        "_is_hastened",
         "_linger",
         "_nursery",
         "_opened",
@@ -229,6 +230,7 @@ class Connection:
         self._draining: trio.Event | None = None  # made for whoever asks first
         self._opening: trio.CancelScope | None = None  # while the open handler runs
         self._linger: trio.CancelScope | None = None  # while this waits for the peer's end
+        self._is_hastened = False  # it was closed while it waited for that
         self._slot_watch: trio.CancelScope | None = None  # while a task watches those who wait for slots
         self._has_warned = False
         self._stream_closed = LazyEvent()
@@ -629,6 +631,7 @@ class Connection:
         """Close from this side; `aclose` without the waiting."""
         self._end(_Ending(reason, is_ours=True), graceful=True)
         if self._linger is not None:
+            self._is_hastened = True
             self._linger.deadline = min(self._linger.deadline, trio.current_time() + CLOSE_TIMEOUT)
 
     def _lose(self, reason: str, cause: BaseException | None = None, *, graceful: bool = False) -> None:
@@ -724,7 +727,7 @@ class Connection:
                 with trio.move_on_after(CLOSE_TIMEOUT / 2):
                     await self._reader.ended.wait()
                 remaining = self._sender.wire.unacknowledged()
-                if self._session.is_draining and 0 < remaining < unacknowledged:
+                if self._session.is_draining and not self._is_hastened and 0 < remaining < unacknowledged:
                     unacknowledged = remaining
                     self._linger.deadline = trio.current_time() + CLOSE_TIMEOUT
 

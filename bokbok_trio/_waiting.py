@@ -85,7 +85,8 @@ class Pings:
         """A pong has come. Returns whether another ping is wanted."""
         if self.is_out:
             self.is_out = False
-            for waiter in self._now:
+            answered, self._now = self._now, []  # or an end that follows would take their answer away
+            for waiter in answered:
                 waiter._wake(trio.current_time() - self._began_at)
         return bool(self._next)
 

@@ -27,6 +27,7 @@ from bokbok_trio._connection import CLOSE_TIMEOUT
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._handling import Handlers
 from bokbok_trio._outbox import HEAD_ROOM
+from bokbok_trio._sender import BUNCH
 from bokbok_trio._wire import Wire
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import busy_handler, echo, packet, raw_peer, settle
@@ -1234,3 +1235,19 @@ async def test_a_connection_that_has_ended_is_no_cyclic_garbage() -> None:
             assert [reference() for reference in ended] == [None, None]
     finally:
         gc.enable()
+
+
+async def test_what_is_too_much_to_be_written_in_a_row_is_left_to_the_sender(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bokbok_trio._sender.MAX_AT_ONCE", 1)
+    count = 3 * BUNCH
+    async with raw_peer(over_sockets=True, max_requests=count) as (connection, peer):
+        async with trio.open_nursery() as nursery:
+            await settle()
+            for _ in range(count):
+                nursery.start_soon(connection.request, [bytes(10_000)])
+            ids = [(await peer.receive())[1] for _ in range(count)]
+            assert len(set(ids)) == count
+            for id in ids:
+                await peer.send(b"ok", id, body=[])

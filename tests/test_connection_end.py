@@ -54,6 +54,27 @@ async def test_an_answer_that_comes_with_the_end_counts(end: bytes, autojump_clo
         assert answers == [[b"x"]]
 
 
+@over_all_ends
+async def test_a_pong_that_comes_with_the_end_counts(end: bytes, autojump_clock: MockClock) -> None:
+    async with raw_peer() as (connection, peer), trio.open_nursery() as nursery:
+        times: list[float | ConnectionLost] = []
+
+        @nursery.start_soon
+        async def ping() -> None:
+            try:
+                times.append(await connection.ping())
+            except ConnectionLost as exc:
+                times.append(exc)
+
+        assert await peer.receive() == [b"ping"]
+        await trio.sleep(0.5)
+        await peer.stream.send_all(packet(b"pong") + end)
+        await peer.stream.aclose()
+        await connection.wait_closed()
+        await settle()
+        assert times == [0.5]
+
+
 async def test_whoever_waits_for_the_next_ping_waits_for_one_pong_only(autojump_clock: MockClock) -> None:
     async with raw_peer() as (connection, peer), trio.open_nursery() as nursery:
         nursery.start_soon(connection.ping)
@@ -86,6 +107,20 @@ async def test_a_closed_connection_waits_a_second_whatever_is_acknowledged(autoj
         await connection.aclose()
         await connection.wait_closed()
         assert trio.current_time() == 1
+
+
+@pytest.mark.usefixtures("always_acknowledging")
+async def test_a_drained_connection_that_is_closed_waits_for_another_second_at_most(
+    autojump_clock: MockClock,
+) -> None:
+    async with raw_peer() as (connection, peer):
+        connection.drain()
+        assert await peer.receive() == [b"bye"]
+        await peer.send(b"bye-ok")
+        await trio.sleep(5.25)
+        with trio.move_on_after(20):
+            await connection.aclose()
+        assert 5.25 < trio.current_time() <= 6.25
 
 
 # ---- what is logged ----
