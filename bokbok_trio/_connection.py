@@ -366,12 +366,14 @@ class Connection:
         self._waiters[id] = waiter
         try:
             self._sender.flush()
-            if session.waiting and not self._has_warned:
+            if session.has_waiting and not self._has_warned:
                 self._watch_slots()
-            outcome = await waiter.wait()
+            await waiter.wait()
         except BaseException:
             self._cancel(id)
             raise
+        outcome = waiter.outcome
+        assert outcome is not None
         if isinstance(outcome, list):
             return outcome
         if is_own_timeout(outcome, deadline, deadline - asked_at):
@@ -426,7 +428,7 @@ class Connection:
         channel = self._waiters[id] = self._channels.open(id, partial(self._cancel, id), deadline)
         try:
             self._sender.wake()
-            if self._session.waiting and not self._has_warned:
+            if self._session.has_waiting and not self._has_warned:
                 self._watch_slots()
             yield channel
             await channel._finish()
@@ -495,9 +497,11 @@ class Connection:
         if not self._pings.is_out:
             self._send_ping()
         try:
-            outcome = await asker.wait()
+            await asker.wait()
         finally:
             self._pings.remove(asker)
+        outcome = asker.outcome
+        assert outcome is not None
         if isinstance(outcome, BokbokError):
             raise outcome
         return outcome

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, final
 
@@ -31,12 +30,10 @@ class CurrentRequest:
     __slots__ = ("connection", "context", "deadline", "depth", "has_channel", "id")
 
     def __init__(self, connection: Connection, request: Request, deadline: float = math.inf) -> None:
+        # Not the request itself: tasks that outlive the handler would keep its fields.
         self.connection = connection
-        self.id = request.id
+        self.id, _, _, self.has_channel, self.depth, self.context = request
         self.deadline = deadline
-        self.context: Mapping[str, bytes] = request.context
-        self.depth = request.depth
-        self.has_channel = request.has_channel
 
     @property
     def user(self) -> str | None:

@@ -186,11 +186,14 @@ class DirectStream(trio.abc.Stream):
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
         view = _scratch.view if max_bytes is None else _scratch.view[:max_bytes]
-        self._check_open()
+        fileno = self.socket.fileno
         while True:
+            if (descriptor := fileno()) < 0:
+                raise trio.ClosedResourceError("this stream was closed")
             try:
-                await trio.lowlevel.wait_readable(self.socket.fileno())
-                self._check_open()  # it may have been closed after this task was woken
+                await trio.lowlevel.wait_readable(descriptor)
+                if fileno() < 0:  # it was closed after this task was woken
+                    continue
                 return view[: self._borrowed.recv_into(view)]
             except BlockingIOError:
                 continue

@@ -68,19 +68,22 @@ class HandlerScope:
     Attributes:
         cancel_scope: Trio's.
         id: of the request whose handler ran last.
+        innermost: stands for it where it is the innermost scope of its task; see `innermost_scope`.
         is_spoiled: whether a handler has left a scope or a nursery open within it.
     """
 
-    __slots__ = ("_handlers", "cancel_scope", "id", "is_spoiled")
+    __slots__ = ("_handlers", "cancel_scope", "id", "innermost", "is_spoiled")
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
         self.cancel_scope = trio.CancelScope()
         self.id = -1
+        self.innermost: object = None
         self.is_spoiled = False
 
     def __enter__(self) -> None:
         self.cancel_scope.__enter__()
+        self.innermost = innermost_scope(trio.lowlevel.current_task())
 
     def __exit__(
         self,
@@ -240,7 +243,6 @@ class Handlers:
     async def _handle(self, request: Request, channel: Channel | None, scope: HandlerScope) -> None:
         """Handle a request and queue its one answer, unless it is cancelled."""
         task = trio.lowlevel.current_task()
-        innermost = innermost_scope(task)
         try:
             if not request.depth and not self.ready.is_set():
                 await self.ready.wait()
@@ -249,11 +251,11 @@ class Handlers:
                 fields = await call_user(self._request_handler, self._connection, request.fields)
             else:
                 fields = await self._use_channel(request, channel)
-            if task.child_nurseries or innermost_scope(task) is not innermost:
+            if task.child_nurseries or innermost_scope(task) is not scope.innermost:
                 raise RuntimeError(LEFT_OPEN)
             self._answer(request.id, () if fields is None else fields)
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
-            scope.is_spoiled = bool(task.child_nurseries) or innermost_scope(task) is not innermost
+            scope.is_spoiled = bool(task.child_nurseries) or innermost_scope(task) is not scope.innermost
             keep(exc, partial(self._fail, request.id))
         finally:
             self._wake_sender()

@@ -22,10 +22,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextvars import Context
 from functools import partial
-from typing import Any, Final, final
+from typing import Final, final
 
 import trio
 
@@ -195,37 +195,28 @@ class Reader:
                 await self._receive_more()
                 continue
             call = self._handlers.accept(request, scope)
-            if call is not None:
-                has_deadline = request.timeout < math.inf
-                del request  # or it would be kept while this receives
-                if not await self._handle(task, scope, *call, has_deadline=has_deadline):
-                    return
-                del call
+            if call is None:
+                continue
+            has_deadline = request.timeout < math.inf
+            work, context = call
+            has_waited = await start_eagerly(work, context, partial(self._hand_over, task, context))
+            del request, call, work, context  # or they would be kept while this receives
+            # Most handlers wait for nothing, and leave nothing to be done.
+            if (has_waited or has_deadline or scope.is_spoiled or self._is_discarding) and (
+                not await self._go_on(task, scope, has_waited=has_waited)
+            ):
+                return
 
-    async def _handle(
-        self,
-        task: trio.lowlevel.Task,
-        scope: HandlerScope,
-        work: Coroutine[Any, Any, None],
-        context: Context,
-        *,
-        has_deadline: bool,
-    ) -> bool:
-        """Begin a handler, and where it waits, go on when the task has the turn again.
-
-        Returns whether the task is to read on in that scope.
-        """
-        has_waited = await start_eagerly(work, context, partial(self._hand_over, task, context))
+    async def _go_on(self, task: trio.lowlevel.Task, scope: HandlerScope, *, has_waited: bool) -> bool:
+        """A handler has ended: wait for the turn, if it has waited. Returns whether to read in that scope."""
         if scope.is_spoiled:
             if self._turn.reader is task:
                 self._promote()
             return False
-        if has_deadline:
-            scope.cancel_scope.deadline = math.inf
+        scope.cancel_scope.deadline = math.inf
         if scope.cancel_scope.cancel_called:
             return False
         if has_waited:
-            del work, context  # or they would be kept while this waits
             if not await self._take_turn(task):
                 return False
             self._scope = scope

@@ -191,33 +191,30 @@ class Sender:
         if self._is_stopping or not self.wire.can_send_now or not self.lock.try_acquire():
             self._rouse()
             return
+        session = self._session
+        is_done = False  # nothing is left, and nobody need be woken
         try:
-            has_sent_all = self._write()
+            for _ in range(MAX_AT_ONCE):
+                if session.is_plain_to_take:  # mostly, and then the time need not be asked for
+                    batch = session.take(0)
+                else:
+                    now = trio.current_time()
+                    batch = session.take(now, self._room(now))
+                if not batch or not self.wire.send_now(batch):
+                    break
+                self._watchdog.send_ended(ping_left=True)
+                if session.channels.has_writable:
+                    self._wake_writers()
+                if not session.has_queued:
+                    is_done = not session.is_draining
+                    break
         except BaseException as exc:  # noqa: BLE001  (what was taken is lost, and so is its place in the stream)
             self._on_defect(exc)
             return
         finally:
             self.lock.release()
-        if not has_sent_all:
+        if not is_done:
             self._rouse()
-
-    def _write(self) -> bool:
-        """Write one batch after another. Returns whether that was everything, and nobody need be woken."""
-        session = self._session
-        for _ in range(MAX_AT_ONCE):
-            if session.is_plain_to_take:  # mostly, and then the time need not be asked for
-                batch = session.take(0)
-            else:
-                now = trio.current_time()
-                batch = session.take(now, self._room(now))
-            if not batch or not self.wire.send_now(batch):
-                return False
-            self._watchdog.send_ended(ping_left=True)
-            if session.channels.has_writable:
-                self._wake_writers()
-            if not session.has_queued:
-                return not session.is_draining
-        return False
 
     async def run(self) -> None:
         """Send what is queued, as it comes, until stopped. Raises what the stream does.

@@ -90,9 +90,12 @@ PIECED_KINDS: Final = frozenset({b"req", b"chan", b"ok", b"err", b"item"})
 
 _REQ: Final = encode_start(b"req", 6)
 _OK: Final = encode_start(b"ok", 3)
-_PLAIN_REQUEST: Final = bytes(3 * LENGTH_SIZE)  # no timeout, depth 0, no context
 _DEPTHS: Final = {b"%d" % depth: depth for depth in range(1, MAX_DEPTH + 1)} | {b"": 0}
 _ENCODED_DEPTHS: Final = {depth: encoded for encoded, depth in _DEPTHS.items()}
+_PLAIN_HEADS: Final = {  # by depth: no timeout, the depth, and no context, each with its size
+    depth: bytes(LENGTH_SIZE) + len(encoded).to_bytes(LENGTH_SIZE, "big") + encoded + bytes(LENGTH_SIZE)
+    for depth, encoded in _ENCODED_DEPTHS.items()
+}
 _CLASSES: Final = 2 * (MAX_DEPTH + 1)
 
 
@@ -212,13 +215,21 @@ class Session:
             return self._ask_large(b"req", fields, deadline, depth, context)
         body, size = encode_body(fields, self._max_body_size)
         id = self._next_id
-        if len(body) > 1 or depth or deadline < math.inf or self._used[0] >= self._slots or self._backlogs:
+        slot_class = 2 * depth  # `_class_of`, without its call
+        if (
+            len(body) > 1
+            or deadline < math.inf
+            or self._used[slot_class] >= self._slots
+            or slot_class in self._backlogs
+        ):
             return self._ask(b"req", (body, size), deadline, depth=depth, context=b"")
         # The same for most requests, in fewer steps.
         self._next_id = id + 2
         self._asked[id] = State.QUEUED
-        self._used[0] += 1
-        self._outbox.put_encoded(id, encode_small(_REQ, id, _PLAIN_REQUEST, body[0]))
+        if slot_class:
+            self._asked_classes[id] = slot_class
+        self._used[slot_class] += 1
+        self._outbox.put_encoded(id, encode_small(_REQ, id, _PLAIN_HEADS[depth], body[0]))
         return id
 
     def open_channel(
@@ -359,6 +370,11 @@ class Session:
     def asked(self) -> int:
         """How many requests of ours have a slot."""
         return len(self._asked)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a request of ours waits for a slot."""
+        return bool(self._backlogs)
 
     @property
     def waiting(self) -> int:
@@ -502,20 +518,8 @@ class Session:
 
     # ---- requests and their answers ----
 
-    def _on_req(self, fields: list[Received]) -> Request:
+    def _on_req(self, fields: list[Received], *, has_channel: bool = False) -> Request:
         _, id, timeout, depth, context, body = fields
-        return self._on_request(id, timeout, depth, context, body, has_channel=False)
-
-    def _on_request(
-        self,
-        id: Received,
-        timeout: Received,
-        depth: Received,
-        context: Received,
-        body: Received,
-        *,
-        has_channel: bool,
-    ) -> Request:
         number = decode_number(id)
         self._check_parity(number)
         seconds = decode_number(timeout) / 1e6 if timeout else math.inf
@@ -570,9 +574,8 @@ class Session:
     # ---- channels, of either side's ----
 
     def _on_chan(self, fields: list[Received]) -> Request:
-        _, id, timeout, depth, context, credit, body = fields
-        first_credit = decode_number(credit)
-        request = self._on_request(id, timeout, depth, context, body, has_channel=True)
+        first_credit = decode_number(fields.pop(5))
+        request = self._on_req(fields, has_channel=True)
         self.channels.add_theirs(request.id, first_credit)
         return request
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar, final
 
 import trio
@@ -14,30 +14,31 @@ _Outcome = TypeVar("_Outcome")
 
 @final
 class Waiter(Generic[_Outcome]):
-    """A task that waits, and what it is woken with."""
+    """A task that waits, and what it is woken with.
 
-    __slots__ = ("_outcome", "_sleeper")
+    Attributes:
+        outcome: what that was; None before.
+    """
+
+    __slots__ = ("_sleeper", "outcome")
 
     def __init__(self) -> None:
-        self._outcome: _Outcome | None = None
+        self.outcome: _Outcome | None = None
         self._sleeper: trio.lowlevel.Task | None = None
 
     def _wake(self, outcome: _Outcome) -> None:
         """Let the task go on with that; where it does not wait any more, nothing happens."""
-        self._outcome = outcome
+        self.outcome = outcome
         sleeper, self._sleeper = self._sleeper, None
         if sleeper is not None:
             trio.lowlevel.reschedule(sleeper)
 
-    async def wait(self) -> _Outcome:
-        """Wait until woken."""
-        if self._outcome is None:
-            self._sleeper = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._abort)
-        else:
-            await trio.lowlevel.checkpoint()
-        assert self._outcome is not None
-        return self._outcome
+    def wait(self) -> Awaitable[object]:
+        """Return what to await until woken; then there is an `outcome`."""
+        if self.outcome is not None:
+            return trio.lowlevel.checkpoint()  # noqa: ASYNC105  (the caller awaits it)
+        self._sleeper = trio.lowlevel.current_task()
+        return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105  (as above)
 
     def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
         self._sleeper = None
