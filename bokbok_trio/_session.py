@@ -367,6 +367,11 @@ class Session:
     # ---- how many there are ----
 
     @property
+    def total(self) -> int:
+        """How many requests this side has made since the connection was opened."""
+        return self._next_id // 2
+
+    @property
     def asked(self) -> int:
         """How many requests of ours have a slot."""
         return len(self._asked)

@@ -850,12 +850,14 @@ async def test_connections_are_told_of_in_the_log(
 ) -> None:
     listener = MemoryListener()
     async with open_server([listener], echo, user_key={"alice": KEY}):
-        async with client_of(listener, user="alice", key=KEY):
+        async with client_of(listener, user="alice", key=KEY) as client:
+            await client.request([])
             await trio.sleep(2)
         await settle()
     assert "connected with None, user 'alice'" in caplog.text
     text = (
-        "the connection with None, user 'alice', has ended after 2.0 seconds: the peer closed the connection"
+        "the connection with None, user 'alice', has ended after 2.0 seconds, "
+        "with 1 requests handled and 0 made: the peer closed the connection"
     )
     assert text in caplog.text
     assert {record.levelname for record in caplog.records} == {"INFO"}
