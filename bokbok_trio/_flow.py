@@ -133,15 +133,17 @@ class Flows:
 
     Attributes:
         by_id: they themselves, to be looked at.
+        total: how many there have been.
     """
 
-    __slots__ = ("_max_body_size", "_outbox", "_writable", "by_id")
+    __slots__ = ("_max_body_size", "_outbox", "_writable", "by_id", "total")
 
     def __init__(self, outbox: Outbox, max_body_size: int) -> None:
         self._outbox = outbox
         self._max_body_size = max_body_size
         self.by_id: dict[int, Flow] = {}
         self._writable: dict[int, None] = {}  # takes up less than a set, where there is none
+        self.total = 0
 
     def __len__(self) -> int:
         return len(self.by_id)
@@ -151,6 +153,7 @@ class Flows:
     def add_ours(self, id: int) -> None:
         """A channel of ours. Its `chan` grants the first `WINDOW`."""
         self.by_id[id] = Flow(send_credit=0, receive_credit=WINDOW, started=False)
+        self.total += 1
 
     def add_theirs(self, id: int, credit: int) -> None:
         """A channel of the peer's, which takes so many bytes at first.
@@ -159,6 +162,7 @@ class Flows:
             ProtocolError: more than `MAX_CREDIT`.
         """
         self.by_id[id] = Flow(send_credit=credit, receive_credit=0, started=True)
+        self.total += 1
 
     def start(self, id: int) -> None:
         """The `chan` of a channel of ours was queued."""

@@ -117,7 +117,6 @@ class Handlers:
 
     Attributes:
         ready: set once those of depth 0 may begin.
-        total: how many have begun since the connection was opened.
     """
 
     __slots__ = (
@@ -131,7 +130,6 @@ class Handlers:
         "_session",
         "_wake_sender",
         "ready",
-        "total",
     )
 
     def __init__(
@@ -155,7 +153,6 @@ class Handlers:
         self._context = copy_context()  # only ever copied: a context runs once at a time
         self._scopes: dict[int, HandlerScope] = {}
         self.ready = LazyEvent()
-        self.total = 0
 
     def __len__(self) -> int:
         return len(self._scopes)
@@ -184,7 +181,6 @@ class Handlers:
                 deadline = trio.current_time() + request.timeout
                 scope.cancel_scope.deadline = min(scope.cancel_scope.deadline, deadline)
             channel = self._channels.take(request.id) if request.has_channel else None
-            self.total += 1
             scope.id = request.id
             self._scopes[request.id] = scope
             context = self._context.copy()

@@ -8,7 +8,7 @@ A *packet* is a list of 0 to 255 byte strings, its *fields*. On the wire, all in
 
 Invariants: the sizes use up the length exactly, so every byte string is the encoding of at most one
 list; a length over the limit in force is refused as soon as its four bytes are there; a decoder
-holds at most one unfinished packet, so 4 + limit bytes.
+holds at most one unfinished packet, so 4 + limit bytes, and what is left of the last receive.
 
 What our own user gets wrong is a ``TypeError``, a ``ValueError`` or `MessageTooLarge`, raised before
 anything is sent; what the peer gets wrong is a `ProtocolError`.
@@ -74,6 +74,10 @@ Chunks: TypeAlias = list[bytes | memoryview]
 Received: TypeAlias = bytes | memoryview
 """What was received. A memoryview is of a buffer that will be used again: it is good until the next
 checkpoint, and what is kept of it must be copied."""
+
+MAX_AT_ONCE: Final = 100
+"""Packets that are decoded at once, and records that are opened, before other connections have their turn: a
+batch of a busy connection, and less than a millisecond. A stream of tiny ones would take 20 ms else."""
 
 LARGE: Final = 2**12
 """Fields of at least this many bytes are kept as views; smaller ones are copied."""
@@ -341,19 +345,27 @@ class PacketDecoder:
         limit: the most bytes a packet's length may be.
     """
 
-    __slots__ = ("_buffer", "_limit")
+    __slots__ = ("_buffer", "_limit", "_rest")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buffer = bytearray()
+        self._rest = memoryview(b"")  # more packets than are decoded at once
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether something is left of what was taken in: decode on with no more bytes."""
+        return bool(self._rest)
 
     @property
     def buffered(self) -> int:
         """How many bytes of an unfinished packet are held."""
-        return len(self._buffer)
+        return len(self._buffer) + len(self._rest)
 
     def decode(self, received: Received | bytearray) -> Iterator[list[Received]]:
         """Take in more bytes; yield each packet that they complete, as `decode_ours` does.
+
+        After `MAX_AT_ONCE` packets it stops, and keeps a rest, which goes before all that is taken in later.
 
         The packets before a bad one are yielded before it raises. After that the decoder is of no
         use: where the next packet begins is not known.
@@ -361,9 +373,15 @@ class PacketDecoder:
         Raises:
             ProtocolError: a length over the limit, or a malformed packet.
         """
-        # Views of small fields would cost more than copies, and so would a view for each of many packets.
-        size = len(received)
-        data = bytes(received) if size < LARGE_BATCH else memoryview(received)
+        data: Received
+        if self._rest:
+            assert not received, "decode the rest first"
+            data, self._rest = self._rest, memoryview(b"")
+            size = len(data)
+        else:
+            # Views of small fields would cost more than copies, and so would a view for each of many packets.
+            size = len(received)
+            data = bytes(received) if size < LARGE_BATCH else memoryview(received)
         position = 0
         buffer = self._buffer
         if buffer:
@@ -379,11 +397,16 @@ class PacketDecoder:
             position += missing
             self._buffer = bytearray()
             yield decode_ours(memoryview(buffer)[LENGTH_SIZE:])
+        count = 0
         while size - position >= LENGTH_SIZE:
             start = position + LENGTH_SIZE
             end = start + self._check(_U32.unpack_from(data, position)[0])
             if end > size:
                 break
+            if count == MAX_AT_ONCE:
+                self._rest = memoryview(bytes(data[position:]))
+                return
+            count += 1
             position = end
             yield _decode_fields(data, start, end) if type(data) is bytes else decode_ours(data[start:end])
         if position < size:

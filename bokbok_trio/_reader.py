@@ -1,7 +1,9 @@
 """`Reader`: receives, decodes, dispatches; a handler begins in the task that read its request.
 
-One task reads; `ReadTurn` says which. It decodes everything that a receive brought, then dispatches the
-events one after another, and begins the handler of each request by itself (see `_eager`). Many a handler
+One task reads; `ReadTurn` says which. It decodes what a receive brought, then dispatches the events one
+after another, and begins the handler of each request by itself (see `_eager`). Where a receive brought very
+many packets, it does so with some of them after others, and between these other tasks have their turn: so
+whoever sends a stream of tiny packets holds up nobody else. Many a handler
 answers without waiting for anything, and then no task was started and none was woken for it. Where a
 handler waits, another task goes on reading: it starts a task for each request that is left of the last
 receive, and dispatches the other events.
@@ -250,6 +252,10 @@ class Reader:
             self._handlers.start_task(self._nursery, request)
 
     async def _receive_more(self) -> None:
+        if self._session.has_undecoded and not self._is_discarding:
+            await trio.lowlevel.checkpoint()  # other connections have their turn
+            self._decode(b"")
+            return
         try:
             data = await self._receive()
         except Exception as exc:
@@ -262,8 +268,12 @@ class Reader:
             self.ended.set()
             cut = self._session.is_mid_packet
             self._lose("the peer cut a packet short" if cut else "the peer closed the connection", None)
-        elif not self._is_discarding:
+        else:
             self._watchdog.heard()
+            self._decode(data)
+
+    def _decode(self, data: Received | bytearray) -> None:
+        if not self._is_discarding:
             self._sender.begin_batch()
             events = self._session.receive(data)
             self._count = len(events)

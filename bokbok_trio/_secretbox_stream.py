@@ -40,7 +40,7 @@ from nacl.exceptions import CryptoError
 
 from ._direct_stream import DirectStream
 from ._fork import abandon_in_child
-from ._packets import Received
+from ._packets import MAX_AT_ONCE, Received
 
 HEADER_SIZE: Final = 2
 """Bytes of a record's length."""
@@ -260,10 +260,13 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         return received
 
     async def receive_available(self) -> bytes:
-        """As `receive_some`, but of all records that are here already, together. For one task at a time."""
+        """As `receive_some`, but of the records that are here already, together: `MAX_AT_ONCE` at most.
+
+        For one task at a time.
+        """
         if self._receive_failure is not None or self._receive_ended or self._position < len(self._plaintext):
             return await self.receive_some()
-        if self._ciphertext:
+        if self._has_record():
             # First, as what is opened below would be lost if this were cancelled.
             await trio.lowlevel.checkpoint()
             if plaintext := self._open_all(b""):
@@ -280,7 +283,10 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         return b""
 
     def _open_all(self, data: Received | bytearray) -> bytes:
-        """Open what more data completes, in one piece. A record that does not open is the next call's."""
+        """Open what more data completes, in one piece, up to `MAX_AT_ONCE` records.
+
+        A record that does not open is the next call's.
+        """
         if self._ciphertext:
             self._ciphertext += data
             data = self._ciphertext
@@ -289,7 +295,11 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         size = len(data)
         with memoryview(data) as view:
             try:
-                while position < size and (end := self._open_at(view, position)) > position:
+                while (
+                    position < size
+                    and len(plaintexts) < MAX_AT_ONCE
+                    and (end := self._open_at(view, position)) > position
+                ):
                     position = end
                     plaintexts.append(self._plaintext)
             except trio.BrokenResourceError:
@@ -322,6 +332,11 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         if not data:
             raise self._broken("the stream was cut short: it ended without an end record")
         return data
+
+    def _has_record(self) -> bool:
+        """Whether all of the next record is here."""
+        data = self._ciphertext
+        return len(data) >= HEADER_SIZE and len(data) >= HEADER_SIZE + (data[0] << 8 | data[1])
 
     def _open_next(self) -> bool:
         """Open the next record, if all of it is here. True: there is plaintext, or the end."""

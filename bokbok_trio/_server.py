@@ -244,9 +244,9 @@ class Server:
                 seconds = trio.current_time() - began
                 logger.info(
                     "%s: the connection with %s, user %r, has ended after %.1f seconds, with %d requests "
-                    "handled and %d made: %s",
+                    "received and %d made: %s",
                     *(self._name, address, connection.user, seconds),
-                    *(connection._handlers.total, connection._session.total, end_reason(connection)),
+                    *(connection._session.received, connection._session.made, end_reason(connection)),
                 )
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
             keep(exc, partial(self._log_failure, address))

@@ -38,7 +38,7 @@ Invariants
 - Every request of the peer's is answered exactly once, cancelled or not.
 - A cancelled request that had not wholly left never existed: it leaves no `cancel`.
 - At most one ping and one pong are queued.
-- `receive` decodes everything before anything of it is acted on, so whether a packet breaks the
+- `receive` decodes many packets before anything of them is acted on, so whether one of them breaks the
   protocol does not depend on what handlers do meanwhile.
 
 After a `ProtocolError` the engine only sends: `abort`, at most.
@@ -54,7 +54,7 @@ from typing import Final, final
 
 from ._errors import MAX_DETAILS_SIZE, MAX_ERROR_TEXT_SIZE, ProtocolError
 from ._events import NO_CONTEXT, Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
-from ._flow import WINDOW, Flows
+from ._flow import ITEM_COST, WINDOW, Flows
 from ._handshake import Side
 from ._outbox import HEAD_ROOM, MAX_BATCH_SIZE, MAX_WHOLE_SIZE, Outbox, Outgoing, Reassembler
 from ._packets import (
@@ -84,6 +84,16 @@ purpose, and little enough that the slots of all depths are a bound."""
 
 MAX_ABORT_SIZE: Final = 256
 """Bytes of the text in `abort`."""
+
+MAX_IGNORED: Final = 10_000
+"""Packets that mean nothing, and are ignored, without any request: pings while a pong waits, mostly."""
+
+CROSSING: Final = 2
+"""Such packets for each request: its `cancel` crosses the answer, and it is dropped half-way."""
+
+CROSSING_ITEMS: Final = 2 * WINDOW // ITEM_COST + 2
+"""Such packets for each channel: as many items as there is credit for, a `credit` for each, and an `end` for
+either direction."""
 
 PIECED_KINDS: Final = frozenset({b"req", b"chan", b"ok", b"err", b"item"})
 """What may come in pieces: everything that carries bytes of the user's."""
@@ -126,6 +136,7 @@ class Session:
         channels: sends and grants, for the channels in flight.
         error: how the peer broke the protocol, once it has.
         peer_drains: whether the peer takes no new request of depth 0.
+        received: how many requests the peer has made since the connection was opened.
         is_draining: whether this side takes none.
         is_ping_queued: whether a ping has not left yet.
     """
@@ -141,6 +152,7 @@ class Session:
         "_handling",
         "_handling_classes",
         "_handling_used",
+        "_ignored",
         "_is_closed",
         "_max_body_size",
         "_max_requests",
@@ -158,6 +170,7 @@ class Session:
         "is_draining",
         "is_ping_queued",
         "peer_drains",
+        "received",
     )
 
     def __init__(self, side: Side, *, max_message_size: int, max_requests: int, slots: int) -> None:
@@ -187,6 +200,8 @@ class Session:
         self._peer_bye_ok = False
         self._peer_aborted = False
         self._abort: bytes | None = None  # to be sent last
+        self.received = 0
+        self._ignored = 0  # packets that meant nothing
         self._is_closed = False
 
     # ---- asking ----
@@ -367,7 +382,7 @@ class Session:
     # ---- how many there are ----
 
     @property
-    def total(self) -> int:
+    def made(self) -> int:
         """How many requests this side has made since the connection was opened."""
         return self._next_id // 2
 
@@ -501,8 +516,13 @@ class Session:
         """Whether the end of the stream would cut a packet short."""
         return self._decoder.buffered > 0
 
+    @property
+    def has_undecoded(self) -> bool:
+        """Whether `receive` has left packets that were received: call it again, with no more data."""
+        return self._decoder.has_rest and self.error is None
+
     def receive(self, data: Received | bytearray) -> list[Event]:
-        """Decode everything that was received, and return what it says, as far as it is good.
+        """Decode what was received, up to `MAX_AT_ONCE` packets, and return what it says, as far as it is good.
 
         If the peer broke the protocol, `error` says how, and the events are those before that.
         """
@@ -539,6 +559,7 @@ class Session:
             raise ProtocolError(f"more than {self._max_requests} {kind} of depth {nested} in flight")
         if self._peer_bye_ok and not nested:
             raise ProtocolError("a new request of depth 0 after `bye-ok`")
+        self.received += 1
         self._handling[number] = False
         self._handling_used[slot_class] += 1
         if slot_class:
@@ -569,7 +590,8 @@ class Session:
         id = decode_number(fields[1])
         self._check_parity(id)
         if self._handling.get(id) is not False:
-            return None  # never asked, answered, or done: they crossed
+            self._ignore()  # never asked, answered, or done
+            return None
         return Cancel(id)
 
     def drop_items(self, id: int) -> None:
@@ -589,6 +611,7 @@ class Session:
         encoded = body if isinstance(body, bytes) else None
         item = Item(decode_number(id), len(body), decode_body(body), encoded)
         if not self._has_channel(item.id):
+            self._ignore()
             return None
         self.channels.on_item(item.id, item.size)
         return item if self._is_wanted(item.id) else None
@@ -597,13 +620,31 @@ class Session:
         id, more = decode_number(fields[1]), decode_number(fields[2])
         if self._has_channel(id):
             self.channels.on_credit(id, more)
+        else:
+            self._ignore()
 
     def _on_end(self, fields: list[Received]) -> End | None:
         id = decode_number(fields[1])
         if not self._has_channel(id):
+            self._ignore()
             return None
         self.channels.on_end(id)
         return End(id) if self._is_wanted(id) else None
+
+    def _ignore(self) -> None:
+        """The peer sent a packet that means nothing, or took one back.
+
+        That happens where packets cross, and where it cancels a request that has partly left: as often as
+        there are requests and items in flight. Without a bound a peer could keep this side busy for nothing.
+
+        Raises:
+            ProtocolError: it happens more often than packets can cross.
+        """
+        self._ignored += 1
+        if self._ignored > MAX_IGNORED and self._ignored > (
+            MAX_IGNORED + CROSSING * (self.made + self.received) + CROSSING_ITEMS * self.channels.total
+        ):
+            raise ProtocolError(f"{self._ignored} packets that mean nothing")
 
     def _has_channel(self, id: int) -> bool:
         """Whether there is one in flight. Where nothing is, that is what crossing looks like."""
@@ -630,9 +671,12 @@ class Session:
 
     def _on_drop(self, fields: list[Received]) -> None:
         self._pieces.drop(decode_number(fields[1]))
+        self._ignore()
 
     def _on_ping(self, _fields: list[Received]) -> None:
-        if not self._pong_queued:
+        if self._pong_queued:
+            self._ignore()
+        else:
             self._pong_queued = True
             self._outbox.put_control(b"pong")
 

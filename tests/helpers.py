@@ -45,7 +45,10 @@ def packet(*fields: bytes, body: list[bytes] | None = None) -> bytes:
 
 def decode(decoder: PacketDecoder, data: bytes | bytearray) -> list[list[bytes]]:
     """The packets that some bytes complete, copied."""
-    return [list(map(bytes, fields)) for fields in decoder.decode(data)]
+    packets = [list(map(bytes, fields)) for fields in decoder.decode(data)]
+    while decoder.has_rest:
+        packets += [list(map(bytes, fields)) for fields in decoder.decode(b"")]
+    return packets
 
 
 class RawPeer:

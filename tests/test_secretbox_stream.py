@@ -20,6 +20,7 @@ from trio.testing import (
 )
 
 from bokbok_trio import _secretbox_stream
+from bokbok_trio._packets import MAX_AT_ONCE
 from bokbok_trio._secretbox_stream import (
     HEADER_SIZE,
     MAC_SIZE,
@@ -747,6 +748,28 @@ async def test_all_records_that_are_here_come_together() -> None:
     assert await stream.receive_available() == b"three"
     for _ in range(2):
         assert await stream.receive_available() == b""
+
+
+async def test_tiny_records_come_some_at_a_time_and_others_have_their_turn_between() -> None:
+    count = 3 * MAX_AT_ONCE + 1
+    stream = over(Transport(b"".join(seal(IN, n, b"x") for n in range(count)) + seal(IN, count, b"")))
+    turns = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take_turns)
+        batches = []
+        while received := await stream.receive_available():
+            assert turns > len(batches)
+            batches.append(received)
+        nursery.cancel_scope.cancel()
+    assert b"".join(batches) == b"x" * count
+    assert max(map(len, batches)) == MAX_AT_ONCE
 
 
 async def test_records_come_byte_by_byte() -> None:

@@ -857,7 +857,7 @@ async def test_connections_are_told_of_in_the_log(
     assert "connected with None, user 'alice'" in caplog.text
     text = (
         "the connection with None, user 'alice', has ended after 2.0 seconds, "
-        "with 1 requests handled and 0 made: the peer closed the connection"
+        "with 1 requests received and 0 made: the peer closed the connection"
     )
     assert text in caplog.text
     assert {record.levelname for record in caplog.records} == {"INFO"}

@@ -23,7 +23,7 @@ from bokbok_trio._events import Abort, Answer, Bye, Cancel, End, Event, Failure,
 from bokbok_trio._flow import MAX_CREDIT, MAX_QUEUED, WINDOW
 from bokbok_trio._outbox import HEAD_ROOM, MAX_WHOLE_SIZE, Outgoing
 from bokbok_trio._packets import LARGE, encode_body, encode_head
-from bokbok_trio._session import Session, State
+from bokbok_trio._session import CROSSING, CROSSING_ITEMS, MAX_IGNORED, Session, State
 
 LIMIT = 4096
 
@@ -42,6 +42,8 @@ def packet(*fields: bytes, body: list[bytes] | None = None) -> bytes:
 def receive(session: Session, data: bytes) -> list[Event]:
     """What was received says; raises how it breaks the protocol."""
     events = session.receive(data)
+    while session.has_undecoded:
+        events += session.receive(b"")
     if session.error is not None:
         raise session.error
     return events
@@ -325,6 +327,58 @@ def test_what_came_before_the_error_is_still_told() -> None:
     events = server.receive(packet(b"req", b"0", b"", b"", b"", body=[]) + packet(b"nonsense"))
     assert events == [Request(0, math.inf, [])]
     assert str(server.error) == "unknown packet: b'nonsense' with 1 fields"
+
+
+def test_very_many_packets_are_decoded_some_at_a_time() -> None:
+    server = make("server", max_requests=1000)
+    sent = b"".join(packet(b"req", b"%d" % (2 * n), b"", b"", b"", body=[]) for n in range(250))
+    ids = []
+    counts = []
+    data = sent + packet(b"nonsense")
+    while True:
+        events = server.receive(data)
+        counts.append(len(events))
+        ids += [request_id(event) for event in events]
+        if not server.has_undecoded:
+            break
+        assert server.is_mid_packet
+        data = b""
+    assert ids == list(range(0, 500, 2))
+    assert counts == [100, 100, 50]
+    assert server.error is not None
+    assert not server.has_undecoded
+
+
+IGNORED = {
+    "a ping while a pong waits": packet(b"ping"),
+    "a cancel of what is done": packet(b"cancel", b"8"),
+    "an item of what is done": packet(b"item", b"8", body=[b""]),
+    "credit for what is done": packet(b"credit", b"8", b"1"),
+    "an end of what is done": packet(b"end", b"8"),
+    "pieces that are taken back": packet(b"part", b"1", b"99", b"x") + packet(b"drop", b"1"),
+}
+
+
+@pytest.mark.parametrize("kind", IGNORED)
+def test_packets_that_mean_nothing_are_bounded(kind: str) -> None:
+    server = make("server")
+    receive(server, packet(b"ping"))
+    assert receive(server, IGNORED[kind] * MAX_IGNORED) == []
+    with pytest.raises(ProtocolError, match=f"{MAX_IGNORED + 1} packets that mean nothing"):
+        receive(server, IGNORED[kind])
+
+
+def test_as_many_packets_may_cross_as_there_were_requests_and_items() -> None:
+    server = make("server")
+    for n in range(3):
+        receive(server, packet(b"chan", b"%d" % (2 * n), b"", b"", b"", b"1", body=[]))
+        server.answer(2 * n, [])
+        server.take(0)
+    crossing = packet(b"item", b"0", body=[b""])
+    most = MAX_IGNORED + 3 * (CROSSING + CROSSING_ITEMS)
+    assert receive(server, crossing * most) == []
+    with pytest.raises(ProtocolError, match="mean nothing"):
+        receive(server, crossing)
 
 
 def test_a_timeout_is_told() -> None:
