@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 
 import trio
+import trio.lowlevel
 
 from bokbok_trio import BokbokError, Key, Settings, open_connection, open_server
 from bokbok_trio._opening import open_as_client
@@ -132,7 +133,7 @@ async def flood(address: str, kind: str, flooders: int) -> None:
                         nursery.start_soon(drop, opened.stream)
                     await FLOODS[kind](opened.stream)  # type: ignore[misc]
             except* (trio.BrokenResourceError, BokbokError, OSError):
-                await trio.sleep(0)
+                await trio.lowlevel.checkpoint()
 
     async with trio.open_nursery() as nursery:
         for _ in range(flooders):

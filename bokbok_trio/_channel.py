@@ -32,6 +32,12 @@ CLOCK_DRIFT: Final = 0.05
 its span: the peer counts the same span from later on, so only drift makes it run out there first."""
 
 
+OVER_BUDGET: Final = (
+    "items that nobody received take up too many bytes of this connection; receive them faster, take more of "
+    "them at once, or raise Settings.budget"
+)
+
+
 def is_own_timeout(error: BaseException, deadline: float, span: float) -> bool:
     """Whether an error says that our own deadline, as good as reached, ran out over there first.
 
@@ -125,6 +131,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._has_ended = False
         self._peer_has_ended = False
         self._broken: Exception | None = None  # why nothing can be sent any more, and no more comes
+        self._lost: Exception | None = None  # why an item was dropped
         self._outcome: list[bytes] | BokbokError | None = None
         self._answer_told = False
         self._has_given_up = False  # on the answer
@@ -173,7 +180,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
             trio.ClosedResourceError: this side called `aclose`, or closed the connection before the
                 answer came.
             trio.BrokenResourceError: the other side cancelled, or answered with an error, which is
-                the cause, before it ended its direction.
+                the cause, before it ended its direction. Or items that nobody received took up too much
+                of `Settings.budget`.
             ConnectionLost: which is such an error too.
             RuntimeError: called from another Trio run.
         """
@@ -252,6 +260,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
         """Why nothing can be received, where nothing is buffered."""
         if self._is_closed:
             return trio.ClosedResourceError("this side closed the channel")
+        if self._lost is not None:
+            return self._lost
         if self._peer_has_ended:
             return trio.EndOfChannel()
         return self._shown(self._broken)
@@ -311,7 +321,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         if self._broken is None:
             self._broken = error
             if isinstance(error, trio.ClosedResourceError):
-                self._buffer.clear()  # this side did it, and asks for nothing more
+                self._drop_buffer()  # this side did it, and asks for nothing more
             _wake_all(self._senders)
             _wake_all(self._receivers)
             _wake_all(self._askers)
@@ -331,7 +341,11 @@ class Channel(trio.abc.Channel[list[bytes]]):
         elif self._broken is not None:
             return  # the other side has cancelled
         elif not self._is_closed:
-            self._buffer.append((item.size, item.fields) if item.body is None else item.body)
+            if self._flows.hold(item.size):
+                self._buffer.append((item.size, item.fields) if item.body is None else item.body)
+            else:
+                self._lost = trio.BrokenResourceError(OVER_BUDGET)
+                self._break(self._lost)
             return
         self._consume(item.size)
 
@@ -347,6 +361,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
     def _take_buffered(self) -> list[bytes]:
         item = self._buffer.popleft()
         size, fields = (len(item), decode_body(item)) if isinstance(item, bytes) else item
+        self._flows.release(size)
         self._consume(size)
         return fields
 
@@ -373,8 +388,13 @@ class Channel(trio.abc.Channel[list[bytes]]):
         elif not was_ended and not answered:
             self._flows.end(self._id)
         if self._cancel is not None or answered:
-            self._buffer.clear()  # nobody waits for credit
+            self._drop_buffer()  # nobody waits for credit
         self._stop_receiving()
+
+    def _drop_buffer(self) -> None:
+        for item in self._buffer:
+            self._flows.release(len(item) if isinstance(item, bytes) else item[0])
+        self._buffer.clear()
 
     def _stop_receiving(self) -> None:
         """Drop what is there and what still comes, as if it were received: nobody is to wait for us."""
@@ -414,7 +434,7 @@ class Channels:
     def take(self, id: int) -> Channel:
         """One of the peer's, which may send from now on."""
         channel = self._channels[id] = Channel(self._flows, id, self._wake_sender, self._home)
-        self._flows.grant(id)
+        self._flows.accept(id)
         return channel
 
     def remove(self, id: int) -> None:

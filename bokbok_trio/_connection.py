@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias, f
 
 import trio
 
+from ._budget import Budget
 from ._channel import Channel, Channels, is_own_timeout
 from ._current import next_depth
 from ._errors import (
@@ -68,6 +69,7 @@ from ._nursery import (
     is_within,
     keep,
 )
+from ._options import find_room
 from ._reader import STREAM_ERRORS, Reader
 from ._sender import Sender
 from ._session import Session
@@ -189,12 +191,19 @@ class Connection:
             max_message_size=opened.max_message_size,
             max_requests=settings.max_requests,
             slots=opened.peer_max_requests,
+            budget=Budget.share_out(settings.effective_budget),
+            peer_room=find_room(opened.peer_options),
         )
         self._waiters: dict[
             int, Waiter[list[bytes] | BokbokError] | Channel
         ] = {}  # for the answers to what this side asked
         self._watchdog = Watchdog(
-            settings.ping_after, settings.ping_timeout, ping=self._send_ping, lose=self._lose
+            settings.ping_after,
+            settings.ping_timeout,
+            ping=self._send_ping,
+            lose=self._lose,
+            least_rate=settings.least_rate,
+            count_waiting=self._count_waiting,
         )
         self._sender = Sender(
             self._session,
@@ -617,6 +626,11 @@ class Connection:
 
     def _wake_writers(self) -> None:
         self._channels.wake_writers()
+        if self._session.has_room_for_answers:
+            self._handlers.let_begin()
+
+    def _count_waiting(self) -> int:
+        return self._session.waiting_bytes
 
     def _send_ping(self) -> None:
         """Queue a ping. The watchdog's go also where one is out that the peer has not answered."""

@@ -4,14 +4,15 @@ Theory
 ======
 
 Each direction of a channel has a credit, in bytes; an item takes up its body and `ITEM_COST` of it. The
-receiver grants it: at first a `WINDOW` (with `chan` to the answerer, with `credit` to the opener), then
-as much as its user has consumed. An item may start while some is left, so that it can be of any size;
-credit then is below zero by less than one item, and no further item starts before it is above zero again.
+receiver grants it: at first a window (with `chan` to the answerer, with `credit` to the opener), which is a
+`WINDOW` while the budget allows, then as much as its user has consumed. An item may start while some is left,
+so that it can be of any size; credit then is below zero by less than one item, and no further item starts
+before it is above zero again.
 
 Invariants
 ==========
 
-- What has been received and not been consumed is less than `WINDOW` and one item.
+- What has been received and not been consumed is less than the window and one item.
 - What was queued and has not left is less than `MAX_QUEUED` and one item, whatever the peer grants;
   each item counts as `ITEM_OVERHEAD` more than its body, so this bounds the memory as well.
 - Every item that was queued has its credit, so nothing that is queued ever waits for the peer's user.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from typing import Final, final
 
+from ._budget import MIN_WINDOW
 from ._errors import ProtocolError
 from ._outbox import Outbox, Outgoing
 from ._packets import Chunks, Fields, encode_body
@@ -52,13 +54,26 @@ class Flow:
     Arguments:
         send_credit, receive_credit: bytes, at first.
         started: whether the peer knows of the channel, or will before what is queued now.
+
+    Attributes:
+        window: bytes of credit that the peer was granted first.
     """
 
-    __slots__ = ("_consumed", "ended", "peer_ended", "queued", "receive_credit", "send_credit", "started")
+    __slots__ = (
+        "_consumed",
+        "ended",
+        "peer_ended",
+        "queued",
+        "receive_credit",
+        "send_credit",
+        "started",
+        "window",
+    )
 
     def __init__(self, *, send_credit: int, receive_credit: int, started: bool) -> None:
         self.send_credit = 0
         self.receive_credit = receive_credit
+        self.window = receive_credit
         self.started = started
         self.ended = False
         self.peer_ended = False
@@ -117,7 +132,7 @@ class Flow:
     def consume(self, size: int) -> int:
         """Our user took an item. Return how much credit to grant now: only now and then there is any."""
         self._consumed += size + ITEM_COST
-        if self.peer_ended or self._consumed < WINDOW // 2:
+        if self.peer_ended or self._consumed < self.window // 2:
             return 0
         due, self._consumed = self._consumed, 0
         return due
@@ -130,19 +145,36 @@ class Flows:
     Arguments:
         outbox: where items, credit and ends are queued.
         max_body_size: bytes of an item.
+        budget: bytes of items of all channels that this side is to hold.
 
     Attributes:
         by_id: they themselves, to be looked at.
-        total: how many there have been.
+        queued: bytes of the items that wait to leave, as they count for `MAX_QUEUED`.
+        held: bytes of the items that were received, and that nobody has taken.
+        total: how many channels there have been.
     """
 
-    __slots__ = ("_max_body_size", "_outbox", "_writable", "by_id", "total")
+    __slots__ = (
+        "_budget",
+        "_free",
+        "_max_body_size",
+        "_outbox",
+        "_writable",
+        "by_id",
+        "held",
+        "queued",
+        "total",
+    )
 
-    def __init__(self, outbox: Outbox, max_body_size: int) -> None:
+    def __init__(self, outbox: Outbox, max_body_size: int, budget: int) -> None:
         self._outbox = outbox
+        self._budget = budget
+        self._free = budget  # what the windows leave of it; below 0 where there are very many
         self._max_body_size = max_body_size
         self.by_id: dict[int, Flow] = {}
         self._writable: dict[int, None] = {}  # takes up less than a set, where there is none
+        self.queued = 0
+        self.held = 0
         self.total = 0
 
     def __len__(self) -> int:
@@ -151,8 +183,9 @@ class Flows:
     # ---- beginning and ending, for `Session` ----
 
     def add_ours(self, id: int) -> None:
-        """A channel of ours. Its `chan` grants the first `WINDOW`."""
-        self.by_id[id] = Flow(send_credit=0, receive_credit=WINDOW, started=False)
+        """A channel of ours. Its `chan` grants its first window."""
+        window = self._take_window()
+        self.by_id[id] = Flow(send_credit=0, receive_credit=window, started=False)
         self.total += 1
 
     def add_theirs(self, id: int, credit: int) -> None:
@@ -164,6 +197,12 @@ class Flows:
         self.by_id[id] = Flow(send_credit=credit, receive_credit=0, started=True)
         self.total += 1
 
+    def _take_window(self) -> int:
+        """How many bytes a channel may send at first: a `WINDOW`, or less where there are many."""
+        window = max(MIN_WINDOW, min(WINDOW, self._free // 8))
+        self._free -= window
+        return window
+
     def start(self, id: int) -> None:
         """The `chan` of a channel of ours was queued."""
         flow = self.by_id.get(id)
@@ -174,7 +213,10 @@ class Flows:
 
     def remove(self, id: int) -> None:
         """It is done, or never was."""
-        self.by_id.pop(id, None)
+        flow = self.by_id.pop(id, None)
+        if flow is not None:
+            self._free += flow.window
+            self.queued -= flow.queued
         self._writable.pop(id, None)
 
     # ---- sending ----
@@ -194,7 +236,9 @@ class Flows:
 
     def send(self, id: int, body: Chunks, size: int) -> None:
         """Queue an item; `may_send` must be so."""
-        self.by_id[id].send(size)
+        flow = self.by_id[id]
+        flow.send(size)
+        self.queued += size + ITEM_OVERHEAD
         self._outbox.put(Outgoing(b"item", id, body=body, body_size=size))
 
     def left(self, id: int, size: int) -> None:
@@ -202,6 +246,7 @@ class Flows:
         flow = self.by_id.get(id)
         if flow is not None:
             flow.left(size)
+            self.queued -= size + ITEM_OVERHEAD
             self._note_writable(id, flow)
 
     def end(self, id: int) -> None:
@@ -232,7 +277,12 @@ class Flows:
 
     # ---- receiving ----
 
-    def grant(self, id: int, size: int = WINDOW) -> None:
+    def accept(self, id: int) -> None:
+        """Take items of a channel of the peer's: grant its first window."""
+        self.by_id[id].window = window = self._take_window()
+        self.grant(id, window)
+
+    def grant(self, id: int, size: int) -> None:
         """Take so many bytes more."""
         self.by_id[id].receive_credit += size
         self._outbox.put_credit(id, size)
@@ -244,6 +294,17 @@ class Flows:
         if due:
             self.grant(id, due)
         return due > 0
+
+    def hold(self, size: int) -> bool:
+        """Keep an item until somebody takes it. Returns whether it fits the budget, or is the only one."""
+        if self.held and self.held + size > self._budget:
+            return False
+        self.held += size
+        return True
+
+    def release(self, size: int) -> None:
+        """It was taken, or dropped."""
+        self.held -= size
 
     def on_item(self, id: int, size: int) -> None:
         """The peer sent an item of a channel in flight.

@@ -128,6 +128,7 @@ class Handlers:
         "_request_handler",
         "_scopes",
         "_session",
+        "_waiting",
         "_wake_sender",
         "ready",
     )
@@ -153,6 +154,7 @@ class Handlers:
         self._context = copy_context()  # only ever copied: a context runs once at a time
         self._scopes: dict[int, HandlerScope] = {}
         self.ready = LazyEvent()
+        self._waiting: dict[trio.Event, None] = {}  # handlers that have not begun
 
     def __len__(self) -> int:
         return len(self._scopes)
@@ -244,8 +246,8 @@ class Handlers:
         """Handle a request and queue its one answer, unless it is cancelled."""
         task = trio.lowlevel.current_task()
         try:
-            if not request.depth and not self.ready.is_set():
-                await self.ready.wait()
+            if not request.depth and not (self.ready.is_set() and self._session.has_room_for_answers):
+                await self._wait_to_begin()
             if channel is None:
                 assert self._request_handler is not None
                 fields = await call_user(self._request_handler, self._connection, request.fields)
@@ -259,6 +261,29 @@ class Handlers:
             keep(exc, partial(self._fail, request.id))
         finally:
             self._wake_sender()
+
+    async def _wait_to_begin(self) -> None:
+        """Wait for the open handler, and until the peer has read enough of the answers before."""
+        await self.ready.wait()
+        while not self._session.has_room_for_answers:
+            self._session.is_holding_back = True
+            waiter = trio.Event()
+            self._waiting[waiter] = None
+            try:
+                await waiter.wait()
+            finally:
+                self._waiting.pop(waiter, None)
+        # The next one's turn is after this handler's first step, which may take up the room.
+        self.let_begin()
+
+    def let_begin(self) -> None:
+        """Let the first of the handlers that wait look whether it may begin."""
+        if self._waiting:
+            waiter = next(iter(self._waiting))
+            del self._waiting[waiter]
+            waiter.set()
+        else:
+            self._session.is_holding_back = False
 
     async def _use_channel(self, request: Request, channel: Channel) -> Fields | None:
         assert self._channel_handler is not None

@@ -18,16 +18,18 @@ import select
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, cast, final
+from typing import Final, Literal, NamedTuple, TypeAlias, cast, final
 
 import trio
 
+from ._budget import Budget
 from ._direct_stream import DirectStream, make_direct
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake, encode_refused
 from ._keys import Key, encode_user
 from ._nursery import call_user, call_user_sync, describe_error, split_exception
-from ._packets import LENGTH_SIZE
+from ._options import ROOM
+from ._packets import LENGTH_SIZE, encode_number
 from ._places import Place
 from ._secretbox_stream import MAC_SIZE, SecretboxStream
 from ._settings import Settings
@@ -83,6 +85,23 @@ class Opened:
     peer_options: Mapping[str, bytes]
 
 
+@final
+class Refusal(NamedTuple):
+    """Why a client that is authenticated cannot stay.
+
+    Attributes:
+        code, message: what the client is told.
+        reason: what the log is told.
+    """
+
+    code: Literal["busy", "stopping"]
+    message: str
+    reason: str
+
+
+TOO_LATE: Final = Refusal("busy", "the server is busy", "the client waited too long for its look-up")
+
+
 class _PeerLeft(HandshakeError):  # noqa: N818  (what happened)
     """The peer closed the connection, or it broke."""
 
@@ -103,6 +122,10 @@ def _late(settings: Settings) -> HandshakeError:
 
 def _limits(settings: Settings) -> Limits:
     return Limits(settings.max_message_size, settings.max_requests)
+
+
+def _options(settings: Settings) -> Mapping[str, bytes]:
+    return {ROOM: encode_number(Budget.share_out(settings.effective_budget).requests)}
 
 
 def _opened(
@@ -136,7 +159,9 @@ async def open_as_client(
     Raises:
         HandshakeError: or one of its subclasses; then nothing of ours was answered.
     """
-    handshake = ClientHandshake(user=user, key=key, service=service, limits=_limits(settings))
+    handshake = ClientHandshake(
+        user=user, key=key, service=service, limits=_limits(settings), options=_options(settings)
+    )
     credentials = stream_credentials(transport)
     transport = make_direct(transport)
     with trio.CancelScope(deadline=trio.current_time() + settings.handshake_timeout):
@@ -164,7 +189,7 @@ async def open_as_server(
     service: str,
     settings: Settings,
     peer_user: PeerUser | None = None,
-    admit: Callable[[], Literal["busy", "stopping"] | None],
+    admit: Callable[[str | None], Refusal | None],
     place: Place,
 ) -> Opened:
     """Do the server's part.
@@ -172,13 +197,16 @@ async def open_as_server(
     Arguments:
         user_key: how to find the key of a user; None for mode plain.
         peer_user: how to name the client in mode plain; None to let everybody in.
-        admit: called once the client is authenticated, or named; returns why it cannot stay nevertheless.
+        admit: called with the user once that is authenticated, or named; returns why the client cannot stay
+            nevertheless.
         place: the place of this handshake, which runs in its scope. The caller leaves it.
 
     Raises:
         HandshakeError: or one of its subclasses; the client has been told what it may know.
     """
-    handshake = ServerHandshake(sealed=user_key is not None, service=service, limits=_limits(settings))
+    handshake = ServerHandshake(
+        sealed=user_key is not None, service=service, limits=_limits(settings), options=_options(settings)
+    )
     credentials = stream_credentials(transport)
     transport = make_direct(transport)
     failures = _Failures()
@@ -194,7 +222,7 @@ async def open_as_server(
             # Counted from `open`: from hello, a client could let it pass first, and time the look-up.
             refuse_at = trio.current_time() + REFUSAL_DELAY
             if not await place.take_turn(began + MAX_WAIT_SHARE * settings.handshake_timeout):
-                raise await _refuse(transport, stream, "busy", "the client waited too long for its look-up")
+                raise await _refuse(transport, stream, TOO_LATE)
             keys = await _look_up_in_turn(transport, user_key, handshake.user, place, failures)
             try:
                 accepted = handshake.accept(keys)
@@ -204,9 +232,9 @@ async def open_as_server(
                     await trio.sleep_until(refuse_at)
                 await _send_refusal(transport, stream, "authentication", "authentication failed")
                 raise
-            refusal = admit()
+            refusal = admit(name or None)
             if refusal is not None:
-                raise await _refuse(transport, stream, refusal, "the client was refused")
+                raise await _refuse(transport, stream, refusal)
             await _send(transport, stream, accepted)
             # Cancelled too late to be caught is cancelled nevertheless: nobody would end it later.
             if not scope.cancel_called:
@@ -237,12 +265,10 @@ async def linger(transport: trio.abc.Stream) -> None:
             left -= dropped
 
 
-async def _refuse(
-    transport: trio.abc.Stream, stream: trio.abc.Stream, code: Literal["busy", "stopping"], why: str
-) -> ConnectionRefused:
+async def _refuse(transport: trio.abc.Stream, stream: trio.abc.Stream, refusal: Refusal) -> ConnectionRefused:
     """Tell the client that it cannot stay, and return the exception to raise, which says why."""
-    await _send_refusal(transport, stream, code, f"the server is {code}")
-    return ConnectionRefused(why, code)
+    await _send_refusal(transport, stream, refusal.code, refusal.message)
+    return ConnectionRefused(refusal.reason, refusal.code)
 
 
 async def _send_refusal(

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from ._errors import HandshakeError, ProtocolError
-from ._packets import LENGTH_SIZE, decode_body, encode_body
+from ._packets import LENGTH_SIZE, decode_body, decode_number, encode_body
 
 MAX_OPTIONS_SIZE: Final = 96
 """Bytes of one side's options, encoded. With the longest user name and numbers they fit `open`, which is
@@ -30,6 +30,9 @@ GREASE_DICE: Final = 3 + MAX_GREASE_SIZE
 
 MAX_OWN_OPTIONS_SIZE: Final = MAX_OPTIONS_SIZE - (2 * LENGTH_SIZE + len(GREASE) + 4 + MAX_GREASE_SIZE)
 """Bytes of our options, encoded, without grease: the longest grease must fit too."""
+
+ROOM: Final = "room"
+"""The option that says how many bytes of requests a side holds at once: a number. See `_budget`."""
 
 NO_OPTIONS: Final[Mapping[str, bytes]] = MappingProxyType({})
 
@@ -90,4 +93,17 @@ def decode_options(encoded: bytes) -> Mapping[str, bytes]:
         if name in options:
             raise HandshakeError(f"the option {name!r} was sent twice")
         options[name] = fields[at + 1]
+    find_room(options)
     return MappingProxyType(options)
+
+
+def find_room(options: Mapping[str, bytes]) -> int | None:
+    """How many bytes of requests the peer holds at once; None: it has not told.
+
+    Raises:
+        HandshakeError: it is no number.
+    """
+    try:
+        return decode_number(options[ROOM]) if ROOM in options else None
+    except ProtocolError as exc:
+        raise HandshakeError(f"invalid option {ROOM!r}: {exc}") from None

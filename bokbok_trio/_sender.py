@@ -163,7 +163,7 @@ class Sender:
             self._lone_streak = 0
             self._is_lone = False
         session = self._session
-        if session.channels.has_writable:
+        if session.has_wakeable:
             self._wake_writers()
         if session.has_queued:
             self._send_now()
@@ -200,10 +200,11 @@ class Sender:
                 else:
                     now = trio.current_time()
                     batch = session.take(now, self._room(now))
+                self._watchdog.sent += len(batch)
                 if not batch or not self.wire.send_now(batch):
                     break
                 self._watchdog.send_ended(ping_left=True)
-                if session.channels.has_writable:
+                if session.has_wakeable:
                     self._wake_writers()
                 if not session.has_queued:
                     is_done = not session.is_draining
@@ -229,7 +230,7 @@ class Sender:
             batch = self._session.take(now, room)
             self._pending = 0
             if batch or self.wire.has_rest:
-                if self._session.channels.has_writable:
+                if self._session.has_wakeable:
                     self._wake_writers()
                 self._watchdog.send_begins(now)
                 with trio.CancelScope(deadline=self.until) as self._scope:
@@ -237,6 +238,7 @@ class Sender:
                 if self._scope.cancelled_caught:
                     return
                 self._scope = None
+                self._watchdog.sent += len(batch)
                 self._session.note_sent(trio.current_time() - now)
                 self._watchdog.send_ended(ping_left=not self._session.is_ping_queued)
             elif room == 0:

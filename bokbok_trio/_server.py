@@ -22,9 +22,11 @@ import inspect
 import logging
 import math
 import socket
+import sys
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
-from typing import Final, Literal, cast, final
+from typing import Final, cast, final
 
 import trio
 
@@ -36,12 +38,18 @@ from ._handling import ChannelHandler, RequestHandler
 from ._handshake import encode_service
 from ._keys import Key
 from ._nursery import bare_nursery, block, check_run, contain, describe_error, keep
-from ._opening import Displaced, NothingCame, PeerUser, UserKey, linger, open_as_server
+from ._opening import Displaced, NothingCame, PeerUser, Refusal, UserKey, linger, open_as_server
 from ._places import Place, Places, find_source
 from ._settings import Settings
 from ._sockets import Listeners, listener_address, open_listeners, stream_address
 from ._statistics import ServerStatistics
 from ._throttle import Throttle
+
+SPARE_DESCRIPTORS: Final = 64
+"""Open files that are left to the rest of the program where connections could use all that it may have."""
+
+HANDSHAKE_SHARE: Final = 8
+"""The part of them, an eighth, that is left to unfinished handshakes."""
 
 ACCEPT_PAUSE: Final = 0.1
 """Seconds until the next try to accept where the system has no descriptor or memory left; as Trio."""
@@ -102,6 +110,16 @@ class Server:
         self._throttle = Throttle(logger)
         self._connections: set[Connection] = set()
         self._admitted = 0
+        self._of_user: Counter[str | None] = Counter()
+        self._max_connections = _fit_descriptors(settings)
+        if self._max_connections < settings.max_connections:
+            logger.info(
+                "%s: takes %d connections at once, and not %d, as this process may not have more open files "
+                "(raise that limit by ulimit -n)",
+                self._name,
+                self._max_connections,
+                settings.max_connections,
+            )
         self._accepting = trio.CancelScope()
         self._grace = trio.CancelScope()
         self._stopping = False
@@ -125,7 +143,7 @@ class Server:
         """Count what goes on, for logs and gauges."""
         return ServerStatistics(
             connections=self._admitted,
-            max_connections=self._settings.max_connections,
+            max_connections=self._max_connections,
             handshakes=len(self._places),
             max_handshakes=self._settings.max_handshakes,
             handlers_running=sum(len(each._handlers) for each in self._connections),
@@ -255,7 +273,7 @@ class Server:
                 await trio.aclose_forcefully(stream)
             else:  # it has closed it itself
                 self._connections.discard(connection)
-                self._leave()
+                self._leave(connection.user)
 
     def _log_failure(self, address: Address | None, error: BaseException) -> None:
         if isinstance(error, NothingCame):
@@ -274,6 +292,20 @@ class Server:
         else:
             logger.error("%s: the connection with %s failed", self._name, address, exc_info=error)
 
+    def _find_refusal(self, user: str | None) -> Refusal | None:
+        """Why one more client cannot stay; None: it can."""
+        if self._stopping:
+            return Refusal("stopping", "the server is stopping", "the server is stopping")
+        if self._admitted >= self._max_connections:
+            return Refusal(
+                "busy", "the server is busy", f"there are {self._max_connections} connections already"
+            )
+        most = self._settings.max_connections_per_user
+        if most is not None and user is not None and self._of_user[user] >= most:
+            text = f"user {user!r} has {most} connections already"
+            return Refusal("busy", text, text)
+        return None
+
     async def _shake_hands(
         self, stream: trio.abc.Stream, address: Address | None, place: Place
     ) -> Connection | None:
@@ -281,17 +313,16 @@ class Server:
 
         None: it came to nothing, which was logged, and the client had its time to read why.
         """
-        admitted = False
+        admitted: tuple[str | None] | None = None  # the user, if it was
 
-        def admit() -> Literal["busy", "stopping"] | None:
+        def admit(user: str | None) -> Refusal | None:
             nonlocal admitted
-            if self._stopping:
-                return "stopping"
-            if self._admitted >= self._settings.max_connections:
-                return "busy"
-            self._admitted += 1
-            admitted = True
-            return None
+            refusal = self._find_refusal(user)
+            if refusal is None:
+                self._admitted += 1
+                self._of_user[user] += 1
+                admitted = (user,)
+            return refusal
 
         try:
             try:
@@ -317,8 +348,8 @@ class Server:
                 server=self,
             )
         except BaseException as exc:
-            if admitted:
-                self._leave()
+            if admitted is not None:
+                self._leave(*admitted)
             if not isinstance(exc, HandshakeError):
                 raise
             self._log_failure(address, exc)
@@ -350,14 +381,30 @@ class Server:
             number = sum(len(each._handlers) for each in self._connections)
             logger.info("%s: cancelling %d requests in flight: %s", self._name, number, "; ".join(found))
 
-    def _leave(self) -> None:
+    def _leave(self, user: str | None) -> None:
         """One connection less."""
         self._admitted -= 1
+        self._of_user[user] -= 1
+        if not self._of_user[user]:
+            del self._of_user[user]
         self._note_idle()
 
     def _note_idle(self) -> None:
         if self._stopping and not self._admitted:
             self._idle.set()
+
+
+def _fit_descriptors(settings: Settings) -> int:
+    """How many connections a server takes at once: those of the settings, or fewer where files are few."""
+    if sys.platform == "win32":
+        return settings.max_connections
+    import resource  # noqa: PLC0415  (Windows has none)
+
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY:
+        return settings.max_connections
+    handshakes = min(settings.max_handshakes, files // HANDSHAKE_SHARE)
+    return min(settings.max_connections, max(1, files - SPARE_DESCRIPTORS - handshakes))
 
 
 @trio.lowlevel.enable_ki_protection

@@ -28,6 +28,10 @@ Items that have not left when it is cancelled or answered never do.
 `max_requests` of every class. A request made in a handler is one deeper than the one being handled. So who
 holds a slot waits only for deeper slots, the deepest for none, and nested callbacks cannot lock up.
 
+*Bytes* are bounded too, see `_budget`. A request of ours that does not fit what the peer takes waits as if
+for a slot; one of the peer's that does not fit is answered `busy`. How many bytes of answers wait is counted,
+for whoever starts handlers.
+
 Either side may *drain*: with `bye` it says that it takes no new request of depth 0; the other sends `bye-ok`
 after its last one. What is in flight goes on, with all that is nested in it.
 
@@ -52,6 +56,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Final, final
 
+from ._budget import COUNTED, Budget, Room
 from ._errors import MAX_DETAILS_SIZE, MAX_ERROR_TEXT_SIZE, ProtocolError
 from ._events import NO_CONTEXT, Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
 from ._flow import ITEM_COST, WINDOW, Flows
@@ -84,6 +89,15 @@ purpose, and little enough that the slots of all depths are a bound."""
 
 MAX_ABORT_SIZE: Final = 256
 """Bytes of the text in `abort`."""
+
+UNANSWERED: Final = -1
+"""Stands for the size of an answer that is not there yet."""
+
+NO_BUDGET: Final = Budget.share_out(2**62)
+"""For tests, and whoever needs no bound."""
+
+BUSY: Final = "busy"
+"""The code of the answer to a request that does not fit this side's budget, and has not run."""
 
 MAX_IGNORED: Final = 10_000
 """Packets that mean nothing, and are ignored, without any request: pings while a pong waits, mostly."""
@@ -131,13 +145,18 @@ class Session:
         max_message_size: bytes of a packet, as agreed.
         max_requests: how many of the peer's requests of each class we take at once: the peer's slots.
         slots: how many of our requests of each class the peer takes at once.
+        budget: how many bytes the peer may make this side hold.
+        peer_room: how many bytes of our requests the peer takes; None where it has not told.
 
     Attributes:
+        answer_bytes: bytes of the answers that have not left.
+        budget: as above.
         channels: sends and grants, for the channels in flight.
         error: how the peer broke the protocol, once it has.
         peer_drains: whether the peer takes no new request of depth 0.
         received: how many requests the peer has made since the connection was opened.
         is_draining: whether this side takes none.
+        is_holding_back: whether handlers wait for `has_room_for_answers`; set by whoever starts them.
         is_ping_queued: whether a ping has not left yet.
     """
 
@@ -152,6 +171,8 @@ class Session:
         "_handling",
         "_handling_classes",
         "_handling_used",
+        "_held",
+        "_held_total",
         "_ignored",
         "_is_closed",
         "_max_body_size",
@@ -163,17 +184,30 @@ class Session:
         "_peer_parity",
         "_pieces",
         "_pong_queued",
+        "_room",
         "_slots",
         "_used",
+        "answer_bytes",
+        "budget",
         "channels",
         "error",
         "is_draining",
+        "is_holding_back",
         "is_ping_queued",
         "peer_drains",
         "received",
     )
 
-    def __init__(self, side: Side, *, max_message_size: int, max_requests: int, slots: int) -> None:
+    def __init__(
+        self,
+        side: Side,
+        *,
+        max_message_size: int,
+        max_requests: int,
+        slots: int,
+        budget: Budget = NO_BUDGET,
+        peer_room: int | None = None,
+    ) -> None:
         self._decoder = PacketDecoder(min(max_message_size, MAX_WHOLE_SIZE))
         self._pieces = Reassembler(max_message_size)
         self._max_body_size = max_message_size - HEAD_ROOM
@@ -185,11 +219,17 @@ class Session:
         self._asked_classes: dict[int, int] = {}  # of those that are not of class 0, as most are
         self._used = [0] * _CLASSES  # slots of the peer's, by class
         self._backlogs: dict[int, OrderedDict[int, Outgoing]] = {}  # by class; none of them is empty
-        self._handling: dict[int, bool] = {}  # whether it has been answered
+        self._handling: dict[int, int] = {}  # the bytes of its answer; UNANSWERED until there is one
         self._handling_classes: dict[int, int] = {}  # of those that are not of class 0
         self._handling_used = [0] * _CLASSES  # slots of ours, by class
         self._outbox = Outbox()
-        self.channels = Flows(self._outbox, self._max_body_size)
+        self.channels = Flows(self._outbox, self._max_body_size, budget.items)
+        self.budget = budget
+        self._room = Room(peer_room)
+        self._held: dict[int, int] = {}  # bytes of the peer's requests, of those that count
+        self._held_total = 0
+        self.answer_bytes = 0
+        self.is_holding_back = False
         self._flows = self.channels.by_id
         self.error: ProtocolError | None = None
         self.is_ping_queued = False
@@ -232,7 +272,7 @@ class Session:
         id = self._next_id
         slot_class = 2 * depth  # `_class_of`, without its call
         if (
-            len(body) > 1
+            size >= COUNTED
             or deadline < math.inf
             or self._used[slot_class] >= self._slots
             or slot_class in self._backlogs
@@ -274,12 +314,12 @@ class Session:
         head = [_ENCODED_DEPTHS[depth], context]
         if has_channel:
             self.channels.add_ours(id)
-            head.append(encode_number(WINDOW))
+            head.append(encode_number(self.channels.by_id[id].receive_credit))
         packet = Outgoing(kind, id, *head, body=body[0], body_size=body[1], deadline=deadline)
         slot_class = _class_of(depth, has_channel=has_channel)
         if slot_class:
             self._asked_classes[id] = slot_class
-        if self._used[slot_class] >= self._slots or slot_class in self._backlogs:
+        if slot_class in self._backlogs or not self._may_go(packet, slot_class):
             self._backlogs.setdefault(slot_class, OrderedDict())[id] = packet
         else:
             self._use_slot(packet, slot_class)
@@ -305,7 +345,9 @@ class Session:
         backlog = self._backlogs.get(slot_class)
         if backlog is None or backlog.pop(id, None) is None:
             return False
-        if not backlog:
+        if backlog:
+            self._use_free_slots(slot_class)  # it may have been a big one, before small ones
+        else:
             del self._backlogs[slot_class]
         self._asked_classes.pop(id, None)
         self.channels.remove(id)
@@ -323,8 +365,13 @@ class Session:
         """Whether it is certain that no handler of the peer has seen a request of ours."""
         return self._asked.get(id) is State.QUEUED or self.is_waiting(id)
 
+    def _may_go(self, packet: Outgoing, slot_class: int) -> bool:
+        """Whether there is a slot for a request of ours, and room for its bytes."""
+        return self._used[slot_class] < self._slots and self._room.has(slot_class, packet.body_size)
+
     def _use_slot(self, packet: Outgoing, slot_class: int) -> None:
         self._used[slot_class] += 1
+        self._room.add(packet.id, slot_class, packet.body_size)
         self._asked[packet.id] = State.QUEUED
         self._outbox.put(packet)
         if packet.kind == b"chan":
@@ -337,12 +384,17 @@ class Session:
         del self._asked[id]
         slot_class = self._asked_classes.pop(id, 0)
         self._used[slot_class] -= 1
+        self._room.remove(id)
         if self._backlogs and slot_class in self._backlogs:
-            backlog = self._backlogs[slot_class]
-            packet = backlog.popitem(last=False)[1]
-            if not backlog:
-                del self._backlogs[slot_class]
-            self._use_slot(packet, slot_class)
+            self._use_free_slots(slot_class)
+
+    def _use_free_slots(self, slot_class: int) -> None:
+        """Let requests of a class that wait go, in order, as far as they may."""
+        backlog = self._backlogs[slot_class]
+        while backlog and self._may_go(next(iter(backlog.values())), slot_class):
+            self._use_slot(backlog.popitem(last=False)[1], slot_class)
+        if not backlog:
+            del self._backlogs[slot_class]
 
     # ---- answering ----
 
@@ -354,9 +406,9 @@ class Session:
         """
         body, size = encode_body(fields, self._max_body_size)
         if len(body) > 1 or id in self._flows:
-            self._queue_answer(id, Outgoing(b"ok", id, body=body, body_size=size))
+            self._queue_answer(id, Outgoing(b"ok", id, body=body, body_size=size), size)
         else:
-            self._queue_answer(id, encode_small(_OK, id, b"", body[0]))
+            self._queue_answer(id, encode_small(_OK, id, b"", body[0]), size)
 
     def fail(self, id: int, code: str, message: str, details: bytes = b"") -> bool:
         """Queue an error as the answer to a request of the peer's. A long message is cut off.
@@ -366,12 +418,15 @@ class Session:
         """
         encoded, text = code.encode(), _cut(message, MAX_ERROR_TEXT_SIZE)
         fits = len(encoded) + len(text) + len(details) <= self._max_body_size
-        self._queue_answer(id, Outgoing(b"err", id, encoded, text, details if fits else b""))
+        self._queue_answer(id, Outgoing(b"err", id, encoded, text, details if fits else b""), 0)
         return fits
 
-    def _queue_answer(self, id: int, packet: Outgoing | bytes) -> None:
-        assert self._handling[id] is False, "answered twice"
-        self._handling[id] = True
+    def _queue_answer(self, id: int, packet: Outgoing | bytes, size: int) -> None:
+        assert self._handling[id] == UNANSWERED, "answered twice"
+        self._handling[id] = size
+        self.answer_bytes += size
+        if self._held:
+            self._held_total -= self._held.pop(id, 0)
         if self._is_closed:
             return
         if isinstance(packet, bytes):
@@ -421,6 +476,21 @@ class Session:
         """Whether a packet waits to be sent."""
         return self._bye_ok_queued or self._abort is not None or not self._outbox.is_empty
 
+    @property
+    def has_room_for_answers(self) -> bool:
+        """Whether handlers may begin: not too many bytes of answers wait to be sent."""
+        return self.answer_bytes <= self.budget.answers
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the answers and items that wait to be sent."""
+        return self.answer_bytes + self.channels.queued
+
+    @property
+    def has_wakeable(self) -> bool:
+        """Whether someone may go on: a channel that has credit, or handlers that wait for room."""
+        return self.channels.has_writable or (self.is_holding_back and self.has_room_for_answers)
+
     # ---- liveness, draining, closing ----
 
     def ping(self) -> None:
@@ -455,6 +525,7 @@ class Session:
         self._asked.clear()
         self._asked_classes.clear()
         self._used = [0] * _CLASSES
+        self._room.clear()
         self._bye_ok_queued = False
 
     # ---- what leaves ----
@@ -483,7 +554,7 @@ class Session:
         chunks, left, items = self._outbox.take(now, room)
         for id in left:
             if id % 2 == self._peer_parity:
-                del self._handling[id]
+                self.answer_bytes -= self._handling.pop(id)
                 self._handling_used[self._handling_classes.pop(id, 0)] -= 1
                 if id in self._flows:
                     self.channels.remove(id)
@@ -522,7 +593,7 @@ class Session:
         return self._decoder.has_rest and self.error is None
 
     def receive(self, data: Received | bytearray) -> list[Event]:
-        """Decode what was received, up to `MAX_AT_ONCE` packets, and return what it says, as far as it is good.
+        """Decode what was received, up to `MAX_AT_ONCE` packets; return what it says, as far as it is good.
 
         If the peer broke the protocol, `error` says how, and the events are those before that.
         """
@@ -543,7 +614,23 @@ class Session:
 
     # ---- requests and their answers ----
 
-    def _on_req(self, fields: list[Received], *, has_channel: bool = False) -> Request:
+    def _on_req(self, fields: list[Received]) -> Request | None:
+        return self._refuse_over_budget(self._note_request(fields))
+
+    def _refuse_over_budget(self, request: Request) -> Request | None:
+        """Answer a request that does not fit this side's budget. It does not run."""
+        size = self._held.get(request.id, 0)
+        if size and size < self._held_total > self.budget.requests:
+            taken = self._held_total - size
+            self.fail(
+                request.id,
+                BUSY,
+                f"not run: of {self.budget.requests} bytes of requests at once, {taken} are held already",
+            )
+            return None
+        return request
+
+    def _note_request(self, fields: list[Received], *, has_channel: bool = False) -> Request:
         _, id, timeout, depth, context, body = fields
         number = decode_number(id)
         self._check_parity(number)
@@ -560,10 +647,13 @@ class Session:
         if self._peer_bye_ok and not nested:
             raise ProtocolError("a new request of depth 0 after `bye-ok`")
         self.received += 1
-        self._handling[number] = False
+        self._handling[number] = UNANSWERED
         self._handling_used[slot_class] += 1
         if slot_class:
             self._handling_classes[number] = slot_class
+        if len(body) >= COUNTED:
+            self._held[number] = len(body)
+            self._held_total += len(body)
         return request
 
     def _on_ok(self, fields: list[Received]) -> Answer | None:
@@ -589,7 +679,7 @@ class Session:
     def _on_cancel(self, fields: list[Received]) -> Cancel | None:
         id = decode_number(fields[1])
         self._check_parity(id)
-        if self._handling.get(id) is not False:
+        if self._handling.get(id) != UNANSWERED:
             self._ignore()  # never asked, answered, or done
             return None
         return Cancel(id)
@@ -600,11 +690,11 @@ class Session:
 
     # ---- channels, of either side's ----
 
-    def _on_chan(self, fields: list[Received]) -> Request:
+    def _on_chan(self, fields: list[Received]) -> Request | None:
         first_credit = decode_number(fields.pop(5))
-        request = self._on_req(fields, has_channel=True)
+        request = self._note_request(fields, has_channel=True)
         self.channels.add_theirs(request.id, first_credit)
-        return request
+        return self._refuse_over_budget(request)
 
     def _on_item(self, fields: list[Received]) -> Item | None:
         _, id, body = fields
@@ -690,8 +780,9 @@ class Session:
         self._bye_ok_queued = True
         bye = Bye([])
         for slot_class in (0, 1):
-            for id in list(self._backlogs.get(slot_class, ())):
-                self._remove_waiting(id)
+            for id in self._backlogs.pop(slot_class, ()):
+                self._asked_classes.pop(id, None)
+                self.channels.remove(id)
                 bye.ids.append(id)
         return bye
 

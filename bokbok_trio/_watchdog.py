@@ -2,7 +2,8 @@
 
 Silence means that nothing authentic was received. After ``ping_after`` of it a ping is sent;
 ``ping_timeout`` after the ping was *written* the peer is lost. It is lost too when one send takes as
-long as both together: it does not read, though it may go on to send.
+long as both together: it does not read, though it may go on to send. And so it is where much waits for it and
+leaves more slowly than the least rate: it reads, but only to hold what waits here.
 
 False accusations that this avoids:
 
@@ -45,6 +46,12 @@ import trio
 LATENESS: Final = 1.0
 """Seconds by which an alarm may be late before the watchdog thinks that it was not the peer's fault."""
 
+MUCH: Final = 2**20
+"""Bytes of answers and items that may wait for a peer however slowly it reads."""
+
+RATE_SPAN: Final = 10.0
+"""Seconds over which its rate is measured, at least: it may pause for a few."""
+
 SPARE_ALARMS: Final = 64
 """Alarms of stopped watchdogs that are kept, besides as many as there are of others; with fewer, each
 connection that is closed would have all of a few looked through."""
@@ -60,22 +67,32 @@ class Watchdog:
         ping_after, ping_timeout: seconds; see `Settings`.
         ping: queues a ping and wakes the sender.
         lose: is told why the connection is lost, once; the watchdog has stopped then.
+        least_rate: bytes a second; see `Settings`.
+        count_waiting: counts the bytes of answers and items that wait to be sent.
 
-    What the two raise is logged.
+    Attributes:
+        sent: bytes that were written.
+
+    What `ping` and `lose` raise is logged.
     """
 
     __slots__ = (
+        "_alarm_at",
         "_answer_due",
         "_asked_after",
+        "_count_waiting",
         "_forgiven_until",
         "_heard_at",
+        "_least_rate",
         "_lose",
+        "_measured",
         "_ping",
         "_ping_after",
         "_ping_timeout",
         "_ping_waits",
         "_rounds",
         "_send_began",
+        "sent",
     )
 
     def __init__(
@@ -85,7 +102,14 @@ class Watchdog:
         *,
         ping: Callable[[], object],
         lose: Callable[[str], object],
+        least_rate: float = 0.0,
+        count_waiting: Callable[[], int] = int,
     ) -> None:
+        self.sent = 0
+        self._least_rate = least_rate
+        self._count_waiting = count_waiting
+        self._measured: tuple[float, int] | None = None  # since when the rate is measured, and `sent` then
+        self._alarm_at = math.inf  # as last told
         self._ping_after = ping_after
         self._ping_timeout = ping_timeout
         self._ping = ping
@@ -123,6 +147,7 @@ class Watchdog:
         """Watch no more, and forget `ping` and `lose`."""
         self._lose = None
         self._ping = _do_nothing
+        self._count_waiting = int
         rounds, self._rounds = self._rounds, None
         if rounds is not None:
             rounds.note_stopped()
@@ -145,6 +170,33 @@ class Watchdog:
         """
         if self._lose is None:
             return None
+        if now > self._alarm_at + LATENESS:
+            self._measured = None
+        elif self._is_too_slow(now):
+            self._give_up(
+                self._lose,
+                f"the peer reads too slowly: {self._count_waiting()} bytes wait for it, and at least "
+                f"{self._least_rate:g} a second must leave then",
+            )
+            return None
+        at = self._look(now, self._lose)
+        self._alarm_at = math.inf if at is None else at
+        return at
+
+    def _is_too_slow(self, now: float) -> bool:
+        """Whether much waits, and less left than should have since that was first seen."""
+        if self._count_waiting() < MUCH:
+            self._measured = None
+        elif self._measured is None:
+            self._measured = now, self.sent
+        elif now - self._measured[0] >= RATE_SPAN:
+            since, sent = self._measured
+            self._measured = now, self.sent
+            return self.sent - sent < self._least_rate * (now - since)
+        return False
+
+    def _look(self, now: float, lose: Callable[[str], object]) -> float | None:
+        """As `alarm`, but for the rate."""
         patience = self._ping_after + self._ping_timeout
         stuck_at = math.inf if self._send_began is None else self._send_began + patience
         is_asked = self._asked_after == self._heard_at
@@ -157,7 +209,7 @@ class Watchdog:
             return self._forgiven_until
         if now >= stuck_at or is_asked:
             what = "not read" if now >= stuck_at else "not been heard of"
-            self._give_up(self._lose, f"the peer has {what} for {patience:g} seconds")
+            self._give_up(lose, f"the peer has {what} for {patience:g} seconds")
             return None
         self._ask(now + patience + self._ping_timeout)
         return None if self.has_stopped else min(stuck_at, self._next_look(now))

@@ -20,7 +20,7 @@ class Ends:
 
     def __init__(self) -> None:
         self.outbox = Outbox()
-        self.flows = Flows(self.outbox, 2**20)
+        self.flows = Flows(self.outbox, 2**20, 2**30)
 
     def take(self) -> list[list[bytes]]:
         chunks, _, items = self.outbox.take(0)
@@ -99,7 +99,7 @@ def test_nothing_comes_after_the_end() -> None:
 
 
 def test_credit_is_granted_by_half_windows_and_none_is_forgotten() -> None:
-    flow = make_flow()
+    flow = make_flow(receive_credit=WINDOW)
     assert flow.consume(WINDOW // 2 - 2 * ITEM_COST - 1) == 0
     assert flow.consume(1) == WINDOW // 2, "an item counts as more than its body"
     assert flow.consume(1) == 0
@@ -114,7 +114,7 @@ def test_credit_is_granted_by_half_windows_and_none_is_forgotten() -> None:
 def test_credit_goes_first_in_one_packet_and_the_end_last() -> None:
     ends = Ends()
     ends.flows.add_theirs(0, WINDOW)
-    ends.flows.grant(0)
+    ends.flows.accept(0)
     ends.send(0, 10)
     ends.flows.grant(0, 7)
     ends.flows.end(0)
@@ -232,7 +232,7 @@ def test_what_is_done_does_nothing() -> None:
 
 
 def test_an_item_has_the_limit_of_a_packet() -> None:
-    flows = Flows(Outbox(), 100)
+    flows = Flows(Outbox(), 100, 2**30)
     assert flows.encode([bytes(95)])[1] == 100
     with pytest.raises(MessageTooLarge):
         flows.encode([bytes(96)])

@@ -771,7 +771,7 @@ class LyingPeer(RuleBasedStateMachine):
         new = [id for id in model.used if id in model.theirs and not model.theirs[id].has_begun]
         id = one_of(which, new)
         if id is not None:
-            self.do(lambda engine: engine.channels.grant(id))
+            self.do(lambda engine: engine.channels.accept(id))
             self.model.grant(id, WINDOW)
 
     def consume(self, which: int, _size: int) -> None:

@@ -34,6 +34,7 @@ from bokbok_trio._opening import (
     REFUSAL_DELAY,
     NothingCame,
     Opened,
+    Refusal,
     open_as_client,
     open_as_server,
 )
@@ -143,7 +144,7 @@ def as_client(wire: trio.abc.Stream, mode: Mode = "sealed", **options: Any) -> C
 def as_server(wire: trio.abc.Stream, mode: Mode = "sealed", **options: Any) -> Coroutine[Any, Any, Opened]:
     user_key = {"myuser": K} if mode == "sealed" else None
     place = Places(1, 1).take(None)
-    others = {"service": "", "settings": Settings(), "admit": lambda: None, "place": place}
+    others = {"service": "", "settings": Settings(), "admit": lambda _: None, "place": place}
     return open_as_server(wire, **{"user_key": user_key, **others, **options})
 
 
@@ -384,7 +385,7 @@ async def test_the_same_service_opens_and_another_looks_like_a_wrong_key(autojum
 @in_both_modes
 async def test_each_side_is_told_the_options_of_the_other(mode: Mode, autojump_clock: MockClock) -> None:
     for ending in await meet(make_wires(), mode):
-        assert ending.opened.peer_options == {"grease.0000": b"1234"}
+        assert ending.opened.peer_options == {"room": b"%d" % 2**25, "grease.0000": b"1234"}
 
 
 # ---- nothing comes of it, at once ----
@@ -433,7 +434,7 @@ async def test_sealed_and_plain_do_not_meet(
     assert "check whether the server expects a key" in str(client.error)
     assert wires[1].sent == []
     # In mode plain the client's `open` is along with its hello.
-    assert [len(sent) for sent in wires[0].sent] == [78 if client_mode == "sealed" else 116]
+    assert [len(sent) for sent in wires[0].sent] == [78 if client_mode == "sealed" else 136]
 
 
 async def test_sealed_and_plain_do_not_meet_over_sockets() -> None:
@@ -507,7 +508,7 @@ async def test_open_and_accepted_are_one_record_with_one_packet(
     enter = enter_as_server if side == "client" else enter_as_client
     asked_admission = False
 
-    def admit() -> None:
+    def admit(_: str | None) -> None:
         nonlocal asked_admission
         asked_admission = True
 
@@ -677,7 +678,7 @@ REFUSED: dict[str, tuple[bytes, Any]] = {
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Seen:
     """All that a client can see of a refusal."""
 
     packet: bytes
@@ -685,11 +686,11 @@ class Refusal:
     sizes: tuple[int, ...]
 
 
-def never_admit() -> None:
+def never_admit(_: str | None) -> None:
     raise AssertionError("an unauthenticated client was to be admitted")
 
 
-async def be_refused(name: bytes, user_key: Any, *, late: float = 0) -> tuple[Refusal, Ending]:
+async def be_refused(name: bytes, user_key: Any, *, late: float = 0) -> tuple[Seen, Ending]:
     client, server = make_wires()
     endings: list[Ending] = []
 
@@ -704,7 +705,7 @@ async def be_refused(name: bytes, user_key: Any, *, late: float = 0) -> tuple[Re
         await stream.send_all(opening)
         packet = await stream.receive_some()
         seconds = trio.current_time() - start
-    return Refusal(packet, round(seconds, 6), tuple(map(len, server.sent))), endings[0]
+    return Seen(packet, round(seconds, 6), tuple(map(len, server.sent))), endings[0]
 
 
 async def test_every_refusal_of_a_user_looks_the_same_and_comes_at_the_same_time(
@@ -862,26 +863,33 @@ async def test_a_server_without_the_key_is_no_server(autojump_clock: MockClock) 
 
 @in_both_modes
 @pytest.mark.parametrize("code", ["busy", "stopping"])
-async def test_a_server_may_not_admit_a_client(mode: Mode, code: str, autojump_clock: MockClock) -> None:
+async def test_a_server_may_not_admit_a_client(
+    mode: Mode, code: Literal["busy", "stopping"], autojump_clock: MockClock
+) -> None:
     asked = 0
 
-    def admit() -> str:
+    def admit(user: str | None) -> Refusal:
         nonlocal asked
         asked += 1
-        return code
+        assert user == ("myuser" if mode == "sealed" else None)
+        return Refusal(code, "told so", "for a reason")
 
+    texts = []
     for ending in await meet(make_wires(), mode, server={"admit": admit}):
         assert isinstance(ending.error, ConnectionRefused)
         assert ending.error.code == code
         assert ending.seconds == 0
+        texts.append(str(ending.error))
     assert asked == 1
+    assert "told so" in texts[0]
+    assert "for a reason" in texts[1]
 
 
 @in_both_modes
 async def test_what_admit_raises_comes_out_as_itself(mode: Mode, autojump_clock: MockClock) -> None:
     client, server = make_wires()
 
-    def admit() -> None:
+    def admit(_: str | None) -> None:
         raise ZeroDivisionError
 
     async with trio.open_nursery() as nursery:

@@ -34,7 +34,7 @@ PUBLIC = {
 
 # Lower files never import higher ones.
 LAYERS = [
-    *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_events", "_packets", "_eager"),
+    *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_events", "_packets", "_eager", "_budget"),
     *(
         "_fork",
         "_unix_listener",

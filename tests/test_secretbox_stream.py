@@ -763,7 +763,7 @@ async def test_tiny_records_come_some_at_a_time_and_others_have_their_turn_betwe
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(take_turns)
-        batches = []
+        batches: list[bytes] = []
         while received := await stream.receive_available():
             assert turns > len(batches)
             batches.append(received)

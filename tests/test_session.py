@@ -644,7 +644,7 @@ def open_pair(limit: int = LIMIT) -> tuple[Session, Session]:
     client, server = make("client", limit=limit), make("server", limit=limit)
     client.open_channel(["hello"])
     list(receive(server, client.take(0)))
-    server.channels.grant(0)
+    server.channels.accept(0)
     assert list(receive(client, server.take(0))) == []
     return client, server
 
@@ -661,7 +661,7 @@ def test_a_channel_with_items_both_ways_and_its_answer() -> None:
     assert list(receive(server, sent)) == [Request(0, 2.5, [b"hello"], has_channel=True)]
     assert not client.channels.may_send(0)
     assert server.channels.may_send(0)
-    server.channels.grant(0)
+    server.channels.accept(0)
     sent = server.take(0)
     assert sent == packet(b"credit", b"0", b"%d" % WINDOW)
     assert list(receive(client, sent)) == []
@@ -1117,7 +1117,7 @@ class TwoEngines(RuleBasedStateMachine):
                 assert has_channel == (id in self.items[side])
                 if has_channel:
                     self.held[side][id] = []
-                    self.engines[side].channels.grant(id)
+                    self.engines[side].channels.accept(id)
                 assert timeout == self.timeouts[1 - side].get(id, timeout)
                 assert id not in self.seen[1 - side]
                 assert self.waiting[1 - side].get(id, text) == text

@@ -8,22 +8,31 @@ from typing import Any
 import pytest
 
 from bokbok_trio import Settings
-from bokbok_trio._settings import MAX_MESSAGE_SIZE, MAX_REQUESTS, MIN_MESSAGE_SIZE
+from bokbok_trio._settings import MAX_BUDGET, MAX_MESSAGE_SIZE, MAX_REQUESTS, MIN_MESSAGE_SIZE
 
 
 def test_the_defaults() -> None:
     assert dataclasses.asdict(Settings()) == {
         "max_message_size": 4 * 1024 * 1024,
         "max_requests": 100,
+        "budget": None,
+        "least_rate": 16384,
         "connect_timeout": 10.0,
         "handshake_timeout": 10.0,
         "ping_after": 20.0,
         "ping_timeout": 20.0,
         "describe_error": None,
         "max_connections": 1000,
+        "max_connections_per_user": None,
         "max_handshakes": 512,
         "max_lookups": 64,
     }
+
+
+def test_the_budget_follows_the_message_size() -> None:
+    assert Settings().effective_budget == 64 * 2**20
+    assert Settings(max_message_size=2**20).effective_budget == 16 * 2**20
+    assert Settings(max_message_size=2**20, budget=2**23).effective_budget == 2**23
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -41,6 +50,11 @@ def test_settings_go_by_name() -> None:
     [
         {"max_message_size": MIN_MESSAGE_SIZE, "max_requests": 1, "max_connections": 1, "max_handshakes": 1},
         {"max_lookups": 1},
+        {"max_connections_per_user": 1},
+        {"budget": 2**24},
+        {"budget": 2**14, "max_message_size": 2**12},
+        {"budget": MAX_BUDGET, "least_rate": 0},
+        {"least_rate": 0.5},
         {"max_message_size": MAX_MESSAGE_SIZE, "max_requests": MAX_REQUESTS, "max_connections": 10**9},
         {"handshake_timeout": 1e-9},
         {"handshake_timeout": 5},
@@ -63,6 +77,12 @@ def test_what_is_in_range(values: dict[str, Any]) -> None:
         ("max_connections", 0, "max_connections must be at least 1, not 0"),
         ("max_handshakes", -1, "max_handshakes must be at least 1, not -1"),
         ("max_lookups", 0, "max_lookups must be at least 1, not 0"),
+        ("max_connections_per_user", 0, "max_connections_per_user must be at least 1, not 0"),
+        ("budget", 2**24 - 1, "budget must be at least 16777216 and at most 72057594037927936, not 16777215"),
+        ("budget", MAX_BUDGET + 1, "budget must be at least 16777216 and at most 72057594037927936"),
+        ("least_rate", -1, "least_rate must be 0 or more bytes a second, not -1"),
+        ("least_rate", math.inf, "least_rate must be 0 or more bytes a second, not inf"),
+        ("least_rate", math.nan, "least_rate must be 0 or more bytes a second, not nan"),
         ("connect_timeout", 0, "connect_timeout must be more than 0 seconds"),
         ("handshake_timeout", 0, "handshake_timeout must be more than 0 seconds"),
         ("handshake_timeout", -1.0, "handshake_timeout must be more than 0 seconds"),
@@ -94,6 +114,9 @@ def test_what_is_out_of_range(name: str, value: Any, message: str) -> None:
             for name in ("connect_timeout", "handshake_timeout", "ping_after", "ping_timeout")
             for value in ("10", None)
         ),
+        ("budget", "1", "budget must be an int, not str"),
+        ("max_connections_per_user", 1.0, "max_connections_per_user must be an int, not float"),
+        ("least_rate", "1", "least_rate must be a number, not str"),
         ("describe_error", "text", "describe_error must be a function from an exception to a str"),
     ],
 )
