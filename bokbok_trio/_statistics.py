@@ -15,7 +15,7 @@ class ConnectionStatistics:
         used_slots: requests of this side that are with the other side, or about to be sent. A
             cancelled one counts until the other side has answered it nevertheless.
         total_slots: how many those can be: requests that the other side takes at once.
-        requests_waiting: requests of this side that wait for a slot.
+        requests_waiting: requests of this side that wait for a slot, or for room at the other side.
         requests_cancelled: of `used_slots`, those that have been cancelled and are not yet answered.
         handlers_running: requests of the other side whose handlers run here, or wait for the open
             handler.
