@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, TypeAlias, cast, final
 
-from ._errors import AddressError
+from ._errors import AddressError, escape
 
 MAX_PORT: Final = 2**16 - 1
 
@@ -75,6 +75,8 @@ class UnixAddress:
     Attributes:
         path: the same, as a str.
 
+    As a str it is in one line: a peer chooses its path, so control characters are shown escaped.
+
     Raises:
         TypeError: `path` is neither.
         AddressError: it is empty, too long, or has a zero in it.
@@ -97,8 +99,9 @@ class UnixAddress:
         object.__setattr__(self, "path", text)
 
     def __str__(self) -> str:
-        plain = "/" in self.path and not self.path.startswith(_PREFIXES)
-        return self.path if plain else f"unix:{self.path}"
+        path = escape(self.path)
+        plain = "/" in path and not path.startswith(_PREFIXES)
+        return path if plain else f"unix:{path}"
 
 
 Address: TypeAlias = TCPAddress | UnixAddress

@@ -155,7 +155,7 @@ tcp_addresses = st.builds(
     TCPAddress, host_names | st.ip_addresses().map(str) | with_zones | st.just(""), st.integers(0, 65535)
 )
 unix_addresses = st.builds(
-    UnixAddress, st.text(st.sampled_from("/:.[]@ ab0\u00fc\n"), min_size=1, max_size=50)
+    UnixAddress, st.text(st.sampled_from("/:.[]@ ab0\u00fc"), min_size=1, max_size=50)
 )
 
 
@@ -167,6 +167,12 @@ unix_addresses = st.builds(
 @example(UnixAddress("tcp:x"))
 def test_an_address_as_a_str_and_back(address: Address) -> None:
     assert parse_address(str(address)) == address
+
+
+def test_a_path_that_a_peer_chose_is_one_line() -> None:
+    address = UnixAddress("/run/a\nERROR forged\x1b[31m\u202e")
+    assert str(address) == r"/run/a\nERROR forged\x1b[31m\u202e"
+    assert address.path == "/run/a\nERROR forged\x1b[31m\u202e"
 
 
 @given(st.text(max_size=20) | st.text(st.sampled_from("tcpunix:[]/.%0189af"), max_size=20))
