@@ -2,13 +2,14 @@
 
 A side's budget is shared out among what the peer can make it hold:
 
-- *Requests*, until their handlers have ended: half of the budget. The side tells its peer how much that is,
-  by the option `room`, and the peer keeps what does not fit until there is room. What a peer sends
-  nevertheless is answered `busy`, and does not run.
-- *Answers*, until they have left: a quarter. Where they take up more, requests of depth 0 wait with their
-  handlers, until the peer has read some.
-- *Items* that no one has received: a quarter. The windows of channels become smaller where there are many. A
-  channel whose items do not fit nevertheless breaks.
+- *Requests*, until their handlers have ended: five eighths. The side tells its peer how much that is, by the
+  option `room`, and the peer keeps what does not fit until there is room. What a peer sends nevertheless is
+  answered `busy`, and does not run.
+- *Answers*, until they have left: three sixteenths. Where they take up more, requests of depth 0 wait with
+  their handlers, until the peer has read some.
+- *Items* that no one has received: the windows of all channels share three sixteenths, and become smaller
+  where there are many. As an item of any size may start while some of a window is left, this may not do. So
+  items may take up all that is left of the budget, and a channel whose items do not fit then breaks.
 
 Besides, the pieces of a few packets may have partly arrived (see `MAX_OPEN`).
 
@@ -35,11 +36,12 @@ class Budget(NamedTuple):
     requests: int
     answers: int
     items: int
+    total: int
 
     @classmethod
     def share_out(cls, budget: int) -> Budget:
         """Share out so many bytes."""
-        return cls(budget // 2, budget // 4, budget // 4)
+        return cls(budget * 5 // 8, budget * 3 // 16, budget * 3 // 16, budget)
 
 
 @final

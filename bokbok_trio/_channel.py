@@ -387,6 +387,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
             _wake_all(self._askers)
         elif not was_ended and not answered:
             self._flows.end(self._id)
+            self._wake_sender()
         if self._cancel is not None or answered:
             self._drop_buffer()  # nobody waits for credit
         self._stop_receiving()

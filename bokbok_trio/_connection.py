@@ -68,6 +68,7 @@ from ._nursery import (
     describe_error,
     is_within,
     keep,
+    split_exception,
 )
 from ._options import find_room
 from ._reader import STREAM_ERRORS, Reader
@@ -115,7 +116,7 @@ class _Ending(NamedTuple):
     def make_error(self, *, may_have_run: bool) -> BokbokError:
         """Make what a waiter sees, given whether its request may have run."""
         if self.is_ours:
-            return ConnectionClosed(self.reason)
+            return ConnectionClosed(self.reason, may_have_run)
         error = ConnectionLost(self.reason, may_have_run)
         error.__cause__ = self.cause
         return error
@@ -579,7 +580,8 @@ class Connection:
                 if open_handler is None:
                     self._handlers.ready.set()
                 else:
-                    nursery.start_soon(self._open, open_handler)
+                    self._opening = trio.CancelScope()  # now, as it may be over before that task runs
+                    nursery.start_soon(self._open, open_handler, self._opening)
                 await self._send()
         except Exception as exc:
             # But one that a handler left a nursery open in, for which Trio raises this at its end.
@@ -610,10 +612,10 @@ class Connection:
         self._task = self._nursery = None
 
     @trio.lowlevel.enable_ki_protection
-    async def _open(self, open_handler: ConnectionHandler) -> None:
+    async def _open(self, open_handler: ConnectionHandler, scope: trio.CancelScope) -> None:
         """Run the open handler, and let requests be handled if it returned; if not, it is over."""
         try:
-            with trio.CancelScope() as self._opening, contain(partial(self._log, "the open handler failed")):
+            with scope, contain(partial(self._log, "the open handler failed")):
                 await call_user(open_handler, self)
                 self._handlers.ready.set()
                 self._sender.wake()
@@ -702,8 +704,15 @@ class Connection:
         try:
             try:
                 await self._sender.run()
-            except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
-                await self._note_send_failure(exc)
+            except BaseException as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
+                error, rest = split_exception(exc)
+                if error is not None:
+                    await self._note_send_failure(error)
+                if rest is not None:
+                    try:
+                        raise rest from rest.__cause__
+                    finally:
+                        del error, rest  # or this frame and the traceback would keep each other alive
             else:
                 await self._say_end()
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
@@ -719,8 +728,11 @@ class Connection:
             finally:
                 self._stream_closed.set()
 
-    async def _note_send_failure(self, error: Exception) -> None:
+    async def _note_send_failure(self, error: BaseException) -> None:
         """Sending failed. Answers that came before are still good: the reader gets a moment for them."""
+        if not self._sender.is_in_stream:
+            self._on_defect(error)
+            return
         if not isinstance(error, STREAM_ERRORS) and self._ending is None:
             logger.error("%r: a stream raised an error that streams do not raise", self, exc_info=error)
         with trio.move_on_after(CLOSE_TIMEOUT):
@@ -731,15 +743,16 @@ class Connection:
         """Say to the peer that nothing follows, and wait until it has said so too, a second at most.
 
         What a drained connection has sent may still be on its way: as long as the peer acknowledges some of
-        it, another second is granted.
+        it, another second is granted. On a stream that cannot say the end, such as TLS, it goes on receiving
+        for that second, for what the peer still sends.
         """
         until = self._sender.until
         if trio.current_time() >= until:
             self._sender.wire.send_end_now()
             return
         with suppress(*STREAM_ERRORS), trio.CancelScope(deadline=until) as self._linger:
-            if not await self._sender.wire.send_end():
-                return
+            if not await self._sender.wire.send_end() and not self._session.is_draining:
+                return  # the peer would not learn of it, so there is nothing to wait for
             unacknowledged = math.inf
             while not self._reader.ended.is_set():
                 with trio.move_on_after(CLOSE_TIMEOUT / 2):

@@ -27,13 +27,14 @@ class CurrentRequest:
         has_channel: whether it came with a channel.
     """
 
-    __slots__ = ("connection", "context", "deadline", "depth", "has_channel", "id")
+    __slots__ = ("_has_ended", "connection", "context", "deadline", "depth", "has_channel", "id")
 
     def __init__(self, connection: Connection, request: Request, deadline: float = math.inf) -> None:
         # Not the request itself: tasks that outlive the handler would keep its fields.
         self.connection = connection
         self.id, _, _, self.has_channel, self.depth, self.context = request
         self.deadline = deadline
+        self._has_ended = False  # its handler has
 
     @property
     def user(self) -> str | None:
@@ -67,11 +68,13 @@ def current_request() -> CurrentRequest:
 def next_depth() -> int:
     """How deep a request made here is nested: one deeper than the request being handled here.
 
+    A task that outlives the handler that started it makes requests that are nested in none.
+
     Raises:
         RecursionError: that is too deep.
     """
     current = CURRENT.get(None)
-    if current is None:
+    if current is None or current._has_ended:
         return 0
     if current.depth >= MAX_DEPTH:
         raise RecursionError(

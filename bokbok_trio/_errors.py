@@ -92,7 +92,18 @@ class ConnectionRefused(HandshakeError):  # noqa: N818  (the contract's name)
 
 @final
 class ConnectionClosed(BokbokError, trio.ClosedResourceError):  # noqa: N818  (the contract's name)
-    """Our own side has closed the connection."""
+    """Our own side has closed the connection.
+
+    Attributes:
+        may_have_run: as that of `ConnectionLost`.
+    """
+
+    def __init__(self, reason: str, may_have_run: bool = True) -> None:  # noqa: FBT001, FBT002  (pickles)
+        super().__init__(reason, may_have_run)
+        self.may_have_run = may_have_run
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @final

@@ -20,6 +20,7 @@ Invariants
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, final
 
 from ._budget import MIN_WINDOW
@@ -145,7 +146,8 @@ class Flows:
     Arguments:
         outbox: where items, credit and ends are queued.
         max_body_size: bytes of an item.
-        budget: bytes of items of all channels that this side is to hold.
+        budget: bytes of the windows of all channels together, about.
+        count_free: counts the bytes that items may take up beyond that.
 
     Attributes:
         by_id: they themselves, to be looked at.
@@ -156,6 +158,7 @@ class Flows:
 
     __slots__ = (
         "_budget",
+        "_count_free",
         "_free",
         "_max_body_size",
         "_outbox",
@@ -166,8 +169,11 @@ class Flows:
         "total",
     )
 
-    def __init__(self, outbox: Outbox, max_body_size: int, budget: int) -> None:
+    def __init__(
+        self, outbox: Outbox, max_body_size: int, budget: int, count_free: Callable[[], int]
+    ) -> None:
         self._outbox = outbox
+        self._count_free = count_free
         self._budget = budget
         self._free = budget  # what the windows leave of it; below 0 where there are very many
         self._max_body_size = max_body_size
@@ -297,7 +303,7 @@ class Flows:
 
     def hold(self, size: int) -> bool:
         """Keep an item until somebody takes it. Returns whether it fits the budget, or is the only one."""
-        if self.held and self.held + size > self._budget:
+        if self.held and self.held + size > max(self._budget, self._count_free()):
             return False
         self.held += size
         return True

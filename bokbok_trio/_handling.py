@@ -186,8 +186,9 @@ class Handlers:
             scope.id = request.id
             self._scopes[request.id] = scope
             context = self._context.copy()
-            context.run(CURRENT.set, CurrentRequest(self._connection, request, deadline))
-            return self._handle(request, channel, scope), context
+            current = CurrentRequest(self._connection, request, deadline)
+            context.run(CURRENT.set, current)
+            return self._handle(request, channel, scope, current), context
         return None
 
     def name_task(self, context: Context) -> str:
@@ -197,14 +198,23 @@ class Handlers:
         name = getattr(handler, "__qualname__", type(handler).__qualname__)
         return f"{name} (request {request.id})"
 
-    def start_task(self, nursery: trio.Nursery, request: Request) -> None:
-        """Handle a request in a task of its own from the beginning."""
+    def start_task(
+        self,
+        nursery: trio.Nursery,
+        request: Request,
+        sleep_until_end: Callable[[trio.lowlevel.Task], Awaitable[None]],
+    ) -> None:
+        """Handle a request in a task of its own from the beginning.
+
+        Arguments:
+            sleep_until_end: called at the end of a task that a handler left a nursery open in.
+        """
         scope = HandlerScope(self)
         call = self.accept(request, scope)
         if call is not None:
             # The task's context is a copy of the one that it is started in.
             work, context = call
-            run = partial(_run_in, scope, work)
+            run = partial(_run_in, scope, work, sleep_until_end)
             context.run(partial(nursery.start_soon, run, name=self.name_task(context)))
 
     def new_context(self) -> Context:
@@ -242,17 +252,19 @@ class Handlers:
         """There will be no more of them: forget the connection."""
         del self._connection, self._wake_sender
 
-    async def _handle(self, request: Request, channel: Channel | None, scope: HandlerScope) -> None:
+    async def _handle(
+        self, request: Request, channel: Channel | None, scope: HandlerScope, current: CurrentRequest
+    ) -> None:
         """Handle a request and queue its one answer, unless it is cancelled."""
         task = trio.lowlevel.current_task()
         try:
-            if not request.depth and not (self.ready.is_set() and self._session.has_room_for_answers):
-                await self._wait_to_begin()
-            if channel is None:
+            if channel is not None:
+                fields = await self._use_channel(request, channel)
+            else:
+                if not self._may_begin(request):
+                    await self._wait_to_begin()
                 assert self._request_handler is not None
                 fields = await call_user(self._request_handler, self._connection, request.fields)
-            else:
-                fields = await self._use_channel(request, channel)
             if task.child_nurseries or innermost_scope(task) is not scope.innermost:
                 raise RuntimeError(LEFT_OPEN)
             self._answer(request.id, () if fields is None else fields)
@@ -260,7 +272,12 @@ class Handlers:
             scope.is_spoiled = bool(task.child_nurseries) or innermost_scope(task) is not scope.innermost
             keep(exc, partial(self._fail, request.id))
         finally:
+            current._has_ended = True
             self._wake_sender()
+
+    def _may_begin(self, request: Request) -> bool:
+        """Whether the handler of a request need not wait."""
+        return request.depth > 0 or (self.ready.is_set() and self._session.has_room_for_answers)
 
     async def _wait_to_begin(self) -> None:
         """Wait for the open handler, and until the peer has read enough of the answers before."""
@@ -288,6 +305,8 @@ class Handlers:
     async def _use_channel(self, request: Request, channel: Channel) -> Fields | None:
         assert self._channel_handler is not None
         try:
+            if not self._may_begin(request):
+                await self._wait_to_begin()
             return await call_user(self._channel_handler, self._connection, request.fields, channel)
         finally:
             channel._close(answered=True)  # before the answer is queued
@@ -332,6 +351,15 @@ class Handlers:
 
 
 @trio.lowlevel.enable_ki_protection
-async def _run_in(scope: HandlerScope, work: Coroutine[Any, Any, None]) -> None:
-    with scope:
-        await work
+async def _run_in(
+    scope: HandlerScope,
+    work: Coroutine[Any, Any, None],
+    sleep_until_end: Callable[[trio.lowlevel.Task], Awaitable[None]],
+) -> None:
+    task = trio.lowlevel.current_task()
+    try:
+        with scope:
+            await work
+    finally:
+        if task.child_nurseries:
+            await sleep_until_end(task)  # nothing cancels that, but the connection's end ends it

@@ -18,7 +18,7 @@ import select
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, TypeAlias, cast, final
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, cast, final
 
 import trio
 
@@ -43,8 +43,7 @@ MAX_EARLY_RECORD_SIZE: Final = MAX_PACKET_SIZE + MAC_SIZE
 """Bytes of a record before the connection is open."""
 
 REFUSAL_DELAY: Final = 0.5
-"""Seconds from `open` to the refusal of a user or key, so that its time does not tell which it was,
-and guessing keys over the network is slow."""
+"""Seconds from `open` to the refusal of a user or key, so that its time does not tell which it was."""
 
 MAX_WAIT_SHARE: Final = 0.5
 """The part of `handshake_timeout` that a client may wait for the turn to look it up. The rest is for the
@@ -68,6 +67,12 @@ PeerUser: TypeAlias = Callable[[PeerCredentials], str | None]
 """How a plain server names who is at the other end of a UNIX socket; None refuses it."""
 
 logger = logging.getLogger("bokbok_trio")
+
+
+class LogFailure(Protocol):
+    """Logs an error of the application's: of which kind it is, a message, its arguments, and the error."""
+
+    def __call__(self, kind: str, message: str, *args: object, error: BaseException | None) -> None: ...
 
 
 @final
@@ -167,11 +172,12 @@ async def open_as_client(
     with trio.CancelScope(deadline=trio.current_time() + settings.handshake_timeout):
         try:
             # In mode plain `open` needs nothing of the server's hello. To wait for that nevertheless would
-            # be a third of the time that it takes to connect.
-            along = b"" if handshake.sealed else handshake.open()
-            await _send(transport, transport, handshake.hello + along)
+            # be a third of the time that it takes to connect. But a stream without a buffer would take no
+            # `open` before the server has sent its hello.
+            goes_along = not handshake.sealed and isinstance(transport, DirectStream)
+            await _send(transport, transport, handshake.hello + (handshake.open() if goes_along else b""))
             stream = await _exchange_hello(transport, handshake)
-            if handshake.sealed:
+            if not goes_along:
                 await _send(transport, stream, handshake.open())
             handshake.receive_reply(await _receive_packet(stream))
         except trio.BrokenResourceError as exc:
@@ -191,6 +197,7 @@ async def open_as_server(
     peer_user: PeerUser | None = None,
     admit: Callable[[str | None], Refusal | None],
     place: Place,
+    log: LogFailure,
 ) -> Opened:
     """Do the server's part.
 
@@ -200,6 +207,7 @@ async def open_as_server(
         admit: called with the user once that is authenticated, or named; returns why the client cannot stay
             nevertheless.
         place: the place of this handshake, which runs in its scope. The caller leaves it.
+        log: logs how one of the application's functions failed.
 
     Raises:
         HandshakeError: or one of its subclasses; the client has been told what it may know.
@@ -209,7 +217,7 @@ async def open_as_server(
     )
     credentials = stream_credentials(transport)
     transport = make_direct(transport)
-    failures = _Failures()
+    failures = _Failures(log)
     scope = place.scope
     began = trio.current_time()
     scope.deadline = began + settings.handshake_timeout
@@ -228,6 +236,7 @@ async def open_as_server(
                 accepted = handshake.accept(keys)
                 name = handshake.user if peer_user is None else _name_peer(peer_user, credentials, failures)
             except AuthenticationError:
+                place.note_failure()
                 if handshake.sealed:  # whom the system names has nothing to guess
                     await trio.sleep_until(refuse_at)
                 await _send_refusal(transport, stream, "authentication", "authentication failed")
@@ -374,7 +383,9 @@ class _Failures:
     logging takes time, by which a client could tell who is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: LogFailure) -> None:
+        self._log = log
+        self._too_many = 0
         self._found: list[tuple[str, object, BaseException, BaseException]] = []
 
     def add(self, what: str, whom: object, exc: BaseException) -> None:
@@ -385,14 +396,21 @@ class _Failures:
         if rest is not None:
             raise rest from rest.__cause__
 
+    def note_too_many(self, keys: int) -> None:
+        """There are more keys of a user than are tried."""
+        self._too_many = keys
+
     def log(self) -> None:
         """Log them, and drop their tracebacks: an exception that is raised again and again, because it was
         made only once, would collect them, with all that the frames hold.
         """
         for what, whom, error, raised in self._found:
-            logger.error("%s %r failed", what, whom, exc_info=error)
+            self._log(f"{what}: {type(error).__name__}", "%s %r failed", what, whom, error=error)
             _drop_tracebacks(raised)
         self._found.clear()
+        if self._too_many:
+            text = "user_key found %d keys, and only the first %d are tried"
+            self._log("too many keys", text, self._too_many, MAX_KEYS, error=None)
 
 
 def _drop_tracebacks(error: BaseException) -> None:
@@ -418,7 +436,8 @@ async def _look_up(user_key: UserKey | None, user: str | None, failures: _Failur
     if user_key is None or user is None:
         return ()
     try:
-        return _check_keys(await call_user(user_key, user) if callable(user_key) else user_key.get(user))
+        found = await call_user(user_key, user) if callable(user_key) else user_key.get(user)
+        return _check_keys(found, failures)
     except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
         failures.add("looking up the key of user", user, exc)
     return ()
@@ -442,7 +461,7 @@ def _name_peer(peer_user: PeerUser, credentials: PeerCredentials | None, failure
     raise AuthenticationError(f"peer_user has no name for {credentials}")
 
 
-def _check_keys(found: object) -> Sequence[Key]:
+def _check_keys(found: object, failures: _Failures) -> Sequence[Key]:
     if found is None:
         return ()
     keys: list[Key] = []
@@ -451,5 +470,5 @@ def _check_keys(found: object) -> Sequence[Key]:
             raise TypeError(f"user_key found {type(key).__name__}, not a Key")
         keys.append(key)
     if len(keys) > MAX_KEYS:
-        logger.warning("user_key found %d keys, and only the first %d are tried", len(keys), MAX_KEYS)
+        failures.note_too_many(len(keys))
     return keys

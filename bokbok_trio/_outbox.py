@@ -409,11 +409,12 @@ class Reassembler:
         self._open.pop(number, None)
         return memoryview(buffer)
 
-    def drop(self, number: int) -> None:
-        """Forget the pieces of a packet.
+    def drop(self, number: int) -> int:
+        """Forget the pieces of a packet, and return how many bytes they were.
 
         Raises:
             ProtocolError: there are none.
         """
-        if self._open.pop(number, None) is None:
+        if number not in self._open:
             raise ProtocolError(f"`drop` of packet {number}, of which no piece has come")
+        return len(self._open.pop(number)[0])

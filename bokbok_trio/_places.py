@@ -4,16 +4,18 @@ Theory
 ======
 
 Every unfinished handshake holds a *place*, and there are ``max_handshakes`` of them. When one too many
-comes, one is *displaced*: its connection is closed, and its client comes back later. A client that has sent
-a valid `open` is never displaced, because a look-up has been or will be spent on it, and because it would
-only come back and cost another one: a herd of clients would displace each other for ever. So a newcomer
-that finds all places held by such clients is closed itself.
+comes, one is *displaced*: its connection is closed, and its client comes back later. A client whose user is
+being looked up is never displaced, because it would only come back and cost another look-up: a herd of
+clients would displace each other for ever. For the same reason one that has sent a valid `open` and waits for
+its look-up gives way only to a source that has fewer such clients. A newcomer for which nobody gives way is
+closed itself.
 
-The other victims are drawn so that strangers who say nothing cannot lock out a client that is a few hundred
-milliseconds away: from the source that has the most clients in question; of these from the silent ones,
-before those that have sent a hello; and among equals at random. A *source* is what one stranger may well own:
-an IPv4 address, a /64 of IPv6 addresses, or all UNIX sockets together. All of this takes constant time,
-however many places there are, because it happens when the server is busiest.
+The other victims are drawn so that strangers cannot lock out a client that is a few hundred milliseconds
+away: from the source that has the most clients in question; of these from those whose authentication has
+failed and who only wait for the refusal, before the silent ones, before those that have sent a hello; and
+among equals at random. A *source* is what one stranger may well own: an IPv4 address, a /64 of IPv6
+addresses, or all UNIX sockets together. All of this takes constant time, however many places there are,
+because it happens when the server is busiest.
 
 Looking a user up may be slow, and costs more than all else. So there are ``max_lookups`` *turns* for it. The
 rest wait: the sources one after another, and the clients of one source in the order in which they came.
@@ -25,6 +27,7 @@ import ipaddress
 import random
 from collections import OrderedDict
 from collections.abc import Hashable
+from enum import IntEnum
 from typing import Generic, TypeVar, final
 
 import trio
@@ -79,19 +82,83 @@ class RandomSet(Generic[_T]):
         return random.choice(self._members)  # noqa: S311  (nothing secret)
 
 
+class _Stage(IntEnum):
+    """How far a handshake is, of those that may be displaced: the first are displaced first."""
+
+    FAILED = 0
+    SILENT = 1
+    GREETED = 2
+    WAITING = 3  # for its look-up
+
+
 @final
 class _Crowd:
-    """The clients of one source that may be displaced."""
+    """The clients of one source that may be displaced, by stage."""
 
-    __slots__ = ("greeted", "silent", "source")
+    __slots__ = ("size", "source", "stages")
 
     def __init__(self, source: Hashable) -> None:
         self.source = source
-        self.silent: RandomSet[Place] = RandomSet()
-        self.greeted: RandomSet[Place] = RandomSet()
+        self.size = 0
+        self.stages: tuple[RandomSet[Place], ...] = tuple(RandomSet() for _ in _Stage)
 
-    def __len__(self) -> int:
-        return len(self.silent) + len(self.greeted)
+
+@final
+class _Crowds:
+    """The crowds of all sources, and which of them are the largest.
+
+    Attributes:
+        largest: size of the largest crowd.
+    """
+
+    __slots__ = ("_by_size", "_crowds", "largest")
+
+    def __init__(self) -> None:
+        self._crowds: dict[Hashable, _Crowd] = {}  # by source; none is empty
+        self._by_size: dict[int, RandomSet[_Crowd]] = {}  # none is empty
+        self.largest = 0
+
+    def size(self, source: Hashable) -> int:
+        """How many clients a source has here."""
+        crowd = self._crowds.get(source)
+        return 0 if crowd is None else crowd.size
+
+    def add(self, place: Place, stage: _Stage) -> None:
+        crowd = self._crowds.setdefault(place.source, _Crowd(place.source))
+        crowd.stages[stage].add(place)
+        self._rank(crowd, 1)
+
+    def remove(self, place: Place, stage: _Stage) -> None:
+        crowd = self._crowds[place.source]
+        crowd.stages[stage].remove(place)
+        self._rank(crowd, -1)
+
+    def move(self, place: Place, before: _Stage, after: _Stage) -> None:
+        stages = self._crowds[place.source].stages
+        stages[before].remove(place)
+        stages[after].add(place)
+
+    def draw(self) -> Place:
+        """Draw one of the largest crowd, of the first stage that anybody is at. There must be one."""
+        crowd = self._by_size[self.largest].draw()
+        return next(filter(None, crowd.stages)).draw()
+
+    def _rank(self, crowd: _Crowd, change: int) -> None:
+        """A crowd's size changes, by 1 or -1."""
+        if crowd.size:
+            equals = self._by_size[crowd.size]
+            equals.remove(crowd)
+            if not equals:
+                del self._by_size[crowd.size]
+        crowd.size += change
+        if crowd.size:
+            self._by_size.setdefault(crowd.size, RandomSet()).add(crowd)
+        else:
+            del self._crowds[crowd.source]
+        if crowd.size > self.largest:
+            self.largest = crowd.size
+        elif self.largest not in self._by_size:
+            self.largest -= 1  # this crowd was the largest, and still is
 
 
 @final
@@ -103,15 +170,14 @@ class Places:
         lookups: how many users are looked up at once.
     """
 
-    __slots__ = ("_by_size", "_crowds", "_displaced", "_largest", "_most", "_unfinished", "turns")
+    __slots__ = ("_displaced", "_early", "_most", "_unfinished", "_waiting", "turns")
 
     def __init__(self, most: int, lookups: int) -> None:
         self._most = most
         self._unfinished: set[Place] = set()  # with the displaced ones that have not ended
         self._displaced = 0  # how many of these there are
-        self._crowds: dict[Hashable, _Crowd] = {}  # by source; none is empty
-        self._by_size: dict[int, RandomSet[_Crowd]] = {}  # none is empty
-        self._largest = 0  # size of the largest crowd
+        self._early = _Crowds()  # who gives way to anybody
+        self._waiting = _Crowds()  # who waits for a look-up, and gives way to sources with fewer such
         self.turns = Turns(lookups)
 
     def __len__(self) -> int:
@@ -128,45 +194,29 @@ class Places:
         if len(self._unfinished) >= 2 * self._most:
             return None
         if len(self._unfinished) - self._displaced >= self._most:
-            if not self._largest:
+            if self._early.largest:
+                victim = self._early.draw()
+            elif self._waiting.largest > self._waiting.size(source) + 1:
+                victim = self._waiting.draw()
+            else:
                 return None
-            self._displace()
+            victim.displace()
+            self._displaced += 1
         place = Place(self, source)
         self._unfinished.add(place)
-        crowd = self._crowds.setdefault(source, _Crowd(source))
-        place._enter(crowd, crowd.silent)
+        place._enter(self._early, _Stage.SILENT)
         return place
 
-    def cancel_all(self) -> None:
-        """End all handshakes: the server stops."""
+    @property
+    def has_greeted(self) -> bool:
+        """Whether a handshake goes on whose client has said more than nothing."""
+        return any(not place.is_silent and not place.scope.cancel_called for place in self._unfinished)
+
+    def cancel_all(self, *, silent_only: bool = False) -> None:
+        """End all handshakes, or those whose clients have said nothing: the server stops."""
         for place in self._unfinished:
-            place.scope.cancel()
-
-    def _displace(self) -> None:
-        crowd = self._by_size[self._largest].draw()
-        victim = (crowd.silent or crowd.greeted).draw()
-        victim._exit()
-        victim.is_displaced = True
-        self._displaced += 1
-        victim.scope.cancel()
-
-    def _rank(self, crowd: _Crowd, change: int) -> None:
-        """A crowd's size has changed, by 1 or -1."""
-        size = len(crowd)
-        before = size - change
-        if before:
-            equals = self._by_size[before]
-            equals.remove(crowd)
-            if not equals:
-                del self._by_size[before]
-        if size:
-            self._by_size.setdefault(size, RandomSet()).add(crowd)
-        else:
-            del self._crowds[crowd.source]
-        if size > self._largest:
-            self._largest = size
-        elif self._largest not in self._by_size:
-            self._largest -= 1  # this crowd was the largest, and still is
+            if place.is_silent or not silent_only:
+                place.scope.cancel()
 
 
 @final
@@ -177,28 +227,41 @@ class Place:
         scope: the handshake runs in this one. Displacing it cancels this.
         source: where the client comes from.
         is_displaced: whether the place was given to somebody else.
+        is_silent: whether the client has not sent a valid hello.
     """
 
-    __slots__ = ("_crowd", "_places", "_stage", "is_displaced", "scope", "source")
+    __slots__ = ("_crowds", "_places", "_stage", "is_displaced", "is_silent", "scope", "source")
 
     def __init__(self, places: Places, source: Hashable) -> None:
         self._places = places
         self.source = source
         self.scope = trio.CancelScope()
         self.is_displaced = False
-        self._crowd: _Crowd | None = None  # None: it cannot be displaced, or was
-        self._stage: RandomSet[Place] = RandomSet()
+        self.is_silent = True
+        self._crowds: _Crowds | None = None  # None: it cannot be displaced, or was
+        self._stage = _Stage.SILENT
 
     def note_hello(self) -> None:
         """The client has sent a valid hello."""
-        if self._crowd is not None:
-            self._stage.remove(self)
-            self._stage = self._crowd.greeted
-            self._stage.add(self)
+        self.is_silent = False
+        if self._crowds is not None:
+            self._crowds.move(self, self._stage, _Stage.GREETED)
+            self._stage = _Stage.GREETED
 
     def note_open(self) -> None:
-        """The client has sent a valid `open`: it is not displaced any more."""
+        """The client has sent a valid `open`: it gives way to nobody, but for `take_turn`."""
         self._exit()
+
+    def note_failure(self) -> None:
+        """The client could not be authenticated: it may be displaced before it is told so."""
+        if not self.is_displaced:
+            self._enter(self._places._early, _Stage.FAILED)
+
+    def displace(self) -> None:
+        """Give the place to somebody else: end the handshake."""
+        self._exit()
+        self.is_displaced = True
+        self.scope.cancel()
 
     def leave(self) -> None:
         """The handshake has ended."""
@@ -208,22 +271,25 @@ class Place:
 
     async def take_turn(self, until: float) -> bool:
         """Wait for a turn to look the user up; `Turns.give_back` ends it. False: none came in time."""
-        return await self._places.turns.take(self.source, until)
+        if not self.is_displaced:
+            self._enter(self._places._waiting, _Stage.WAITING)
+        try:
+            return await self._places.turns.take(self.source, until)
+        finally:
+            self._exit()
 
     def end_turn(self) -> None:
         """End the turn that was taken."""
         self._places.turns.give_back()
 
-    def _enter(self, crowd: _Crowd, stage: RandomSet[Place]) -> None:
-        self._crowd, self._stage = crowd, stage
-        stage.add(self)
-        self._places._rank(crowd, 1)
+    def _enter(self, crowds: _Crowds, stage: _Stage) -> None:
+        self._crowds, self._stage = crowds, stage
+        crowds.add(self, stage)
 
     def _exit(self) -> None:
-        crowd, self._crowd = self._crowd, None
-        if crowd is not None:
-            self._stage.remove(self)
-            self._places._rank(crowd, -1)
+        crowds, self._crowds = self._crowds, None
+        if crowds is not None:
+            crowds.remove(self, self._stage)
 
 
 @final

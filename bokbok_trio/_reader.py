@@ -249,7 +249,7 @@ class Reader:
         """
         assert self._nursery is not None
         while (request := self._dispatch()) is not None:
-            self._handlers.start_task(self._nursery, request)
+            self._handlers.start_task(self._nursery, request, self._sleep_until_end)
 
     async def _receive_more(self) -> None:
         if self._session.has_undecoded and not self._is_discarding:

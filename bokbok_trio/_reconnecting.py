@@ -37,10 +37,10 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from itertools import cycle
 from typing import Final, Literal, TypeAlias, cast, final
-from weakref import WeakSet
 
 import trio
 
@@ -55,7 +55,6 @@ from ._errors import (
     ConnectionLost,
     ConnectionRefused,
     HandshakeError,
-    RemoteError,
 )
 from ._handling import ChannelHandler, RequestHandler
 from ._keys import Key
@@ -66,6 +65,9 @@ from ._settings import Settings
 MIN_BACKOFF: Final = 0.1
 """Seconds at least between rounds of tries: a server that restarts is found soon, and one that is
 down is not flooded."""
+
+STEADY: Final = 10.0
+"""Seconds that a connection must have lasted to count as one that worked, if the peer said nothing on it."""
 
 MAX_BACKOFF: Final = 30.0
 """Seconds at most between rounds of tries: nobody waits much longer than that for a server that is
@@ -111,7 +113,6 @@ class ReconnectingConnection:
     ) -> None:
         self._home = trio.lowlevel.current_trio_token()
         self._max_repeats = max_repeats
-        self._answered: WeakSet[Connection] = WeakSet()  # those that have answered a request made here
         self._addresses = addresses
         self._connect = connect
         self._open_handler = open_handler
@@ -180,9 +181,6 @@ class ReconnectingConnection:
             connection = await self._wait_askable()
             try:
                 answer = await connection.request(frozen, context=context)
-            except RemoteError:
-                self._answered.add(connection)
-                raise
             except ConnectionLost as exc:
                 if exc.may_have_run:
                     if not idempotent:
@@ -191,11 +189,11 @@ class ReconnectingConnection:
             except ConnectionClosed as exc:
                 if self._closed:
                     raise
-                if not idempotent:
-                    raise ConnectionLost(str(exc)) from exc
-                tries.note_loss(exc)
+                if exc.may_have_run:
+                    if not idempotent:
+                        raise ConnectionLost(str(exc)) from exc
+                    tries.note_loss(exc)
             else:
-                self._answered.add(connection)
                 return answer
             self._retire(connection)
             await self._pause(tries.take_pause())
@@ -223,13 +221,21 @@ class ReconnectingConnection:
         check_run(self._home, self)
         frozen = encode_fields(fields)
         await _check_cancelled()
-        connection = await self._wait_askable()
-        async with connection.open_channel(frozen, context=context) as channel:
+        async with AsyncExitStack() as stack:
+            yield await self._enter_channel(stack, frozen, context)
+
+    async def _enter_channel(
+        self, stack: AsyncExitStack, fields: Sequence[bytes], context: Context | None
+    ) -> Channel:
+        """Open a channel over the first connection that takes it. To open one does not wait for the peer."""
+        while True:
+            connection = await self._wait_askable()
             try:
-                yield channel
-            finally:
-                if isinstance(channel._outcome, list | RemoteError):
-                    self._answered.add(connection)
+                return await stack.enter_async_context(connection.open_channel(fields, context=context))
+            except (ConnectionLost, ConnectionClosed):  # it drained, or was closed, at this very moment
+                if self._closed:
+                    raise ConnectionClosed(_CLOSED) from None
+                self._retire(connection)
 
     @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
@@ -311,7 +317,7 @@ class ReconnectingConnection:
                         backoff = min(2 * backoff, MAX_BACKOFF)
                         if is_crowded:
                             backoff = max(backoff, CROWDED_BACKOFF)
-                        await trio.sleep(_jitter(backoff / 2 if is_crowded else MIN_BACKOFF, backoff))
+                        await trio.sleep(_jitter(backoff / 2, backoff))
                         is_crowded = False
         finally:
             # Again, for a connection that was opened in the very step of closing; and if this was
@@ -332,7 +338,8 @@ class ReconnectingConnection:
         with trio.CancelScope() as self._holding:
             await connection._stream_closed.wait()
         logger.warning("%r: done with the connection with %s: %s", self, address, end_reason(connection))
-        if connection not in self._answered and not connection._watchdog.has_had_answer:
+        lasted = trio.current_time() - opened_at
+        if not connection._session.has_spoken and lasted < STEADY:
             return "gone"
         await trio.sleep_until(opened_at + MIN_BACKOFF)
         return "worked"
@@ -380,8 +387,8 @@ class ReconnectingConnection:
 
 
 _Outcome: TypeAlias = Literal["worked", "gone", "crowded"]
-"""Of a try: a connection that answered; nobody was there, or it did not answer; a server was there, and did
-not open a connection."""
+"""Of a try: a connection on which the peer spoke, or that lasted; nobody was there, or it neither spoke nor
+lasted; a server was there, and did not open a connection."""
 
 
 def _classify(error: BaseException | None) -> _Outcome:
@@ -438,8 +445,8 @@ class _Tries:
 def _jitter(least: float, longest: float) -> float:
     """Seconds to wait, drawn so that clients that lost a server together do not come back together.
 
-    "Full jitter" of https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/, with a
-    least.
+    "Equal jitter" of https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/: with the full
+    one, five tries may follow each other within a second, and the sixth then waits for many.
     """
     return random.uniform(least, longest)  # noqa: S311  (nothing secret)
 
@@ -475,11 +482,12 @@ async def open_reconnecting(
                 answer = await client.request(["ping", "12345"], idempotent=True)
 
     Entering waits until the first connection is open, for as long as it takes: put a time limit
-    around it. The addresses are tried in turn, also after a connection was lost: the first try is
-    made at once if that one had answered anything. After as many tries in a row as there are addresses,
-    a random time passes, from 0.1 s to a limit that doubles with each round from 0.2 s to 30 s. Where a
-    server was there that had no room, the limit is 2 s at least, and the time half of it. What failed is
-    reported to the ``bokbok_trio`` logger as a warning. A name is looked up when it is its turn.
+    around it. The addresses are tried in turn, also after a connection was lost: the first try is made at
+    once if the peer had asked or answered anything on that one, or if it had lasted for ten seconds. After as
+    many tries in a row as there are addresses, a random time passes, from half of a limit to all of it; the
+    limit doubles with each round from 0.2 s to 30 s. Where a server was there that had no room, it is 2 s at
+    least. What failed is reported to the ``bokbok_trio`` logger as a warning. A name is looked up when it is
+    its turn.
 
     What the block raises comes out as itself. Leaving it closes everything, and waits for the
     handlers and close handlers.

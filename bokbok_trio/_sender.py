@@ -79,6 +79,7 @@ class Sender:
         on_defect: is told of a defect that may have lost bytes of the stream.
 
     Attributes:
+        is_in_stream: whether the task is in the stream's code: what it raises then is the stream's.
         lock: held by whoever writes.
         wire: the stream.
         until: the moment, by Trio's clock, at which it is to be over.
@@ -98,6 +99,7 @@ class Sender:
         "_sleeper",
         "_wake_writers",
         "_watchdog",
+        "is_in_stream",
         "lock",
         "until",
         "wire",
@@ -121,6 +123,7 @@ class Sender:
         self._wake_writers = wake_writers
         self._on_idle = on_idle
         self._on_defect = on_defect
+        self.is_in_stream = False
         self.until = math.inf
         self._scope: trio.CancelScope | None = None  # of the send under way
         self._sleeper: trio.lowlevel.Task | None = None
@@ -234,7 +237,9 @@ class Sender:
                     self._wake_writers()
                 self._watchdog.send_begins(now)
                 with trio.CancelScope(deadline=self.until) as self._scope:
+                    self.is_in_stream = True
                     await self.wire.send(batch)
+                    self.is_in_stream = False
                 if self._scope.cancelled_caught:
                     return
                 self._scope = None

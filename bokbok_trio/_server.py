@@ -173,6 +173,8 @@ class Server:
         self._accepting.cancel()
         for connection in self._connections:
             connection.drain()
+        # Whoever has said hello goes on, to be told that the server is stopping.
+        self._places.cancel_all(silent_only=True)
         self._note_idle()
 
     async def wait_stopped(self) -> None:
@@ -198,6 +200,7 @@ class Server:
                     task_status.started(self)  # the listeners listen already
                     with self._accepting:
                         async with bare_nursery() as acceptors:
+                            acceptors.start_soon(self._throttle.run)
                             for listener in self._listeners:
                                 acceptors.start_soon(self._accept, listener, nursery)
                     with self._grace:
@@ -292,6 +295,10 @@ class Server:
         else:
             logger.error("%s: the connection with %s failed", self._name, address, exc_info=error)
 
+    def _log_of_users(self, kind: str, message: str, *args: object, error: BaseException | None) -> None:
+        """Log what the application's own functions did wrong: as often as strangers come."""
+        self._throttle.log(kind, logging.ERROR, message, *args, error=error)
+
     def _find_refusal(self, user: str | None) -> Refusal | None:
         """Why one more client cannot stay; None: it can."""
         if self._stopping:
@@ -334,9 +341,11 @@ class Server:
                     settings=self._settings,
                     admit=admit,
                     place=place,
+                    log=self._log_of_users,
                 )
             finally:
                 place.leave()
+                self._note_idle()
             connection = Connection(
                 opened,
                 side="server",
@@ -390,7 +399,7 @@ class Server:
         self._note_idle()
 
     def _note_idle(self) -> None:
-        if self._stopping and not self._admitted:
+        if self._stopping and not self._admitted and not self._places.has_greeted:
             self._idle.set()
 
 

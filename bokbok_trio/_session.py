@@ -103,7 +103,10 @@ MAX_IGNORED: Final = 10_000
 """Packets that mean nothing, and are ignored, without any request: pings while a pong waits, mostly."""
 
 CROSSING: Final = 2
-"""Such packets for each request: its `cancel` crosses the answer, and it is dropped half-way."""
+"""Such packets for each request: its `cancel` crosses the answer, say."""
+
+SMALL_DROP: Final = 2**11
+"""Bytes of pieces under which to take them back is to have sent nothing. Pieces are mostly far larger."""
 
 CROSSING_ITEMS: Final = 2 * WINDOW // ITEM_COST + 2
 """Such packets for each channel: as many items as there is credit for, a `credit` for each, and an `end` for
@@ -155,6 +158,7 @@ class Session:
         error: how the peer broke the protocol, once it has.
         peer_drains: whether the peer takes no new request of depth 0.
         received: how many requests the peer has made since the connection was opened.
+        has_spoken: whether the peer has asked or answered anything, and not only said that it is over.
         is_draining: whether this side takes none.
         is_holding_back: whether handlers wait for `has_room_for_answers`; set by whoever starts them.
         is_ping_queued: whether a ping has not left yet.
@@ -191,6 +195,7 @@ class Session:
         "budget",
         "channels",
         "error",
+        "has_spoken",
         "is_draining",
         "is_holding_back",
         "is_ping_queued",
@@ -223,7 +228,7 @@ class Session:
         self._handling_classes: dict[int, int] = {}  # of those that are not of class 0
         self._handling_used = [0] * _CLASSES  # slots of ours, by class
         self._outbox = Outbox()
-        self.channels = Flows(self._outbox, self._max_body_size, budget.items)
+        self.channels = Flows(self._outbox, self._max_body_size, budget.items, self._count_free)
         self.budget = budget
         self._room = Room(peer_room)
         self._held: dict[int, int] = {}  # bytes of the peer's requests, of those that count
@@ -241,6 +246,7 @@ class Session:
         self._peer_aborted = False
         self._abort: bytes | None = None  # to be sent last
         self.received = 0
+        self.has_spoken = False
         self._ignored = 0  # packets that meant nothing
         self._is_closed = False
 
@@ -481,6 +487,10 @@ class Session:
         """Whether handlers may begin: not too many bytes of answers wait to be sent."""
         return self.answer_bytes <= self.budget.answers
 
+    def _count_free(self) -> int:
+        """How many bytes of the budget requests and answers do not take up."""
+        return self.budget.total - self._held_total - self.answer_bytes
+
     @property
     def waiting_bytes(self) -> int:
         """Bytes of the answers and items that wait to be sent."""
@@ -603,6 +613,8 @@ class Session:
             events.extend(filter(None, map(self._interpret, self._decoder.decode(data))))
         except ProtocolError as exc:
             self.error = exc
+        if events and not self.has_spoken:
+            self.has_spoken = not all(map(_is_farewell, events))
         return events
 
     def _interpret(self, fields: list[Received]) -> Event | None:
@@ -722,10 +734,10 @@ class Session:
         return End(id) if self._is_wanted(id) else None
 
     def _ignore(self) -> None:
-        """The peer sent a packet that means nothing, or took one back.
+        """The peer sent a packet that means nothing, or a tiny piece that it took back.
 
-        That happens where packets cross, and where it cancels a request that has partly left: as often as
-        there are requests and items in flight. Without a bound a peer could keep this side busy for nothing.
+        That happens where packets cross: as often as there are requests and items in flight. Without a bound
+        a peer could keep this side busy for nothing.
 
         Raises:
             ProtocolError: it happens more often than packets can cross.
@@ -760,8 +772,8 @@ class Session:
         return self._interpret(fields)
 
     def _on_drop(self, fields: list[Received]) -> None:
-        self._pieces.drop(decode_number(fields[1]))
-        self._ignore()
+        if self._pieces.drop(decode_number(fields[1])) < SMALL_DROP:
+            self._ignore()
 
     def _on_ping(self, _fields: list[Received]) -> None:
         if self._pong_queued:
@@ -801,6 +813,11 @@ class Session:
     def _check_parity(self, id: int) -> None:
         if id % 2 != self._peer_parity:
             raise ProtocolError(f"the id {id} has the wrong parity for the other side")
+
+
+def _is_farewell(event: Event) -> bool:
+    """Whether an event says no more than that the peer is about to end."""
+    return isinstance(event, Bye | Abort) or (isinstance(event, Failure) and event.code == "closing")
 
 
 def _decode_depth(field: Received) -> int:

@@ -13,11 +13,9 @@ MIN_MESSAGE_SIZE: Final = 4096
 MAX_MESSAGE_SIZE: Final = 2**32 - 1
 """Bytes. The packet's length is a u32."""
 
-MIN_MESSAGES: Final = 4
-"""Messages of the largest size that a budget must hold. With fewer, hardly any could be in flight at once."""
-
-DEFAULT_MESSAGES: Final = 16
-"""The same, where the user chose none."""
+MIN_MESSAGES: Final = 16
+"""Messages of the largest size that a budget must hold: so many that nested requests of that size need not
+be refused, however deep."""
 
 MAX_BUDGET: Final = 2**56
 """Bytes. The other side is told half of it, in a number of at most 18 digits."""
@@ -36,13 +34,13 @@ class Settings:
             declare holds for both. The user's fields may take up all but 96 bytes of it.
         max_requests: incoming requests in flight at once, 1 to 1,000,000. The other side waits
             before it sends more.
-        budget: bytes that the other side can make this one hold by one connection; None for 16 times
-            `max_message_size`, so 64 MiB, and 4 times that at least. Half of it is for requests whose
-            handlers have not ended: the other side waits before it sends more, or is answered ``busy``. A
-            quarter is for answers that it has not read: where they take up more, handlers wait before they
-            begin. A quarter is for items of channels that nobody has received: a channel whose items do not
-            fit breaks. What handlers hold of their own does not count, nor do messages that have partly
-            arrived, four at most.
+        budget: bytes that the other side can make this one hold by one connection; 16 times
+            `max_message_size` at least, and by default, so 64 MiB. Five eighths are for requests whose
+            handlers have not ended: the other side waits before it sends more, or is answered ``busy``. Three
+            sixteenths are for answers that it has not read: where they take up more, handlers wait before
+            they begin. Items of channels that nobody has received may take up what is left of it: a channel
+            whose items do not fit breaks. What handlers hold of their own does not count, nor do messages
+            that have partly arrived, four at most.
         least_rate: bytes a second that must leave while more than 1 MiB of answers and items wait for the
             other side; one that reads more slowly is lost. With 0 none is.
         connect_timeout: seconds for dialling one address, the look-up of its name and all addresses of
@@ -91,7 +89,7 @@ class Settings:
     @property
     def effective_budget(self) -> int:
         """`budget`, in bytes, also where that is None."""
-        return DEFAULT_MESSAGES * self.max_message_size if self.budget is None else self.budget
+        return MIN_MESSAGES * self.max_message_size if self.budget is None else self.budget
 
     def __post_init__(self) -> None:
         _check_whole("max_message_size", self.max_message_size, MIN_MESSAGE_SIZE, MAX_MESSAGE_SIZE)

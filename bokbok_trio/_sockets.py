@@ -34,12 +34,9 @@ from ._addresses import (
 )
 from ._errors import AddressError
 from ._fork import close_in_child
+from ._look_ups import look_up_in_thread
 from ._nursery import bare_nursery
 from ._unix_listener import UnixListener, listen_unix
-
-LOOK_UPS: Final = 40
-"""Look-ups of names at once in one Trio run, abandoned ones included: as many threads as Trio allows for all
-else. More wait in turn."""
 
 STAGGER: Final = 0.25
 """Seconds after which the next address of a name is tried beside the one before: the "Connection Attempt
@@ -83,9 +80,6 @@ class _Target(NamedTuple):
 # ---- finding the addresses of a host ----
 
 
-_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("bokbok_trio look-ups")
-
-
 async def _resolve(address: TCPAddress, *, insecure: bool) -> Sequence[_Target]:
     """Find the addresses of a host, without repetition, and refuse what is insecure.
 
@@ -115,7 +109,7 @@ async def _look_up(address: TCPAddress) -> list[_Target]:
             found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         else:
             look_up = partial(socket.getaddrinfo, host.encode(), port, type=socket.SOCK_STREAM)
-            found = await trio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=_look_up_limiter())
+            found = await look_up_in_thread(host, look_up)
     except UnicodeError as exc:
         raise AddressError(f"invalid host name: {host!r}: {exc}") from exc
     except OSError as exc:
@@ -130,15 +124,6 @@ def _has_custom_resolver() -> bool:
     resolver = trio.socket.set_custom_hostname_resolver(None)
     trio.socket.set_custom_hostname_resolver(resolver)
     return resolver is not None
-
-
-def _look_up_limiter() -> trio.CapacityLimiter:
-    try:
-        return _limiter.get()
-    except LookupError:
-        limiter = trio.CapacityLimiter(LOOK_UPS)
-        _limiter.set(limiter)
-        return limiter
 
 
 # ---- dialling ----
@@ -238,6 +223,9 @@ async def _race(targets: Sequence[_Target], errors: list[OSError]) -> trio.socke
     return connected[0] if connected else None
 
 
+RESET: Final = struct.pack("ii", 1, 0)
+"""A linger of no second: closing resets the connection."""
+
 _CONNECTING: Final = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 """What the system says of a connection that is under way."""
 
@@ -262,6 +250,11 @@ async def _connect(family: int, where: str | tuple[object, ...]) -> trio.socket.
             if error in _CONNECTING:
                 await trio.lowlevel.wait_writable(ours)
                 error = ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error in {0, errno.EISCONN} and family != AF_UNIX and ours.getsockname() == ours.getpeername():
+            # Nobody listens, and the system chose that very port for this end: TCP's simultaneous open. A
+            # reset frees the port at once, for the server that is to come. Go's net package does the same.
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            error = errno.ECONNREFUSED
         if error not in {0, errno.EISCONN}:
             raise OSError(error, os.strerror(error))
     except BaseException:

@@ -20,29 +20,42 @@ class Throttle:
         logger: where the lines go.
     """
 
-    __slots__ = ("_kinds", "_logger")
+    __slots__ = ("_has_left_out", "_kinds", "_logger")
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
         self._kinds: dict[str, _Kind] = {}
+        self._has_left_out = trio.Event()
 
-    def log(self, kind: str, level: int, message: str, *args: object) -> None:
+    def log(
+        self, kind: str, level: int, message: str, *args: object, error: BaseException | None = None
+    ) -> None:
         """Log a line, or count it.
 
         Arguments:
             kind: one of a few words; lines of the same kind are alike.
             level, message, args: as for `logging.Logger.log`.
+            error: whose traceback goes along.
         """
         state = self._kinds.setdefault(kind, _Kind())
         now = trio.current_time()
         if now < state.quiet_until:
             state.left_out += 1
+            self._has_left_out.set()
             return
         state.quiet_until = now + LOG_INTERVAL
         state.level, state.text = level, message % args
         more = f" (and {state.left_out} more like it)" if state.left_out else ""
         state.left_out = 0
-        self._logger.log(level, "%s%s", state.text, more)
+        self._logger.log(level, "%s%s", state.text, more, exc_info=error)
+
+    async def run(self) -> None:
+        """Log how many lines were left out, an interval later at the latest, until cancelled."""
+        while True:
+            await self._has_left_out.wait()
+            await trio.sleep(LOG_INTERVAL)
+            self._has_left_out = trio.Event()
+            self.flush()
 
     def flush(self) -> None:
         """Log how many lines were left out since the last of their kind."""
@@ -50,6 +63,7 @@ class Throttle:
             if state.left_out:
                 self._logger.log(state.level, "%d more like: %s", state.left_out, state.text)
                 state.left_out = 0
+                state.quiet_until = trio.current_time() + LOG_INTERVAL
 
 
 @final

@@ -108,7 +108,8 @@ class Watchdog:
         self.sent = 0
         self._least_rate = least_rate
         self._count_waiting = count_waiting
-        self._measured: tuple[float, int] | None = None  # since when the rate is measured, and `sent` then
+        # Since when the rate is measured, `sent` then, and how much was waiting.
+        self._measured: tuple[float, int, int] | None = None
         self._alarm_at = math.inf  # as last told
         self._ping_after = ping_after
         self._ping_timeout = ping_timeout
@@ -153,11 +154,6 @@ class Watchdog:
             rounds.note_stopped()
 
     @property
-    def has_had_answer(self) -> bool:
-        """Whether the peer was heard of after a ping."""
-        return self._asked_after is not None and self._heard_at != self._asked_after
-
-    @property
     def has_stopped(self) -> bool:
         """Whether it watches no more."""
         return self._lose is None
@@ -180,19 +176,24 @@ class Watchdog:
             )
             return None
         at = self._look(now, self._lose)
+        if at is not None and self._measured is not None:
+            at = min(at, self._measured[0] + RATE_SPAN)
         self._alarm_at = math.inf if at is None else at
         return at
 
     def _is_too_slow(self, now: float) -> bool:
         """Whether much waits, and less left than should have since that was first seen."""
-        if self._count_waiting() < MUCH:
+        waiting = self._count_waiting()
+        if waiting < MUCH:
             self._measured = None
         elif self._measured is None:
-            self._measured = now, self.sent
+            self._measured = now, self.sent, waiting
         elif now - self._measured[0] >= RATE_SPAN:
-            since, sent = self._measured
-            self._measured = now, self.sent
-            return self.sent - sent < self._least_rate * (now - since)
+            since, sent_then, waiting_then = self._measured
+            self._measured = now, self.sent, waiting
+            sent = self.sent - sent_then
+            # Where all that was waiting has left, this is a new burst.
+            return sent < waiting_then and sent < self._least_rate * (now - since)
         return False
 
     def _look(self, now: float, lose: Callable[[str], object]) -> float | None:

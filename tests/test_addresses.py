@@ -154,9 +154,7 @@ with_zones = st.builds(
 tcp_addresses = st.builds(
     TCPAddress, host_names | st.ip_addresses().map(str) | with_zones | st.just(""), st.integers(0, 65535)
 )
-unix_addresses = st.builds(
-    UnixAddress, st.text(st.sampled_from("/:.[]@ ab0\u00fc"), min_size=1, max_size=50)
-)
+unix_addresses = st.builds(UnixAddress, st.text(st.sampled_from("/:.[]@ ab0\u00fc"), min_size=1, max_size=50))
 
 
 @given(tcp_addresses | unix_addresses)

@@ -10,6 +10,7 @@ import re
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from bokbok_trio import (
     open_server,
 )
 from bokbok_trio._addresses import Address, require_loopback
-from bokbok_trio._sockets import LOOK_UPS, STAGGER, listener_address, stream_address
+from bokbok_trio._look_ups import LOOK_UPS, LOOK_UPS_OF_NAME
+from bokbok_trio._sockets import STAGGER, listener_address, stream_address
 from tests.helpers import echo
 from tests.sockets import dial_to, find_link_local, full_backlog, listen_on, resolve_to, tcp_address
 
@@ -361,18 +363,16 @@ async def test_a_name_that_is_never_found_is_given_up_and_keeps_nobody_else_wait
         hanging.wait()
         return []
 
-    async def give_up() -> None:
-        with pytest.raises(
-            TimeoutError, match=r"looking up the host of name\.example:80 took more than 0\.2"
-        ):
-            await dial_to(TCPAddress("name.example", 80), timeout=0.2)
+    async def give_up(name: str) -> None:
+        with pytest.raises(TimeoutError, match=rf"looking up the host of {name}:80 took more than 0\.2"):
+            await dial_to(TCPAddress(name, 80), timeout=0.2)
 
     monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
     trio.to_thread.current_default_thread_limiter().total_tokens = 2
     try:
         async with trio.open_nursery() as nursery:
-            for _ in range(LOOK_UPS + 10):
-                nursery.start_soon(give_up)
+            for number in range(LOOK_UPS + 10):
+                nursery.start_soon(give_up, f"name{number}.example")
         assert asked == LOOK_UPS, "those that nobody waits for any more count"
         with trio.fail_after(5):
             assert await trio.to_thread.run_sync(os.getpid) == os.getpid()
@@ -380,6 +380,61 @@ async def test_a_name_that_is_never_found_is_given_up_and_keeps_nobody_else_wait
                 await listen_on(TCPAddress("name.example", 0), timeout=0.1)
     finally:
         hanging.set()
+
+
+async def test_one_name_that_is_never_found_keeps_no_other_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = threading.Event()
+    asked: list[bytes] = []
+
+    def getaddrinfo(host: bytes, port: int, **kwargs: Any) -> Any:
+        asked.append(host)
+        if host == b"bad.example":
+            hanging.wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await dial_to(TCPAddress("bad.example", 80), timeout=0.3)
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    [listener] = await listen_on(TCPAddress("127.0.0.1", 0))
+    here = listener_address(listener)
+    assert isinstance(here, TCPAddress)
+    async with listener:
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(LOOK_UPS + 10):
+                    nursery.start_soon(give_up)
+                await trio.testing.wait_all_tasks_blocked()
+                with trio.fail_after(5):
+                    await (await dial_to(TCPAddress("good.example", here.port))).aclose()
+        finally:
+            hanging.set()
+        assert asked.count(b"bad.example") == LOOK_UPS_OF_NAME
+        with trio.fail_after(5):
+            while asked.count(b"bad.example") == LOOK_UPS_OF_NAME:  # until the threads have ended
+                with trio.move_on_after(0.05), suppress(OSError):
+                    await (await dial_to(TCPAddress("bad.example", here.port))).aclose()
+
+
+async def test_nobody_connects_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody listens, the system may give this end the port that it dials."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+
+    class Bound(socket.socket):
+        def connect_ex(self, where: Any) -> int:
+            with suppress(OSError):
+                self.bind(where)
+            return super().connect_ex(where)
+
+    monkeypatch.setattr("bokbok_trio._sockets.socket.socket", Bound)
+    with pytest.raises(ConnectionRefusedError):
+        await dial_to(TCPAddress("127.0.0.1", port))
+    monkeypatch.undo()
+    for listener in await listen_on(TCPAddress("127.0.0.1", port)):
+        await listener.aclose()  # the port is free at once
 
 
 async def test_a_look_up_that_was_loopback_is_what_is_used() -> None:

@@ -20,7 +20,7 @@ class Ends:
 
     def __init__(self) -> None:
         self.outbox = Outbox()
-        self.flows = Flows(self.outbox, 2**20, 2**30)
+        self.flows = Flows(self.outbox, 2**20, 2**30, lambda: 0)
 
     def take(self) -> list[list[bytes]]:
         chunks, _, items = self.outbox.take(0)
@@ -232,7 +232,7 @@ def test_what_is_done_does_nothing() -> None:
 
 
 def test_an_item_has_the_limit_of_a_packet() -> None:
-    flows = Flows(Outbox(), 100, 2**30)
+    flows = Flows(Outbox(), 100, 2**30, lambda: 0)
     assert flows.encode([bytes(95)])[1] == 100
     with pytest.raises(MessageTooLarge):
         flows.encode([bytes(96)])

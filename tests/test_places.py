@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -221,10 +222,67 @@ def test_the_places_agree_with_a_model(steps: list[tuple[str, int]]) -> None:
                     place.note_hello()
             assert len(places) == len(stages) <= most
             counts = Counter(each.source for each, stage in stages.items() if stage != "open")
-            assert places._largest == max(counts.values(), default=0)
-            assert {source: len(crowd) for source, crowd in places._crowds.items()} == counts
+            assert places._early.largest == max(counts.values(), default=0)
+            assert {source: places._early.size(source) for source in "abc"} == {
+                source: counts[source] for source in "abc"
+            }
 
     trio.run(main)
+
+
+async def test_those_who_failed_go_first_though_they_were_looked_up() -> None:
+    places = Places(3, 1)
+    guesser, honest, silent = take(places, "a", "a", "a")
+    for each in (guesser, honest):
+        each.note_hello()
+        each.note_open()
+    guesser.note_failure()
+    take(places, "b")
+    assert displaced([guesser, honest, silent]) == [0]
+    take(places, "b")
+    assert displaced([guesser, honest, silent]) == [0, 2]
+
+
+async def test_who_waits_for_a_look_up_gives_way_to_a_source_with_fewer_such() -> None:
+    places = Places(4, 1)
+    held = take(places, *"aaaa")
+    async with trio.open_nursery() as nursery:
+        for place in held:
+            place.note_hello()
+            place.note_open()
+            nursery.start_soon(place.take_turn, math.inf)
+            await trio.testing.wait_all_tasks_blocked()
+        assert places.take("a") is None, "nobody gives way to its own source"
+        (newcomer,) = take(places, "b")
+        assert len(displaced(held)) == 1
+        assert displaced(held) != [0], "that one has its turn"
+        newcomer.note_hello()
+        newcomer.note_open()
+        nursery.start_soon(newcomer.take_turn, math.inf)
+        await trio.testing.wait_all_tasks_blocked()
+        assert places.take("b") is None, "it has one, and the other has two"
+        nursery.cancel_scope.cancel()
+
+
+async def test_one_that_fails_when_it_was_displaced_is_counted_once() -> None:
+    places = Places(1, 1)
+    (victim,) = take(places, "a")
+    take(places, "b")
+    victim.note_failure()
+    victim.leave()
+    assert len(places) == 1
+
+
+async def test_only_those_who_said_nothing_can_be_ended_first() -> None:
+    places = Places(3, 1)
+    silent, greeted = take(places, "a", "b")
+    greeted.note_hello()
+    assert places.has_greeted
+    places.cancel_all(silent_only=True)
+    assert silent.scope.cancel_called
+    assert not greeted.scope.cancel_called
+    greeted.leave()
+    assert not places.has_greeted
 
 
 # ---- turns ----

@@ -38,6 +38,7 @@ LAYERS = [
     *(
         "_fork",
         "_unix_listener",
+        "_look_ups",
         "_sockets",
         "_direct_stream",
         "_secretbox_stream",
@@ -74,6 +75,7 @@ MAY_USE_TRIO = {
         "_keys",
         "_fork",
         "_unix_listener",
+        "_look_ups",
         "_sockets",
         "_direct_stream",
         "_secretbox_stream",

@@ -385,13 +385,13 @@ async def test_a_connection_that_answered_begins_a_new_round(
         assert client.connection
 
 
-async def test_a_connection_that_answered_resets_the_waits_and_one_that_lasted_does_not(
+async def test_a_connection_that_answered_or_lasted_resets_the_waits(
     network: Network, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with network.server() as server, open_reconnecting(A) as client:
         for lasts, answers, wait in [
-            *((1, False, 0.2), (1, False, 0.4), (12, False, 0.8), (1, True, 0)),
-            *((1, False, 0.2), (1, False, 0.4), (0.02, True, 0.09), (1, True, 0)),
+            *((1, False, 0.2), (1, False, 0.4), (9, False, 0.8), (1, True, 0)),
+            *((1, False, 0.2), (1, False, 0.4), (0.02, True, 0.09), (10, False, 0)),
         ]:
             opened = trio.current_time()
             if answers:
@@ -402,6 +402,36 @@ async def test_a_connection_that_answered_resets_the_waits_and_one_that_lasted_d
             await settle()
             assert network.times[-1] == pytest.approx(opened + lasts + wait, abs=0.011)
         assert len(network.times) == 9
+
+
+@pytest.mark.parametrize("what", ["request", "item"])
+async def test_one_whose_peer_only_asks_or_sends_items_has_worked(
+    network: Network, what: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A client that serves, or that reads one long stream, makes no request that is answered."""
+
+    async def stream(connection: Connection, request: list[bytes], channel: Channel) -> None:
+        await channel.send(["news"])
+        await trio.sleep_forever()
+
+    async with (
+        network.server(channel_handler=stream) as server,
+        open_reconnecting(A, request_handler=echo) as client,
+    ):
+        for _ in range(10):
+            dialled = network.times[-1]
+            with suppress(ConnectionLost):
+                async with client.open_channel(["follow"]) as channel:
+                    if what == "item":
+                        assert await channel.receive() == [b"news"]
+                    else:
+                        for connection in server.connections:
+                            await connection.request(["back", "1"])
+                    await trio.sleep(1)
+                    await drop(server)
+                    await settle()
+            await settle()
+            assert network.times[-1] == pytest.approx(dialled + 1, abs=0.011)
 
 
 async def test_an_answered_ping_is_an_answer(

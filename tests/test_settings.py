@@ -32,7 +32,7 @@ def test_the_defaults() -> None:
 def test_the_budget_follows_the_message_size() -> None:
     assert Settings().effective_budget == 64 * 2**20
     assert Settings(max_message_size=2**20).effective_budget == 16 * 2**20
-    assert Settings(max_message_size=2**20, budget=2**23).effective_budget == 2**23
+    assert Settings(max_message_size=2**20, budget=2**25).effective_budget == 2**25
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -51,8 +51,8 @@ def test_settings_go_by_name() -> None:
         {"max_message_size": MIN_MESSAGE_SIZE, "max_requests": 1, "max_connections": 1, "max_handshakes": 1},
         {"max_lookups": 1},
         {"max_connections_per_user": 1},
-        {"budget": 2**24},
-        {"budget": 2**14, "max_message_size": 2**12},
+        {"budget": 2**26},
+        {"budget": 2**16, "max_message_size": 2**12},
         {"budget": MAX_BUDGET, "least_rate": 0},
         {"least_rate": 0.5},
         {"max_message_size": MAX_MESSAGE_SIZE, "max_requests": MAX_REQUESTS, "max_connections": 10**9},
@@ -78,8 +78,8 @@ def test_what_is_in_range(values: dict[str, Any]) -> None:
         ("max_handshakes", -1, "max_handshakes must be at least 1, not -1"),
         ("max_lookups", 0, "max_lookups must be at least 1, not 0"),
         ("max_connections_per_user", 0, "max_connections_per_user must be at least 1, not 0"),
-        ("budget", 2**24 - 1, "budget must be at least 16777216 and at most 72057594037927936, not 16777215"),
-        ("budget", MAX_BUDGET + 1, "budget must be at least 16777216 and at most 72057594037927936"),
+        ("budget", 2**26 - 1, "budget must be at least 67108864 and at most 72057594037927936, not 67108863"),
+        ("budget", MAX_BUDGET + 1, "budget must be at least 67108864 and at most 72057594037927936"),
         ("least_rate", -1, "least_rate must be 0 or more bytes a second, not -1"),
         ("least_rate", math.inf, "least_rate must be 0 or more bytes a second, not inf"),
         ("least_rate", math.nan, "least_rate must be 0 or more bytes a second, not nan"),
