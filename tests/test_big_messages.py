@@ -108,7 +108,7 @@ async def test_a_big_request_cancelled_half_way_is_forgotten_over_there(autojump
         assert server._session.handling == 0
 
 
-async def test_what_is_held_of_a_peer_is_bounded() -> None:
+async def test_what_is_held_of_a_peer_is_bounded(autojump_clock: MockClock) -> None:
     held: list[int] = []
     async with raw_peer(answer_by_size, max_message_size=4 * MIB) as (connection, peer):
         for number in range(MAX_OPEN):

@@ -145,7 +145,9 @@ async def test_the_stream_is_closed_when_opening_is_cancelled() -> None:
         await ours.send_all(b"x")
 
 
-async def test_a_request_of_the_server_that_comes_with_its_acceptance_is_handled() -> None:
+async def test_a_request_of_the_server_that_comes_with_its_acceptance_is_handled(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     """In mode plain nothing may be read beyond `accepted`."""
     ours, theirs = trio.testing.memory_stream_pair()
     accepted = packet(b"accepted", b"4096", b"1", b"\0", b"")

@@ -950,7 +950,9 @@ async def test_a_packet_cut_short_is_told() -> None:
             await connection.request([])
 
 
-async def test_a_flood_of_requests_and_cancels_is_handled_within_the_slots() -> None:
+async def test_a_flood_of_requests_and_cancels_is_handled_within_the_slots(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     started: list[bytes] = []
 
     async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
@@ -974,7 +976,7 @@ async def test_a_flood_of_requests_and_cancels_is_handled_within_the_slots() -> 
             await connection.request([])
 
 
-async def test_what_arrives_with_the_end_is_not_handled() -> None:
+async def test_what_arrives_with_the_end_is_not_handled(autojump_clock: trio.testing.MockClock) -> None:
     """A request in the same chunk as what ended the connection must not start a handler."""
     started: list[list[bytes]] = []
 

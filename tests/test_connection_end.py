@@ -88,7 +88,9 @@ async def test_whoever_waits_for_the_next_ping_waits_for_one_pong_only(autojump_
 
 
 @pytest.mark.parametrize("by_peer", [False, True])
-async def test_draining_is_set_where_it_is_first_asked_for_after_the_end(by_peer: bool) -> None:
+async def test_draining_is_set_where_it_is_first_asked_for_after_the_end(
+    by_peer: bool, autojump_clock: MockClock
+) -> None:
     async with raw_peer() as (connection, peer):
         if by_peer:
             await peer.stream.aclose()

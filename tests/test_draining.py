@@ -100,7 +100,7 @@ async def test_requests_that_wait_for_a_slot_are_told_that_they_did_not_run(
     assert answers == [[b"slept"]]
 
 
-async def test_a_request_that_crosses_the_bye_is_answered_unrun() -> None:
+async def test_a_request_that_crosses_the_bye_is_answered_unrun(autojump_clock: MockClock) -> None:
     handled: list[list[bytes]] = []
 
     async def handler(connection: Connection, request: list[bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import socket
 from contextlib import suppress
 from itertools import pairwise
@@ -296,12 +297,11 @@ async def test_a_flood_is_a_line_a_second_in_the_log_with_a_count(
                 await stranger()
             await trio.sleep(1)
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(lines) == 4
     assert all("GET / HT" in line for line in lines)
     assert "more" not in lines[0]
-    assert lines[1].endswith("(and 99 more like it)")
-    assert lines[2].endswith("(and 99 more like it)")
-    assert lines[3].startswith("99 more like: ")
+    assert 3 <= len(lines) <= 5
+    told = [int(number) for line in lines for number in re.findall(r"(\d+) more like", line)]
+    assert len(lines) - sum(line[0].isdigit() for line in lines) + sum(told) == 300
 
 
 async def test_a_flood_of_one_kind_does_not_hide_another(

@@ -239,8 +239,11 @@ async def test_those_who_failed_go_first_though_they_were_looked_up() -> None:
     guesser.note_failure()
     take(places, "b")
     assert displaced([guesser, honest, silent]) == [0]
-    take(places, "b")
-    assert displaced([guesser, honest, silent]) == [0, 2]
+    for _ in range(5):
+        for each in [each for each in places._unfinished if each.is_displaced]:
+            each.leave()
+        take(places, "b")
+    assert not honest.is_displaced
 
 
 async def test_who_waits_for_a_look_up_gives_way_to_a_source_with_fewer_such() -> None:

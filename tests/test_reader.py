@@ -480,7 +480,9 @@ async def test_what_is_left_of_a_batch_when_the_connection_is_closed_is_not_hand
     assert caplog.records == []  # and no answer was taken for one that is not awaited
 
 
-async def test_what_arrives_when_the_connection_is_over_is_not_handled() -> None:
+async def test_what_arrives_when_the_connection_is_over_is_not_handled(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     handled: list[list[bytes]] = []
 
     async def handler(connection: Connection, request: list[bytes]) -> None:
@@ -494,7 +496,9 @@ async def test_what_arrives_when_the_connection_is_over_is_not_handled() -> None
     assert handled == []
 
 
-async def test_a_connection_that_is_closed_before_it_reads_ends_and_handles_nothing() -> None:
+async def test_a_connection_that_is_closed_before_it_reads_ends_and_handles_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     handled: list[list[bytes]] = []
 
     async def handler(connection: Connection, request: list[bytes]) -> None:
@@ -913,7 +917,9 @@ async def test_a_scope_left_open_by_a_handler_that_waits_for_nothing_harms_no_ot
     assert count_left_open(caplog) == 2
 
 
-async def test_a_shield_left_open_by_a_handler_that_has_waited_does_not_keep_its_task() -> None:
+async def test_a_shield_left_open_by_a_handler_that_has_waited_does_not_keep_its_task(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     async def handler(connection: Connection, request: list[bytes]) -> None:
         await trio.lowlevel.checkpoint()
         trio.CancelScope(shield=True).__enter__()

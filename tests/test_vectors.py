@@ -496,13 +496,15 @@ async def close_after(stream: trio.abc.Stream, data: bytes) -> bytes:
 
 
 @named([v for v in VECTORS["bad_hellos"] if v["to"] == "server" and v["name"] != "its own key"])
-async def test_a_bad_hello_gets_no_answer(vector: dict[str, Any]) -> None:
+async def test_a_bad_hello_gets_no_answer(
+    vector: dict[str, Any], autojump_clock: trio.testing.MockClock
+) -> None:
     listener = MemoryListener()
     async with open_server([listener], user_key={"zo": KEY} if vector["mode"] == "sealed" else None):
         assert await close_after(listener.connect(), bytes.fromhex(vector["hello"])) == b""
 
 
-async def test_a_recorded_client_does_not_get_in_again() -> None:
+async def test_a_recorded_client_does_not_get_in_again(autojump_clock: trio.testing.MockClock) -> None:
     key, recorded = unhex(SEALED, "key", "client_sends")
     listener = MemoryListener()
     async with open_server(
