@@ -453,7 +453,7 @@ async def test_a_channel_goes_over_the_next_connection_where_this_one_drains_at_
                 except trio.ClosedResourceError:
                     assert turn >= 8, "it was open, and this side closed its connection"
                 except ConnectionLost as exc:
-                    assert not exc.may_have_run, "its `chan` crossed the `bye`"
+                    assert not exc.may_have_run, "its `chan` crossed the `bye`"  # noqa: PT017
     with pytest.raises(ConnectionClosed):
         async with client.open_channel([]):
             pass
