@@ -14,8 +14,7 @@ from ._addresses import Address, AddressLike, as_address, require_loopback
 from ._connection import Connection, ConnectionHandler
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
-from ._handshake import encode_service
-from ._keys import Key, encode_user
+from ._keys import Key, encode_service, encode_user
 from ._nursery import bare_nursery, block
 from ._opening import open_as_client
 from ._settings import Settings

@@ -35,8 +35,7 @@ from ._client import check_handlers, check_settings, end_reason, may_be_async
 from ._connection import Connection, ConnectionHandler
 from ._errors import HandshakeError
 from ._handling import ChannelHandler, RequestHandler
-from ._handshake import encode_service
-from ._keys import Key
+from ._keys import Key, encode_service
 from ._nursery import bare_nursery, block, check_run, contain, describe_error, keep
 from ._opening import Displaced, NothingCame, PeerUser, Refusal, UserKey, linger, open_as_server
 from ._places import Place, Places, find_source

@@ -28,7 +28,6 @@ from bokbok_trio._handshake import (
     BOX_SIZE,
     EPHEMERAL_SIZE,
     MAGIC,
-    MAX_KEYS,
     MAX_REASON_SIZE,
     OPEN_SIZE,
     ClientHandshake,
@@ -37,8 +36,8 @@ from bokbok_trio._handshake import (
     ServerHandshake,
     encode_hello,
     encode_refused,
-    encode_service,
 )
+from bokbok_trio._keys import MAX_KEYS, encode_service
 from bokbok_trio._options import GREASE_DICE, MAX_OPTIONS_SIZE, MAX_OWN_OPTIONS_SIZE, decode_options
 from bokbok_trio._packets import LENGTH_SIZE, decode_body, encode_head
 
@@ -327,7 +326,7 @@ def test_no_more_than_max_keys_are_tried(*, place: int, opens: bool) -> None:
 def test_a_random_key_that_happens_to_fit_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
     client, server = make_client(), make_server()
     send_open(client, server)
-    monkeypatch.setattr(server, "_randomness", lambda size: K.raw)
+    monkeypatch.setattr(_handshake, "_NOBODYS_KEY", K)
     check_fails_to_accept(client, server, [])
 
 
@@ -370,12 +369,24 @@ def test_an_unusable_name_is_no_user(name: bytes) -> None:
     check_fails_to_accept(client, server, ())
 
 
-@pytest.mark.parametrize(("name", "keys"), [(b"nobody", []), (b"a\0b", []), (b"myuser", [OTHER])])
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        (b"nobody", []),
+        (b"a\0b", []),
+        (b"myuser", [OTHER]),
+        (b"myuser", [OTHER] * MAX_KEYS),
+        (b"myuser", [OTHER] * (MAX_KEYS + 1)),
+    ],
+)
 def test_whoever_does_not_get_in_takes_the_same_path(
     name: bytes, keys: list[Key], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, server = make_client(), make_server()
+    """Which has as many tries, whoever it is: else the time would tell who has how many keys."""
+    dice = Dice(b"server")
+    client, server = make_client(), make_server(randomness=dice)
     send_open_as(name, client, server)
+    drawn = len(dice.given)
     calls: list[tuple[object, ...]] = []
     hash_ = _handshake.keyed_hash
 
@@ -390,23 +401,25 @@ def test_whoever_does_not_get_in_takes_the_same_path(
     monkeypatch.setattr(_handshake, "keyed_hash", spy_hash)
     monkeypatch.setattr(_handshake, "crypto_secretbox_open", spy_open)
     check_fails_to_accept(client, server, keys)
-    assert calls == [("hash", 32, 32, b"bokbok1 box", 32), ("open", BOX_SIZE, 24, 32)]
-
-
-def test_an_unknown_user_is_tried_with_a_random_key() -> None:
-    dice = Dice(b"server")
-    client, server = make_client(), make_server(randomness=dice)
-    send_open(client, server)
-    for tries in (1, 2):
-        check_fails_to_accept(client, server, ())
-        assert [len(drawn) for drawn in dice.given] == [EPHEMERAL_SIZE, GREASE_DICE] + [32] * tries
+    assert calls == [("hash", 32, 32, b"bokbok1 box", 32), ("open", BOX_SIZE, 24, 32)] * MAX_KEYS
+    assert len(dice.given) == drawn
 
 
 @pytest.mark.parametrize(
-    ("service", "error"), [(b"x", TypeError), ("x" * 256, ValueError), ("é" * 128, ValueError)]
+    ("service", "error", "message"),
+    [
+        (b"x", TypeError, "a service is a str, not bytes"),
+        ("x" * 256, ValueError, "at most 255 bytes of UTF-8, and not 256"),
+        ("\u00e9" * 128, ValueError, "at most 255 bytes of UTF-8, and not 256"),
+        ("caf" + "e\u0301", ValueError, "is not in normal form C"),
+        ("\u212b", ValueError, "is not in normal form C"),
+    ],
+    ids=ascii,
 )
-def test_a_service_is_a_str_of_at_most_255_bytes(service: Any, error: type[Exception]) -> None:
-    with pytest.raises(error):
+def test_a_service_is_a_str_of_at_most_255_bytes_in_normal_form_c(
+    service: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
         encode_service(service)
 
 

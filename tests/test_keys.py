@@ -15,7 +15,7 @@ from hypothesis import given, strategies as st
 
 import bokbok_trio._keys
 from bokbok_trio import Key, passphrase_to_key
-from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, KEY_SIZE, MAX_USER_SIZE, encode_user
+from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, KEY_SIZE, MAX_NAME_SIZE, encode_user
 
 RAW = b"0123456789abcdefghijklmnopqrstuv"
 
@@ -109,7 +109,7 @@ def test_user_names_are_taken_or_refused(user: str) -> None:
     except ValueError:
         return
     assert encoded.decode() == user == unicodedata.normalize("NFC", user)
-    assert 1 <= len(encoded) <= MAX_USER_SIZE
+    assert 1 <= len(encoded) <= MAX_NAME_SIZE
 
 
 # ---- passphrases ----
