@@ -231,6 +231,7 @@ class Keyring(Mapping[str, Sequence[Key]]):
 
         self._change(edit)
 
+    @without_secrets
     def remove(self, user: str, key: Key | str | None = None) -> None:
         """Take a user's keys out of the file, or one of them; comments and all else stay. See `add`.
 

@@ -32,19 +32,19 @@ def read_private(path: StrPath, max_size: int) -> tuple[bytes, os.stat_result]:
     """
     # A pipe would be waited for, without the flag.
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
         if os.name != "nt" and status.st_mode & 0o077:  # Windows has no such bits
-            name = shlex.quote(os.fspath(path))
-            raise PermissionError(
-                errno.EACCES, f"others can read or change it: chmod 600 {name}", os.fspath(path)
-            )
-        content = file.read(max_size + 1)
-    if len(content) > max_size:
-        raise ValueError(f"{os.fspath(path)} has more than {max_size} bytes")
-    return content, status
+            problem = f"others can read or change it: chmod 600 {shlex.quote(os.fspath(path))}"
+            raise PermissionError(errno.EACCES, problem, os.fspath(path))
+        if status.st_size > max_size:
+            raise ValueError(f"{os.fspath(path)} has more than {max_size} bytes")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(), status
+    finally:
+        os.close(fd)
 
 
 def create_private(path: StrPath, content: bytes, prepare: Callable[[int], object] = lambda _: None) -> None:

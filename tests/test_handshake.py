@@ -37,7 +37,7 @@ from bokbok_trio._handshake import (
     encode_hello,
     encode_refused,
 )
-from bokbok_trio._keys import MAX_KEYS, encode_service
+from bokbok_trio._keys import MAX_KEYS
 from bokbok_trio._options import GREASE_DICE, MAX_OPTIONS_SIZE, MAX_OWN_OPTIONS_SIZE, decode_options
 from bokbok_trio._packets import LENGTH_SIZE, decode_body, encode_head
 
@@ -403,24 +403,6 @@ def test_whoever_does_not_get_in_takes_the_same_path(
     check_fails_to_accept(client, server, keys)
     assert calls == [("hash", 32, 32, b"bokbok1 box", 32), ("open", BOX_SIZE, 24, 32)] * MAX_KEYS
     assert len(dice.given) == drawn
-
-
-@pytest.mark.parametrize(
-    ("service", "error", "message"),
-    [
-        (b"x", TypeError, "a service is a str, not bytes"),
-        ("x" * 256, ValueError, "at most 255 bytes of UTF-8, and not 256"),
-        ("\u00e9" * 128, ValueError, "at most 255 bytes of UTF-8, and not 256"),
-        ("caf" + "e\u0301", ValueError, "is not in normal form C"),
-        ("\u212b", ValueError, "is not in normal form C"),
-    ],
-    ids=ascii,
-)
-def test_a_service_is_a_str_of_at_most_255_bytes_in_normal_form_c(
-    service: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        encode_service(service)
 
 
 # ---- hello ----
