@@ -769,8 +769,9 @@ async def test_a_failing_look_up_is_logged(
     assert repr(K.raw)[2:-1] not in caplog.text
 
 
-async def test_a_failing_look_up_is_logged_after_the_refusal(
-    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+@pytest.mark.parametrize("user_key", [raising, {"myuser": [OTHER] * (MAX_KEYS + 1)}], ids=["fails", "keys"])
+async def test_what_is_wrong_with_a_look_up_is_logged_after_the_refusal(
+    user_key: Any, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
     """Logging takes time, by which one could tell who is known."""
     client, server = make_wires()
@@ -790,7 +791,7 @@ async def test_a_failing_look_up_is_logged_after_the_refusal(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(note_when_sent)
-            await end_of(server, as_server(server, user_key=raising))
+            await end_of(server, as_server(server, user_key=user_key))
     finally:
         logging.getLogger("bokbok_trio").removeHandler(note)
     assert logged == [2]  # hello, and the refusal
