@@ -450,8 +450,8 @@ async def serve(
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         user_key: how to find the pre-shared key of a user: an async function from the name to a
             `Key`, a sequence of keys (the old and the new, while one replaces the other; 16 at
-            most are tried) or None; or a mapping. With it, connections are encrypted and
-            authenticated; without, they are plain. Nothing ever falls back.
+            most are tried) or None; or a mapping, such as a `Keyring`. With it, connections are
+            encrypted and authenticated; without, they are plain. Nothing ever falls back.
         peer_user: for plain connections over a UNIX socket, how to name who is at the other end: a
             function, not async, from `PeerCredentials` to the user's name, or None. It must not
             block. That name is `Connection.user`. Where there is none, or it raises, which is logged,

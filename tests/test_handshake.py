@@ -337,6 +337,16 @@ def check_fails_to_accept(client: ClientHandshake, server: ServerHandshake, keys
     return str(caught.value)
 
 
+def test_a_node_that_serves_and_dials_can_be_led_to_itself_unless_services_have_names() -> None:
+    """The key is that of all nodes, and somebody passes on to a node what it sends. See Selfie, 2019."""
+    client, server = make_client(), make_server()
+    shake(client, server)
+    assert client.final_keys == server.final_keys is not None
+    client, server = make_client(service="the other node"), make_server(service="this node")
+    send_open(client, server)
+    check_fails_to_accept(client, server, [K])
+
+
 def test_a_service_mismatch_looks_like_a_wrong_key() -> None:
     errors = []
     for theirs, ours, keys in (("a", "b", [K]), ("", "b", [K]), ("a", "", [K]), ("a", "a", [OTHER])):
