@@ -33,6 +33,7 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, final
 
@@ -203,10 +204,10 @@ class _Handshake:
         theirs = hello[-EPHEMERAL_SIZE:]
         if theirs == self._public:
             raise HandshakeError("our own key came back")
-        try:
+        with suppress(SodiumError):
             self._ee = crypto_scalarmult(self._secret, theirs)
-        except SodiumError:
-            raise HandshakeError("the peer's key gives an all-zero secret") from None
+        if not self._ee:  # not inside of an `except`: the frames of that exception hold our secret
+            raise HandshakeError("the peer's key gives an all-zero secret")
         first, second = (self.hello, hello) if self.side == "client" else (hello, self.hello)
         self._h0 = keyed_hash(32, b"", b"bokbok1 hello", first + second)
 

@@ -41,6 +41,7 @@ from bokbok_trio._keys import MAX_KEYS
 from bokbok_trio._options import GREASE_DICE, MAX_OPTIONS_SIZE, MAX_OWN_OPTIONS_SIZE, decode_options
 from bokbok_trio._packets import LENGTH_SIZE, decode_body, encode_head
 
+from .helpers import check_holds_no_secret
 from .strategies import options, packet_bytes
 
 K = Key(bytes(range(32)))
@@ -967,12 +968,14 @@ def test_nothing_secret_shows_in_a_repr_an_error_or_a_log(caplog: pytest.LogCapt
     client_dice, server_dice = Dice(b"client"), Dice(b"server")
     client, server = make_client(randomness=client_dice), make_server(randomness=server_dice)
     shown: list[object] = []
+    errors: list[BaseException] = []
 
     def fails(call: Callable[[Any], object], argument: object) -> None:
         with pytest.raises(HandshakeError) as caught:
             call(argument)
         shown.append("".join(traceback.format_exception(caught.value)))
         shown.append(caught.value)
+        errors.append(caught.value)
 
     for hello in (b"", b"x", server.hello, other_hello(server, bytes(32)), flip(client.hello, 0)):
         fails(server.receive_hello, hello)
@@ -998,6 +1001,8 @@ def test_nothing_secret_shows_in_a_repr_an_error_or_a_log(caplog: pytest.LogCapt
     # The random bytes of grease are sent in the clear of a plain connection, and are no secret.
     secrets += [drawn for drawn in client_dice.given + server_dice.given if len(drawn) != GREASE_DICE]
     assert all(len(secret) == 32 for secret in secrets)
+    for error in errors:
+        check_holds_no_secret(error, *secrets)
     for thing in shown:
         for text in (repr(thing), str(thing), f"{thing}"):
             for secret in secrets:

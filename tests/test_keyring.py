@@ -35,7 +35,7 @@ from bokbok_trio._keys import MAX_KEYS, encode_user
 from bokbok_trio._private_files import read_private
 from bokbok_trio.testing import MemoryListener
 
-from .test_keys import check_holds_no_secret
+from .helpers import check_holds_no_secret
 
 A, B, C = (Key(bytes([n]) * 32) for n in (1, 2, 3))
 KEYS = [Key(bytes([n]) * 32) for n in range(MAX_KEYS + 1)]

@@ -38,6 +38,8 @@ from bokbok_trio._keys import (
     encode_user,
 )
 
+from .helpers import check_holds_no_secret
+
 RAW = b"0123456789abcdefghijklmnopqrstuv"
 
 # ---- keys ----
@@ -203,24 +205,6 @@ def test_a_key_gets_into_no_other_process() -> None:
 
 
 # ---- errors hold no secrets ----
-
-
-def check_holds_no_secret(error: BaseException, *secrets: bytes | str) -> None:
-    """Neither it, nor the frames and causes that a report of it would show."""
-    errors: list[BaseException | None] = [error]
-    while errors:
-        error_ = errors.pop()
-        if error_ is None:
-            continue
-        errors += [error_.__cause__, error_.__context__]
-        shown: list[object] = [error_, error_.args, vars(error_)]
-        for frame, _ in traceback.walk_tb(error_.__traceback__):
-            if not Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
-                shown += frame.f_locals.values()
-        for thing in shown:
-            for secret in secrets:
-                assert str(secret) not in f"{thing!r} {thing}"
-                assert repr(secret)[2:-1] not in f"{thing!r} {thing}"
 
 
 TEXT = Key(RAW).to_text()
