@@ -381,9 +381,6 @@ def _check_still_there(transport: trio.abc.Stream) -> None:
 class _Failures:
     """Failures of the application's functions. They are logged when the client has been answered, because
     logging takes time, by which a client could tell who is known.
-
-    Attributes:
-        key_count: how many keys the user has, to be logged where they are too many.
     """
 
     def __init__(self, log: LogFailure) -> None:
