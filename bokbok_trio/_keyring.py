@@ -114,9 +114,9 @@ def _parse_line(line: str) -> _Entry:
 
 
 def _check_user(user: str) -> None:
-    encode_user(user)
-    if f"{KEY_PREFIX}1" in user.lower():
+    if isinstance(user, str) and f"{KEY_PREFIX}1" in user.lower():
         raise ValueError("there is a key in the user's name")
+    encode_user(user)  # whose errors show the name
 
 
 def _format_line(user: str, key: Key) -> str:

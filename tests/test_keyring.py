@@ -100,6 +100,7 @@ def test_a_file_without_users(path: Path) -> None:
         (f"{B.to_text()} {A.to_text()}", "there is a key in the user's name"),
         (f"alice {B.to_text().upper()} {A.to_text()}", "there is a key in the user's name"),
         (f"u\u0308 {A.to_text()}", "is not in normal form C"),
+        (f"u\u0308 {B.to_text()} {A.to_text()}", "there is a key in the user's name"),
         (f"a\0b {A.to_text()}", "has a control character"),
         (f"{'u' * 256} {A.to_text()}", "a user name is 1 to 255 bytes"),
         (f'"alice {A.to_text()}', "is no string of JSON"),
