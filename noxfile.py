@@ -24,8 +24,8 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests, with coverage of lines and branches."""
-    session.install("-e", ".[test]")
+    """All tests, those of examples with databases too, with coverage of lines and branches."""
+    session.install("-e", ".[test,examples]")
     session.run("coverage", "run", "-m", "pytest", *session.posargs)
     session.run("coverage", "report")
 
@@ -55,6 +55,7 @@ def docs(session: nox.Session) -> None:
         "CHANGELOG.rst",
         "docs/protocol.rst",
         "docs/security.rst",
+        "docs/keys.rst",
         "docs/performance.rst",
         "docs/running.rst",
         "benchmarks/README.rst",

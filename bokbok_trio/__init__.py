@@ -43,6 +43,7 @@ from ._errors import (
     RequestError as RequestError,
 )
 from ._handling import ChannelHandler as ChannelHandler, RequestHandler as RequestHandler
+from ._keyring import Keyring as Keyring
 from ._keys import Key as Key, passphrase_to_key as passphrase_to_key
 from ._opening import PeerUser as PeerUser, UserKey as UserKey
 from ._packets import Context as Context, Field as Field, Fields as Fields

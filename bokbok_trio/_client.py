@@ -14,8 +14,7 @@ from ._addresses import Address, AddressLike, as_address, require_loopback
 from ._connection import Connection, ConnectionHandler
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
-from ._handshake import encode_service
-from ._keys import Key, encode_user
+from ._keys import Key, encode_service, encode_user
 from ._nursery import bare_nursery, block
 from ._opening import open_as_client
 from ._settings import Settings
@@ -51,8 +50,8 @@ async def open_connection(
         user, key: the user's name (1 to 255 bytes of UTF-8) and pre-shared key. With both, the
             connection is encrypted and authenticated both ways, or is not opened; with neither, it
             is plain. Nothing ever falls back.
-        service: names what is meant to be reached, at most 255 bytes of UTF-8; never sent. A server
-            with another one looks like one with another key.
+        service: names what is meant to be reached, at most 255 bytes of UTF-8 in normal form C; never sent.
+            A server with another one looks like one with another key.
         insecure: allow plain TCP to another machine.
         request_handler: handles requests from the other side, many at once; see `RequestHandler`.
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.

@@ -269,7 +269,16 @@ class Connection:
     @property
     def encrypted(self) -> bool:
         """Whether the connection is encrypted and authenticated."""
-        return self._opened.encrypted
+        return self._opened.key_fingerprint is not None
+
+    @property
+    def key_fingerprint(self) -> str | None:
+        """The `Key.fingerprint` of the user's key that the connection was opened with; None where it is
+        plain.
+
+        While a user has two keys, this tells which connections still need the old one.
+        """
+        return self._opened.key_fingerprint
 
     @property
     def address(self) -> Address | None:

@@ -21,7 +21,7 @@ Invariants
 - A client believes nothing of `accepted`, and a server nothing of `open`, before the box or the
   proof in it has been checked, in constant time. The server checks only the form of its fields before.
 - A user that is unknown, a name that cannot be one, and a wrong key take the same path through
-  `ServerHandshake.accept`.
+  `ServerHandshake.accept`, with as many tries, however many keys there are.
 
 The design follows Noise (the running hash, Noise protocol framework, revision 34, section 5) and
 WireGuard (a pre-shared key beside an ephemeral exchange); secretbox and X25519 are NaCl's.
@@ -33,6 +33,7 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, final
 
@@ -45,7 +46,7 @@ from nacl.bindings import (
 from nacl.exceptions import CryptoError, RuntimeError as SodiumError
 
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError, ProtocolError
-from ._keys import KEY_SIZE, Key, encode_user
+from ._keys import KEY_SIZE, MAX_KEYS, Key, encode_service, encode_user
 from ._options import NO_OPTIONS, Randomness, decode_options, encode_options
 from ._packets import LENGTH_SIZE, decode_body, decode_number, describe, encode_head, encode_number
 from ._settings import MAX_REQUESTS, MIN_MESSAGE_SIZE
@@ -70,28 +71,13 @@ BOX_SIZE: Final = 16 + KEY_SIZE + 32
 MAX_REASON_SIZE: Final = 256
 """Bytes of the message in `refused`."""
 
-MAX_KEYS: Final = 16
-"""Keys of one user that a server tries, so that rotation cannot turn into a cost per stranger."""
+_NOBODYS_KEY: Final = Key.generate()
+"""What a server tries where a user has fewer keys than `MAX_KEYS`. Were it to fit, it would not do."""
 
 
 def keyed_hash(size: int, key: bytes, label: bytes, data: bytes) -> bytes:
     """The protocol's ``B``: BLAKE2b of so many bytes, personalised by a zero-padded label."""
     return hashlib.blake2b(data, digest_size=size, key=key, person=label).digest()
-
-
-def encode_service(service: str) -> bytes:
-    """Check a service name and encode it.
-
-    Raises:
-        TypeError: it is not a str.
-        ValueError: it takes more than 255 bytes of UTF-8.
-    """
-    if not isinstance(service, str):
-        raise TypeError(f"a service is a str, not {type(service).__name__}")
-    encoded = service.encode()
-    if len(encoded) > 255:  # noqa: PLR2004  (a u8)
-        raise ValueError(f"a service is at most 255 bytes of UTF-8, and not {len(encoded)}")
-    return encoded
 
 
 @final
@@ -150,8 +136,8 @@ class _Handshake:
     """The part of both sides: hello, and the anonymous channel's keys.
 
     Attributes:
-        peer_limits, peer_options, final_keys: of the peer, and for both directions; right once the
-            handshake has ended well.
+        peer_limits, peer_options, final_keys, key: of the peer, for both directions, and the user's; right
+            once the handshake has ended well.
     """
 
     side: Side
@@ -169,6 +155,7 @@ class _Handshake:
         self.peer_limits = limits
         self.peer_options = NO_OPTIONS
         self.final_keys: DirectionKeys | None = None
+        self.key: Key | None = None
         self._service = encode_service(service)
         self._randomness = randomness
         self._secret = randomness(EPHEMERAL_SIZE) if sealed else b""
@@ -217,10 +204,10 @@ class _Handshake:
         theirs = hello[-EPHEMERAL_SIZE:]
         if theirs == self._public:
             raise HandshakeError("our own key came back")
-        try:
+        with suppress(SodiumError):
             self._ee = crypto_scalarmult(self._secret, theirs)
-        except SodiumError:
-            raise HandshakeError("the peer's key gives an all-zero secret") from None
+        if not self._ee:  # not inside of an `except`: the frames of that exception hold our secret
+            raise HandshakeError("the peer's key gives an all-zero secret")
         first, second = (self.hello, hello) if self.side == "client" else (hello, self.hello)
         self._h0 = keyed_hash(32, b"", b"bokbok1 hello", first + second)
 
@@ -302,19 +289,19 @@ class ClientHandshake(_Handshake):
             sealed=key is not None, service=service, limits=limits, options=options, randomness=randomness
         )
         self._user = b"" if user is None else encode_user(user)
-        self._key = key
+        self.key = key
         self._session_key = b""
 
     def open(self) -> bytes:
         """Make the `open` packet."""
         fields = [b"open", self._user, *self._declared, b""]
-        if self._key is None:
+        if self.key is None:
             return encode_head(*fields, b"")
         fields[-1] = bytes(OPEN_SIZE - len(encode_head(*fields, bytes(BOX_SIZE))))
         self._h1 = self._hash_open(fields)
         self._session_key = self._randomness(KEY_SIZE)
         self._box = crypto_secretbox(
-            self._session_key + self._h1, self._h1[:NONCE_SIZE], _box_key(self._key, self._h1)
+            self._session_key + self._h1, self._h1[:NONCE_SIZE], _box_key(self.key, self._h1)
         )
         return encode_head(*fields, self._box)
 
@@ -338,14 +325,14 @@ class ClientHandshake(_Handshake):
                 raise HandshakeError(f"expected accepted or refused, got {describe(fields)}")
 
     def _check_proof(self, declared: Sequence[bytes], proof: bytes) -> DirectionKeys | None:
-        if self._key is None:
+        if self.key is None:
             if proof:
                 raise HandshakeError("a proof in mode plain")
             return None
         h2 = _hash_accepted(self._h1, self._box, encode_head(b"accepted", *declared))
-        if not hmac.compare_digest(proof, _proof(self._key, h2)):
+        if not hmac.compare_digest(proof, _proof(self.key, h2)):
             raise AuthenticationError("the server did not prove that it knows the key")
-        return self._final_keys(self._key, self._session_key, h2)
+        return self._final_keys(self.key, self._session_key, h2)
 
 
 def _refusal(code: bytes, message: bytes) -> HandshakeError:
@@ -414,33 +401,34 @@ class ServerHandshake(_Handshake):
             self._h1 = self._hash_open(fields[:-1])
 
     def accept(self, keys: Sequence[Key]) -> bytes:
-        """Make the `accepted` packet. Then `peer_options` and `final_keys` are right.
+        """Make the `accepted` packet. Then `peer_options`, `final_keys` and `key` are right.
 
         Arguments:
             keys: the keys the user may have; none where there is no such user. In mode plain there
                 are none either.
 
         Raises:
-            AuthenticationError: none of them opens the box. That of an unknown user is tried with a
-                random key, to take the same path.
+            AuthenticationError: none of them opens the box. Then `MAX_KEYS` were tried, a random
+                one where there are fewer, so that the time does not tell how many there are.
         """
         proof = b""
         if self.sealed:
             key, session_key = self._open_box(keys)
             h2 = _hash_accepted(self._h1, self._box, encode_head(b"accepted", *self._declared))
             proof = _proof(key, h2)
-            self.final_keys = self._final_keys(key, session_key, h2)
+            self.key, self.final_keys = key, self._final_keys(key, session_key, h2)
         self.peer_options = self._claimed_options
         return encode_head(b"accepted", *self._declared, proof)
 
     def _open_box(self, keys: Sequence[Key]) -> tuple[Key, bytes]:
-        # Of an unknown user a random key is tried, to take the same path; were it to fit, it would not do.
-        for key in keys[:MAX_KEYS] or [Key(self._randomness(KEY_SIZE))]:
+        own = keys[:MAX_KEYS]
+        for at in range(MAX_KEYS):
+            key = own[at] if at < len(own) else _NOBODYS_KEY
             try:
                 opened = crypto_secretbox_open(self._box, self._h1[:NONCE_SIZE], _box_key(key, self._h1))
             except CryptoError:
                 continue
-            if hmac.compare_digest(opened[KEY_SIZE:], self._h1) and keys:
+            if hmac.compare_digest(opened[KEY_SIZE:], self._h1) and at < len(own):
                 return key, opened[:KEY_SIZE]
         raise AuthenticationError(f"user {self.user!r} has no key that fits")
 

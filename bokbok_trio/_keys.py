@@ -1,30 +1,78 @@
-"""The pre-shared keys of users, and their names.
+"""The pre-shared keys of users; and the names of users and services.
 
-A key is 32 bytes that only the user and the server know. It keys a hash in the handshake and
-nothing else; see ``docs/protocol.rst``.
+A key is 32 bytes that only the user and the server know. It keys a hash in the handshake, and the one that
+its fingerprint is, and nothing else; see ``docs/protocol.rst`` and ``docs/keys.rst``.
+
+Nothing here leaves a secret where a report of an error would show it: neither in the exception, nor in the
+local variables of the frames that it went through. See `without_secrets`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
+import os
 import secrets
 import unicodedata
-from typing import Final, final
+from collections.abc import Callable
+from typing import Final, NoReturn, ParamSpec, TypeVar, final
 
 import trio
 from nacl.bindings import crypto_pwhash_alg, crypto_pwhash_ALG_ARGON2ID13
+from nacl.exceptions import RuntimeError as SodiumError
+
+from . import _bech32
+from ._private_files import StrPath, create_private, read_private
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 KEY_SIZE: Final = 32
 """Bytes of a key."""
 
-MAX_USER_SIZE: Final = 255
-"""Bytes of a user name in UTF-8; the packet that carries it has a fixed size."""
+KEY_PREFIX: Final = "bokbok-key-"
+"""What the text of a key begins with, and a ``1`` follows. It lets a scanner find keys that were leaked."""
+
+KEY_TEXT_SIZE: Final = 70
+"""Characters of the text of a key."""
+
+MAX_KEY_FILE_SIZE: Final = 2**16
+"""Bytes of a key file, comments included: more is some other file."""
+
+MAX_KEYS: Final = 16
+"""Keys of one user that a server tries. It tries as many of a user who has fewer, or is unknown, so that
+the time does not tell how many there are; each try takes some 4 us."""
+
+MAX_NAME_SIZE: Final = 255
+"""Bytes of the name of a user or a service in UTF-8: a packet of fixed size carries the one, and a byte the
+size of the other."""
 
 ARGON2ID_PASSES: Final = 3
 ARGON2ID_MEMORY: Final = 256 * 2**20
 """The cost of a guess at a passphrase: passes over so many bytes of memory, one lane. libsodium's
 MODERATE, some 0.7 s on a desktop of 2018. Fixed, because both sides must come to the same key."""
+
+
+def without_secrets(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Have the exceptions of a function leave it without the frames in which they were raised, and without
+    those that they were raised for: for functions whose arguments or variables are secrets.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return function(*args, **kwargs)
+        except Exception as exc:  # noqa: BLE001  (raised again below)
+            error = exc
+        del args, kwargs
+        error.__context__ = error.__cause__ = None
+        try:
+            raise error.with_traceback(None)
+        finally:
+            del error  # or this frame and the error would keep each other alive
+
+    return call
 
 
 @final
@@ -38,27 +86,115 @@ class Key:
         TypeError: `raw` is not bytes.
         ValueError: `raw` is not 32 bytes long.
 
-    Keys compare equal when their bytes do, in constant time. Neither ``repr`` nor ``str`` shows them.
+    Keys compare equal when their bytes do, in constant time. Neither ``repr`` nor ``str`` shows them. They
+    cannot be changed, and copies are the same object. They are not pickled, so none gets into another
+    process or into a cache by accident.
     """
 
     __slots__ = ("_raw",)
+    _raw: bytes
 
-    def __init__(self, raw: bytes) -> None:
-        if not isinstance(raw, bytes):
-            raise TypeError(f"a key is made of bytes, not {type(raw).__name__}")
-        if len(raw) != KEY_SIZE:
-            raise ValueError(f"a key is {KEY_SIZE} bytes long, and not {len(raw)}")
-        self._raw = raw
+    def __new__(cls, raw: bytes) -> Key:
+        try:
+            checked = _check_raw(raw)
+        finally:
+            del raw
+        self = super().__new__(cls)
+        object.__setattr__(self, "_raw", checked)
+        return self
 
     @classmethod
     def generate(cls) -> Key:
         """Make a new key from the system's source of randomness."""
         return cls(secrets.token_bytes(KEY_SIZE))
 
+    @classmethod
+    @without_secrets
+    def from_text(cls, text: str) -> Key:
+        """The key of a text that `to_text` made. Upper case and white space around it do no harm.
+
+        Raises:
+            TypeError: it is not a str.
+            ValueError: it is not the text of a key, or mistyped. The message says how, and does not show it.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"the text of a key is a str, not {type(text).__name__}")
+        text = text.strip()
+        try:
+            if text.lower().startswith(f"{KEY_PREFIX}1") and len(text) != KEY_TEXT_SIZE:
+                raise ValueError(f"it has {len(text)} characters, and not {KEY_TEXT_SIZE}")
+            return cls(_bech32.to_bytes(_bech32.decode(KEY_PREFIX, text)))
+        except ValueError as exc:
+            raise ValueError(f"this is not the text of a key: {exc}") from None
+
+    @classmethod
+    @without_secrets
+    def from_hex(cls, text: str) -> Key:
+        """The key of 64 hexadecimal digits, such as ``openssl rand -hex 32`` prints. It has no checksum.
+
+        Raises:
+            TypeError: it is not a str.
+            ValueError: it is something else. The message does not show it.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"a key in hex is a str, not {type(text).__name__}")
+        try:
+            raw = bytes.fromhex(text)
+        except ValueError:
+            raw = b""
+        if len(raw) != KEY_SIZE:
+            raise ValueError(f"a key in hex is {2 * KEY_SIZE} hexadecimal digits")
+        return cls(raw)
+
+    @classmethod
+    @without_secrets
+    def load(cls, path: StrPath) -> Key:
+        """Read a key from a file that only its owner may read; see ``docs/keys.rst``.
+
+        The file holds the text of one key. Empty lines, and lines that begin with ``#``, do not count.
+
+        Raises:
+            PermissionError: group or others may read or change the file (``chmod 600`` mends it), or this
+                process may not read it.
+            OSError: the file is not there, or no regular file.
+            ValueError: it does not hold a key, or a mistyped one. The message does not show it.
+        """
+        content, _ = read_private(path, MAX_KEY_FILE_SIZE)
+        texts = [line for line in decode_lines(path, content) if not is_comment(line)]
+        if len(texts) != 1:
+            raise ValueError(f"{os.fspath(path)} has {len(texts)} lines with a key, instead of one")
+        try:
+            return cls.from_text(texts[0])
+        except ValueError as exc:
+            raise ValueError(f"{os.fspath(path)}: {exc}") from None
+
+    @without_secrets
+    def save(self, path: StrPath) -> None:
+        """Write the key's text to a new file, with mode 0600, and to the disk.
+
+        Raises:
+            FileExistsError: something is there already. It is never overwritten.
+            OSError: the file cannot be written; then nothing is left of it.
+        """
+        create_private(path, f"{self.to_text()}\n".encode())
+
+    def to_text(self) -> str:
+        """The key as text, with a checksum: ``bokbok-key-1`` and 58 characters. Show it to nobody."""
+        return _bech32.encode(KEY_PREFIX, _bech32.to_values(self._raw))
+
     @property
     def raw(self) -> bytes:
         """The 32 bytes, to be stored where only its owner can read them."""
         return self._raw
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell this key from others, and from which nobody can find it: safe to
+        show.
+
+        Unless it is the key of a weak passphrase: who sees its fingerprint can test guesses at that.
+        """
+        return hashlib.blake2b(b"", digest_size=8, key=self._raw, person=b"bokbok1 key id").hexdigest()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Key):
@@ -71,6 +207,43 @@ class Key:
     def __repr__(self) -> str:
         return "<Key>"
 
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError("a key cannot be changed")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError("a key cannot be changed")
+
+    def __copy__(self) -> Key:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Key:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a key is not pickled: pass the path of its file, and load it there")
+
+
+@without_secrets
+def _check_raw(raw: bytes) -> bytes:
+    if not isinstance(raw, bytes):
+        raise TypeError(f"a key is made of bytes, not {type(raw).__name__}")
+    if len(raw) != KEY_SIZE:
+        raise ValueError(f"a key is {KEY_SIZE} bytes long, and not {len(raw)}")
+    return raw
+
+
+def decode_lines(path: StrPath, content: bytes) -> list[str]:
+    """The lines of a file of keys, without the mark that some editors put at its beginning."""
+    try:
+        return content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{os.fspath(path)} is not text in UTF-8") from None
+
+
+def is_comment(line: str) -> bool:
+    """Whether a line of such a file says nothing."""
+    return line.strip()[:1] in {"", "#"}
+
 
 def encode_user(user: str) -> bytes:
     """Check a user name and encode it.
@@ -82,14 +255,32 @@ def encode_user(user: str) -> bytes:
     if not isinstance(user, str):
         raise TypeError(f"a user name is a str, not {type(user).__name__}")
     encoded = user.encode()
-    if not 1 <= len(encoded) <= MAX_USER_SIZE:
-        raise ValueError(f"a user name is 1 to {MAX_USER_SIZE} bytes of UTF-8, and not {len(encoded)}")
+    if not 1 <= len(encoded) <= MAX_NAME_SIZE:
+        raise ValueError(f"a user name is 1 to {MAX_NAME_SIZE} bytes of UTF-8, and not {len(encoded)}")
     if user.isascii() and user.isprintable():
         return encoded  # it has one form only; not to look closer saves both sides together 2 us
     if unicodedata.normalize("NFC", user) != user:
         raise ValueError(f"the user name {user!r} is not in normal form C")
     if any(unicodedata.category(character) == "Cc" for character in user):
         raise ValueError(f"the user name {user!r} has a control character")
+    return encoded
+
+
+def encode_service(service: str) -> bytes:
+    """Check a service name and encode it.
+
+    Raises:
+        TypeError: it is not a str.
+        ValueError: it is not 0 to 255 bytes of UTF-8 in normal form C. As it is never sent, another form
+            would look like a wrong key.
+    """
+    if not isinstance(service, str):
+        raise TypeError(f"a service is a str, not {type(service).__name__}")
+    encoded = service.encode()
+    if len(encoded) > MAX_NAME_SIZE:
+        raise ValueError(f"a service is at most {MAX_NAME_SIZE} bytes of UTF-8, and not {len(encoded)}")
+    if unicodedata.normalize("NFC", service) != service:
+        raise ValueError(f"the service {service!r} is not in normal form C")
     return encoded
 
 
@@ -107,11 +298,21 @@ async def passphrase_to_key(passphrase: str, user: str) -> Key:
     Raises:
         TypeError: either is not a str.
         ValueError: the passphrase is empty, or the user name cannot be one.
+        MemoryError: the system does not give so much.
 
     Cancelling it returns at once; the thread ends by itself and its result is dropped.
 
     Source: RFC 9106, as libsodium's ``crypto_pwhash`` (version 1.3, one lane).
     """
+    try:
+        derive = _prepare(passphrase, user)
+    finally:
+        del passphrase
+    return Key(await trio.to_thread.run_sync(derive, abandon_on_cancel=True))
+
+
+@without_secrets
+def _prepare(passphrase: str, user: str) -> Callable[[], bytes]:
     if not isinstance(passphrase, str):
         raise TypeError(f"a passphrase is a str, not {type(passphrase).__name__}")
     if not passphrase:
@@ -122,9 +323,16 @@ async def passphrase_to_key(passphrase: str, user: str) -> Key:
     secret = unicodedata.normalize("NFC", passphrase).encode()
     salt = hashlib.blake2b(encode_user(user), digest_size=16, person=b"bokbok1 argon2id").digest()
 
+    @without_secrets
     def derive() -> bytes:
-        return crypto_pwhash_alg(
-            KEY_SIZE, secret, salt, ARGON2ID_PASSES, ARGON2ID_MEMORY, crypto_pwhash_ALG_ARGON2ID13
-        )
+        try:
+            return crypto_pwhash_alg(
+                KEY_SIZE, secret, salt, ARGON2ID_PASSES, ARGON2ID_MEMORY, crypto_pwhash_ALG_ARGON2ID13
+            )
+        except SodiumError:
+            size = ARGON2ID_MEMORY // 2**20
+            raise MemoryError(
+                f"to derive a key takes {size} MiB of memory, which the system does not give"
+            ) from None
 
-    return Key(await trio.to_thread.run_sync(derive, abandon_on_cancel=True))
+    return derive

@@ -25,8 +25,8 @@ import trio
 from ._budget import Budget
 from ._direct_stream import DirectStream, make_direct
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
-from ._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake, encode_refused
-from ._keys import Key, encode_user
+from ._handshake import ClientHandshake, Limits, ServerHandshake, encode_refused
+from ._keys import MAX_KEYS, Key, encode_user
 from ._nursery import call_user, call_user_sync, describe_error, split_exception
 from ._options import ROOM
 from ._packets import LENGTH_SIZE, encode_number
@@ -84,7 +84,7 @@ class Opened:
     stream: trio.abc.Stream
     user: str | None
     peer_credentials: PeerCredentials | None
-    encrypted: bool
+    key_fingerprint: str | None
     max_message_size: int
     peer_max_requests: int
     peer_options: Mapping[str, bytes]
@@ -149,7 +149,7 @@ def _opened(
         stream,
         user,
         credentials,
-        handshake.sealed,
+        None if handshake.key is None else handshake.key.fingerprint,
         min(settings.max_message_size, handshake.peer_limits.max_message_size),
         handshake.peer_limits.max_requests,
         handshake.peer_options,

@@ -59,6 +59,7 @@ RECORDS_PER_SEND: Final = 4
 is never held in memory a second time as a whole."""
 
 _NONCE_SIZE: Final = 24
+_CLOSED: Final = "this stream was closed"
 
 
 class _Direction:
@@ -82,14 +83,15 @@ class _Direction:
 
 
 @final
-class _Abandoned(_Direction):
-    """A direction that is another process's. It has no key."""
+class _Keyless(_Direction):
+    """A direction that is over, and why. It has no key."""
 
-    def __init__(self) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(b"")
+        self._reason = reason
 
     def seal(self, plaintext: bytes | memoryview) -> bytes:  # noqa: ARG002
-        raise trio.ClosedResourceError("this stream belongs to the process that this one was forked from")
+        raise trio.ClosedResourceError(self._reason)
 
     def open(self, box: memoryview) -> bytes:
         return self.seal(box)
@@ -379,7 +381,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise trio.ClosedResourceError("this stream was closed")
+            raise trio.ClosedResourceError(_CLOSED)
 
     def seal_end(self) -> bytes:
         """Return the end record, which must leave next; empty where it must not be sent."""
@@ -389,8 +391,10 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         return self._sealer.seal(b"")
 
     def close_now(self) -> None:
-        """Send and receive no more. Who calls this closes the transport."""
+        """Send and receive no more, and drop the keys. Who calls this closes the transport."""
         self._closed = True
+        if not self._abandoned:  # then it has none
+            self._sealer = self._opener = _Keyless(_CLOSED)
 
     async def aclose(self) -> None:
         """Send the end record, if nothing stands in the way, and close the transport.
@@ -401,7 +405,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
             return
         end = self.seal_end()
-        self._closed = True
+        self.close_now()
         try:
             if end:
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
@@ -416,4 +420,6 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         The transport may have a close of its own that its peer would notice, as TLS has.
         """
         self._abandoned = self._closed = True
-        self._sealer = self._opener = _Abandoned()
+        self._sealer = self._opener = _Keyless(
+            "this stream belongs to the process that this one was forked from"
+        )

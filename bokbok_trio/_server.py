@@ -35,8 +35,7 @@ from ._client import check_handlers, check_settings, end_reason, may_be_async
 from ._connection import Connection, ConnectionHandler
 from ._errors import HandshakeError
 from ._handling import ChannelHandler, RequestHandler
-from ._handshake import encode_service
-from ._keys import Key
+from ._keys import Key, encode_service
 from ._nursery import bare_nursery, block, check_run, contain, describe_error, keep
 from ._opening import Displaced, NothingCame, PeerUser, Refusal, UserKey, linger, open_as_server
 from ._places import Place, Places, find_source
@@ -451,8 +450,8 @@ async def serve(
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         user_key: how to find the pre-shared key of a user: an async function from the name to a
             `Key`, a sequence of keys (the old and the new, while one replaces the other; 16 at
-            most are tried) or None; or a mapping. With it, connections are encrypted and
-            authenticated; without, they are plain. Nothing ever falls back.
+            most are tried) or None; or a mapping, such as a `Keyring`. With it, connections are
+            encrypted and authenticated; without, they are plain. Nothing ever falls back.
         peer_user: for plain connections over a UNIX socket, how to name who is at the other end: a
             function, not async, from `PeerCredentials` to the user's name, or None. It must not
             block. That name is `Connection.user`. Where there is none, or it raises, which is logged,

@@ -1,17 +1,16 @@
 """A client of examples/server.py: pings it, is called back, and may shut it down.
 
-python examples/client.py localhost:12345                          plain
-python examples/client.py localhost:12345 users.txt NAME           encrypted, with that user's key
-python examples/client.py localhost:12345 users.txt NAME shutdown  and shut the server down
+python examples/client.py localhost:12345                           plain
+python examples/client.py localhost:12345 users.keys NAME           encrypted, with that user's key
+python examples/client.py localhost:12345 users.keys NAME shutdown  and shut the server down
 """
 
 import sys
 from functools import partial
 
 import trio
-from server import read_keys
 
-from bokbok_trio import Connection, RemoteError, open_connection
+from bokbok_trio import Connection, Keyring, RemoteError, open_connection
 
 
 async def main(address: str, users: str | None = None, user: str | None = None, *what: str) -> None:
@@ -25,7 +24,7 @@ async def main(address: str, users: str | None = None, user: str | None = None, 
             called.set()
         return [b"thank you"]
 
-    key = read_keys(users)[user] if users and user else None
+    key = Keyring.load(users)[user][0] if users and user else None
     async with open_connection(address, user=user, key=key, request_handler=handler) as connection:
         print("connected:", connection)
         print("ping is answered", await connection.request(["ping", "12345"]))

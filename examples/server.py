@@ -1,23 +1,20 @@
 """A server with three requests: ping, asynch and shutdown-server.
 
 python examples/server.py localhost:12345               plain
-python examples/server.py localhost:12345 users.txt     encrypted; lines of "NAME KEY-IN-HEX"
+python examples/server.py localhost:12345 users.keys    encrypted, for the users of that file
 python examples/server.py /tmp/demo.sock                on a UNIX socket
+
+This makes such a file, and a user in it:
+
+python -c "from bokbok_trio import Key, Keyring; Keyring.create('users.keys').add('alice', Key.generate())"
 """
 
 import sys
 from functools import partial
-from pathlib import Path
 
 import trio
 
-from bokbok_trio import BokbokError, Connection, Key, RequestError, Server, serve
-
-
-def read_keys(path: str) -> dict[str, Key]:
-    """Read a file of lines "NAME KEY-IN-HEX"."""
-    lines = [line.split() for line in Path(path).read_text().splitlines()]
-    return {name: Key(bytes.fromhex(key)) for name, key in lines}
+from bokbok_trio import BokbokError, Connection, Keyring, RequestError, Server, serve
 
 
 async def call_back(connection: Connection) -> None:
@@ -50,9 +47,9 @@ async def main(address: str, users: str | None = None) -> None:
                 case _:
                     raise RequestError("unknown request", code="unknown-request")
 
-        user_key = read_keys(users) if users else None
+        user_key = Keyring.load(users) if users else None
         server: Server = await background.start(partial(serve, address, handler, user_key=user_key))
-        print("serving", "sealed" if user_key else "plain", "on", *server.addresses)
+        print("serving", "plain" if user_key is None else "sealed", "on", *server.addresses)
         await server.wait_stopped()
         background.cancel_scope.cancel()
     print("stopped")

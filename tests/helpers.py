@@ -1,9 +1,11 @@
-"""What several test files use: handlers, and a peer that is made by hand."""
+"""What several test files use: handlers, a peer that is made by hand, and a look into errors."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -163,3 +165,21 @@ def check_idle(connection: Connection) -> None:
     tasks = connection._reader._nursery.child_tasks
     assert tasks == {task for task in (turn.reader, turn.follower) if task is not None}
     assert {task.name for task in tasks} == {"bokbok_trio reader"}
+
+
+def check_holds_no_secret(error: BaseException, *secrets: bytes | str) -> None:
+    """Neither it, nor the frames and causes that a report of it would show."""
+    errors: list[BaseException | None] = [error]
+    while errors:
+        error_ = errors.pop()
+        if error_ is None:
+            continue
+        errors += [error_.__cause__, error_.__context__]
+        shown: list[object] = [error_, error_.args, vars(error_)]
+        for frame, _ in traceback.walk_tb(error_.__traceback__):
+            if not Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
+                shown += frame.f_locals.values()
+        for thing in shown:
+            for secret in secrets:
+                assert str(secret) not in f"{thing!r} {thing}"
+                assert repr(secret)[2:-1] not in f"{thing!r} {thing}"

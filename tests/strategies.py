@@ -6,7 +6,7 @@ import itertools
 
 from hypothesis import strategies as st
 
-from bokbok_trio._options import MAX_OWN_OPTIONS_SIZE
+from bokbok_trio._options import MAX_OWN_OPTIONS_SIZE, ROOM
 
 fields = st.binary(max_size=40)
 """What arrives as one field."""
@@ -28,8 +28,8 @@ option_names = st.text("abcdefghijklmnopqrstuvwxyz0123456789./-", min_size=1, ma
 
 
 def options() -> st.SearchStrategy[dict[str, bytes]]:
-    """Options that a side may declare: they leave room for grease."""
-    names = option_names.filter(lambda name: not name.startswith("grease."))
+    """Options that a side may declare, without meaning: they leave room for grease."""
+    names = option_names.filter(lambda name: not name.startswith("grease.") and name != ROOM)
     each = st.dictionaries(names, st.binary(max_size=20), max_size=7)
     return each.filter(
         lambda them: sum(8 + len(name) + len(value) for name, value in them.items()) < MAX_OWN_OPTIONS_SIZE

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +17,11 @@ import trio.testing
 from trio.testing import MockClock
 
 from bokbok_trio import Connection, ConnectionClosed, ConnectionLost
+from bokbok_trio._secretbox_stream import SecretboxStream
 from bokbok_trio._wire import Wire
 from bokbok_trio.testing import open_connection_pair
 from tests.helpers import packet, raw_peer, settle
+from tests.pairs import open_pair
 
 over_all_ends = pytest.mark.parametrize(
     "end",
@@ -177,3 +183,41 @@ async def test_a_stream_that_fails_oddly_is_logged_unless_it_is_over(
         await client.wait_closed()
     errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert ["streams do not raise" in record.message for record in errors] == ([] if is_closed else [True])
+
+
+# ---- what is left ----
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+@pytest.mark.parametrize("opened", [open_connection_pair, partial(open_pair, "tcp sealed")])
+async def test_a_connection_that_is_kept_has_no_keys_any_more(
+    opened: Callable[[], AbstractAsyncContextManager[tuple[Connection, Connection]]],
+    is_lost: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys: list[bytes] = []
+    rekey = SecretboxStream.rekey
+
+    def spy(stream: SecretboxStream, *, send_key: bytes, receive_key: bytes) -> None:
+        keys.extend((send_key, receive_key))
+        rekey(stream, send_key=send_key, receive_key=receive_key)
+
+    def owners() -> list[object]:
+        return [owner for key in keys for owner in gc.get_referrers(key) if owner is not keys]
+
+    monkeypatch.setattr(SecretboxStream, "rekey", spy)
+    async with opened() as (client, server):
+        await client.ping()
+        assert len(keys) == 4
+        assert len(owners()) >= 4
+        if is_lost:
+            await trio.aclose_forcefully(client._opened.transport)
+        else:
+            await client.aclose()
+        for connection in (client, server):
+            await connection.wait_closed()
+        await settle()
+        assert owners() == []
+        assert client.closed
+        assert server.closed
+        assert client.key_fingerprint == server.key_fingerprint is not None

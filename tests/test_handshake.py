@@ -28,7 +28,6 @@ from bokbok_trio._handshake import (
     BOX_SIZE,
     EPHEMERAL_SIZE,
     MAGIC,
-    MAX_KEYS,
     MAX_REASON_SIZE,
     OPEN_SIZE,
     ClientHandshake,
@@ -37,11 +36,12 @@ from bokbok_trio._handshake import (
     ServerHandshake,
     encode_hello,
     encode_refused,
-    encode_service,
 )
+from bokbok_trio._keys import MAX_KEYS
 from bokbok_trio._options import GREASE_DICE, MAX_OPTIONS_SIZE, MAX_OWN_OPTIONS_SIZE, decode_options
 from bokbok_trio._packets import LENGTH_SIZE, decode_body, encode_head
 
+from .helpers import check_holds_no_secret
 from .strategies import options, packet_bytes
 
 K = Key(bytes(range(32)))
@@ -327,7 +327,7 @@ def test_no_more_than_max_keys_are_tried(*, place: int, opens: bool) -> None:
 def test_a_random_key_that_happens_to_fit_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
     client, server = make_client(), make_server()
     send_open(client, server)
-    monkeypatch.setattr(server, "_randomness", lambda size: K.raw)
+    monkeypatch.setattr(_handshake, "_NOBODYS_KEY", K)
     check_fails_to_accept(client, server, [])
 
 
@@ -336,6 +336,16 @@ def check_fails_to_accept(client: ClientHandshake, server: ServerHandshake, keys
         server.accept(keys)
     assert server.final_keys is client.final_keys is None
     return str(caught.value)
+
+
+def test_a_node_that_serves_and_dials_can_be_led_to_itself_unless_services_have_names() -> None:
+    """The key is that of all nodes, and somebody passes on to a node what it sends. See Selfie, 2019."""
+    client, server = make_client(), make_server()
+    shake(client, server)
+    assert client.final_keys == server.final_keys is not None
+    client, server = make_client(service="the other node"), make_server(service="this node")
+    send_open(client, server)
+    check_fails_to_accept(client, server, [K])
 
 
 def test_a_service_mismatch_looks_like_a_wrong_key() -> None:
@@ -370,12 +380,24 @@ def test_an_unusable_name_is_no_user(name: bytes) -> None:
     check_fails_to_accept(client, server, ())
 
 
-@pytest.mark.parametrize(("name", "keys"), [(b"nobody", []), (b"a\0b", []), (b"myuser", [OTHER])])
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        (b"nobody", []),
+        (b"a\0b", []),
+        (b"myuser", [OTHER]),
+        (b"myuser", [OTHER] * MAX_KEYS),
+        (b"myuser", [OTHER] * (MAX_KEYS + 1)),
+    ],
+)
 def test_whoever_does_not_get_in_takes_the_same_path(
     name: bytes, keys: list[Key], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, server = make_client(), make_server()
+    """Which has as many tries, whoever it is: else the time would tell who has how many keys."""
+    dice = Dice(b"server")
+    client, server = make_client(), make_server(randomness=dice)
     send_open_as(name, client, server)
+    drawn = len(dice.given)
     calls: list[tuple[object, ...]] = []
     hash_ = _handshake.keyed_hash
 
@@ -390,24 +412,8 @@ def test_whoever_does_not_get_in_takes_the_same_path(
     monkeypatch.setattr(_handshake, "keyed_hash", spy_hash)
     monkeypatch.setattr(_handshake, "crypto_secretbox_open", spy_open)
     check_fails_to_accept(client, server, keys)
-    assert calls == [("hash", 32, 32, b"bokbok1 box", 32), ("open", BOX_SIZE, 24, 32)]
-
-
-def test_an_unknown_user_is_tried_with_a_random_key() -> None:
-    dice = Dice(b"server")
-    client, server = make_client(), make_server(randomness=dice)
-    send_open(client, server)
-    for tries in (1, 2):
-        check_fails_to_accept(client, server, ())
-        assert [len(drawn) for drawn in dice.given] == [EPHEMERAL_SIZE, GREASE_DICE] + [32] * tries
-
-
-@pytest.mark.parametrize(
-    ("service", "error"), [(b"x", TypeError), ("x" * 256, ValueError), ("é" * 128, ValueError)]
-)
-def test_a_service_is_a_str_of_at_most_255_bytes(service: Any, error: type[Exception]) -> None:
-    with pytest.raises(error):
-        encode_service(service)
+    assert calls == [("hash", 32, 32, b"bokbok1 box", 32), ("open", BOX_SIZE, 24, 32)] * MAX_KEYS
+    assert len(dice.given) == drawn
 
 
 # ---- hello ----
@@ -962,12 +968,14 @@ def test_nothing_secret_shows_in_a_repr_an_error_or_a_log(caplog: pytest.LogCapt
     client_dice, server_dice = Dice(b"client"), Dice(b"server")
     client, server = make_client(randomness=client_dice), make_server(randomness=server_dice)
     shown: list[object] = []
+    errors: list[BaseException] = []
 
     def fails(call: Callable[[Any], object], argument: object) -> None:
         with pytest.raises(HandshakeError) as caught:
             call(argument)
         shown.append("".join(traceback.format_exception(caught.value)))
         shown.append(caught.value)
+        errors.append(caught.value)
 
     for hello in (b"", b"x", server.hello, other_hello(server, bytes(32)), flip(client.hello, 0)):
         fails(server.receive_hello, hello)
@@ -993,6 +1001,8 @@ def test_nothing_secret_shows_in_a_repr_an_error_or_a_log(caplog: pytest.LogCapt
     # The random bytes of grease are sent in the clear of a plain connection, and are no secret.
     secrets += [drawn for drawn in client_dice.given + server_dice.given if len(drawn) != GREASE_DICE]
     assert all(len(secret) == 32 for secret in secrets)
+    for error in errors:
+        check_holds_no_secret(error, *secrets)
     for thing in shown:
         for text in (repr(thing), str(thing), f"{thing}"):
             for secret in secrets:

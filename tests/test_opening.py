@@ -26,7 +26,8 @@ from bokbok_trio import (
     _options,
 )
 from bokbok_trio._direct_stream import DirectStream
-from bokbok_trio._handshake import MAX_KEYS, ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._handshake import ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._keys import MAX_KEYS
 from bokbok_trio._nursery import MAX_CAUSES, describe_error
 from bokbok_trio._opening import (
     MAX_EARLY_RECORD_SIZE,
@@ -333,7 +334,7 @@ async def test_a_connection_opens(mode: Mode, most: int | None, autojump_clock: 
     for ending, peer_max_requests in ((client, 8), (server, 7)):
         assert ending.seconds == 0
         assert ending.opened.user == user
-        assert ending.opened.encrypted == (mode == "sealed")
+        assert ending.opened.key_fingerprint == (K.fingerprint if mode == "sealed" else None)
         assert ending.opened.max_message_size == 5000
         assert ending.opened.peer_max_requests == peer_max_requests
     for wire in wires:
@@ -768,8 +769,9 @@ async def test_a_failing_look_up_is_logged(
     assert repr(K.raw)[2:-1] not in caplog.text
 
 
-async def test_a_failing_look_up_is_logged_after_the_refusal(
-    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+@pytest.mark.parametrize("user_key", [raising, {"myuser": [OTHER] * (MAX_KEYS + 1)}], ids=["fails", "keys"])
+async def test_what_is_wrong_with_a_look_up_is_logged_after_the_refusal(
+    user_key: Any, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
     """Logging takes time, by which one could tell who is known."""
     client, server = make_wires()
@@ -789,7 +791,7 @@ async def test_a_failing_look_up_is_logged_after_the_refusal(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(note_when_sent)
-            await end_of(server, as_server(server, user_key=raising))
+            await end_of(server, as_server(server, user_key=user_key))
     finally:
         logging.getLogger("bokbok_trio").removeHandler(note)
     assert logged == [2]  # hello, and the refusal
@@ -1003,7 +1005,7 @@ async def test_peer_user_names_the_peer_for_the_server(autojump_clock: MockClock
         client, server = await meet(sockets, "plain", server={"peer_user": name})
         assert server.opened.user == "alïce"
         assert client.opened.user is None
-        assert not server.opened.encrypted
+        assert server.opened.key_fingerprint is None
         assert asked == [THIS_PROCESS]
 
 

@@ -20,7 +20,7 @@ import bokbok_trio.testing
 PUBLIC = {
     "bokbok_trio": {
         *("open_connection", "open_reconnecting", "open_server", "serve", "passphrase_to_key"),
-        *("Channel", "Connection", "ReconnectingConnection", "Server", "Settings", "Key"),
+        *("Channel", "Connection", "ReconnectingConnection", "Server", "Settings", "Key", "Keyring"),
         *("ConnectionStatistics", "ServerStatistics"),
         *("Address", "TCPAddress", "UnixAddress", "PeerCredentials"),
         *("Context", "CurrentRequest", "Fields", "current_request"),
@@ -34,7 +34,8 @@ PUBLIC = {
 
 # Lower files never import higher ones.
 LAYERS = [
-    *("_errors", "_settings", "_nursery", "_addresses", "_keys", "_events", "_packets", "_eager", "_budget"),
+    *("_errors", "_settings", "_nursery", "_addresses", "_bech32", "_private_files", "_keys", "_keyring"),
+    *("_events", "_packets", "_eager", "_budget"),
     *(
         "_fork",
         "_unix_listener",

@@ -24,16 +24,18 @@ def test_the_server_and_the_client_do_what_their_comments_say(tmp_path: Path) ->
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     blocks = code_blocks()
-    assert sorted(blocks) == ["client.py", "server.py"]
+    assert sorted(blocks) == ["client.py", "make_key.py", "server.py"]
     for name, code in blocks.items():
         (tmp_path / name).write_text(code.replace("localhost:12345", f"127.0.0.1:{port}"))
     expected = re.findall(r"request\(.*\)\)\s+# (.*)", blocks["client.py"])
     assert len(expected) == 2
-    with subprocess.Popen([sys.executable, tmp_path / "server.py"]) as server:
+    subprocess.run([sys.executable, "make_key.py"], cwd=tmp_path, timeout=30, check=True)
+    with subprocess.Popen([sys.executable, "server.py"], cwd=tmp_path) as server:
         try:
             wait_for_port(port)
             client = subprocess.run(
-                [sys.executable, tmp_path / "client.py"],
+                [sys.executable, "client.py"],
+                cwd=tmp_path,
                 capture_output=True,
                 text=True,
                 timeout=30,
@@ -53,10 +55,3 @@ def wait_for_port(port: int) -> None:
                 return
         time.sleep(0.05)
     raise AssertionError("the server of the README does not listen")
-
-
-def test_a_key_is_made_as_it_says() -> None:
-    match = re.search(r'    python -c "(from bokbok_trio import Key.*)"\n', README)
-    assert match
-    made = subprocess.run([sys.executable, "-c", match[1]], capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"[0-9a-f]{64}\n", made.stdout)

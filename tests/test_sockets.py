@@ -26,6 +26,7 @@ from bokbok_trio import (
     Connection,
     ConnectionLost,
     Key,
+    Keyring,
     PeerCredentials,
     TCPAddress,
     UnixAddress,
@@ -258,8 +259,8 @@ async def test_nothing_is_left_open(where: str) -> None:
 
 @pytest.fixture
 def users(tmp_path: Path) -> str:
-    path = tmp_path / "users.txt"
-    path.write_text(f"alice {KEY.raw.hex()}\n")
+    path = tmp_path / "users.keys"
+    Keyring.create(path).add("alice", KEY)
     return str(path)
 
 

@@ -1,0 +1,100 @@
+"""Users and keys in SQLite, looked up in threads, so that a slow disk or a lock holds nobody up.
+
+python examples/users_sqlite.py            shows it, with a file of its own
+python examples/users_sqlite.py users.db   in that file, which is made if need be
+"""
+
+import os
+import sqlite3
+import sys
+import tempfile
+from contextlib import closing
+
+import trio
+
+from bokbok_trio import AuthenticationError, Connection, Key, open_connection, open_server
+
+SCHEMA = """
+PRAGMA journal_mode = WAL;  -- who writes does not hold up who reads
+CREATE TABLE IF NOT EXISTS keys (
+    user TEXT NOT NULL,
+    key BLOB NOT NULL CHECK (length(key) = 32),
+    PRIMARY KEY (user, key)
+) WITHOUT ROWID;
+"""
+
+
+class Users:
+    """The users of a database, and the keys of each.
+
+    `add` and `remove` wait for the disk: call them by `trio.to_thread.run_sync` where others wait too.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        # Of its own, or strangers who ask for users could take up all threads of the program.
+        self._limiter = trio.CapacityLimiter(8)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # there are keys in it
+        with closing(self._connect()) as database:
+            database.executescript(SCHEMA)
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=5)
+
+    def add(self, user: str, key: Key) -> None:
+        """Let a user in with a key, beside those that the user has."""
+        with closing(self._connect()) as database, database:
+            database.execute("INSERT OR IGNORE INTO keys VALUES (?, ?)", (user, key.raw))
+
+    def remove(self, user: str, key: Key) -> None:
+        """Let a user in no more with a key."""
+        with closing(self._connect()) as database, database:
+            database.execute("DELETE FROM keys WHERE user = ? AND key = ?", (user, key.raw))
+
+    def find(self, user: str) -> list[Key]:
+        """The keys of a user; none of who is unknown."""
+        with closing(self._connect()) as database:
+            rows = database.execute("SELECT key FROM keys WHERE user = ?", (user,))
+            return [Key(raw) for (raw,) in rows]
+
+    async def __call__(self, user: str) -> list[Key]:
+        """As `find`, for ``user_key``: a server gives up on it when the handshake takes too long."""
+        return await trio.to_thread.run_sync(self.find, user, limiter=self._limiter, abandon_on_cancel=True)
+
+
+async def handler(connection: Connection, request: list[bytes]) -> list[str]:
+    """Say who it is."""
+    return [f"hello, {connection.user}, with the key {connection.key_fingerprint}"]
+
+
+async def show(path: str) -> None:
+    """Let Alice in, give her a new key, and take the old one away."""
+    users = Users(path)
+    old, new = Key.generate(), Key.generate()
+    users.add("alice", old)
+    async with open_server("localhost:0", handler, user_key=users) as server:
+
+        async def greet(key: Key) -> None:
+            try:
+                async with open_connection(server.addresses[0], user="alice", key=key) as connection:
+                    [answer] = await connection.request([])
+                    print(answer.decode())
+            except AuthenticationError:
+                print("alice is not let in with the key", key.fingerprint)
+
+        await greet(old)
+        await greet(new)
+        await trio.to_thread.run_sync(users.add, "alice", new)
+        await greet(old)
+        await greet(new)
+        await trio.to_thread.run_sync(users.remove, "alice", old)
+        await greet(old)
+        await greet(new)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        trio.run(show, sys.argv[1])
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            trio.run(show, os.path.join(directory, "users.db"))
