@@ -28,7 +28,7 @@ async def look_up_in_thread(name: str, look_up: Callable[[], _T]) -> _T:
     try:
         limiters = _limiters.get()
     except LookupError:
-        limiters = {None: trio.CapacityLimiter(LOOK_UPS)}
+        limiters = _Limiters({None: trio.CapacityLimiter(LOOK_UPS)})
         _limiters.set(limiters)
     of_name = limiters.setdefault(name, trio.CapacityLimiter(LOOK_UPS_OF_NAME))
     token = trio.lowlevel.current_trio_token()
