@@ -154,6 +154,7 @@ class Flows:
         queued: bytes of the items that wait to leave, as they count for `MAX_QUEUED`.
         held: bytes of the items that were received, and that nobody has taken.
         total: how many channels there have been.
+        writable: those that `take_writable` would return.
     """
 
     __slots__ = (
@@ -162,11 +163,11 @@ class Flows:
         "_free",
         "_max_body_size",
         "_outbox",
-        "_writable",
         "by_id",
         "held",
         "queued",
         "total",
+        "writable",
     )
 
     def __init__(
@@ -178,7 +179,7 @@ class Flows:
         self._free = budget  # what the windows leave of it; below 0 where there are very many
         self._max_body_size = max_body_size
         self.by_id: dict[int, Flow] = {}
-        self._writable: dict[int, None] = {}  # takes up less than a set, where there is none
+        self.writable: dict[int, None] = {}  # takes up less than a set, where there is none
         self.queued = 0
         self.held = 0
         self.total = 0
@@ -223,7 +224,7 @@ class Flows:
         if flow is not None:
             self._free += flow.window
             self.queued -= flow.queued
-        self._writable.pop(id, None)
+        self.writable.pop(id, None)
 
     # ---- sending ----
 
@@ -263,20 +264,15 @@ class Flows:
             if flow.started:
                 self._put_end(id)
 
-    @property
-    def has_writable(self) -> bool:
-        """Whether `take_writable` would return any."""
-        return bool(self._writable)
-
     def take_writable(self) -> set[int]:
         """The channels of which an item may be queued, and perhaps could not be when last asked."""
-        writable = set(self._writable)
-        self._writable.clear()
+        writable = set(self.writable)
+        self.writable.clear()
         return writable
 
     def _note_writable(self, id: int, flow: Flow) -> None:
         if flow.may_send:
-            self._writable[id] = None
+            self.writable[id] = None
 
     def _put_end(self, id: int) -> None:
         self._outbox.put(Outgoing(b"end", id))

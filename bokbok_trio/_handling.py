@@ -261,7 +261,7 @@ class Handlers:
             if channel is not None:
                 fields = await self._use_channel(request, channel)
             else:
-                if not self._may_begin(request):
+                if not (request.depth or (self.ready.is_set() and self._session.has_room_for_answers)):
                     await self._wait_to_begin()
                 assert self._request_handler is not None
                 fields = await call_user(self._request_handler, self._connection, request.fields)
@@ -274,10 +274,6 @@ class Handlers:
         finally:
             current._has_ended = True
             self._wake_sender()
-
-    def _may_begin(self, request: Request) -> bool:
-        """Whether the handler of a request need not wait."""
-        return request.depth > 0 or (self.ready.is_set() and self._session.has_room_for_answers)
 
     async def _wait_to_begin(self) -> None:
         """Wait for the open handler, and until the peer has read enough of the answers before."""
@@ -305,7 +301,7 @@ class Handlers:
     async def _use_channel(self, request: Request, channel: Channel) -> Fields | None:
         assert self._channel_handler is not None
         try:
-            if not self._may_begin(request):
+            if not (request.depth or (self.ready.is_set() and self._session.has_room_for_answers)):
                 await self._wait_to_begin()
             return await call_user(self._channel_handler, self._connection, request.fields, channel)
         finally:

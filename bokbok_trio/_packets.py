@@ -343,19 +343,18 @@ class PacketDecoder:
 
     Arguments:
         limit: the most bytes a packet's length may be.
+
+    Attributes:
+        has_rest: whether something is left of what was taken in: decode on with no more bytes.
     """
 
-    __slots__ = ("_buffer", "_limit", "_rest")
+    __slots__ = ("_buffer", "_limit", "_rest", "has_rest")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buffer = bytearray()
         self._rest = memoryview(b"")  # more packets than are decoded at once
-
-    @property
-    def has_rest(self) -> bool:
-        """Whether something is left of what was taken in: decode on with no more bytes."""
-        return bool(self._rest)
+        self.has_rest = False
 
     @property
     def buffered(self) -> int:
@@ -374,9 +373,10 @@ class PacketDecoder:
             ProtocolError: a length over the limit, or a malformed packet.
         """
         data: Received
-        if self._rest:
+        if self.has_rest:
             assert not received, "decode the rest first"
             data, self._rest = self._rest, memoryview(b"")
+            self.has_rest = False
             size = len(data)
         else:
             # Views of small fields would cost more than copies, and so would a view for each of many packets.
@@ -405,6 +405,7 @@ class PacketDecoder:
                 break
             if count == MAX_AT_ONCE:
                 self._rest = memoryview(bytes(data[position:]))
+                self.has_rest = True
                 return
             count += 1
             position = end

@@ -166,7 +166,7 @@ class Sender:
             self._lone_streak = 0
             self._is_lone = False
         session = self._session
-        if session.has_wakeable:
+        if session.channels.writable or session.is_holding_back:
             self._wake_writers()
         if session.has_queued:
             self._send_now()
@@ -207,7 +207,7 @@ class Sender:
                 if not batch or not self.wire.send_now(batch):
                     break
                 self._watchdog.send_ended(ping_left=True)
-                if session.has_wakeable:
+                if session.channels.writable or session.is_holding_back:
                     self._wake_writers()
                 if not session.has_queued:
                     is_done = not session.is_draining
@@ -233,7 +233,7 @@ class Sender:
             batch = self._session.take(now, room)
             self._pending = 0
             if batch or self.wire.has_rest:
-                if self._session.has_wakeable:
+                if self._session.channels.writable or self._session.is_holding_back:
                     self._wake_writers()
                 self._watchdog.send_begins(now)
                 with trio.CancelScope(deadline=self.until) as self._scope:

@@ -158,6 +158,7 @@ class Session:
         error: how the peer broke the protocol, once it has.
         peer_drains: whether the peer takes no new request of depth 0.
         received: how many requests the peer has made since the connection was opened.
+        has_undecoded: whether `receive` has left packets: call it again, with no more data.
         has_spoken: whether the peer has asked or answered anything, and not only said that it is over.
         is_draining: whether this side takes none.
         is_holding_back: whether handlers wait for `has_room_for_answers`; set by whoever starts them.
@@ -196,6 +197,7 @@ class Session:
         "channels",
         "error",
         "has_spoken",
+        "has_undecoded",
         "is_draining",
         "is_holding_back",
         "is_ping_queued",
@@ -247,6 +249,7 @@ class Session:
         self._abort: bytes | None = None  # to be sent last
         self.received = 0
         self.has_spoken = False
+        self.has_undecoded = False
         self._ignored = 0  # packets that meant nothing
         self._is_closed = False
 
@@ -496,11 +499,6 @@ class Session:
         """Bytes of the answers and items that wait to be sent."""
         return self.answer_bytes + self.channels.queued
 
-    @property
-    def has_wakeable(self) -> bool:
-        """Whether someone may go on: a channel that has credit, or handlers that wait for room."""
-        return self.channels.has_writable or (self.is_holding_back and self.has_room_for_answers)
-
     # ---- liveness, draining, closing ----
 
     def ping(self) -> None:
@@ -597,11 +595,6 @@ class Session:
         """Whether the end of the stream would cut a packet short."""
         return self._decoder.buffered > 0
 
-    @property
-    def has_undecoded(self) -> bool:
-        """Whether `receive` has left packets that were received: call it again, with no more data."""
-        return self._decoder.has_rest and self.error is None
-
     def receive(self, data: Received | bytearray) -> list[Event]:
         """Decode what was received, up to `MAX_AT_ONCE` packets; return what it says, as far as it is good.
 
@@ -613,6 +606,7 @@ class Session:
             events.extend(filter(None, map(self._interpret, self._decoder.decode(data))))
         except ProtocolError as exc:
             self.error = exc
+        self.has_undecoded = self._decoder.has_rest and self.error is None
         if events and not self.has_spoken:
             self.has_spoken = not all(map(_is_farewell, events))
         return events
@@ -626,23 +620,20 @@ class Session:
 
     # ---- requests and their answers ----
 
-    def _on_req(self, fields: list[Received]) -> Request | None:
-        return self._refuse_over_budget(self._note_request(fields))
+    def _fits(self, id: int, size: int) -> bool:
+        """Hold a request of so many bytes. Where it does not fit, answer it: then it does not run."""
+        self._held[id] = size
+        self._held_total += size
+        taken = self._held_total - size
+        if not taken or self._held_total <= self.budget.requests:
+            return True
+        most = self.budget.requests
+        self.fail(id, BUSY, f"not run: of {most} bytes of requests at once, {taken} are held already")
+        return False
 
-    def _refuse_over_budget(self, request: Request) -> Request | None:
-        """Answer a request that does not fit this side's budget. It does not run."""
-        size = self._held.get(request.id, 0)
-        if size and size < self._held_total > self.budget.requests:
-            taken = self._held_total - size
-            self.fail(
-                request.id,
-                BUSY,
-                f"not run: of {self.budget.requests} bytes of requests at once, {taken} are held already",
-            )
-            return None
-        return request
-
-    def _note_request(self, fields: list[Received], *, has_channel: bool = False) -> Request:
+    def _on_req(self, fields: list[Received], credit: int | None = None) -> Request | None:
+        """Note a request, or with `credit` for this side's items one with a channel."""
+        has_channel = credit is not None
         _, id, timeout, depth, context, body = fields
         number = decode_number(id)
         self._check_parity(number)
@@ -663,9 +654,10 @@ class Session:
         self._handling_used[slot_class] += 1
         if slot_class:
             self._handling_classes[number] = slot_class
-        if len(body) >= COUNTED:
-            self._held[number] = len(body)
-            self._held_total += len(body)
+        if credit is not None:
+            self.channels.add_theirs(number, credit)
+        if len(body) >= COUNTED and not self._fits(number, len(body)):
+            return None
         return request
 
     def _on_ok(self, fields: list[Received]) -> Answer | None:
@@ -703,10 +695,7 @@ class Session:
     # ---- channels, of either side's ----
 
     def _on_chan(self, fields: list[Received]) -> Request | None:
-        first_credit = decode_number(fields.pop(5))
-        request = self._note_request(fields, has_channel=True)
-        self.channels.add_theirs(request.id, first_credit)
-        return self._refuse_over_budget(request)
+        return self._on_req(fields, decode_number(fields.pop(5)))
 
     def _on_item(self, fields: list[Received]) -> Item | None:
         _, id, body = fields
