@@ -3,6 +3,11 @@ from __future__ import annotations
 import logging
 
 import pytest
+from hypothesis import settings
+
+# Where a test does not say how many. `--hypothesis-profile=default` tries more.
+settings.register_profile("quick", max_examples=50)
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

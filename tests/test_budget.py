@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -29,6 +30,7 @@ from bokbok_trio._events import Answer, Failure, Request
 from bokbok_trio._flow import WINDOW
 from bokbok_trio._options import decode_options, encode_options, find_room
 from bokbok_trio._outbox import MIN_BATCH_SIZE
+from bokbok_trio._server import _fit_descriptors
 from bokbok_trio._session import MAX_DEPTH, Session
 from bokbok_trio.testing import open_connection_pair
 
@@ -492,3 +494,10 @@ async def test_a_server_takes_no_more_connections_than_there_may_be_open_files(
         async with open_server("127.0.0.1:0", echo) as server:
             assert server.statistics().max_connections == expected
         assert (f"takes {expected} connections at once, and not 1000" in caplog.text) == (expected < 1000)
+
+
+def test_where_the_system_does_not_tell_there_may_be_as_many_as_the_settings_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert _fit_descriptors(Settings()) == 1000

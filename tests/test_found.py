@@ -459,6 +459,41 @@ async def test_a_channel_goes_over_the_next_connection_where_this_one_drains_at_
             pass
 
 
+@pytest.mark.parametrize("who", ["connection", "client"])
+async def test_a_channel_whose_connection_is_closed_as_it_opens(
+    who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def handler(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes]:
+        return [b"done"]
+
+    may_ask = Connection._may_ask
+    asked = 0
+
+    def close_at_second(self: Connection, depth: int = 0) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            if who == "connection":
+                self._close("closed at that moment")
+            else:
+                client._close()
+        return may_ask(self, depth)
+
+    async with (
+        open_server("127.0.0.1:0", echo, channel_handler=handler) as server,
+        open_reconnecting(server.addresses[0]) as client,
+    ):
+        await client.request(["x"])
+        monkeypatch.setattr(Connection, "_may_ask", close_at_second)
+        if who == "connection":
+            async with client.open_channel([]) as channel:
+                assert await channel.answer() == [b"done"]
+        else:
+            with pytest.raises(ConnectionClosed, match="closed"):
+                async with client.open_channel([]):
+                    pytest.fail("it is closed")
+
+
 async def test_a_request_that_waited_for_a_slot_goes_over_the_next_connection() -> None:
     ran: list[bytes] = []
 

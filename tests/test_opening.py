@@ -1246,7 +1246,7 @@ async def test_a_replayed_session_does_not_open_the_same_server(autojump_clock: 
         assert "a record did not open" in str(ending.error)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(side=st.sampled_from(["client", "server"]), bit=st.integers(0, 8 * 608 - 1))
 def test_no_bit_changed_on_the_wire_opens_a_connection(side: Side, bit: int) -> None:
     async def main() -> None:

@@ -109,7 +109,7 @@ class ReadTurnMachine(RuleBasedStateMachine):
         assert len(set(tasks)) == len(tasks)
 
 
-ReadTurnMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+ReadTurnMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestReadTurn = ReadTurnMachine.TestCase
 
 

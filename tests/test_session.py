@@ -1201,5 +1201,5 @@ class TwoEngines(RuleBasedStateMachine):
 
 def test_two_engines_never_disagree_and_leak_nothing() -> None:
     run_state_machine_as_test(
-        TwoEngines, settings=settings(max_examples=100, stateful_step_count=60, deadline=None)
+        TwoEngines, settings=settings(max_examples=50, stateful_step_count=60, deadline=None)
     )

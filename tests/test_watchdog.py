@@ -269,7 +269,7 @@ STORIES = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.integers(1, 8), st.integers(1, 8), STORIES)
 @example(2, 8, [("wait", 2), ("end", 0), ("wait", 1), ("hear", 0), ("wait", 9)])  # the next ping is at 5
 @example(8, 2, [("wait", 7), ("begin", 0), ("wait", 7), ("end", 0), ("wait", 9)])  # lost at 16
