@@ -353,7 +353,7 @@ class PacketDecoder:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buffer = bytearray()
-        self._rest = memoryview(b"")  # more packets than are decoded at once
+        self._rest: Received = b""  # more packets than are decoded at once
         self.has_rest = False
 
     @property
@@ -375,7 +375,7 @@ class PacketDecoder:
         data: Received
         if self.has_rest:
             assert not received, "decode the rest first"
-            data, self._rest = self._rest, memoryview(b"")
+            data, self._rest = self._rest, b""
             self.has_rest = False
             size = len(data)
         else:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from functools import partial
@@ -111,7 +110,7 @@ class Reader:
         self._turn: ReadTurn[trio.lowlevel.Task] = ReadTurn()
         self._scope: HandlerScope | None = None  # of the task that reads
         self._spoiled: list[trio.lowlevel.Task] = []  # tasks that sleep until the end
-        self._events: deque[Event] = deque()  # decoded, and not dispatched
+        self._events: list[Event] = []  # decoded, and not dispatched; the next one is the last
         self._count = 0  # of the events of the last receive
         self._is_discarding = False
         self.ended = LazyEvent()
@@ -236,7 +235,7 @@ class Reader:
         """Dispatch the events up to the next request, and return that."""
         events = self._events
         while events:
-            event = events.popleft()
+            event = events.pop()
             if type(event) is Request:
                 return event
             self._on_event(event)
@@ -277,7 +276,8 @@ class Reader:
             self._sender.begin_batch()
             events = self._session.receive(data)
             self._count = len(events)
-            self._events.extend(events)
+            events.reverse()
+            self._events = events  # all of those before are dispatched
 
     # ---- where a handler waits ----
 
