@@ -42,7 +42,8 @@ class Settings:
             whose items do not fit breaks. What handlers hold of their own does not count, nor do messages
             that have partly arrived, four at most.
         least_rate: bytes a second that must leave while more than 1 MiB of answers and items wait for the
-            other side; one that reads more slowly is lost. With 0 none is.
+            other side; one that reads more slowly, over `ping_after` and `ping_timeout` together, is lost.
+            With 0 none is.
         connect_timeout: seconds for dialling one address, the look-up of its name and all addresses of
             the name included, more than 0; `math.inf` for no limit but the system's. A server takes it for
             the look-up of a name to listen on, and for the lock on the directory of a UNIX socket.

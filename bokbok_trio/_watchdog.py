@@ -3,7 +3,7 @@
 Silence means that nothing authentic was received. After ``ping_after`` of it a ping is sent;
 ``ping_timeout`` after the ping was *written* the peer is lost. It is lost too when one send takes as
 long as both together: it does not read, though it may go on to send. And so it is where much waits for it and
-leaves more slowly than the least rate: it reads, but only to hold what waits here.
+leaves more slowly than the least rate, over as long: it reads, but only to hold what waits here.
 
 False accusations that this avoids:
 
@@ -48,9 +48,6 @@ LATENESS: Final = 1.0
 
 MUCH: Final = 2**20
 """Bytes of answers and items that may wait for a peer however slowly it reads."""
-
-RATE_SPAN: Final = 10.0
-"""Seconds over which its rate is measured, at least: it may pause for a few."""
 
 SPARE_ALARMS: Final = 64
 """Alarms of stopped watchdogs that are kept, besides as many as there are of others; with fewer, each
@@ -177,7 +174,7 @@ class Watchdog:
             return None
         at = self._look(now, self._lose)
         if at is not None and self._measured is not None:
-            at = min(at, self._measured[0] + RATE_SPAN)
+            at = min(at, self._measured[0] + self._ping_after + self._ping_timeout)
         self._alarm_at = math.inf if at is None else at
         return at
 
@@ -188,7 +185,7 @@ class Watchdog:
             self._measured = None
         elif self._measured is None:
             self._measured = now, self.sent, waiting
-        elif now - self._measured[0] >= RATE_SPAN:
+        elif now - self._measured[0] >= self._ping_after + self._ping_timeout:
             since, sent_then, waiting_then = self._measured
             self._measured = now, self.sent, waiting
             sent = self.sent - sent_then
