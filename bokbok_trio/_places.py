@@ -7,15 +7,15 @@ Every unfinished handshake holds a *place*, and there are ``max_handshakes`` of 
 comes, one is *displaced*: its connection is closed, and its client comes back later. A client whose user is
 being looked up is never displaced, because it would only come back and cost another look-up: a herd of
 clients would displace each other for ever. For the same reason one that has sent a valid `open` and waits for
-its look-up gives way only to a source that has fewer such clients. A newcomer for which nobody gives way is
-closed itself.
+its look-up gives way only to a source that has fewer clients. A newcomer for which nobody gives way is closed
+itself.
 
-The other victims are drawn so that strangers cannot lock out a client that is a few hundred milliseconds
-away: from the source that has the most clients in question; of these from those whose authentication has
-failed and who only wait for the refusal, before the silent ones, before those that have sent a hello; and
-among equals at random. A *source* is what one stranger may well own: an IPv4 address, a /64 of IPv6
-addresses, or all UNIX sockets together. All of this takes constant time, however many places there are,
-because it happens when the server is busiest.
+The victims are drawn so that strangers cannot lock out a client that is a few hundred milliseconds away: from
+the source that has the most clients in question; of these from those whose authentication has failed and who
+only wait for the refusal, before the silent ones, before those that have sent a hello, before those that wait
+for their look-up; and among equals at random. A *source* is what one stranger may well own: an IPv4 address,
+a /64 of IPv6 addresses, or all UNIX sockets together. All of this takes constant time, however many places
+there are, because it happens when the server is busiest.
 
 Looking a user up may be slow, and costs more than all else. So there are ``max_lookups`` *turns* for it. The
 rest wait: the sources one after another, and the clients of one source in the order in which they came.
@@ -102,6 +102,10 @@ class _Crowd:
         self.size = 0
         self.stages: tuple[RandomSet[Place], ...] = tuple(RandomSet() for _ in _Stage)
 
+    def draw(self) -> Place | None:
+        """Draw one of the first stage that anybody is at, but for those that wait; None: all of them do."""
+        return next((stage.draw() for stage in self.stages[: _Stage.WAITING] if stage), None)
+
 
 @final
 class _Crowds:
@@ -118,10 +122,9 @@ class _Crowds:
         self._by_size: dict[int, RandomSet[_Crowd]] = {}  # none is empty
         self.largest = 0
 
-    def size(self, source: Hashable) -> int:
-        """How many clients a source has here."""
-        crowd = self._crowds.get(source)
-        return 0 if crowd is None else crowd.size
+    def find(self, source: Hashable) -> _Crowd | None:
+        """The crowd of a source, if it has any clients here."""
+        return self._crowds.get(source)
 
     def add(self, place: Place, stage: _Stage) -> None:
         crowd = self._crowds.setdefault(place.source, _Crowd(place.source))
@@ -138,10 +141,9 @@ class _Crowds:
         stages[before].remove(place)
         stages[after].add(place)
 
-    def draw(self) -> Place:
-        """Draw one of the largest crowd, of the first stage that anybody is at. There must be one."""
-        crowd = self._by_size[self.largest].draw()
-        return next(filter(None, crowd.stages)).draw()
+    def draw_largest(self) -> _Crowd:
+        """Draw one of the largest crowds. There must be one."""
+        return self._by_size[self.largest].draw()
 
     def _rank(self, crowd: _Crowd, change: int) -> None:
         """A crowd's size changes, by 1 or -1."""
@@ -170,14 +172,13 @@ class Places:
         lookups: how many users are looked up at once.
     """
 
-    __slots__ = ("_displaced", "_early", "_most", "_unfinished", "_waiting", "turns")
+    __slots__ = ("_crowds", "_displaced", "_most", "_unfinished", "turns")
 
     def __init__(self, most: int, lookups: int) -> None:
         self._most = most
         self._unfinished: set[Place] = set()  # with the displaced ones that have not ended
         self._displaced = 0  # how many of these there are
-        self._early = _Crowds()  # who gives way to anybody
-        self._waiting = _Crowds()  # who waits for a look-up, and gives way to sources with fewer such
+        self._crowds = _Crowds()
         self.turns = Turns(lookups)
 
     def __len__(self) -> int:
@@ -194,18 +195,36 @@ class Places:
         if len(self._unfinished) >= 2 * self._most:
             return None
         if len(self._unfinished) - self._displaced >= self._most:
-            if self._early.largest:
-                victim = self._early.draw()
-            elif self._waiting.largest > self._waiting.size(source) + 1:
-                victim = self._waiting.draw()
-            else:
+            victim = self._find_victim(source)
+            if victim is None:
                 return None
-            victim.displace()
-            self._displaced += 1
+            self._displace(victim)
         place = Place(self, source)
         self._unfinished.add(place)
-        place._enter(self._early, _Stage.SILENT)
+        place._enter(_Stage.SILENT)
         return place
+
+    def _find_victim(self, source: Hashable) -> Place | None:
+        """Who gives way to a newcomer from a source."""
+        if not self._crowds.largest:
+            return None
+        largest, own = self._crowds.draw_largest(), self._crowds.find(source)
+        victim = largest.draw()
+        if victim is None and largest.size > (0 if own is None else own.size) + 1:
+            return largest.stages[_Stage.WAITING].draw()
+        if victim is None and own is not None:
+            return own.draw()
+        return victim
+
+    def _displace(self, victim: Place) -> None:
+        victim.displace()
+        self._displaced += 1
+
+    def displace_early(self) -> None:
+        """End a handshake that is not worth a look-up yet, if there is one in a largest crowd."""
+        victim = self._crowds.draw_largest().draw() if self._crowds.largest else None
+        if victim is not None:
+            self._displace(victim)
 
     @property
     def has_greeted(self) -> bool:
@@ -230,7 +249,7 @@ class Place:
         is_silent: whether the client has not sent a valid hello.
     """
 
-    __slots__ = ("_crowds", "_places", "_stage", "is_displaced", "is_silent", "scope", "source")
+    __slots__ = ("_places", "_stage", "is_displaced", "is_silent", "scope", "source")
 
     def __init__(self, places: Places, source: Hashable) -> None:
         self._places = places
@@ -238,14 +257,13 @@ class Place:
         self.scope = trio.CancelScope()
         self.is_displaced = False
         self.is_silent = True
-        self._crowds: _Crowds | None = None  # None: it cannot be displaced, or was
-        self._stage = _Stage.SILENT
+        self._stage: _Stage | None = None  # None: it cannot be displaced, or was
 
     def note_hello(self) -> None:
         """The client has sent a valid hello."""
         self.is_silent = False
-        if self._crowds is not None:
-            self._crowds.move(self, self._stage, _Stage.GREETED)
+        if self._stage is not None:
+            self._places._crowds.move(self, self._stage, _Stage.GREETED)
             self._stage = _Stage.GREETED
 
     def note_open(self) -> None:
@@ -255,7 +273,7 @@ class Place:
     def note_failure(self) -> None:
         """The client could not be authenticated: it may be displaced before it is told so."""
         if not self.is_displaced:
-            self._enter(self._places._early, _Stage.FAILED)
+            self._enter(_Stage.FAILED)
 
     def displace(self) -> None:
         """Give the place to somebody else: end the handshake."""
@@ -272,7 +290,7 @@ class Place:
     async def take_turn(self, until: float) -> bool:
         """Wait for a turn to look the user up; `Turns.give_back` ends it. False: none came in time."""
         if not self.is_displaced:
-            self._enter(self._places._waiting, _Stage.WAITING)
+            self._enter(_Stage.WAITING)
         try:
             return await self._places.turns.take(self.source, until)
         finally:
@@ -282,14 +300,14 @@ class Place:
         """End the turn that was taken."""
         self._places.turns.give_back()
 
-    def _enter(self, crowds: _Crowds, stage: _Stage) -> None:
-        self._crowds, self._stage = crowds, stage
-        crowds.add(self, stage)
+    def _enter(self, stage: _Stage) -> None:
+        self._stage = stage
+        self._places._crowds.add(self, stage)
 
     def _exit(self) -> None:
-        crowds, self._crowds = self._crowds, None
-        if crowds is not None:
-            crowds.remove(self, self._stage)
+        stage, self._stage = self._stage, None
+        if stage is not None:
+            self._places._crowds.remove(self, stage)
 
 
 @final

@@ -47,8 +47,11 @@ from ._throttle import Throttle
 SPARE_DESCRIPTORS: Final = 64
 """Open files that are left to the rest of the program where connections could use all that it may have."""
 
-HANDSHAKE_SHARE: Final = 8
-"""The part of them, an eighth, that is left to unfinished handshakes."""
+HANDSHAKE_SHARE: Final = 4
+"""The part of them, a quarter, that unfinished handshakes may have."""
+
+LINGER_SHARE: Final = 16
+"""The part of them, a sixteenth, that refused clients may have, which still read why."""
 
 ACCEPT_PAUSE: Final = 0.1
 """Seconds until the next try to accept where the system has no descriptor or memory left; as Trio."""
@@ -104,13 +107,13 @@ class Server:
         self._settings = settings
         self._name = repr(self)  # for log lines, which may be kept, and must keep nothing alive
         self._home = trio.lowlevel.current_trio_token()
-        self._places = Places(settings.max_handshakes, settings.max_lookups)
         self._lingering = 0  # refused clients that may still have to read that
         self._throttle = Throttle(logger)
         self._connections: set[Connection] = set()
         self._admitted = 0
         self._of_user: Counter[str | None] = Counter()
-        self._max_connections = _fit_descriptors(settings)
+        self._max_connections, self._max_handshakes, self._max_lingering = _fit_descriptors(settings)
+        self._places = Places(self._max_handshakes, settings.max_lookups)
         if self._max_connections < settings.max_connections:
             logger.info(
                 "%s: takes %d connections at once, and not %d, as this process may not have more open files "
@@ -144,7 +147,7 @@ class Server:
             connections=self._admitted,
             max_connections=self._max_connections,
             handshakes=len(self._places),
-            max_handshakes=self._settings.max_handshakes,
+            max_handshakes=self._max_handshakes,
             handlers_running=sum(len(each._handlers) for each in self._connections),
         )
 
@@ -230,6 +233,7 @@ class Server:
                     self._throttle.log(
                         "shortage", logging.ERROR, text, self._name, name, exc.strerror, ACCEPT_PAUSE
                     )
+                    self._places.displace_early()  # or strangers could keep what there is for long
                     await trio.sleep(ACCEPT_PAUSE)
                     continue
                 place = self._places.take(find_source(address))
@@ -371,7 +375,7 @@ class Server:
 
     async def _linger(self, stream: trio.abc.Stream) -> None:
         """Let a client read why it was refused; as many at once as may shake hands."""
-        if self._lingering < self._settings.max_handshakes:
+        if self._lingering < self._max_lingering:
             self._lingering += 1
             try:
                 await linger(stream)
@@ -402,17 +406,23 @@ class Server:
             self._idle.set()
 
 
-def _fit_descriptors(settings: Settings) -> int:
-    """How many connections a server takes at once: those of the settings, or fewer where files are few."""
+def _fit_descriptors(settings: Settings) -> tuple[int, int, int]:
+    """How many connections, unfinished handshakes and refused clients a server has at once.
+
+    As many as the settings say, or fewer where this process may have few open files.
+    """
+    wanted = settings.max_connections, settings.max_handshakes, settings.max_handshakes
     if sys.platform == "win32":
-        return settings.max_connections
+        return wanted
     import resource  # noqa: PLC0415  (Windows has none)
 
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files == resource.RLIM_INFINITY:
-        return settings.max_connections
-    handshakes = min(settings.max_handshakes, files // HANDSHAKE_SHARE)
-    return min(settings.max_connections, max(1, files - SPARE_DESCRIPTORS - handshakes))
+        return wanted
+    handshakes = max(1, min(settings.max_handshakes, files // HANDSHAKE_SHARE))
+    lingering = max(1, min(settings.max_handshakes, files // LINGER_SHARE))
+    connections = max(1, files - SPARE_DESCRIPTORS - handshakes - lingering)
+    return min(settings.max_connections, connections), handshakes, lingering
 
 
 @trio.lowlevel.enable_ki_protection

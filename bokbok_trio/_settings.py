@@ -57,7 +57,8 @@ class Settings:
         max_connections: connections of a server at once. One counts from the end of its handshake
             until it is closed and its handlers and close handler have ended. The next client, once
             it is authenticated, is told so: its `open_connection` raises `ConnectionRefused`, with the
-            code ``busy``. A server takes fewer where this process may have fewer open files, and logs that.
+            code ``busy``. A server takes fewer, and fewer handshakes, where this process may have fewer open
+            files, and logs that.
         max_connections_per_user: of these, those of one user; None for no such bound. One more is told so in
             the same way.
         max_handshakes: unfinished handshakes of a server at once. One more closes one of them: of the network

@@ -222,10 +222,9 @@ def test_the_places_agree_with_a_model(steps: list[tuple[str, int]]) -> None:
                     place.note_hello()
             assert len(places) == len(stages) <= most
             counts = Counter(each.source for each, stage in stages.items() if stage != "open")
-            assert places._early.largest == max(counts.values(), default=0)
-            assert {source: places._early.size(source) for source in "abc"} == {
-                source: counts[source] for source in "abc"
-            }
+            assert places._crowds.largest == max(counts.values(), default=0)
+            sizes = {source: crowd.size for source in "abc" if (crowd := places._crowds.find(source))}
+            assert sizes == counts
 
     trio.run(main)
 
@@ -265,6 +264,36 @@ async def test_who_waits_for_a_look_up_gives_way_to_a_source_with_fewer_such() -
         await trio.testing.wait_all_tasks_blocked()
         assert places.take("b") is None, "it has one, and the other has two"
         nursery.cancel_scope.cancel()
+
+
+async def test_a_source_that_waits_for_look_ups_displaces_its_own_and_no_other() -> None:
+    places = Places(5, 1)
+    strangers = take(places, *"aaaa")
+    async with trio.open_nursery() as nursery:
+        for place in strangers:
+            place.note_hello()
+            place.note_open()
+            nursery.start_soon(place.take_turn, math.inf)
+            await trio.testing.wait_all_tasks_blocked()
+        (honest,) = take(places, "b")
+        assert places.take("a") is None
+        assert not honest.is_displaced
+        take(places, "b")
+        assert not honest.is_displaced
+        assert len(displaced(strangers)) == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_where_files_are_short_somebody_gives_way() -> None:
+    places = Places(5, 1)
+    places.displace_early()
+    held = take(places, *"aab")
+    held[2].note_open()
+    places.displace_early()
+    assert len(displaced(held[:2])) == 1
+    places.displace_early()
+    places.displace_early()
+    assert displaced(held) == [0, 1]
 
 
 async def test_one_that_goes_on_when_it_was_displaced_is_counted_once() -> None:
