@@ -21,7 +21,8 @@ function settle(settings) {
 /**
  * Dial `address`, { host, port } or { path }, and open a connection as its client. `settings`: mode ('sealed' or
  * 'plain'); user and key (32 bytes) in mode sealed; service, maxMessageSize, maxRequests, options (a Map of names
- * to bytes), handshakeTimeout (ms), and those of Connection.
+ * to bytes), handshakeTimeout (ms), recordSize (bytes of plaintext, at most), wrap(wire), which gives a wire to be
+ * used in its place, and those of Connection.
  */
 export async function connect(address, settings) {
   const settled = settle(settings);
@@ -54,7 +55,7 @@ export async function listen(address, settings, opened, failed = () => {}) {
 
 function started(socket, { sealer, opener, theirs }, { client, settings }) {
   const wire = new Wire(socket, { sealer, opener }, settings.recordSize);
-  const connection = new Connection(wire, { client, theirs, settings });
+  const connection = new Connection(settings.wrap?.(wire) ?? wire, { client, theirs, settings });
   connection.start();
   return connection;
 }
