@@ -221,7 +221,7 @@ function repliesTo(packets, sent, bye) {
   const never = () => new Promise(() => {});
   const connection = new Connection(wire, {
     client: false,
-    theirs: { maxMessageSize: BigInt(limit), maxRequests: 100, options: new Map() },
+    theirs: { maxMessageSize: BigInt(limit), maxRequests: 100, options: new Map(), room: null },
     settings: { maxMessageSize: limit, maxRequests, window: credit, handler: never, channelHandler: never },
   });
   connection.start();

@@ -5,6 +5,7 @@ import { Cancelled, ConnectionLost, DeadlinePassed, RequestError } from './error
 import { MAX_MESSAGE } from './handshake.mjs';
 import { Entry, Outbox } from './outbox.mjs';
 import { ProtocolError, encodeBody, encodeContext, encodePacket } from './packets.mjs';
+import { Slots } from './slots.mjs';
 import { InFlight, MAX_DEPTH, MAX_DETAILS, Session } from './session.mjs';
 
 const HEAD_ROOM = 128; // bytes of a packet that are not the user's
@@ -30,8 +31,7 @@ export class Connection {
   #nextId;
   #calls = new Map(); // our requests that wait for their answer, by id
   #handling = new Map(); // their requests whose handler has not ended, by id
-  #freeSlots = new Map(); // by class
-  #slotQueues = new Map(); // by class: calls that wait for a slot
+  #slots = new Map(); // by class
   #unleftAtDepth0 = 0; // requests of ours that have a slot and have not left
   #pingWaiters = [];
   #pongWaits = false;
@@ -96,8 +96,8 @@ export class Connection {
     const [body, contextField] = [encodeBody(fields), encodeContext(context)];
     this.checkSize(body.length + contextField.length);
     const deadline = timeout === null ? null : performance.now() + timeout * 1000;
-    const call = { request: null, entry: null, channel: null, depth, window };
-    call.slotClass = `${window === null ? 'req' : 'chan'} ${depth}`;
+    const call = { request: null, entry: null, channel: null, depth, window, size: body.length };
+    call.slots = this.#slotsOf(depth, window !== null);
     call.encode = () => {
       const id = String(call.request.id);
       const head = [window === null ? 'req' : 'chan', id, timeLeft(deadline), depth ? String(depth) : '', contextField];
@@ -115,18 +115,21 @@ export class Connection {
     const stopTimer = deadline === null ? null : at(deadline, () => call.cancel(new DeadlinePassed('the time is up')));
     if (this.#session.byeCame && depth === 0) this.#failCall(call, new ConnectionLost('the other side drains', false));
     else {
-      queueOf(this.#slotQueues, call.slotClass).push(call);
-      this.#giveSlots(call.slotClass);
+      call.slots.waiting.push(call);
+      this.#giveSlots(call.slots);
     }
     return call;
   }
 
-  #giveSlots(slotClass) {
-    const queue = queueOf(this.#slotQueues, slotClass);
-    let free = this.#freeSlots.get(slotClass) ?? this.#theirs.maxRequests;
-    while (free > 0 && queue.length && this.#over === null) {
-      const call = queue.shift();
-      free -= 1;
+  #slotsOf(depth, hasChannel) {
+    const key = `${depth} ${hasChannel}`;
+    if (!this.#slots.has(key)) this.#slots.set(key, new Slots(this.#theirs, depth, hasChannel));
+    return this.#slots.get(key);
+  }
+
+  #giveSlots(slots) {
+    while (this.#over === null && slots.hasOne) {
+      const call = slots.take();
       call.request = new InFlight(this.#nextId, call.depth, call.window === null ? null : 0, call.window);
       this.#nextId += 2n;
       call.entry = new Entry(call.request.id, 'request', call.encode, () => {
@@ -140,12 +143,11 @@ export class Connection {
       this.add(call.entry);
       call.gotSlot();
     }
-    this.#freeSlots.set(slotClass, free);
   }
 
-  #freeSlot(slotClass) {
-    this.#freeSlots.set(slotClass, this.#freeSlots.get(slotClass) + 1);
-    this.#giveSlots(slotClass);
+  #freeSlot(call) {
+    call.slots.free(call);
+    this.#giveSlots(call.slots);
   }
 
   /** A request of ours no longer waits to leave: it has left, or was taken back. */
@@ -158,8 +160,7 @@ export class Connection {
   #cancel(call, reason) {
     if (call.over) return;
     if (call.request === null) {
-      const queue = queueOf(this.#slotQueues, call.slotClass);
-      queue.splice(queue.indexOf(call), 1);
+      call.slots.waiting.splice(call.slots.waiting.indexOf(call), 1);
       this.#failCall(call, reason);
       return;
     }
@@ -172,7 +173,7 @@ export class Connection {
       this.#session.ours.delete(id);
       this.#calls.delete(id);
       this.#hasLeft(call);
-      this.#freeSlot(call.slotClass);
+      this.#freeSlot(call);
       this.#wakePump(); // there may be a drop
     }
   }
@@ -189,7 +190,7 @@ export class Connection {
     const call = this.#calls.get(request.id);
     this.#calls.delete(request.id);
     this.#outbox.takeBackItems(request.id);
-    this.#freeSlot(request.slotClass);
+    this.#freeSlot(call);
     if (call.over) return; // cancelled
     if (kind === 'ok') {
       call.over = true;
@@ -348,9 +349,8 @@ export class Connection {
   }
 
   #byeCame() {
-    for (const [slotClass, queue] of this.#slotQueues) {
-      if (!slotClass.endsWith(' 0')) continue;
-      for (const call of queue.splice(0)) this.#failCall(call, new ConnectionLost('the other side drains', false));
+    for (const { depth, waiting } of this.#slots.values()) {
+      if (depth === 0) for (const call of waiting.splice(0)) this.#failCall(call, new ConnectionLost('the other side drains', false));
     }
     this.#owesByeOk = true;
     this.#sayByeOk();
@@ -371,7 +371,7 @@ export class Connection {
   }
 
   #waitForSlots() {
-    return [...this.#slotQueues.values()].some((queue) => queue.length > 0);
+    return [...this.#slots.values()].some(({ waiting }) => waiting.length > 0);
   }
 
   /** Close now: requests in flight fail, handlers are cancelled. Resolves when it is closed. */
@@ -402,8 +402,8 @@ export class Connection {
   #failAll(reason) {
     this.#over = reason;
     this.#outbox.clear();
-    for (const queue of this.#slotQueues.values()) {
-      for (const call of queue.splice(0)) this.#failCall(call, new ConnectionLost(reason, false));
+    for (const { waiting } of this.#slots.values()) {
+      for (const call of waiting.splice(0)) this.#failCall(call, new ConnectionLost(reason, false));
     }
     for (const call of this.#calls.values()) {
       if (!call.over) this.#failCall(call, new ConnectionLost(reason, call.request.left));
@@ -495,9 +495,4 @@ function cut(text, size) {
   let end = size;
   while ((bytes[end] & 0xc0) === 0x80) end -= 1;
   return bytes.subarray(0, end);
-}
-
-function queueOf(queues, key) {
-  if (!queues.has(key)) queues.set(key, []);
-  return queues.get(key);
 }

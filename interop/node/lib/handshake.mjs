@@ -216,5 +216,8 @@ function declaredIn([size, requests, options]) {
   const maxRequests = Number(decodeNumber(requests, 'max_requests'));
   if (maxMessageSize < LEAST_MESSAGE_SIZE) throw new ProtocolError('max_message_size is too small');
   if (maxRequests < 1 || maxRequests > MOST_REQUESTS) throw new ProtocolError('max_requests is out of range');
-  return { maxMessageSize, maxRequests, options: decodeOptions(options) };
+  const theirs = { maxMessageSize, maxRequests, options: decodeOptions(options), room: null };
+  const room = theirs.options.get('room');
+  if (room !== undefined) theirs.room = Number(decodeNumber(room, 'room'));
+  return theirs;
 }
