@@ -175,7 +175,7 @@ async def handler(connection: Connection, request: list[bytes]) -> list[bytes | 
                 interrupted.append("cancelled")
                 raise
             return ["slept"]
-        case [b"stubborn", milliseconds]:
+        case [b"stubborn", milliseconds, *_]:
             with trio.CancelScope(shield=True):
                 await trio.sleep(int(milliseconds) / 1000)
             return ["done all the same"]

@@ -137,23 +137,33 @@ async def test_unknown_options_are_ignored_and_grease_is_sent(node: NodeProcess,
         assert len(ours[grease]) <= 8
 
 
-@pytest.mark.parametrize("wrong", [{"key": "00" * 32}, {"user": "nobody"}, {"service": "other"}])
-async def test_our_server_refuses_node(node: NodeProcess, wrong: dict[str, str]) -> None:
-    keys = {USER: Key(bytes.fromhex(KEY))}
-    async with open_server("127.0.0.1:0", echo, user_key=keys) as server:
+WRONG = [{"key": "00" * 32}, {"user": "nobody"}, {"service": "other"}]
+
+
+async def test_our_server_refuses_node(node: NodeProcess) -> None:
+    async def dial(wrong: dict[str, str]) -> None:
         with pytest.raises(NodeError) as caught:
             await node("connect", **where(server.addresses[0]), **{"user": USER, "key": KEY, **wrong})
         assert (caught.value.name, caught.value.code) == ("Refused", "authentication")
 
+    async with open_server("127.0.0.1:0", echo, user_key={USER: Key(bytes.fromhex(KEY))}) as server:
+        async with trio.open_nursery() as nursery:
+            for wrong in WRONG:  # at once, as each of them has to wait for half a second
+                nursery.start_soon(dial, wrong)
 
-@pytest.mark.parametrize("wrong", [{"key": "00" * 32}, {"user": "nobody"}, {"service": "other"}])
-async def test_a_node_server_refuses_us(node: NodeProcess, wrong: dict[str, str]) -> None:
-    right = {"user": USER, "key": KEY, **wrong}
-    key = Key(bytes.fromhex(right.pop("key")))
+
+async def test_a_node_server_refuses_us(node: NodeProcess) -> None:
+    async def dial(wrong: dict[str, str]) -> None:
+        right = {"user": USER, "key": KEY, **wrong}
+        key = Key(bytes.fromhex(right.pop("key")))
+        with pytest.raises(AuthenticationError):
+            async with open_connection(f"127.0.0.1:{listening['port']}", key=key, **right):
+                pytest.fail("it was let in")
+
     listening = await node("listen", host="127.0.0.1", port=0, users={USER: [KEY]})
-    with pytest.raises(AuthenticationError):
-        async with open_connection(f"127.0.0.1:{listening['port']}", key=key, **right):
-            pytest.fail("it was let in")
+    async with trio.open_nursery() as nursery:
+        for wrong in WRONG:
+            nursery.start_soon(dial, wrong)
     assert (await node("accept", listener=listening["listener"]))["failed"]
     await node("unlisten", listener=listening["listener"])
 
@@ -326,6 +336,31 @@ async def test_nested_requests_need_no_slot_of_their_askers(node: NodeProcess, r
                 nursery.start_soon(link.ours.request, ["back"] * 15 + ["ping"])
                 nursery.start_soon(link.node_asks, *["back"] * 15, "ping")
         await nothing_in_flight(link)
+
+
+async def test_room_is_kept(node: NodeProcess, role: Role, sealed: bool) -> None:
+    settings = Settings(max_message_size=50_000)
+    big = {"extra": 40_000, "digested": True}
+    async with open_link(node, role, sealed=sealed, settings=settings, options={"room": "100000"}) as link:
+        room = int(link.theirs["options"]["room"])
+        assert room < 60 * 40_000  # so that they have to wait
+        await node("most")
+        async with trio.open_nursery() as nursery:
+            for _ in range(6):
+                nursery.start_soon(link.ours.request, ["stubborn", "3", bytes(40_000)])
+            for _ in range(60):  # `busy` would be the answer to one too many
+                nursery.start_soon(partial(link.node_asks, "stubborn", "3", **big))
+            for _ in range(10):
+                nursery.start_soon(link.ours.request, ["ping"])
+        assert 40_000 < await node("most") <= 100_000
+        await nothing_in_flight(link)
+
+
+@pytest.mark.parametrize("value", ["", "x", "01"])
+async def test_room_that_is_no_number_is_an_invalid_option(node: NodeProcess, role: Role, value: str) -> None:
+    with pytest.raises((NodeError, HandshakeError)):
+        async with open_link(node, role, sealed=True, options={"room": value}):
+            pytest.fail("it was let in")
 
 
 # ---- big messages ----
@@ -656,7 +691,7 @@ async def test_more_than_was_granted_is_refused(node: NodeProcess) -> None:
 # ---- a rogue ----
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 async def test_a_rogue_harms_only_itself(
     node: NodeProcess, role: Role, sealed: bool, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -666,8 +701,10 @@ async def test_a_rogue_harms_only_itself(
             await use_it_all(link)
             await link.node_does("cut")
             await link.ours.wait_closed()
-    for record in caplog.records:
-        assert record.levelno < logging.ERROR, record.getMessage()
+    for record in caplog.records:  # handlers may fail, as what they are asked may be spoiled too
+        assert record.levelno < logging.ERROR or "handler" in record.getMessage(), record.getMessage()
+    async with open_link(node, role, sealed=sealed) as link:
+        assert await link.ours.request(["ping"]) == await link.node_asks("ping") == [b"pong"]
 
 
 async def use_it_all(link: Link) -> None:

@@ -29,6 +29,7 @@ function pattern(size) {
 
 const digest = (data) => createHash('sha256').update(data).digest('hex');
 
+const held = { now: 0, most: 0 }; // bytes of the requests that are being handled
 const ended = []; // how handlers that were interrupted came to their end
 
 /** Wait; note what interrupts it. */
@@ -84,7 +85,14 @@ function handledBy(handlers) {
   return async (request) => {
     const name = String(request.fields[0]);
     if (!Object.hasOwn(handlers, name)) throw new RequestError('unknown-request', `no ${name} here`);
-    return handlers[name](request);
+    const size = request.fields.reduce((sum, field) => sum + field.length, 0);
+    held.now += size;
+    held.most = Math.max(held.most, held.now);
+    try {
+      return await handlers[name](request);
+    } finally {
+      held.now -= size;
+    }
   };
 }
 
@@ -160,8 +168,9 @@ const DO = {
   cut: ({ connection }) => { things[connection].wire.close(); },
   finished: async ({ connection }) => things[connection].finished,
   counts: ({ connection }) => things[connection].counts,
-  /** How handlers were interrupted since the last time. */
+  /** How handlers were interrupted since the last time, and how many bytes of requests there were at once. */
   ended: () => ended.splice(0),
+  most: () => { const { most } = held; held.most = held.now; return most; },
   /** Write bytes that need not be packets; `raw`: nor records. */
   write: ({ connection, data }) => { things[connection].wire.write(bytes(data)); },
   raw: ({ connection, data }) => { things[connection].wire.writeRaw(bytes(data)); },

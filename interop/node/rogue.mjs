@@ -1,6 +1,7 @@
 // A wire that breaks the protocol at random points, so that the other side can show what it makes of it.
 
 import { encodePacket } from './lib/packets.mjs';
+import { FIELDS } from './lib/session.mjs';
 
 /** A generator of the same numbers for the same seed (mulberry32). */
 function random(seed) {
@@ -13,10 +14,11 @@ function random(seed) {
   };
 }
 
-const KINDS = [
-  'req', 'chan', 'ok', 'err', 'cancel', 'item', 'credit', 'end', 'part', 'drop', 'ping', 'pong', 'bye', 'bye-ok', 'abort', '',
+const KINDS = [...Object.keys(FIELDS), '', 'hello'];
+const VALUES = [
+  '', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', '15', '16', '00', '-1', '999999999999999999', '4294967295', '\xff',
+  '\x00', '\x01\x00\x00\x00\x04ping', '\x01\x00\x00\x00\x05hold', // bodies
 ];
-const VALUES = ['', '0', '1', '2', '3', '7', '15', '16', '00', '-1', '999999999999999999', '4294967296', '\x00', '\x01\x00\x00\x00\x00'];
 
 /** Spoils about one of `oneIn` of the writes, each in a way that `seed` chooses. */
 export class Rogue {
@@ -74,8 +76,10 @@ export class Rogue {
 
   /** A packet of a kind that is there, or nearly, with likely fields. */
   #packet() {
-    const fields = [KINDS[this.#random(KINDS.length)]];
-    for (let left = this.#random(8); left > 0; left -= 1) fields.push(VALUES[this.#random(VALUES.length)]);
+    const kind = KINDS[this.#random(KINDS.length)];
+    const fields = [kind];
+    const count = this.#random(4) ? FIELDS[kind] ?? 1 : this.#random(8);
+    while (fields.length < count) fields.push(VALUES[this.#random(VALUES.length)]);
     return encodePacket(fields.map((field) => Buffer.from(field, 'latin1')));
   }
 }

@@ -225,7 +225,7 @@ function repliesTo(packets, sent, bye) {
     settings: { maxMessageSize: limit, maxRequests, window: credit, handler: never, channelHandler: never },
   });
   connection.start();
-  for (const channel of sent) (channel ? connection.openChannel([]) : connection.ask([])).catch(() => {});
+  for (const channel of sent) (channel ? connection.openChannel([], { window: CREDIT }) : connection.ask([])).catch(() => {});
   if (bye) connection.drain();
   connection.pump();
   wire.sent = [];

@@ -82,8 +82,8 @@ export class Connection {
   }
 
   /** Ask for a channel: resolves, when the request has a slot, with { channel, answer, cancel() }. */
-  async openChannel(fields, options = {}) {
-    const call = this.#call(fields, options, this.window);
+  async openChannel(fields, { window = this.window, ...options } = {}) {
+    const call = this.#call(fields, options, window);
     call.answer.catch(() => {}); // who opened it may look at it later
     await call.hasSlot;
     return { channel: call.channel, answer: call.answer, cancel: () => call.cancel(new Cancelled('cancelled')) };

@@ -12,7 +12,8 @@ export const MAX_OPEN = 4; // packets in pieces of one direction
 export const MAX_DEPTH = 15;
 export const ITEM_COST = 64; // bytes of credit that an item takes beside its body
 const NOTHING = Buffer.alloc(0);
-const FIELDS = {
+/** How many fields a packet of each kind has. */
+export const FIELDS = {
   req: 6, chan: 7, ok: 3, err: 5, cancel: 2, item: 3, credit: 3, end: 2, part: 4, drop: 2, ping: 1, pong: 1, bye: 1,
   'bye-ok': 1, abort: 3,
 };
@@ -82,7 +83,7 @@ export class Session {
 
   #packet(fields, inPieces = false) {
     const kind = fields[0]?.toString('latin1');
-    if (kind === 'abort') this.aborted = true; // first: what is wrong with an abort is not answered by another
+    if (kind === 'abort' && !inPieces) this.aborted = true; // first: what is wrong with an abort is not answered by another
     if (kind === undefined || !Object.hasOwn(FIELDS, kind)) throw new ProtocolError('a packet of an unknown kind');
     if (fields.length !== FIELDS[kind]) throw new ProtocolError(`${kind} with ${fields.length} fields`);
     if (inPieces && !IN_PIECES.has(kind)) throw new ProtocolError(`${kind} in pieces`);
