@@ -110,7 +110,8 @@ class NodeProcess:
 
     async def _tell(self, **call: Any) -> None:
         line = json.dumps(call).encode() + b"\n"
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):  # half a line would spoil the next
+        # Half a line would spoil the next.
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
             async with self._lock:
                 await self._stdin.send_all(line)
 
@@ -121,7 +122,9 @@ def node_process() -> Generator[NodeProcess]:
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    with subprocess.Popen(["node", HOME / "peer.mjs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        ["node", HOME / "peer.mjs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         try:
             yield NodeProcess(process)
         finally:
@@ -142,6 +145,9 @@ class Link:
     dialled: dict[str, Any]
     """With what Node connects, or listens."""
 
+    async def we_ask(self, *fields: str | bytes) -> list[bytes]:
+        return await self.ours.request(fields)
+
     async def node_does(self, do: str, **arguments: Any) -> Any:
         return await self.node(do, connection=self.theirs["connection"], **arguments)
 
@@ -159,7 +165,9 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-async def handler(connection: Connection, request: list[bytes]) -> list[bytes | str]:
+async def handler(  # noqa: PLR0911  (one for each kind)
+    connection: Connection, request: list[bytes]
+) -> list[bytes | str]:
     """The handlers of the Node peer, in Python."""
     match request:
         case [b"ping", *rest]:
@@ -199,7 +207,9 @@ async def handler(connection: Connection, request: list[bytes]) -> list[bytes | 
 interrupted: list[str] = []
 
 
-async def channel_handler(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes | str]:
+async def channel_handler(
+    connection: Connection, request: list[bytes], channel: Channel
+) -> list[bytes | str]:
     """The channel handlers of the Node peer, in Python."""
     match request:
         case [b"shout"]:
@@ -234,7 +244,7 @@ async def open_link(
     service: str = "",
     **node_settings: Any,
 ) -> AsyncGenerator[Link]:
-    """Open a connection, over TCP or the UNIX socket at `path`; Node's settings are those of `interop/node`."""
+    """Open a connection over TCP, or the UNIX socket at `path`; `node_settings` are those of Node."""
     theirs: dict[str, Any] = {"mode": "sealed" if sealed else "plain", "service": service, **node_settings}
     if role == "node dials":
         opened, get_opened = trio.open_memory_channel[Connection](1)
@@ -273,4 +283,8 @@ async def open_link(
 
 def where(address: Any) -> dict[str, Any]:
     """The address, as Node wants it."""
-    return {"host": address.host, "port": address.port} if isinstance(address, TCPAddress) else {"path": str(address)}
+    return (
+        {"host": address.host, "port": address.port}
+        if isinstance(address, TCPAddress)
+        else {"path": str(address)}
+    )
