@@ -47,7 +47,8 @@ from .node_peer import (
     why_not,
 )
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+if (reason := why_not()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 ROLES: list[Role] = ["node dials", "node listens"]
 VECTORS = Path(__file__).parent / "vectors.json"
