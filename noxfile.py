@@ -52,7 +52,8 @@ def interop(session: nox.Session) -> None:
     session.install("-e", ".[test]")
     with session.chdir("interop/node"):
         session.run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", external=True)
-    session.run("pytest", "tests/test_node_peer.py", *session.posargs, env={"NODE_PEER": "must run"})
+    tests = ("tests/test_node_peer.py", "tests/test_node_judges.py")
+    session.run("pytest", *tests, *session.posargs, env={"NODE_PEER": "must run"})
 
 
 @nox.session

@@ -10,6 +10,7 @@
 import { createHash } from 'node:crypto';
 import { createInterface } from 'node:readline';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { judge } from './judge.mjs';
 import { RequestError, connect, listen } from './lib/index.mjs';
 import { Rogue } from './rogue.mjs';
 
@@ -174,6 +175,8 @@ const DO = {
   /** Write bytes that need not be packets; `raw`: nor records. */
   write: ({ connection, data }) => { things[connection].wire.write(bytes(data)); },
   raw: ({ connection, data }) => { things[connection].wire.writeRaw(bytes(data)); },
+  /** What the server of judge.mjs makes of packets. */
+  judge: ({ packets, ...rest }) => judge({ ...rest, packets: packets.map((packet) => Buffer.from(packet, 'hex')) }),
   /** Let another call fail, as cancelled. */
   cancel: ({ other }) => { calls.get(other)?.abort(); },
 };
