@@ -197,4 +197,7 @@ async function obey({ call, do: name, ...rest }) {
 
 createInterface({ input: process.stdin }).on('line', async (line) => {
   process.stdout.write(`${JSON.stringify(await obey(JSON.parse(line)))}\n`);
-}).on('close', () => process.exit());
+}).on('close', async () => {
+  for (let i = 0; calls.size && i < 20; i += 1) await sleep(50); // let what goes on end, for a second
+  process.exit();
+});

@@ -1,18 +1,17 @@
 // The open connection: requests of this side, handlers for those of the other, draining, closing, errors.
 
 import { Channel, WINDOW } from './channel.mjs';
+import { at, timeLeft } from './deadlines.mjs';
 import { Cancelled, ConnectionLost, DeadlinePassed, RequestError } from './errors.mjs';
 import { MAX_MESSAGE } from './handshake.mjs';
 import { Entry, Outbox } from './outbox.mjs';
-import { ProtocolError, encodeBody, encodeContext, encodePacket } from './packets.mjs';
-import { Slots } from './slots.mjs';
+import { ProtocolError, cut, encodeBody, encodeContext, encodePacket } from './packets.mjs';
 import { InFlight, MAX_DEPTH, MAX_DETAILS, Session } from './session.mjs';
+import { Slots } from './slots.mjs';
 
 const HEAD_ROOM = 128; // bytes of a packet that are not the user's
 const MAX_CODE = 64; // bytes
 const MAX_ERROR_MESSAGE = 2048; // bytes
-const MAX_TIMEOUT = 1e17; // microseconds; more is as good as none
-const MAX_TIMER = 2 ** 31 - 1; // ms that setTimeout can wait
 const BATCH = 65_536; // bytes that are written at once, about
 const NOTHING = Buffer.alloc(0);
 
@@ -332,7 +331,7 @@ export class Connection {
 
   // Signs of life, draining, closing.
 
-  /** Resolves when something proves that the other side is there. */
+  /** Ask for a sign of life; resolves with the next `pong`. */
   ping() {
     if (this.#over !== null) throw new ConnectionLost(this.#over, false);
     this.addControl(['ping']);
@@ -350,7 +349,8 @@ export class Connection {
 
   #byeCame() {
     for (const { depth, waiting } of this.#slots.values()) {
-      if (depth === 0) for (const call of waiting.splice(0)) this.#failCall(call, new ConnectionLost('the other side drains', false));
+      if (depth > 0) continue;
+      for (const call of waiting.splice(0)) this.#failCall(call, new ConnectionLost('the other side drains', false));
     }
     this.#owesByeOk = true;
     this.#sayByeOk();
@@ -467,32 +467,4 @@ function wrongIn({ code, details }) {
   const size = Buffer.byteLength(code);
   if (size < 1 || size > MAX_CODE || code === 'closing') return `an application must not use the code '${cut(code, MAX_CODE)}'`;
   return details.length > MAX_DETAILS ? `details are ${MAX_DETAILS} bytes at most` : null;
-}
-
-/** What `timeout` says when the packet begins to leave. */
-function timeLeft(deadline) {
-  if (deadline === null) return '';
-  const micros = Math.max(0, Math.floor((deadline - performance.now()) * 1000));
-  return micros > MAX_TIMEOUT ? '' : String(micros);
-}
-
-/** Call back at a moment of performance.now(), however far away; the function that is returned stops it. */
-function at(moment, call) {
-  let timer;
-  const wait = () => {
-    const left = moment - performance.now();
-    if (left <= 0) call();
-    else timer = setTimeout(wait, Math.min(Math.ceil(left), MAX_TIMER));
-  };
-  timer = setTimeout(wait, Math.min(Math.max(0, Math.ceil(moment - performance.now())), MAX_TIMER));
-  return () => clearTimeout(timer);
-}
-
-/** The text as UTF-8 of `size` bytes at most, cut between two characters. */
-function cut(text, size) {
-  const bytes = Buffer.from(text.toWellFormed());
-  if (bytes.length <= size) return bytes;
-  let end = size;
-  while ((bytes[end] & 0xc0) === 0x80) end -= 1;
-  return bytes.subarray(0, end);
 }

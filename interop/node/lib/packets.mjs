@@ -66,6 +66,15 @@ export function decodeText(field, what) {
   return field.toString('utf8');
 }
 
+/** The text as UTF-8 of `size` bytes at most, cut between two characters. */
+export function cut(text, size) {
+  const bytes = Buffer.from(text.toWellFormed());
+  if (bytes.length <= size) return bytes;
+  let end = size;
+  while ((bytes[end] & 0xc0) === 0x80) end -= 1;
+  return bytes.subarray(0, end);
+}
+
 /** The options in a field, as a Map of names to Buffers. */
 export function decodeOptions(field) {
   if (field.length > MAX_OPTIONS_SIZE) throw new ProtocolError('options are too long');

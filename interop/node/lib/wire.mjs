@@ -4,17 +4,14 @@ import { MAX_PLAINTEXT } from './records.mjs';
 
 const LINGER = 1000; // ms in which the other side may end, once this one has
 
-/**
- * `receive(bytes, over)` is told what has come: the bytes that were received, and `over`, null as long as more
- * can come: { error: null } after the other side's end, { error } where the transport failed or was cut.
- */
 export class Wire {
   #socket;
   #sealer;
   #opener;
   #recordSize;
   #over = false;
-  #ended = Promise.withResolvers?.() ?? resolvers();
+  #end; // to be called when nothing more can come
+  #ended = new Promise((resolve) => { this.#end = resolve; });
 
   constructor(socket, { sealer, opener }, recordSize = MAX_PLAINTEXT) {
     this.#socket = socket;
@@ -23,12 +20,17 @@ export class Wire {
     this.#recordSize = recordSize;
   }
 
+  /**
+   * `receive(bytes, over)` is told what has come: the bytes that were received, and `over`, null as long as more
+   * can come: { error: null } after the other side's end, { error } where the transport failed or was cut.
+   * `drained()` is told when more may be written.
+   */
   start(receive, drained) {
     const tell = (bytes, over) => {
       if (this.#over) return;
       if (over) {
         this.#over = true;
-        this.#ended.resolve();
+        this.#end();
       }
       receive(bytes, over);
     };
@@ -36,8 +38,9 @@ export class Wire {
     socket.on('drain', drained);
     socket.on('data', (bytes) => this.#take(bytes, tell));
     socket.on('end', () => tell(Buffer.alloc(0), { error: this.#opener ? new Error('cut off: no end record') : null }));
-    socket.on('close', () => tell(Buffer.alloc(0), { error: socket.errored ?? new Error('closed') }));
-    if (socket.destroyed) setImmediate(tell, Buffer.alloc(0), { error: socket.errored ?? new Error('closed') });
+    const closed = () => tell(Buffer.alloc(0), { error: socket.errored ?? new Error('closed') });
+    socket.on('close', closed);
+    if (socket.destroyed) setImmediate(closed); // its event may have been before
     else socket.resume();
   }
 
@@ -77,8 +80,8 @@ export class Wire {
 
   /** Once this side has ended: read on until the other side ends too, for a while, and close the socket. */
   async linger() {
-    const timer = setTimeout(this.#ended.resolve, LINGER);
-    await this.#ended.promise;
+    const timer = setTimeout(this.#end, LINGER);
+    await this.#ended;
     clearTimeout(timer);
     this.close();
   }
@@ -91,10 +94,4 @@ export class Wire {
   writeRaw(bytes) {
     this.#socket.write(bytes);
   }
-}
-
-function resolvers() {
-  const all = {};
-  all.promise = new Promise((resolve) => { all.resolve = resolve; });
-  return all;
 }
