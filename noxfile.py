@@ -47,6 +47,16 @@ def lowest(session: nox.Session) -> None:
 
 
 @nox.session
+def interop(session: nox.Session) -> None:
+    """The package against the implementation in Node.js, for which `npm` must be there."""
+    session.install("-e", ".[test]")
+    with session.chdir("interop/node"):
+        session.run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", external=True)
+    tests = ("tests/test_node_peer.py", "tests/test_node_judges.py")
+    session.run("pytest", *tests, *session.posargs, env={"NODE_PEER": "must run"})
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Every text is valid reStructuredText."""
     session.install("-e", ".[docs]")

@@ -384,8 +384,11 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             raise trio.ClosedResourceError(_CLOSED)
 
     def seal_end(self) -> bytes:
-        """Return the end record, which must leave next; empty where it must not be sent."""
-        if self._closed or self._send_ended or self._send_broken or self._send_busy:
+        """Return the end record, which must leave next; empty where it must not be sent.
+
+        Nor must it where receiving failed: the other side would take what somebody spoiled for a close.
+        """
+        if self._closed or self._send_ended or self._send_broken or self._send_busy or self._receive_failure:
             return b""
         self._send_ended = True
         return self._sealer.seal(b"")

@@ -615,6 +615,7 @@ class Session:
         kind = fields[0] if fields else b""
         known = _KINDS.get(kind) if type(kind) is bytes else None
         if known is None or known[0] != len(fields):
+            self._peer_aborted |= kind == b"abort"  # a malformed one is not answered either
             raise ProtocolError(f"unknown packet: {describe(fields)}")
         return known[1](self, fields)
 

@@ -31,7 +31,7 @@ class Settings:
 
     Arguments:
         max_message_size: bytes of one packet, 4 KiB to 4 GiB - 1. The smaller of what both sides
-            declare holds for both. The user's fields may take up all but 96 bytes of it.
+            declare holds for both. The user's fields may take up all but 128 bytes of it.
         max_requests: incoming requests in flight at once, 1 to 1,000,000. The other side waits
             before it sends more.
         budget: bytes that the other side can make this one hold by one connection; 16 times

@@ -403,12 +403,13 @@ class Open:
                 return None
             case [b"chan" | b"item" | b"credit" | b"end", *_]:
                 return fields if self.take_of_channel(fields) else None
-            case [b"abort", code, message]:
+            case [b"abort", *rest]:
+                self.heard_abort = True  # also where it is malformed
+                code, message = rest if len(rest) == 2 else (b"", bytes(MAX_ABORT + 1))
                 text(code)
                 text(message)
                 if len(message) > MAX_ABORT:
-                    raise Bad("message of abort")
-                self.heard_abort = True
+                    raise Bad("abort")
             case _:
                 self.take_word(fields)
                 return None

@@ -527,8 +527,7 @@ async def test_sending_goes_on_when_receiving_is_broken() -> None:
     stream = over(transport)
     assert await receive_rest(stream) == (b"", False)
     await stream.send_all(b"x")
-    await stream.aclose()
-    assert transport.sent == [seal(OUT, 0, b"x"), seal(OUT, 1, b"")]
+    assert transport.sent == [seal(OUT, 0, b"x")]
 
 
 async def test_a_cancelled_receive_loses_nothing_wherever_it_was() -> None:
@@ -673,6 +672,23 @@ async def test_the_end_of_the_transport_alone_is_no_end() -> None:
     await right.send_eof()
     with pytest.raises(trio.BrokenResourceError, match="cut short"):
         await stream.receive_some()
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        pytest.param(b"", id="cut"),
+        pytest.param(seal(IN, 7, b"bad"), id="does not open"),
+        pytest.param(b"\0\x0f" + bytes(15), id="too short"),
+    ],
+)
+async def test_what_was_spoiled_is_no_reason_to_say_the_end(spoiled: bytes) -> None:
+    """The other side would take the end record for a close on purpose."""
+    transport = Transport(seal(IN, 0, b"good") + spoiled)
+    stream = over(transport)
+    assert await receive_rest(stream) == (b"good", False)
+    await stream.aclose()
+    assert (transport.sent, transport.closed) == ([], 1)
 
 
 async def test_aclose_again_only_closes_the_transport_again() -> None:

@@ -948,6 +948,15 @@ def test_an_abort_leaves_last_and_is_never_answered() -> None:
     assert client.take(0) == b""
 
 
+@pytest.mark.parametrize("fields", [[b"protocol"], [b"", bytes(257)], [b"\xff", b""], [b"", b"", b""]])
+def test_a_malformed_abort_is_an_error_and_not_answered_either(fields: list[bytes]) -> None:
+    server = make("server")
+    assert server.receive(packet(b"abort", *fields)) == []
+    assert isinstance(server.error, ProtocolError)
+    server.abort(str(server.error))
+    assert server.take(0) == b""
+
+
 def test_items_and_channels_may_come_in_pieces() -> None:
     client, server = make("client"), make("server")
     chan = packet(b"chan", b"0", b"", b"", b"", b"9", body=[b"x"])

@@ -444,8 +444,12 @@ def test_the_second_implementation_refuses_bad_packets_of_a_connection(vector: d
     server = second.Open(1, *OPEN_LIMITS)
     with pytest.raises(second.Bad) as caught:
         server.take(bytes.fromhex(vector["packet"]))
-    [abort] = server.abort(caught.value)
-    assert second.Open(0, *OPEN_LIMITS).take(abort) == [b"abort", b"protocol", str(caught.value).encode()]
+    aborts = server.abort(caught.value)
+    if b"abort" in bytes.fromhex(vector["packet"]):  # which is never answered by another
+        assert aborts == []
+    else:
+        [abort] = aborts
+        assert second.Open(0, *OPEN_LIMITS).take(abort) == [b"abort", b"protocol", str(caught.value).encode()]
 
 
 @named(VECTORS["sequences"]["good"])
