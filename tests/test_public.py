@@ -29,7 +29,10 @@ PUBLIC = {
         *("ConnectionClosed", "ConnectionLost", "ProtocolError", "MessageTooLarge"),
         *("RemoteError", "RequestError"),
     },
-    "bokbok_trio.testing": {"FaultyStream", "MemoryListener", "open_connection_pair"},
+    "bokbok_trio.testing": {
+        *("open_connection_pair", "open_memory_server"),
+        *("Faults", "FaultyStream", "MemoryListener", "MemoryServer"),
+    },
 }
 
 # Lower files never import higher ones.
