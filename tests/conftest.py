@@ -4,6 +4,8 @@ import logging
 
 import pytest
 
+pytest_plugins = ["pytester"]
+
 
 @pytest.fixture(autouse=True)
 def see_all_logs(caplog: pytest.LogCaptureFixture) -> None:
