@@ -230,7 +230,8 @@ class Loop:
         if self._token is None or self._is_over or os.getpid() != self._pid:
             return False
         try:
-            self._token.run_sync_soon(function, *args)
+            with _without_interrupts():  # it takes a lock, which the Trio thread waits for
+                self._token.run_sync_soon(function, *args)
         except trio.RunFinishedError:
             return False
         return True
@@ -346,7 +347,7 @@ def _stop_all() -> None:
 
 @contextmanager
 def _without_interrupts() -> Generator[None]:
-    """Put off Ctrl-C. For what is short and would be left half done, such as a thread's start."""
+    """Put off Ctrl-C. For what is short, and would do harm if it were left half done."""
     handler = None
     if threading.current_thread() is threading.main_thread():
         handler = signal.getsignal(signal.SIGINT)
