@@ -29,7 +29,7 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Generic, Protocol, Self, TypeVar, TypeVarTuple, final
+from typing import Any, Final, Generic, Self, TypeVar, TypeVarTuple, final
 
 import trio
 
@@ -39,8 +39,11 @@ WAKE_EVERY: Final = 1.0
 """Seconds after which a waiting thread looks up: where a lock cannot be interrupted, as on Windows, Ctrl-C is
 noticed then, and so is a latch that an interrupted thread did not pass on."""
 
-EXIT_GRACE: Final = 2.0
-"""Seconds that what is still open may take to close when the interpreter exits."""
+CLOSE_GRACE: Final = 2.0
+"""Seconds that blocks may take to be left when their portal is closed. Then they are cancelled."""
+
+EXIT_GRACE: Final = CLOSE_GRACE + 1
+"""Seconds that the interpreter waits for that when it exits."""
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
@@ -48,18 +51,20 @@ _Ts = TypeVarTuple("_Ts")
 logger = logging.getLogger("bokbok_trio")
 
 
-class Holder(Protocol):
+@final
+class Place:
     """Where calls run, for the Trio thread alone.
 
+    Arguments:
+        make_error: makes the error for calls that find it closed, or that end with it.
+
     Attributes:
-        nursery: for their tasks, as long as it is open.
+        nursery: for their tasks, while it is open.
     """
 
-    nursery: trio.Nursery | None
-
-    def why_closed(self) -> Exception:
-        """Make the error for calls that find it closed, or that it cancels."""
-        ...
+    def __init__(self, make_error: Callable[[], Exception]) -> None:
+        self.nursery: trio.Nursery | None = None
+        self.make_error = make_error
 
 
 @final
@@ -90,7 +95,7 @@ class Call(Generic[_T]):
     Arguments:
         function: what to call.
         timeout: seconds that it may take; None for no limit.
-        holder: where it runs.
+        place: where it runs.
         when_done: called in the Trio thread in the end.
 
     Attributes:
@@ -103,14 +108,14 @@ class Call(Generic[_T]):
         self,
         function: Callable[[], Awaitable[_T]],
         timeout: float | None,
-        holder: Holder,
+        place: Place,
         when_done: Callable[[Call[_T]], object] = lambda _: None,
     ) -> None:
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout must be at least 0 seconds, not {timeout}")
         self._function = function
         self._timeout = timeout
-        self._holder = holder
+        self._place = place
         self._when_done = when_done
         self._context = contextvars.copy_context()
         self._scope = trio.CancelScope()
@@ -123,21 +128,21 @@ class Call(Generic[_T]):
     # ---- in the Trio thread ----
 
     def start(self) -> None:
-        """Begin, as a task of the holder's nursery."""
+        """Begin, as a task of its place."""
         self._has_started = True
-        if self._holder.nursery is None:
-            self._cut(self._holder.why_closed())
+        if self._place.nursery is None:
+            self._cut(self._place.make_error())
             return
         if self._timeout is not None:
             self._scope.deadline = trio.current_time() + self._timeout
-        self._context.run(self._holder.nursery.start_soon, self._run)
+        self._context.run(self._place.nursery.start_soon, self._run)
 
     def give_up(self) -> None:
         """Let it end soon; if it was not to start before, now."""
         self._scope.cancel()
         if not self._has_started:
             self._has_started = True
-            self._cut(self._holder.why_closed())
+            self._cut(self._place.make_error())
 
     async def _run(self) -> None:
         try:
@@ -154,7 +159,7 @@ class Call(Generic[_T]):
         elif self._scope.cancelled_caught:
             self._cut(self.make_timeout())
         else:
-            self._cut(self._holder.why_closed())
+            self._cut(self._place.make_error())
 
     def is_late(self) -> bool:
         """Whether its time has passed."""
@@ -187,32 +192,43 @@ class Call(Generic[_T]):
 
 @final
 class Loop:
-    """A Trio run in a thread of its own, with a nursery for calls, until it is stopped."""
+    """A Trio run in a thread of its own, until it is stopped.
+
+    Attributes:
+        calls: for calls that belong to nothing else; they are cancelled when it is stopped.
+        blocks: for blocks that are held; they are left then.
+        ends: by which those are told.
+    """
 
     def __init__(self) -> None:
-        self.nursery: trio.Nursery | None = None
+        self.calls = Place(self.make_error)
+        self.blocks = Place(self.make_error)
+        self.ends: set[trio.Event] = set()
         self._thread = threading.Thread(target=self._run, name="bokbok_trio portal", daemon=True)
         self._pid = os.getpid()
         self._ready = Latch()
         self._token: trio.lowlevel.TrioToken | None = None
-        self._scope = trio.CancelScope()
+        self._stopped = trio.Event()
         self._is_stopping = False
         self._is_over = False
         self._failure: BaseException | None = None
 
     def start(self) -> None:
         """Begin, and wait until it runs."""
-        with _without_interrupts():
-            self._thread.start()
-        while not self._ready.look():
-            pass
+        try:
+            with _without_interrupts():
+                self._thread.start()
+            self.wait(self._ready)
+        except BaseException:
+            self.stop()
+            raise
         if self._failure is not None:
             raise self._failure
 
     def stop(self) -> None:
-        """Cancel whatever runs, and end. Returns at once; may be called at any time in any thread."""
+        """Leave the blocks, cancel the calls, and end. Returns at once; for any thread, at any time."""
         self._is_stopping = True
-        self.post(self._scope.cancel)
+        self.post(self._stopped.set)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the thread has ended, for so many seconds at most."""
@@ -237,20 +253,20 @@ class Loop:
         return True
 
     def wait(self, latch: Latch) -> None:
-        """Wait until a latch is set that a call has."""
+        """Wait until a latch is set, which the run does unless it crashes."""
         is_over = False
         while not latch.look():
             if is_over:
-                raise self.why_closed()
+                raise self.make_error()
             is_over = self._is_over
 
     def begin(self, call: Call[Any]) -> None:
         """Start a call."""
         if not self.post(call.start):
-            raise self.why_closed()
+            raise self.make_error()
 
-    def why_closed(self) -> Exception:
-        """See `Holder`."""
+    def make_error(self) -> Exception:
+        """See `Place`."""
         return ConnectionClosed("it was closed" if self._failure is None else "its Trio thread has crashed")
 
     def give_up(self, call: Call[Any]) -> None:
@@ -258,10 +274,10 @@ class Loop:
         if self.post(call.give_up):
             self.wait(call.done)
 
-    def call(self, function: Callable[[], Awaitable[_T]], timeout: float | None, holder: Holder) -> _T:
+    def call(self, function: Callable[[], Awaitable[_T]], timeout: float | None, place: Place) -> _T:
         """Run an async function in the Trio thread, and wait for it."""
         self.check()
-        call = Call(function, timeout, holder)
+        call = Call(function, timeout, place)
         try:
             self.begin(call)
             self.wait(call.done)
@@ -274,7 +290,7 @@ class Loop:
             del call  # as there
 
     def submit(
-        self, function: Callable[[], Awaitable[_T]], timeout: float | None, holder: Holder
+        self, function: Callable[[], Awaitable[_T]], timeout: float | None, place: Place
     ) -> concurrent.futures.Future[_T]:
         """Run an async function in the Trio thread, and do not wait for it."""
         self.check()
@@ -292,7 +308,7 @@ class Loop:
             if future.cancelled():
                 self.post(call.give_up)
 
-        call = Call(function, timeout, holder, settle)
+        call = Call(function, timeout, place, settle)
         future.add_done_callback(note_cancelled)
         try:
             self.begin(call)
@@ -320,14 +336,17 @@ class Loop:
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         if self._is_stopping:  # from before there was a token
-            self._scope.cancel()
-        try:
-            with self._scope:
-                async with trio.open_nursery() as self.nursery:
-                    self._ready.set()
-                    await trio.sleep_forever()
-        finally:
-            self.nursery = None
+            self._stopped.set()
+        async with trio.open_nursery() as self.calls.nursery:
+            async with trio.open_nursery() as self.blocks.nursery:
+                self._ready.set()
+                await self._stopped.wait()
+                for end in self.ends:
+                    end.set()
+                self.blocks.nursery.cancel_scope.deadline = trio.current_time() + CLOSE_GRACE
+            self.blocks.nursery = None
+            self.calls.nursery.cancel_scope.cancel()
+        self.calls.nursery = None
 
 
 _LOOPS: Final[set[Loop]] = set()
@@ -372,7 +391,10 @@ class Held(AbstractContextManager[_T]):
         loop: where.
         manager: the block.
         timeout: seconds that it may last.
-        holder: what it is part of: it ends, at the latest, with that.
+        outer: what it is in, and ends with at the latest; None: in nothing.
+
+    Attributes:
+        place: for calls that end with it at the latest.
     """
 
     def __init__(
@@ -380,9 +402,9 @@ class Held(AbstractContextManager[_T]):
         loop: Loop,
         manager: AbstractAsyncContextManager[_T],
         timeout: float | None,
-        holder: Holder,
+        outer: Place | None = None,
     ) -> None:
-        self.nursery: trio.Nursery | None = None
+        self.place = Place(self._make_error)
         self._loop = loop
         self._manager = manager
         self._values: list[_T] = []
@@ -390,7 +412,7 @@ class Held(AbstractContextManager[_T]):
         self._left = trio.Event()
         self._body_error: BaseException | None = None
         self._is_suppressed: bool | None = None
-        self._call = Call(self._hold, timeout, holder, self._note_end)
+        self._call = Call(self._hold, timeout, outer or loop.blocks, self._note_end)
 
     def __enter__(self) -> _T:
         self._loop.check()
@@ -425,36 +447,34 @@ class Held(AbstractContextManager[_T]):
         finally:
             del self, error, exc  # as above
 
-    def why_closed(self) -> Exception:
-        """See `Holder`."""
-        return (
-            self._call.make_timeout()
-            if self._call.is_late()
-            else ConnectionClosed("the block that it belongs to was left")
-        )
-
     # ---- in the Trio thread ----
+
+    def _make_error(self) -> Exception:
+        return self._call.make_timeout() if self._call.is_late() else ConnectionClosed("it was closed")
 
     async def _hold(self) -> None:
         value = await self._manager.__aenter__()
         error: BaseException | None
+        self._loop.ends.add(self._left)
         try:
-            async with trio.open_nursery() as self.nursery:
+            async with trio.open_nursery() as self.place.nursery:
                 self._values.append(value)
                 self._entered.set()
                 await self._left.wait()
-                self.nursery.cancel_scope.cancel()
+                self.place.nursery.cancel_scope.cancel()
             error = self._body_error
         except BaseException as exc:  # noqa: BLE001  (raised again below)
             error = exc
-        self.nursery = None
+        self.place.nursery = None
+        self._loop.ends.discard(self._left)
         try:
             # Not raised here as what the body raised may be a StopIteration, which a coroutine cannot raise.
             error_type, traceback = (None, None) if error is None else (type(error), error.__traceback__)
             is_suppressed = await self._manager.__aexit__(error_type, error, traceback)
             if error is self._body_error:
                 self._is_suppressed = is_suppressed
-            elif error is not None and not is_suppressed:
+            elif not is_suppressed:
+                assert error is not None
                 raise error
         finally:
             del error  # or this frame and the traceback would keep each other alive
@@ -478,7 +498,7 @@ class Portal:
             portal.call(trio.sleep, 1)
 
     It begins with this object, and ends by `close`, with the block, or when nobody has the object any more.
-    Any threads may use it at once. What runs there is cancelled when it ends.
+    Any threads may use it at once. In the end blocks are left, and calls cancelled.
 
     A forked child has no such thread, and calls raise ``RuntimeError`` there.
     """
@@ -505,7 +525,7 @@ class Portal:
             RuntimeError: called in the Trio thread, or in a forked child.
             BaseException: whatever it raised.
         """
-        return self._loop.call(partial(function, *args), timeout, self._loop)
+        return self._loop.call(partial(function, *args), timeout, self._loop.calls)
 
     def submit(
         self, function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts, timeout: float | None = None
@@ -516,7 +536,7 @@ class Portal:
 
         Arguments and errors are those of `call`; the future raises what comes after the start.
         """
-        return self._loop.submit(partial(function, *args), timeout, self._loop)
+        return self._loop.submit(partial(function, *args), timeout, self._loop.calls)
 
     @contextmanager
     def enter(
@@ -537,11 +557,13 @@ class Portal:
             TimeoutError, ConnectionClosed, RuntimeError: as by `call`.
             BaseException: whatever the block raises when it is entered or left.
         """
-        with Held(self._loop, manager, timeout, self._loop) as value:
+        with Held(self._loop, manager, timeout) as value:
             yield value
 
     def close(self) -> None:
-        """Cancel what runs, and end the thread. Again it does nothing.
+        """Leave the blocks that are open, which may take two seconds, cancel what runs, and end the thread.
+
+        Again it does nothing.
 
         Raises:
             RuntimeError: called in the Trio thread, or in a forked child.

@@ -57,22 +57,22 @@ class Channel:
 
     def send(self, item: Fields, *, timeout: float | None = None) -> None:
         """Send an item, as soon as the other side has room; see `bokbok_trio.Channel.send`."""
-        self._loop.call(partial(self._channel.send, item), timeout, self._held)
+        self._loop.call(partial(self._channel.send, item), timeout, self._held.place)
 
     def receive(self, *, timeout: float | None = None) -> list[bytes]:
         """Receive an item; see `bokbok_trio.Channel.receive`.
 
         After the time no item is lost: the next call gets it. After Ctrl-C one may be.
         """
-        return self._loop.call(self._channel.receive, timeout, self._held)
+        return self._loop.call(self._channel.receive, timeout, self._held.place)
 
     def end(self) -> None:
         """Send no more items; receiving goes on."""
-        self._loop.call(self._channel.end, None, self._held)
+        self._loop.call(self._channel.end, None, self._held.place)
 
     def answer(self, *, timeout: float | None = None) -> list[bytes]:
         """Wait for the answer of the handler over there; see `bokbok_trio.Channel.answer`."""
-        return self._loop.call(self._channel.answer, timeout, self._held)
+        return self._loop.call(self._channel.answer, timeout, self._held.place)
 
     def __iter__(self) -> Iterator[list[bytes]]:
         return self
@@ -149,7 +149,7 @@ class Connection:
                 may have a shorter limit of its own.
         """
         manager = self.connection.open_channel(fields, context=context)
-        held = Held(self.portal._loop, manager, timeout, self._held)
+        held = Held(self.portal._loop, manager, timeout, self._held.place)
         with held as channel:
             yield Channel(self, held, channel)
 
@@ -161,7 +161,7 @@ class Connection:
         self, function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts, timeout: float | None = None
     ) -> _T:
         """Call any async function in the Trio thread, as `Portal.call` does; it ends with the connection."""
-        return self.portal._loop.call(partial(function, *args), timeout, self._held)
+        return self.portal._loop.call(partial(function, *args), timeout, self._held.place)
 
     def submit(
         self, function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts, timeout: float | None = None
@@ -173,7 +173,7 @@ class Connection:
             futures = [c.submit(c.connection.request, ["ping", str(n)]) for n in range(100)]
             answers = [future.result() for future in futures]
         """
-        return self.portal._loop.submit(partial(function, *args), timeout, self._held)
+        return self.portal._loop.submit(partial(function, *args), timeout, self._held.place)
 
     def close(self) -> None:
         """Close it, and the thread that it has for itself. Again it does nothing."""
@@ -234,7 +234,7 @@ def connect(
         close_handler=close_handler,
         settings=settings,
     )
-    held = Held(portal._loop, manager, None, portal._loop)
+    held = Held(portal._loop, manager, None)
     try:
         return Connection(portal, held, held.__enter__(), owns=owns)
     except BaseException:

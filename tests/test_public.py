@@ -32,6 +32,7 @@ PUBLIC = {
         *("open_connection_pair", "open_memory_server"),
         *("Faults", "FaultyStream", "MemoryListener", "MemoryServer"),
     },
+    "bokbok_trio.blocking": {"Channel", "Connection", "Portal", "connect"},
     "bokbok_trio.pytest_plugin": {"OpenPair", "OpenServer", "bokbok_pair", "bokbok_server"},
 }
 
@@ -68,7 +69,7 @@ LAYERS = [
         "_server",
         "_reconnecting",
     ),
-    *("interface", "testing", "pytest_plugin", "_cli", "__main__"),
+    *("interface", "testing", "pytest_plugin", "_portal", "blocking", "_cli", "__main__"),
 ]
 
 MAY_USE_TRIO = {
