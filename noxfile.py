@@ -57,6 +57,7 @@ def docs(session: nox.Session) -> None:
         "docs/security.rst",
         "docs/performance.rst",
         "docs/running.rst",
+        "docs/blocking.rst",
         "docs/testing.rst",
         "benchmarks/README.rst",
     ):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextvars
 import gc
 import os
 import queue
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -269,14 +271,12 @@ def test_calls_of_other_threads_end_when_it_is_closed(server: Server) -> None:
 def test_nobody_has_it_any_more(server: Server) -> None:
     before = set(threading.enumerate())
     dial(server).request(["x"])
-    gc.collect()
     no_thread_but(before)
     with dial(server).open_channel(["echo"]) as channel:
         gc.collect()
         channel.send(["still here"])
         assert channel.receive() == [b"still here"]
     del channel
-    gc.collect()
     no_thread_but(before)
 
 
@@ -888,3 +888,82 @@ def test_the_handler_of_ctrl_c_stays_what_it_is(server: Server) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# ---- asyncio, and what the documentation shows ----
+
+
+def test_what_cancels_in_asyncio_reaches_the_handler(server: Server) -> None:
+    async def main() -> None:
+        c = await asyncio.to_thread(dial, server)
+
+        async def ask(*fields: str) -> list[bytes]:
+            return await asyncio.wrap_future(c.submit(c.connection.request, fields))
+
+        assert await ask("x") == [b"x"]
+        with pytest.raises(RemoteError):
+            await ask("error")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await ask("sleep")
+        assert [STORY.next(), STORY.next()] == [float("inf"), "cancelled"]
+        task = asyncio.create_task(ask("sleep"))
+        assert await asyncio.to_thread(STORY.next) == float("inf")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(STORY.next) == "cancelled"
+        with pytest.raises(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(ask("sleep"))
+                assert await asyncio.to_thread(STORY.next) == float("inf")
+                group.create_task(ask("error"))
+        assert await asyncio.to_thread(STORY.next) == "cancelled"
+        assert await ask("x") == [b"x"]
+        await asyncio.to_thread(c.close)
+
+    before = set(threading.enumerate())
+    asyncio.run(main())
+    no_thread_but(before)
+
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def programs() -> dict[str, str]:
+    """The programs of docs/blocking.rst, by their names."""
+    blocks = re.findall(r"\.\. code:: python\n\n((?:    .*\n|\n)+)", (DOCS / "blocking.rst").read_text())
+    texts = [textwrap.dedent(block) for block in blocks]
+    return {text.split()[1]: text for text in texts}
+
+
+@pytest.mark.parametrize("name", programs())
+def test_the_programs_of_the_documentation_print_what_they_say(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> list[bytes | str]:
+        match request:
+            case [b"ping", text]:
+                return ["pong", text]
+            case [b"greet"]:
+                [who] = await connection.request(["your name?"])
+                return [b"hello, " + who]
+            case [b"sleep"]:
+                await trio.sleep_forever()
+        raise RequestError("unknown request", code="unknown-request")
+
+    async def shout(connection: Connection, request: list[bytes], channel: Channel) -> list[str]:
+        async for [chunk] in channel:
+            await channel.send([chunk.upper()])
+        return ["done"]
+
+    keys = {"alice": Key(bytes.fromhex("d2" * 32))}
+    with (
+        Portal() as portal,
+        portal.enter(open_server("127.0.0.1:0", handler, channel_handler=shout, user_key=keys)) as server,
+    ):
+        program = programs()[name]
+        expected = re.findall(r"print\(.*\)  +# (.*)", program)
+        assert expected
+        exec(program.replace("localhost:12345", str(server.addresses[0])), {})
+    assert capsys.readouterr() == ("".join(f"{line}\n" for line in expected), "")
