@@ -68,7 +68,7 @@ def docs(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """The demo, as a newcomer runs it, and the example of channels."""
     session.install("-e", ".")
-    for example in ("demo", "channels"):
+    for example in ("demo", "channels", "files"):
         session.run("python", f"examples/{example}.py")
 
 

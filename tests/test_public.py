@@ -33,6 +33,8 @@ PUBLIC = {
         *("Faults", "FaultyStream", "MemoryListener", "MemoryServer"),
     },
     "bokbok_trio.blocking": {"Channel", "Connection", "Portal", "connect"},
+    "bokbok_trio.broadcast": {"Broadcast", "Subscription", "WhenFull"},
+    "bokbok_trio.files": {"TransferError", "receive_file", "safe_name", "send_file"},
     "bokbok_trio.pytest_plugin": {"OpenPair", "OpenServer", "bokbok_pair", "bokbok_server"},
 }
 
@@ -69,7 +71,7 @@ LAYERS = [
         "_server",
         "_reconnecting",
     ),
-    *("interface", "testing", "pytest_plugin", "_portal", "blocking", "_cli", "__main__"),
+    *("interface", "testing", "pytest_plugin", "_portal", "blocking", "broadcast", "files", "_cli", "__main__"),
 ]
 
 MAY_USE_TRIO = {
