@@ -61,9 +61,8 @@ async def serve(address: str) -> None:
 
 async def speak(channel: Channel) -> None:
     """Send the lines of standard input."""
-    read = partial(trio.to_thread.run_sync, os.read, sys.stdin.fileno(), 4096, abandon_on_cancel=True)
-    rest = b""
-    while data := await read():
+    stdin, rest = sys.stdin.fileno(), b""
+    while data := await trio.to_thread.run_sync(os.read, stdin, 4096, abandon_on_cancel=True):
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
             await channel.send([line])
