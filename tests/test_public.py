@@ -71,7 +71,17 @@ LAYERS = [
         "_server",
         "_reconnecting",
     ),
-    *("interface", "testing", "pytest_plugin", "_portal", "blocking", "broadcast", "files", "_cli", "__main__"),
+    *(
+        "interface",
+        "testing",
+        "pytest_plugin",
+        "_portal",
+        "blocking",
+        "broadcast",
+        "files",
+        "_cli",
+        "__main__",
+    ),
 ]
 
 MAY_USE_TRIO = {
