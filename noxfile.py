@@ -68,6 +68,8 @@ def docs(session: nox.Session) -> None:
         "docs/keys.rst",
         "docs/performance.rst",
         "docs/running.rst",
+        "docs/blocking.rst",
+        "docs/testing.rst",
         "benchmarks/README.rst",
     ):
         session.run("docutils", "--strict", text, "--writer=null")
@@ -77,7 +79,7 @@ def docs(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """The demo, as a newcomer runs it, and the example of channels."""
     session.install("-e", ".")
-    for example in ("demo", "channels"):
+    for example in ("demo", "channels", "files"):
         session.run("python", f"examples/{example}.py")
 
 

@@ -1,15 +1,17 @@
 """For the tests of applications: connections in memory, and streams that fail on purpose.
 
 Nothing here touches a socket or the clock by itself, so all of it works, in no time, under
-`trio.testing.MockClock`.
+`trio.testing.MockClock`. ``docs/testing.rst`` has recipes, and `bokbok_trio.pytest_plugin` has fixtures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
-from typing import final
+import operator
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from types import MappingProxyType
+from typing import Final, cast, final
 
 import trio
 import trio.testing
@@ -18,10 +20,20 @@ from ._client import open_connection
 from ._connection import Connection, ConnectionHandler
 from ._handling import ChannelHandler, RequestHandler
 from ._keys import Key
-from ._server import open_server
+from ._server import Server, open_server
 from ._settings import Settings
 
-__all__ = ["FaultyStream", "MemoryListener", "open_connection_pair"]
+__all__ = [
+    "Faults",
+    "FaultyStream",
+    "MemoryListener",
+    "MemoryServer",
+    "open_connection_pair",
+    "open_memory_server",
+]
+
+THROTTLE_STEP: Final = 0.1
+"""Seconds' worth of bytes that a throttled stream passes on at a time."""
 
 
 @final
@@ -31,7 +43,7 @@ class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
     def __init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel[trio.abc.Stream](math.inf)
 
-    def connect(self) -> trio.abc.Stream:
+    def connect(self) -> trio.abc.HalfCloseableStream:
         """Make a connection and return the client's end.
 
         Raises:
@@ -53,19 +65,111 @@ class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
         await self._receive.aclose()
 
 
+@final
+class MemoryServer:
+    """A server in memory, made by `open_memory_server`.
+
+    Attributes:
+        server: the server itself.
+        keys: the keys of its users, by their names; empty where it is plain.
+    """
+
+    def __init__(self, server: Server, listener: MemoryListener, keys: Mapping[str, Key]) -> None:
+        self.server = server
+        self.keys = keys
+        self._listener = listener
+
+    def connect(
+        self,
+        user: str | None = None,
+        *,
+        request_handler: RequestHandler | None = None,
+        channel_handler: ChannelHandler | None = None,
+        close_handler: ConnectionHandler | None = None,
+        settings: Settings = Settings(),  # noqa: B008  (immutable)
+        wrap: Callable[[trio.abc.HalfCloseableStream], trio.abc.Stream] = lambda stream: stream,
+    ) -> AbstractAsyncContextManager[Connection]:
+        """Connect to the server, as `bokbok_trio.open_connection` does.
+
+        Arguments:
+            user: who to be; by default the first of the users, or nobody where the server is plain.
+            request_handler, channel_handler, close_handler, settings: the client's.
+            wrap: what to put around the client's stream, such as a `FaultyStream`.
+
+        Raises:
+            ValueError: it has no such user.
+        """
+        if user is None:
+            user = next(iter(self.keys), None)
+        elif user not in self.keys:
+            raise ValueError(f"the server has no user {user!r}; name it in the users of open_memory_server")
+        return open_connection(
+            wrap(self._listener.connect()),
+            user=user,
+            key=None if user is None else self.keys[user],
+            request_handler=request_handler,
+            channel_handler=channel_handler,
+            close_handler=close_handler,
+            settings=settings,
+        )
+
+
+@asynccontextmanager
+async def open_memory_server(
+    request_handler: RequestHandler | None = None,
+    *,
+    users: Sequence[str] | None = ("user",),
+    channel_handler: ChannelHandler | None = None,
+    open_handler: ConnectionHandler | None = None,
+    close_handler: ConnectionHandler | None = None,
+    settings: Settings = Settings(),  # noqa: B008  (immutable)
+) -> AsyncGenerator[MemoryServer]:
+    """Open a server in memory, and let clients connect as whoever they like.
+
+    ::
+
+        async with (
+            open_memory_server(handler, users=["alice", "bob"]) as server,
+            server.connect("alice") as alice,
+            server.connect("bob") as bob,
+        ):
+            assert await alice.request(["who am I?"]) == [b"alice"]
+
+    Arguments:
+        request_handler, channel_handler, open_handler, close_handler, settings: as for
+            `bokbok_trio.open_server`.
+        users: whom it knows, by names; each gets a key of its own. None: it is plain, and knows nobody.
+
+    What the block raises comes out as itself.
+    """
+    keys = None if users is None else {user: Key.generate() for user in users}
+    listener = MemoryListener()
+    async with open_server(
+        [listener],
+        request_handler,
+        channel_handler=channel_handler,
+        user_key=keys,
+        open_handler=open_handler,
+        close_handler=close_handler,
+        settings=settings,
+    ) as server:
+        yield MemoryServer(server, listener, MappingProxyType(keys or {}))
+
+
 @asynccontextmanager
 async def open_connection_pair(
     client_handler: RequestHandler | None = None,
     server_handler: RequestHandler | None = None,
     *,
     sealed: bool = True,
+    user: str = "user",
     client_channel_handler: ChannelHandler | None = None,
     server_channel_handler: ChannelHandler | None = None,
     client_close_handler: ConnectionHandler | None = None,
     server_close_handler: ConnectionHandler | None = None,
     client_settings: Settings = Settings(),  # noqa: B008  (immutable)
     server_settings: Settings = Settings(),  # noqa: B008  (immutable)
-    wrap: Callable[[trio.abc.Stream], trio.abc.Stream] = lambda stream: stream,
+    wrap: Callable[[trio.abc.HalfCloseableStream], trio.abc.Stream] = lambda stream: stream,
 ) -> AsyncGenerator[tuple[Connection, Connection]]:
     """Open both ends of a connection in memory, through the whole of handshake and server.
 
@@ -76,7 +180,8 @@ async def open_connection_pair(
 
     Arguments:
         client_handler, server_handler: the request handlers of the two sides.
-        sealed: whether it is encrypted, for the user ``"user"``, or plain.
+        sealed: whether it is encrypted, for `user`, or plain.
+        user: the client's name, which the server sees as `Connection.user`.
         client_channel_handler, server_channel_handler: their channel handlers.
         client_close_handler, server_close_handler: their close handlers.
         client_settings, server_settings: the bounds of the two sides.
@@ -84,8 +189,6 @@ async def open_connection_pair(
 
     What the block raises comes out as itself.
     """
-    key = Key.generate()
-    listener = MemoryListener()
     accepted: list[Connection] = []
     has_accepted = trio.Event()
 
@@ -95,23 +198,20 @@ async def open_connection_pair(
         await trio.lowlevel.checkpoint()
 
     async with (
-        open_server(
-            [listener],
+        open_memory_server(
             server_handler,
+            users=[user] if sealed else None,
             channel_handler=server_channel_handler,
-            user_key={"user": key} if sealed else None,
             open_handler=open_handler,
             close_handler=server_close_handler,
             settings=server_settings,
-        ),
-        open_connection(
-            wrap(listener.connect()),
-            user="user" if sealed else None,
-            key=key if sealed else None,
+        ) as server,
+        server.connect(
             request_handler=client_handler,
             channel_handler=client_channel_handler,
             close_handler=client_close_handler,
             settings=client_settings,
+            wrap=wrap,
         ) as client,
     ):
         await has_accepted.wait()
@@ -119,63 +219,230 @@ async def open_connection_pair(
 
 
 @final
-class FaultyStream(trio.abc.Stream):
-    """A stream around another that fails as it is told, at any time.
+class Faults:
+    """What goes wrong in one direction of a `FaultyStream`. All of it may be changed at any time.
 
-    Arguments:
-        transport: the stream to pass things on to.
+    Each piece of data waits while the direction is stalled, then for its delay and as long as its rate
+    demands; then bytes of it are dropped and corrupted, and it is altered.
 
     Attributes:
-        most: bytes that one `receive_some` returns at most; None for no such limit.
-        alter: a function that what is received passes through; returning ``b""`` ends the stream.
-        broken: whether sending and receiving raise `trio.BrokenResourceError` from the next call on.
+        delay: seconds that each piece is held up. What comes meanwhile goes in one piece after it.
+        rate: bytes a second that pass at most; ``math.inf`` for no such limit.
+        most: bytes of a piece at most: 1 for one byte at a time; None for no such limit.
+        alter: a function that every piece goes through; one that it makes empty is lost. What it raises
+            is raised by the stream.
+        passed: how many bytes have come to the point where they are dropped, corrupted or passed on.
     """
 
-    def __init__(self, transport: trio.abc.Stream) -> None:
-        self._transport = transport
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._flowing = trio.Event()
         self._flowing.set()
+        self._scope: trio.CancelScope | None = None  # of the task that uses this direction
+        self._dropped: list[range] = []
+        self._corrupted: list[range] = []
+        self._end = math.inf
+        self.delay = 0.0
+        self.rate = math.inf
         self.most: int | None = None
         self.alter: Callable[[bytes], bytes] | None = None
-        self.broken = False
+        self.passed = 0
+
+    def __repr__(self) -> str:
+        return f"<bokbok_trio.testing.Faults of {self._name} after {self.passed} bytes>"
 
     def stall(self) -> None:
-        """Let sending wait from now on, as to a peer that has stopped reading."""
+        """Let nothing pass from now on, as where a peer has stopped reading, or a cable was pulled."""
         if self._flowing.is_set():
             self._flowing = trio.Event()
 
     def resume(self) -> None:
-        """Let sending go on."""
+        """Let go on what `stall` has stopped. Nothing was lost."""
         self._flowing.set()
+
+    def drop(self, count: int = 1, *, after: int = 0) -> None:
+        """Lose some bytes: so many, after so many more that pass."""
+        self._dropped.append(self._range(count, after))
+
+    def corrupt(self, count: int = 1, *, after: int = 0) -> None:
+        """Flip a bit in each of some bytes: so many, after so many more that pass."""
+        self._corrupted.append(self._range(count, after))
+
+    def cut(self, *, after: int) -> None:
+        """Cut the connection, both ways, when so many bytes more have passed in this direction."""
+        self._end = self._range(0, after).start
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse what could not be done, where it is written."""
+        if name in {"rate", "most"} and value is not None and not cast("float", value) > 0:
+            raise ValueError(f"{name} must be over 0, not {value}; where nothing is to pass, call stall")
+        if name == "delay" and not 0 <= cast("float", value) < math.inf:
+            raise ValueError(f"delay must be at least 0 seconds, not {value}")
+        super().__setattr__(name, value)
+
+    def _range(self, count: int, after: int) -> range:
+        if count < 0 or after < 0:
+            raise ValueError(f"bytes are counted from 0, not {min(count, after)}")
+        return range(self.passed + after, self.passed + after + count)
+
+    # ---- for the stream ----
+
+    def _limit(self, size: int | None) -> int | None:
+        """Bytes of the next piece at most, where there are, or are asked for, so many."""
+        limits = [math.inf if limit is None else limit for limit in (size, self.most)]
+        limit = min(*limits, self.rate * THROTTLE_STEP)
+        return None if limit == math.inf else max(1, int(limit))
+
+    async def _hold_up(self, size: int) -> None:
+        """Wait as long as a piece of so many bytes must."""
+        await self._flowing.wait()
+        if seconds := self.delay + size / self.rate:
+            await trio.sleep(seconds)
+            await self._flowing.wait()
+
+    def _edit(self, piece: bytes) -> tuple[bytes, bool]:
+        """What passes of a piece, and whether the connection is to be cut after it."""
+        start = self.passed
+        is_cut = start + len(piece) >= self._end
+        if is_cut:
+            piece = piece[: int(self._end) - start]
+        self.passed += len(piece)
+        self._dropped = [each for each in self._dropped if each.stop > start]
+        self._corrupted = [each for each in self._corrupted if each.stop > start]
+        if self._dropped or self._corrupted:
+            piece = bytes(
+                byte ^ any(at in each for each in self._corrupted)
+                for at, byte in enumerate(piece, start)
+                if not any(at in each for each in self._dropped)
+            )
+        return (piece if self.alter is None else self.alter(piece)), is_cut
+
+
+@final
+class FaultyStream(trio.abc.HalfCloseableStream):
+    """A stream around another that fails as it is told, at any time, in each direction by itself.
+
+    ::
+
+        stream = FaultyStream(transport)
+        stream.sending.stall()
+        stream.receiving.delay = 0.2
+        await stream.cut()
+
+    Arguments:
+        transport: the stream to pass things on to. Below TLS there is room for one, above there is not.
+
+    Attributes:
+        sending, receiving: what goes wrong in either direction; at first nothing.
+
+    Raises:
+        TypeError: `transport` cannot be closed in one direction alone.
+    """
+
+    def __init__(self, transport: trio.abc.HalfCloseableStream) -> None:
+        if not isinstance(transport, trio.abc.HalfCloseableStream):
+            raise TypeError(
+                f"a FaultyStream goes around a trio.abc.HalfCloseableStream, not {type(transport).__name__}"
+            )
+        self._transport = transport
+        self._is_cut = False
+        self._is_closed = False
+        self._held = b""  # received, and being held up
+        self._ready = b""  # received, and to be returned next
+        self.sending = Faults("sending")
+        self.receiving = Faults("receiving")
+
+    async def cut(self) -> None:
+        """Cut the connection now. Tasks that send or receive get `trio.BrokenResourceError` at once.
+
+        The other side sees the end of the stream. To let it see nothing at all, stall both directions.
+        """
+        await self._cut(self.sending, self.receiving)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream.send_all`."""
-        await self._may_send()
-        await self._transport.send_all(data)
+        with self._using(self.sending):
+            await trio.lowlevel.checkpoint()
+            rest = bytes(data)
+            while rest:
+                piece = rest[: self.sending._limit(len(rest))]
+                await self.sending._hold_up(len(piece))
+                edited, is_cut = self.sending._edit(piece)
+                await self._transport.send_all(edited)
+                rest = rest[len(piece) :]
+                if is_cut:
+                    await self._cut(self.receiving)
+                    self._check()
 
     async def wait_send_all_might_not_block(self) -> None:
         """See `trio.abc.SendStream.wait_send_all_might_not_block`."""
-        await self._may_send()
-        await self._transport.wait_send_all_might_not_block()
+        with self._using(self.sending):
+            await self.sending._flowing.wait()
+            await self._transport.wait_send_all_might_not_block()
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+    async def send_eof(self) -> None:
+        """See `trio.abc.HalfCloseableStream.send_eof`."""
+        with self._using(self.sending):
+            await self.sending._hold_up(0)
+            await self._transport.send_eof()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """See `trio.abc.ReceiveStream.receive_some`."""
-        self._check()
-        if self.most is not None:
-            max_bytes = min(self.most, max_bytes or self.most)
-        data = await self._transport.receive_some(max_bytes)
-        return data if self.alter is None else self.alter(bytes(data))
+        if max_bytes is not None and operator.index(max_bytes) < 1:
+            raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
+        data = b""
+        with self._using(self.receiving):
+            await trio.lowlevel.checkpoint()
+            limit = self.receiving._limit(max_bytes)
+            while not self._ready:
+                self._check()
+                # A cancelled call keeps what it has: the next one goes on with it.
+                self._held = self._held or bytes(await self._transport.receive_some(limit))
+                await self.receiving._hold_up(len(self._held))
+                if not self._held:
+                    break
+                self._ready, is_cut = self.receiving._edit(self._held)
+                self._held = b""
+                if is_cut:
+                    await self._cut(self.sending)
+            data = self._ready[:limit]
+            self._ready = self._ready[len(data) :]
+        return data
 
     async def aclose(self) -> None:
         """See `trio.abc.AsyncResource.aclose`."""
-        self._flowing.set()
+        self._is_closed = True
+        _interrupt(self.sending, self.receiving)
         await self._transport.aclose()
 
-    async def _may_send(self) -> None:
+    async def _cut(self, *interrupted: Faults) -> None:
+        self._is_cut = True
+        _interrupt(*interrupted)
+        await trio.aclose_forcefully(self._transport)
+
+    @contextmanager
+    def _using(self, faults: Faults) -> Generator[None]:
+        """For the one task that uses a direction, and that `_interrupt` wakes."""
+        if faults._scope is not None:
+            raise trio.BusyResourceError(f"another task is {faults._name} on this stream")
         self._check()
-        await self._flowing.wait()
+        try:
+            with trio.CancelScope() as faults._scope:
+                yield
+                return
+        finally:
+            faults._scope = None
         self._check()
 
     def _check(self) -> None:
-        if self.broken:
-            raise trio.BrokenResourceError("this stream was told to break")
+        if self._is_closed:
+            raise trio.ClosedResourceError("this stream was closed")
+        if self._is_cut:
+            raise trio.BrokenResourceError("this stream was cut")
+
+
+def _interrupt(*directions: Faults) -> None:
+    """Wake the tasks that use them, to see what has become of the stream."""
+    for faults in directions:
+        if faults._scope is not None:
+            faults._scope.cancel()

@@ -9,6 +9,8 @@ from hypothesis import settings
 settings.register_profile("quick", max_examples=50)
 settings.load_profile("quick")
 
+pytest_plugins = ["pytester"]
+
 
 @pytest.fixture(autouse=True)
 def see_all_logs(caplog: pytest.LogCaptureFixture) -> None:

@@ -82,6 +82,25 @@ class RawPeer:
         await self.send(b"accepted", b"%d" % max_message_size, b"%d" % max_requests, b"\0", b"")
 
 
+class WholeStream(trio.abc.Stream):
+    """A stream around another that can only be closed as a whole."""
+
+    def __init__(self, transport: trio.abc.Stream) -> None:
+        self.transport = transport
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self.transport.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self.transport.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self.transport.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self.transport.aclose()
+
+
 @asynccontextmanager
 async def raw_peer(
     request_handler: RequestHandler | None = None,

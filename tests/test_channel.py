@@ -410,7 +410,7 @@ async def test_a_shielded_handler_that_was_cancelled_gathers_nothing(autojump_cl
 async def test_the_sending_side_holds_little_where_the_transport_is_stuck(autojump_clock: MockClock) -> None:
     streams: list[FaultyStream] = []
 
-    def wrap(stream: trio.abc.Stream) -> FaultyStream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> FaultyStream:
         streams.append(FaultyStream(stream))
         return streams[0]
 
@@ -418,11 +418,11 @@ async def test_the_sending_side_holds_little_where_the_transport_is_stuck(autoju
     async with pair as (client, _), client.open_channel([]) as channel:
         await channel.send(["1"])
         await channel.receive()
-        streams[0].stall()
+        streams[0].sending.stall()
         assert await fill(channel) <= MAX_QUEUED + 2**16 + 1000
         assert 0 < len(client._session._outbox) <= MAX_QUEUED / (1000 + ITEM_OVERHEAD) + 1
         with trio.fail_after(5):
-            streams[0].resume()
+            streams[0].sending.resume()
             await channel.send(["goes on"])
 
 

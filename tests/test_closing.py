@@ -355,12 +355,12 @@ async def test_a_peer_that_never_says_its_end_is_let_go_after_a_second(
 ) -> None:
     streams: list[FaultyStream] = []
 
-    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         streams.append(FaultyStream(stream))
         return streams[0]
 
     async with open_connection_pair(sealed=sealed, wrap=wrap) as (_, server):
-        streams[0].stall()  # nothing of the client arrives any more, its end neither
+        streams[0].sending.stall()  # nothing of the client arrives any more, its end neither
         begin = trio.current_time()
         await server.aclose()
         assert trio.current_time() - begin <= 2.5

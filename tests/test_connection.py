@@ -33,10 +33,10 @@ from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pa
 from tests.helpers import busy_handler, echo, packet, raw_peer, settle
 
 
-def faulty(into: list[FaultyStream]) -> Callable[[trio.abc.Stream], trio.abc.Stream]:
+def faulty(into: list[FaultyStream]) -> Callable[[trio.abc.HalfCloseableStream], trio.abc.Stream]:
     """For `open_connection_pair(wrap=...)`."""
 
-    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         into.append(FaultyStream(stream))
         return into[-1]
 
@@ -390,12 +390,12 @@ async def test_a_request_cancelled_at_any_step_comes_back_at_once_and_disturbs_n
             for _ in range(2):
                 await trio.lowlevel.checkpoint()
             assert ended, "it did not come back at once"
-            streams[0].resume()
+            streams[0].sending.resume()
 
         for steps in range(30):
             ended: list[bool] = []
             if stalled:
-                streams[0].stall()
+                streams[0].sending.stall()
             async with trio.open_nursery() as nursery:
                 for _ in range(3):
                     nursery.start_soon(other)
@@ -541,7 +541,7 @@ async def test_closing_takes_a_second_at_most_when_the_peer_does_not_read(
 ) -> None:
     streams: list[FaultyStream] = []
     async with open_connection_pair(server_handler=echo, sealed=sealed, wrap=faulty(streams)) as (client, _):
-        streams[0].stall()
+        streams[0].sending.stall()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ignore_loss, client)
             await settle()
@@ -556,7 +556,7 @@ async def test_a_cancelled_aclose_returns_at_once_and_closes_nevertheless(
 ) -> None:
     streams: list[FaultyStream] = []
     async with open_connection_pair(server_handler=echo, wrap=faulty(streams)) as (client, server):
-        streams[0].stall()
+        streams[0].sending.stall()
         with trio.CancelScope() as scope:
             scope.cancel()
             await client.aclose()
@@ -620,7 +620,7 @@ async def test_a_stream_that_raises_while_closing_leaks_nothing(
 ) -> None:
     streams: list[OddStream] = []
 
-    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         streams.append(OddStream(stream))
         return streams[0]
 
@@ -707,14 +707,14 @@ async def test_what_ends_the_program_is_not_lost_to_a_cancelled_close_handler() 
 async def test_a_transport_that_breaks_while_closing_does_no_harm() -> None:
     streams: list[FaultyStream] = []
     async with open_connection_pair(server_handler=echo, wrap=faulty(streams)) as (client, _):
-        streams[0].stall()
+        streams[0].sending.stall()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ignore_loss, client)
             await settle()
             nursery.start_soon(client.aclose)
             await settle()
-            streams[0].broken = True
-            streams[0].resume()
+            await streams[0].cut()
+            streams[0].sending.resume()
         await client.wait_closed()
 
 
@@ -722,7 +722,7 @@ async def test_the_end_is_authenticated_when_sealed() -> None:
     """A peer that closes says so with an end record; one that vanishes does not."""
     streams: list[FaultyStream] = []
     async with open_connection_pair(wrap=faulty(streams)) as (client, server):
-        streams[0].alter = lambda _: b""
+        streams[0].receiving.drop(1000)
         await server.aclose()
         await client.wait_closed()
         with pytest.raises(ConnectionLost, match="cut short"):
@@ -835,13 +835,13 @@ async def test_a_broken_transport_fails_the_waiters(
     ):
         await start_waiting(nursery, client, caught)
         if how == "receiving":
-            streams[0].alter = lambda data: bytes(65) if sealed else b"\xff" * 5
+            streams[0].receiving.alter = lambda data: bytes(65) if sealed else b"\xff" * 5
             nursery.start_soon(ignore_any_loss, server)
         elif how == "oddly":
-            streams[0].alter = odd_failure
+            streams[0].receiving.alter = odd_failure
             nursery.start_soon(ignore_any_loss, server)
         else:
-            streams[0].broken = True
+            await streams[0].cut()
             nursery.start_soon(ignore_any_loss, client)
     assert [type(exc) for exc in caught] == [ConnectionLost]
 
@@ -1066,13 +1066,13 @@ async def test_the_statistics_of_a_connection(autojump_clock: trio.testing.MockC
             may_end.set()
             await settle()
         assert numbers(client) == numbers(server) == (0, 0, 0, 0, 0)
-        streams[0].stall()
+        streams[0].sending.stall()
         async with trio.open_nursery() as nursery:
             for _ in range(3):  # a send of its own, which waits, and what comes after it
                 nursery.start_soon(client.request, [])
                 await settle()
             assert numbers(client) == (3, 0, 0, 0, 2)
-            streams[0].resume()
+            streams[0].sending.resume()
     assert numbers(client) == numbers(server) == (0, 0, 0, 0, 0)
 
 

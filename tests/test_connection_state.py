@@ -23,8 +23,8 @@ from bokbok_trio._events import Answer, Bye, Failure
 from bokbok_trio._nursery import bare_nursery
 from bokbok_trio._session import Session
 from bokbok_trio._wire import Wire
-from bokbok_trio.testing import FaultyStream, open_connection_pair
-from tests.helpers import echo, open_peer, packet, raw_peer, req, settle
+from bokbok_trio.testing import open_connection_pair
+from tests.helpers import WholeStream, echo, open_peer, packet, raw_peer, req, settle
 
 # ---- pings ----
 
@@ -91,7 +91,7 @@ async def test_a_drained_connection_waits_on_while_the_peer_acknowledges_somethi
 async def test_a_stream_that_cannot_say_its_end_is_closed_at_once(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with open_connection_pair(sealed=False, wrap=FaultyStream) as (client, server):
+    async with open_connection_pair(sealed=False, wrap=WholeStream) as (client, server):
         await client.aclose()
         await server.wait_closed()
         assert trio.current_time() == 0

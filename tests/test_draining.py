@@ -165,7 +165,9 @@ async def test_no_request_is_lost_without_a_true_word_of_whether_it_ran(
         outcomes: dict[bytes, str] = {}
         streams: list[FaultyStream] = []
 
-        def wrap(stream: trio.abc.Stream, streams: list[FaultyStream] = streams) -> trio.abc.Stream:
+        def wrap(
+            stream: trio.abc.HalfCloseableStream, streams: list[FaultyStream] = streams
+        ) -> trio.abc.Stream:
             streams.append(FaultyStream(stream))
             return streams[0]
 
@@ -199,7 +201,7 @@ async def test_no_request_is_lost_without_a_true_word_of_whether_it_ran(
                 elif how == "drain":
                     server.drain()
                 else:
-                    streams[0].stall()
+                    streams[0].sending.stall()
         assert len(outcomes) == 4
         for name, outcome in outcomes.items():
             told[outcome] += 1

@@ -244,13 +244,13 @@ async def test_a_peer_that_does_not_read_is_noticed_though_pieces_wait(autojump_
     settings = Settings(ping_after=3, ping_timeout=2)
     streams: list[FaultyStream] = []
 
-    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         streams.append(FaultyStream(stream))
         return streams[0]
 
     async with open_connection_pair(echo, echo, client_settings=settings, wrap=wrap) as (client, server):
         client._sender._pacer = Pacer(lambda: Load(MIB, MIB, 0, 0.0, 0.0))
-        streams[0].stall()
+        streams[0].sending.stall()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(talk, server)
             began = trio.current_time()

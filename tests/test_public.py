@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 import bokbok_trio
-import bokbok_trio.testing
 
 PUBLIC = {
     "bokbok_trio": {
@@ -29,7 +28,14 @@ PUBLIC = {
         *("ConnectionClosed", "ConnectionLost", "ProtocolError", "MessageTooLarge"),
         *("RemoteError", "RequestError"),
     },
-    "bokbok_trio.testing": {"FaultyStream", "MemoryListener", "open_connection_pair"},
+    "bokbok_trio.testing": {
+        *("open_connection_pair", "open_memory_server"),
+        *("Faults", "FaultyStream", "MemoryListener", "MemoryServer"),
+    },
+    "bokbok_trio.blocking": {"Channel", "Connection", "Portal", "connect"},
+    "bokbok_trio.broadcast": {"Broadcast", "Subscription", "WhenFull"},
+    "bokbok_trio.files": {"TransferError", "receive_file", "safe_name", "send_file"},
+    "bokbok_trio.pytest_plugin": {"OpenPair", "OpenServer", "bokbok_pair", "bokbok_server"},
 }
 
 # Lower files never import higher ones.
@@ -67,7 +73,17 @@ LAYERS = [
         "_server",
         "_reconnecting",
     ),
-    *("interface", "testing", "_cli", "__main__"),
+    *(
+        "interface",
+        "testing",
+        "pytest_plugin",
+        "_portal",
+        "blocking",
+        "broadcast",
+        "files",
+        "_cli",
+        "__main__",
+    ),
 ]
 
 MAY_USE_TRIO = {
@@ -115,11 +131,14 @@ def test_the_public_names_are_complete() -> None:
         if not name.startswith("_") and not isinstance(value, ModuleType)
     }
     assert names == PUBLIC["bokbok_trio"]
-    assert set(bokbok_trio.testing.__all__) == PUBLIC["bokbok_trio.testing"]
+    for module in set(PUBLIC) - {"bokbok_trio"}:
+        assert set(importlib.import_module(module).__all__) == PUBLIC[module]
 
 
 def test_modules_that_look_public_are() -> None:
-    assert {name for name in MODULES if not name.startswith("_")} <= {"interface", "testing"}
+    assert {name for name in MODULES if not name.startswith("_")} == {
+        name.removeprefix("bokbok_trio.") for name in set(PUBLIC) - {"bokbok_trio"}
+    }
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from bokbok_trio._sender import BUNCH, LONE_STREAK
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import (
     RawPeer,
+    WholeStream,
     cancel,
     check_idle,
     echo,
@@ -520,13 +521,13 @@ async def test_a_goodbye_waits_a_second_for_a_peer_that_does_not_read(
 ) -> None:
     streams: list[FaultyStream] = []
 
-    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         streams.append(FaultyStream(stream))
         return streams[0]
 
     async with open_connection_pair(never_waits, wrap=wrap) as (client, _):
         await settle()
-        streams[0].stall()
+        streams[0].sending.stall()
         client._close("nobody reads this")
         await settle()
         assert trio.current_time() == 0
@@ -686,39 +687,28 @@ async def test_what_came_before_a_packet_that_is_none_is_handled_and_then_it_end
 async def test_what_the_stream_raises_ends_the_connection() -> None:
     streams: list[FaultyStream] = []
 
-    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         streams.append(FaultyStream(stream))
         return streams[0]
 
     async with open_connection_pair(never_waits, never_waits, sealed=False, wrap=wrap) as (client, server):
         assert await client.request(["x"]) == [b"x"]
-        streams[0].broken = True
+        await streams[0].cut()
         with pytest.raises(ConnectionLost):
             await server.request([])
-        with pytest.raises(ConnectionLost, match="receiving failed: this stream was told to break"):
+        with pytest.raises(ConnectionLost, match="receiving failed: this stream was cut"):
             await client.request([])
 
 
-class Deaf(trio.abc.Stream):
+class Deaf(WholeStream):
     """A stream that can send no more when it is told so, and goes on receiving."""
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
-        self._stream = stream
-        self.broken = False
+    broken = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         if self.broken:
             raise trio.BrokenResourceError("nobody reads")
-        await self._stream.send_all(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        return await self._stream.receive_some(max_bytes)
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
+        await super().send_all(data)
 
 
 @pytest.mark.parametrize(
@@ -739,7 +729,7 @@ async def test_when_sending_is_broken_requests_are_handled_for_a_moment_whicheve
 
     deaf: list[Deaf] = []
 
-    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         deaf.append(Deaf(stream))
         return deaf[0]
 
@@ -1256,7 +1246,7 @@ class Traced(Deaf):
 async def test_a_handler_that_waits_does_not_keep_all_that_came_with_its_request() -> None:
     traced: list[Traced] = []
 
-    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         traced.append(Traced(stream))
         return traced[0]
 

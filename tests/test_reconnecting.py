@@ -89,10 +89,7 @@ class Network:
 
     async def cut(self, index: int = -1) -> None:
         """Cut a connection, by default the newest: nothing arrives from now on."""
-        stream = self.streams[index]
-        stream.alter = lambda _: b""
-        stream.broken = True
-        await stream.aclose()
+        await self.streams[index].cut()
 
 
 @pytest.fixture
@@ -1351,7 +1348,7 @@ async def test_aclose_waits_for_the_transport_and_the_block_for_the_handlers(
     async with network.server(user_key={"u": KEY}) as server:
         async with open_reconnecting(A, user="u", key=KEY, close_handler=on_close) as client:
             assert client.connection
-            network.streams[-1].stall()
+            network.streams[-1].sending.stall()
             stream_closed = client.connection._stream_closed
             started = trio.current_time()
             await client.aclose()

@@ -86,7 +86,7 @@ async def test_a_send_that_gets_stuck_is_a_loss_though_the_peer_goes_on_sending(
     """It sends, and never reads."""
     streams: list[FaultyStream] = []
 
-    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         streams.append(FaultyStream(stream))
         return streams[0]
 
@@ -96,7 +96,7 @@ async def test_a_send_that_gets_stuck_is_a_loss_though_the_peer_goes_on_sending(
         server,
     ):
         await trio.sleep(7)
-        streams[0].stall()
+        streams[0].sending.stall()
 
         async def go_on() -> None:
             while True:
@@ -175,19 +175,19 @@ async def test_a_machine_suspended_during_a_send_gets_its_time(
 ) -> None:
     streams: list[FaultyStream] = []
 
-    def wrap(stream: trio.abc.Stream) -> trio.abc.Stream:
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         streams.append(FaultyStream(stream))
         return streams[0]
 
     async with open_connection_pair(server_handler=busy_handler, wrap=wrap) as (client, _):
-        streams[0].stall()
+        streams[0].sending.stall()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.request, ["ping", "x"])
             await trio.sleep(30)
             autojump_clock.jump(1000)
             await trio.sleep(10)
             assert not client.closed
-            streams[0].resume()
+            streams[0].sending.resume()
 
 
 # ---- the watchdog alone ----

@@ -9,7 +9,7 @@ import trio.testing
 from bokbok_trio._direct_stream import DirectStream
 from bokbok_trio._secretbox_stream import SecretboxStream
 from bokbok_trio._wire import Wire
-from bokbok_trio.testing import FaultyStream
+from tests.helpers import WholeStream
 
 BATCH = bytes(range(256)) * 256
 
@@ -191,5 +191,5 @@ async def test_streams_that_are_no_sockets_say_their_end_as_they_can() -> None:
     assert await Wire(sealed, left).send_end()
     peer = SecretboxStream(right, send_key=bytes(32), receive_key=bytes(32))
     assert await peer.receive_some() == b""
-    whole = FaultyStream(left)
+    whole = WholeStream(left)
     assert not await Wire(whole, whole).send_end(), "it has no way to say so"

@@ -1,0 +1,360 @@
+"""Files over a channel: whole or not at all, checked, and resumed where they were broken off.
+
+::
+
+    async with connection.open_channel(["put", "report.pdf"]) as channel:
+        await send_file(channel, "report.pdf")
+
+    async def channel_handler(connection, request, channel):
+        match request:
+            case [b"put", name]:
+                await receive_file(channel, f"/srv/files/{safe_name(name)}", max_size=2**30)
+
+Either side of a channel may send, and several files may follow one another. On POSIX systems only.
+
+Theory
+======
+
+These items, numbers as decimal text, digests BLAKE2b of 32 bytes::
+
+    sender      receiver
+    file size              a file of so many bytes
+                from offset digest    I have so many bytes of it, with this digest (of none: 0)
+    from offset            I go on from there, if the digest is that of my own first bytes; else from 0
+    data bytes             until all have been sent
+    end digest             of the whole file, as it was read
+                done       it is in its place
+
+What was received is in a file of its own, named as the file and ``.part``. It gets its name once it is whole,
+checked and on disk, and until then it stays where it is, whatever happens, to be resumed. The sender never
+says where it goes: names are the receiver's business, and `safe_name` is for those that came over the wire.
+Files are read, written and hashed in threads, a chunk at a time, and one chunk is in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Final, Protocol, TypeAlias, TypeVar, TypeVarTuple, final
+
+import trio
+
+from ._errors import BokbokError, RequestError
+from ._packets import Fields
+
+__all__ = ["TransferError", "receive_file", "safe_name", "send_file"]
+
+CHUNK_SIZE: Final = 2**16
+"""Bytes of a file in one item: as much as travels whole. A receiver takes other sizes too."""
+
+HASH_SIZE: Final = 2**20
+"""Bytes that are hashed at a time where a transfer is resumed, between two looks for a cancellation."""
+
+DIGEST_SIZE: Final = 32
+"""Bytes of a digest."""
+
+MAX_NAME_SIZE: Final = 250
+"""Bytes of a file's name; most file systems take 255, and ``.part`` is to fit."""
+
+LOCK_PATIENCE: Final = 5.0
+"""Seconds that a file may still be locked by a transfer that was broken off; after these it is another's."""
+
+LOCK_POLL: Final = 0.05
+"""Seconds between two tries to lock it."""
+
+_NUMBER: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
+
+Progress: TypeAlias = Callable[[int, int], object]
+"""Called with how many bytes of the file are there by now, and how many it has."""
+
+_Path: TypeAlias = "str | os.PathLike[str]"
+_T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
+
+
+class _Channel(Protocol):
+    """A `bokbok_trio.Channel`, or anything that does as well."""
+
+    async def send(self, value: Fields, /) -> None: ...
+    async def receive(self) -> list[bytes]: ...
+
+
+@final
+class TransferError(BokbokError):
+    """A file was not transferred: the other side broke the rules or ended early, or the file changed."""
+
+
+def safe_name(name: bytes | str) -> str:
+    """Check the name of a file that came from a peer: a plain name, which stays in its folder.
+
+    Arguments:
+        name: 1 to 250 bytes of UTF-8.
+
+    Raises:
+        RequestError: code ``"bad-name"``: it has a slash, a backslash or something that cannot be printed,
+            begins with a dot, or ends with ``.part``, or is no name at all.
+    """
+    try:
+        text = name if isinstance(name, str) else name.decode()
+        size = len(text.encode())
+    except UnicodeError:
+        raise RequestError("the name of a file must be UTF-8", code="bad-name") from None
+    if (
+        not 1 <= size <= MAX_NAME_SIZE
+        or not text.isprintable()
+        or "/" in text
+        or "\\" in text
+        or text.startswith(".")
+        or text.endswith(".part")
+    ):
+        raise RequestError(
+            f"the name of a file must be 1 to {MAX_NAME_SIZE} printable bytes of UTF-8, without slashes, "
+            "not begin with a dot, and not end with '.part'",
+            code="bad-name",
+        )
+    return text
+
+
+async def send_file(channel: _Channel, path: _Path, *, progress: Progress | None = None) -> bytes:
+    """Send a file to the other side, which calls `receive_file`; return when it is in its place there.
+
+    Arguments:
+        channel: to the other side.
+        path: of a regular file.
+        progress: called after each chunk, and before the first, with the bytes that were sent (those too that
+            were there before) and the size of the file.
+
+    Returns:
+        The digest of the file, BLAKE2b of 32 bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        TransferError: it changed its size meanwhile, or the other side does not keep to the rules.
+        Exception: what the channel raises. If the other side answered with an error, that is the cause.
+    """
+    with _closing(await _in_thread(_open_source, os.fspath(path))) as fd:
+        size = os.fstat(fd).st_size
+        await channel.send(["file", str(size)])
+        offset_text, digest = await _receive(channel, b"from", 2)
+        offset = _number(offset_text)
+        if offset > size:
+            raise TransferError(f"the other side has {offset} bytes of a file of {size}")
+        hasher = await _hash(fd, offset)
+        if hasher.digest() != digest:
+            offset, hasher = 0, _new_hasher()
+        await channel.send(["from", str(offset)])
+        done = offset
+        _report(progress, done, size)
+        while done < size:
+            data = await _in_thread(_read, fd, hasher, done, min(CHUNK_SIZE, size - done))
+            await channel.send([b"data", data])
+            done += len(data)
+            _report(progress, done, size)
+        await channel.send([b"end", hasher.digest()])
+        await _receive(channel, b"done", 0)
+        return hasher.digest()
+
+
+async def receive_file(
+    channel: _Channel, path: _Path, *, max_size: float, progress: Progress | None = None
+) -> bytes:
+    """Receive a file from the other side, which calls `send_file`.
+
+    It is at `path` when this returns, and replaces what was there in one step. If it raises, or is
+    cancelled, `path` is as before, and what was received stays in ``path + ".part"``, where the next call
+    goes on; unless all that is missing is to tell the other side.
+
+    Arguments:
+        channel: to the other side.
+        path: where the file goes. Its folder must exist, and others should not be able to write in it. If it
+            is being received already, this waits up to 5 s for that to end.
+        max_size: bytes that it may have at most; ``math.inf`` where the other side is trusted with the disk.
+        progress: called after each chunk, and before the first, with the bytes that are there and the size.
+
+    Returns:
+        The digest of the file, BLAKE2b of 32 bytes.
+
+    Raises:
+        OSError: the file cannot be written.
+        TransferError: it is too large, or arrived differently than it was sent; it is being received already;
+            or the other side does not keep to the rules.
+        Exception: what the channel raises. If the other side answered with an error, that is the cause.
+    """
+    path = os.fspath(path)
+    if not max_size >= 0:
+        raise ValueError(f"max_size must be at least 0 bytes, not {max_size}")
+    [size_text] = await _receive(channel, b"file", 1)
+    size = _number(size_text)
+    if size > max_size:
+        raise TransferError(f"a file of {size} bytes is larger than the {max_size} that are allowed")
+    with _closing(await _claim_part(path)) as fd:
+        offset = os.fstat(fd).st_size
+        if offset > size:
+            offset = 0  # of another file
+        hasher = await _hash(fd, offset)
+        await channel.send(["from", str(offset), hasher.digest()])
+        [start_text] = await _receive(channel, b"from", 1)
+        done = _number(start_text)
+        if done != offset:
+            if done:
+                raise TransferError(f"the other side goes on from {done} instead of {offset}")
+            hasher = _new_hasher()
+        await _in_thread(os.ftruncate, fd, done)
+        _report(progress, done, size)
+        while done < size:
+            [data] = await _receive(channel, b"data", 1)
+            if not 1 <= len(data) <= size - done:
+                raise TransferError(f"{len(data)} bytes came where 1 to {size - done} were to come")
+            await _in_thread(_write, fd, hasher, done, data)
+            done += len(data)
+            _report(progress, done, size)
+        [digest] = await _receive(channel, b"end", 1)
+        if digest != hasher.digest():
+            await _in_thread(os.unlink, _part_of(path))
+            raise TransferError("the file arrived differently than it was sent; it was dropped")
+        await _in_thread(_put_in_place, fd, path)
+        await channel.send([b"done"])
+        return digest
+
+
+# ---- items ----
+
+
+async def _receive(channel: _Channel, kind: bytes, count: int) -> list[bytes]:
+    """Receive an item of that kind, and return its other fields, so many."""
+    try:
+        got, *fields = await channel.receive()
+    except trio.EndOfChannel:
+        raise TransferError(f"the other side ended, where {kind.decode()!r} was to come") from None
+    except ValueError:
+        got, fields = b"", []
+    if got != kind or len(fields) != count:
+        raise TransferError(f"the other side said {got[:20]!r}, where {kind.decode()!r} was to come")
+    return fields
+
+
+def _number(text: bytes) -> int:
+    if _NUMBER.fullmatch(text) is None:
+        raise TransferError(f"the other side sent {text[:20]!r}, which is no number")
+    return int(text)
+
+
+def _report(progress: Progress | None, done: int, size: int) -> None:
+    if progress is not None:
+        progress(done, size)
+
+
+async def _claim_part(path: str) -> int:
+    """Open the part of a file, new or to be resumed, for us alone."""
+    until = trio.current_time() + LOCK_PATIENCE
+    while (fd := await _in_thread(_open_part, path)) is None:
+        if trio.current_time() >= until:
+            raise TransferError(f"{path} is being received already")
+        await trio.sleep(LOCK_POLL)
+    return fd
+
+
+# ---- in threads ----
+
+
+async def _in_thread(function: Callable[[*_Ts], _T], *args: *_Ts) -> _T:
+    return await trio.to_thread.run_sync(function, *args)
+
+
+@contextmanager
+def _closing(fd: int) -> Generator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _new_hasher() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=DIGEST_SIZE)
+
+
+async def _hash(fd: int, size: int) -> hashlib.blake2b:
+    """Hash so many bytes of a file, from its beginning."""
+    hasher = _new_hasher()
+    for at in range(0, size, HASH_SIZE):
+        await _in_thread(_read, fd, hasher, at, min(HASH_SIZE, size - at))
+    return hasher
+
+
+def _read(fd: int, hasher: hashlib.blake2b, at: int, size: int) -> bytes:
+    """Read and hash so many bytes."""
+    data = os.pread(fd, size, at)
+    if len(data) < size:
+        raise TransferError("the file has become shorter while it was read")
+    hasher.update(data)
+    return data
+
+
+def _write(fd: int, hasher: hashlib.blake2b, at: int, data: bytes) -> None:
+    """Write and hash all of it."""
+    hasher.update(data)
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(fd, rest, at)
+        rest, at = rest[written:], at + written
+
+
+def _open_source(path: str) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _open_part(path: str) -> int | None:
+    """Open and lock the part of a file. None: somebody else has it locked."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    part = _part_of(path)
+    while True:
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            _check_regular(fd, part)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(fd, part):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # who had it locked has put it in its place meanwhile
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _check_regular(fd: int, path: str) -> None:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
+
+
+def _put_in_place(fd: int, path: str) -> None:
+    """Give a part its name, once it is on disk; and then the name, too."""
+    os.fsync(fd)
+    os.replace(_part_of(path), path)
+    with _closing(os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)) as folder:
+        os.fsync(folder)
+
+
+def _part_of(path: str) -> str:
+    return f"{path}.part"
