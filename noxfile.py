@@ -1,5 +1,7 @@
 """The workshop: `nox` runs what must pass; `nox -l` lists all."""
 
+import shutil
+
 import nox
 
 nox.options.sessions = ["lint", "types", "tests", "lowest", "docs", "demo", "build"]
@@ -71,6 +73,8 @@ def docs(session: nox.Session) -> None:
         "docs/blocking.rst",
         "docs/testing.rst",
         "benchmarks/README.rst",
+        "fuzz/README.rst",
+        "proofs/README.rst",
     ):
         session.run("docutils", "--strict", text, "--writer=null")
 
@@ -102,6 +106,28 @@ def soak(session: nox.Session) -> None:
     """Ask all kinds of things for an hour; `-- --seconds 600 --sealed --seed 7` changes that."""
     session.install("-e", ".")
     session.run("python", "benchmarks/soak.py", *session.posargs)
+
+
+@nox.session
+def proofs(session: nox.Session) -> None:
+    """Have ProVerif prove what it can of the protocol, and find what was weakened."""
+    if shutil.which("proverif") is None:
+        session.skip("proverif is not on the PATH; proofs/README.rst tells where to find it")
+    session.run("python", "proofs/run.py", *session.posargs)
+
+
+@nox.session
+def mutations(session: nox.Session) -> None:
+    """Mutate the package for each security claim, and see its test fail; `-- NAME` for some only."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "tests.mutations", *session.posargs)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Fuzz what peers send; `-- --seconds 900 session`, or `-- --planted` to find planted bugs."""
+    session.install("-e", ".[fuzz]")
+    session.run("python", "-m", "fuzz.run", *session.posargs)
 
 
 @nox.session

@@ -65,6 +65,8 @@ def unpack_body(data: bytes) -> list[bytes]:
 
 def unpack(data: bytes, limit: int = 4096) -> list[bytes]:
     """The fields of exactly one packet."""
+    if len(data) < 4:
+        raise Bad("no length")
     (length,) = struct.unpack(">I", data[:4])
     if length > limit or length != len(data) - 4:
         raise Bad("length")
@@ -103,7 +105,10 @@ def pairs(data: bytes, most: int, name: bytes) -> dict[bytes, bytes]:
 
 
 def options(data: bytes) -> dict[bytes, bytes]:
-    return pairs(data, 96, rb"[a-z0-9./-]{1,32}")
+    found = pairs(data, 96, rb"[a-z0-9./-]{1,32}")
+    if b"room" in found:
+        number(found[b"room"])
+    return found
 
 
 def context(data: bytes) -> dict[bytes, bytes]:

@@ -659,8 +659,9 @@ def test_a_server_that_only_knows_another_key_proves_nothing() -> None:
     accepted = [b"accepted", b"1000000", b"20", b"\0"]
     messages = [client.hello, server.hello, client.open(), encode_head(*accepted, b"")]
     spec = Schedule(messages=messages, key=OTHER.raw, ee=b"")
-    with pytest.raises(AuthenticationError, match="did not prove"):
-        client.receive_reply(encode_head(*accepted, spec.proof()))
+    for proof in (spec.proof(), _handshake._proof(OTHER, spec.h2())):
+        with pytest.raises(AuthenticationError, match="did not prove"):
+            client.receive_reply(encode_head(*accepted, proof))
 
 
 def test_a_proof_in_mode_plain_is_refused() -> None:
