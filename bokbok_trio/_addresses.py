@@ -14,6 +14,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, TypeAlias, cast, final
@@ -26,6 +27,9 @@ MAX_PATH_SIZE: Final = 107
 """Bytes of a UNIX socket's path on Linux: ``sun_path`` less its final zero. Fewer on some systems."""
 
 _PREFIXES: Final = ("unix:", "tcp:")
+
+_URL = re.compile(r"(?!unix:)[a-z][a-z0-9+.-]*://", re.ASCII | re.IGNORECASE)
+"""How a URL begins. Taken for a path, it would make a file of an odd name, or miss a directory of one."""
 
 _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 _HOST = re.compile(r"[^\s\x00-\x1f\x7f:\[\]/@,]+")
@@ -100,7 +104,7 @@ class UnixAddress:
 
     def __str__(self) -> str:
         path = escape(self.path)
-        plain = "/" in path and not path.startswith(_PREFIXES)
+        plain = "/" in path and not path.startswith(_PREFIXES) and not _URL.match(path)
         return path if plain else f"unix:{path}"
 
 
@@ -125,6 +129,10 @@ def parse_address(text: str) -> Address:
     Raises:
         AddressError: it is invalid.
     """
+    if url := _URL.match(text):
+        raise AddressError(
+            f"invalid address: {text!r}; leave {url[0]!r} out, as in HOST:PORT, or write unix:PATH for a path"
+        )
     if text.startswith("unix:"):
         return UnixAddress(text.removeprefix("unix:"))
     if text.startswith("tcp:"):
@@ -147,6 +155,11 @@ def _parse_tcp(text: str) -> TCPAddress:
     elif ":" in host:
         raise AddressError(f"ambiguous port: {text!r}; put an IPv6 address in brackets, as in [::1]:80")
     return TCPAddress(host, int(port))
+
+
+def is_several(value: object) -> bool:
+    """Whether this is a sequence of something, and not one address, nor what was meant for one."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def as_address(value: object) -> Address:

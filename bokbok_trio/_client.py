@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import AsyncGenerator
-from functools import partial
-from types import FunctionType, MethodType
-from typing import cast
 
 import trio
 
 from ._addresses import Address, AddressLike, as_address, require_loopback
+from ._arguments import check_flag, check_handlers, check_key_arguments, check_settings
 from ._connection import Connection, ConnectionHandler
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
-from ._keys import Key, encode_service, encode_user
+from ._keys import Key
 from ._nursery import bare_nursery, block
 from ._opening import open_as_client
 from ._settings import Settings
@@ -73,6 +70,7 @@ async def open_connection(
     check_handlers(
         request_handler=request_handler, channel_handler=channel_handler, close_handler=close_handler
     )
+    check_flag("insecure", insecure)
     check_settings(settings)
     connection = await connect(
         to if isinstance(to, trio.abc.Stream) else as_address(to),
@@ -153,59 +151,6 @@ def _locate(error: HandshakeError, user: str | None, place: str) -> HandshakeErr
     if "prove" in str(error):
         return AuthenticationError(f"{failed}: {error}")
     return AuthenticationError(f"{failed}: check the user name, the key and the service")
-
-
-def check_key_arguments(user: str | None, key: Key | None, service: str) -> None:
-    """Check what `open_connection` is told of a key, before anything is dialled."""
-    if (user is None) != (key is None):
-        raise TypeError("user and key go together: give both, or neither for a plain connection")
-    if user is not None:
-        encode_user(user)
-    if key is not None and not isinstance(key, Key):
-        raise TypeError(f"key must be a Key, not {type(key).__name__}")
-    if encode_service(service) and key is None:
-        raise ValueError("a service needs a key: a plain handshake has nothing to check it with")
-
-
-def check_handlers(**handlers: object) -> None:
-    """Check that handlers are async, before anything is opened.
-
-    Arguments:
-        handlers: by the names of the arguments; None is fine.
-
-    Raises:
-        TypeError: one is not.
-    """
-    for name, handler in handlers.items():
-        if handler is not None and not may_be_async(handler):
-            raise TypeError(f"{name} must be an async function, not {handler!r}: define it with 'async def'")
-
-
-def check_settings(settings: object) -> None:
-    """Check that settings are some, before anything is opened."""
-    if not isinstance(settings, Settings):
-        raise TypeError(f"settings must be Settings, not {type(settings).__name__}")
-
-
-def may_be_async(value: object) -> bool:
-    """Whether something may be called and awaited: an async function, or an object with an async call.
-
-    Partials, methods and functions that wrap an async one, as `functools.wraps` says, are as what is in
-    them. Callables that are not written in Python cannot be judged, and may be.
-    """
-    while True:
-        if inspect.iscoroutinefunction(value):
-            return True
-        if isinstance(value, partial):
-            value = cast("partial[object]", value).func
-        elif isinstance(value, FunctionType) and (wrapped := inspect.unwrap(value)) is not value:
-            value = wrapped
-        else:
-            break
-    if not callable(value) or isinstance(value, type | FunctionType | MethodType) or inspect.isbuiltin(value):
-        return False
-    call = type(value).__call__
-    return not isinstance(call, FunctionType) or inspect.iscoroutinefunction(call)
 
 
 def end_reason(connection: Connection) -> str:

@@ -314,6 +314,9 @@ class Handlers:
         except MessageTooLarge as exc:
             logger.error("%r: the answer to request %d is too large: %s", self._connection, id, exc)
             self._session.fail(id, "too-large", str(exc))
+        except (TypeError, ValueError) as exc:
+            kind = ValueError if isinstance(exc, ValueError) else TypeError
+            raise kind(f"the handler returned what is no answer: {exc}") from exc
         del self._scopes[id]
 
     def _fail(self, id: int, error: BaseException) -> None:

@@ -26,7 +26,7 @@ from ._budget import Budget
 from ._direct_stream import DirectStream, make_direct
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handshake import ClientHandshake, Limits, ServerHandshake, encode_refused
-from ._keys import MAX_KEYS, Key, encode_user
+from ._keys import MAX_KEYS, Key, encode_user, list_keys
 from ._nursery import call_user, call_user_sync, describe_error, split_exception
 from ._options import ROOM
 from ._packets import LENGTH_SIZE, encode_number
@@ -465,7 +465,7 @@ def _check_keys(found: object, failures: _Failures) -> Sequence[Key]:
     if found is None:
         return ()
     keys: list[Key] = []
-    for key in cast("Sequence[object]", found if isinstance(found, Sequence) else [found]):
+    for key in list_keys(found):
         if not isinstance(key, Key):
             raise TypeError(f"user_key found {type(key).__name__}, not a Key")
         keys.append(key)

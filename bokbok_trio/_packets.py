@@ -279,6 +279,8 @@ def encode_context(context: Context | None) -> bytes:
             raise ValueError(
                 f"invalid name of a context: {name[:80]!r}; use 1 to 64 of a-z, 0-9, '.', '-' and '_'"
             )
+        if not isinstance(value, Field):
+            raise TypeError(f"the value of {name!r} in a context is bytes or str, not {type(value).__name__}")
         fields += (name.encode(), _encode_field(value))
     encoded = b"".join(encode_body(fields, 2**32 - 1)[0])
     if len(encoded) > MAX_CONTEXT_SIZE:

@@ -44,9 +44,10 @@ from typing import Final, Literal, TypeAlias, cast, final
 
 import trio
 
-from ._addresses import Address, AddressLike, as_address, check_dialable
+from ._addresses import Address, AddressLike, as_address, check_dialable, is_several
+from ._arguments import check_flag, check_handlers, check_key_arguments, check_settings
 from ._channel import Channel
-from ._client import check_handlers, check_key_arguments, check_settings, connect, end_reason
+from ._client import connect, end_reason
 from ._connection import Connection, ConnectionHandler
 from ._errors import (
     AddressError,
@@ -522,6 +523,7 @@ async def open_reconnecting(
         open_handler=open_handler,
         close_handler=close_handler,
     )
+    check_flag("insecure", insecure)
     check_settings(settings)
     addresses = _as_addresses(to)
     if not isinstance(max_repeats, int):
@@ -556,8 +558,7 @@ async def open_reconnecting(
 
 
 def _as_addresses(to: object) -> Sequence[Address]:
-    several = isinstance(to, Sequence) and not isinstance(to, str)
-    addresses = list(map(as_address, cast("Sequence[object]", to if several else [to])))
+    addresses = list(map(as_address, cast("Sequence[object]", to) if is_several(to) else [to]))
     if not addresses:
         raise ValueError("open_reconnecting takes at least one address")
     return addresses

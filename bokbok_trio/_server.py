@@ -18,58 +18,38 @@ A connection's task never fails: what goes wrong in it is logged, and is over wi
 from __future__ import annotations
 
 import errno
-import inspect
 import logging
-import math
-import socket
-import sys
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
-from typing import Final, cast, final
+from typing import Final, final
 
 import trio
 
-from ._addresses import Address, AddressLike, TCPAddress
-from ._client import check_handlers, check_settings, end_reason, may_be_async
+from ._accepting import ACCEPT_PAUSE, SHORTAGES, accept_one, fit_descriptors
+from ._addresses import Address, AddressLike
+from ._arguments import (
+    check_backlog,
+    check_flag,
+    check_grace,
+    check_handlers,
+    check_peer_user,
+    check_settings,
+    check_unix_mode,
+    check_user_key,
+)
+from ._client import end_reason
 from ._connection import Connection, ConnectionHandler
 from ._errors import HandshakeError
 from ._handling import ChannelHandler, RequestHandler
-from ._keys import Key, encode_service
+from ._listening import Listeners, open_listeners
 from ._nursery import bare_nursery, block, check_run, contain, describe_error, keep
 from ._opening import Displaced, NothingCame, PeerUser, Refusal, UserKey, linger, open_as_server
 from ._places import Place, Places, find_source
 from ._settings import Settings
-from ._sockets import Listeners, listener_address, open_listeners, stream_address
+from ._sockets import listener_address
 from ._statistics import ServerStatistics
 from ._throttle import Throttle
-
-SPARE_DESCRIPTORS: Final = 64
-"""Open files that are left to the rest of the program where connections could use all that it may have."""
-
-HANDSHAKE_SHARE: Final = 4
-"""The part of them, a quarter, that unfinished handshakes may have."""
-
-LINGER_SHARE: Final = 16
-"""The part of them, a sixteenth, that refused clients may have, which still read why."""
-
-ACCEPT_PAUSE: Final = 0.1
-"""Seconds until the next try to accept where the system has no descriptor or memory left; as Trio."""
-
-SHORTAGES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
-"""What the system says then."""
-
-IGNORED: Final = frozenset(
-    getattr(errno, name)
-    for name in (
-        *("ECONNABORTED", "ECONNRESET", "EPERM", "EPROTO", "ENETDOWN", "ENOPROTOOPT", "EHOSTDOWN", "ENONET"),
-        *("EHOSTUNREACH", "EOPNOTSUPP", "ENETUNREACH", "ENOSR", "ESOCKTNOSUPPORT", "EPROTONOSUPPORT"),
-        "ETIMEDOUT",
-    )
-    if hasattr(errno, name)
-)
-"""Errors of the connection to be accepted, and not of the listener: accept(2), "Error handling". The names
-are those that `trio.SocketListener` ignores."""
 
 DEFAULT_GRACE: Final = 5.0
 """Seconds that requests in flight may take when a server stops."""
@@ -112,7 +92,7 @@ class Server:
         self._connections: set[Connection] = set()
         self._admitted = 0
         self._of_user: Counter[str | None] = Counter()
-        self._max_connections, self._max_handshakes, self._max_lingering = _fit_descriptors(settings)
+        self._max_connections, self._max_handshakes, self._max_lingering = fit_descriptors(settings)
         self._places = Places(self._max_handshakes, settings.max_lookups)
         if self._max_connections < settings.max_connections:
             logger.info(
@@ -162,12 +142,11 @@ class Server:
             grace: seconds that the requests in flight may take; 0 cancels them at once.
 
         Raises:
-            ValueError: `grace` is negative, or no number.
+            TypeError, ValueError: `grace` is not a number of seconds, or negative.
             RuntimeError: called from another thread or Trio run.
         """
         check_run(self._home, self)
-        if math.isnan(grace) or grace < 0:
-            raise ValueError(f"grace must be at least 0 seconds, not {grace}")
+        check_grace(grace)
         self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace)
         if self._stopping:
             return
@@ -224,7 +203,7 @@ class Server:
         async with listener:
             while True:
                 try:
-                    stream, address = await _accept_one(listener)
+                    stream, address = await accept_one(listener)
                 except OSError as exc:
                     if exc.errno not in SHORTAGES:
                         raise
@@ -406,25 +385,6 @@ class Server:
             self._idle.set()
 
 
-def _fit_descriptors(settings: Settings) -> tuple[int, int, int]:
-    """How many connections, unfinished handshakes and refused clients a server has at once.
-
-    As many as the settings say, or fewer where this process may have few open files.
-    """
-    wanted = settings.max_connections, settings.max_handshakes, settings.max_handshakes
-    if sys.platform == "win32":
-        return wanted
-    import resource  # noqa: PLC0415  (Windows has none)
-
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files == resource.RLIM_INFINITY:
-        return wanted
-    handshakes = max(1, min(settings.max_handshakes, files // HANDSHAKE_SHARE))
-    lingering = max(1, min(settings.max_handshakes, files // LINGER_SHARE))
-    connections = max(1, files - SPARE_DESCRIPTORS - handshakes - lingering)
-    return min(settings.max_connections, connections), handshakes, lingering
-
-
 @trio.lowlevel.enable_ki_protection
 async def serve(
     on: AddressLike | Sequence[AddressLike | trio.abc.Listener[trio.abc.Stream]],
@@ -496,6 +456,9 @@ async def serve(
         open_handler=open_handler,
         close_handler=close_handler,
     )
+    check_flag("insecure", insecure)
+    check_backlog(backlog)
+    check_unix_mode(unix_mode)
     check_settings(settings)
     listeners = await open_listeners(
         on,
@@ -569,65 +532,3 @@ async def open_server(
             server.stop(grace=0)
             raise
         server.stop()
-
-
-def check_user_key(user_key: object, service: str) -> None:
-    """Check what `serve` is told of keys, before anything is opened."""
-    if callable(user_key):
-        if not may_be_async(user_key):
-            raise TypeError(
-                f"user_key must be an async function, not {user_key!r}: define it with 'async def'"
-            )
-    elif user_key is not None and not isinstance(user_key, Mapping):
-        raise TypeError("user_key must be an async function from user name to key, or a mapping")
-    if type(cast("object", user_key)) is dict:  # other mappings may look keys up somewhere
-        for user, keys in cast("dict[object, object]", user_key).items():
-            _check_user(user, keys)
-    if encode_service(service) and user_key is None:
-        raise ValueError("a service needs user_key: a plain handshake has nothing to check it with")
-
-
-def _check_user(user: object, keys: object) -> None:
-    if not isinstance(user, str):
-        raise TypeError(f"user_key must be a mapping from user names, which are str, not {user!r}")
-    several = cast("Sequence[object]", keys if isinstance(keys, Sequence) else [keys])
-    if not several:
-        raise TypeError(f"user_key has no key for user {user!r}: leave the user out, or give a Key")
-    for key in several:
-        if not isinstance(key, Key):
-            raise TypeError(
-                f"user_key has {type(key).__name__} for user {user!r}, not a Key: wrap 32 bytes in Key(...)"
-            )
-
-
-def check_peer_user(peer_user: object, user_key: object) -> None:
-    """Check what `serve` is told of naming peers, before anything is opened."""
-    if peer_user is None:
-        return
-    if user_key is not None:
-        raise TypeError("peer_user is for plain connections: with user_key it is the key that names the user")
-    if not callable(peer_user) or any(
-        map(inspect.iscoroutinefunction, (peer_user, type(peer_user).__call__))
-    ):
-        raise TypeError("peer_user must be a function from PeerCredentials to user name, and not async")
-
-
-async def _accept_one(
-    listener: trio.abc.Listener[trio.abc.Stream],
-) -> tuple[trio.abc.Stream, Address | None]:
-    """Accept a connection; and who it is with, which cannot be asked of a socket that was reset already."""
-    if not isinstance(listener, trio.SocketListener):
-        stream = await listener.accept()
-        return stream, stream_address(stream)
-    while True:
-        try:
-            sock, name = await listener.socket.accept()
-            break
-        except OSError as exc:
-            if exc.errno not in IGNORED:
-                raise
-    accepted = trio.SocketStream(sock)
-    address = stream_address(accepted)
-    if address is None and sock.family in {socket.AF_INET, socket.AF_INET6}:
-        address = TCPAddress(str(name[0]), int(name[1]))
-    return accepted, address

@@ -1,4 +1,4 @@
-"""Sockets: dialling an address, listening on one, and who is at the other end.
+"""Sockets: the addresses of a host, dialling them, and who is at the other end.
 
 A host name is looked up once, and all that follows uses the addresses that were found: the check that plain
 TCP stays on this machine, and dialling or listening. Look-ups run in threads that are counted apart from
@@ -8,7 +8,6 @@ those of `trio.to_thread`, since one that hangs keeps its thread although nobody
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 import struct
@@ -16,27 +15,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple, TypeAlias, cast, final
+from typing import Final, NamedTuple, cast, final
 
 import trio
 
 from ._addresses import (
     Address,
-    AddressLike,
     TCPAddress,
     UnixAddress,
-    as_address,
     check_dialable,
     is_literal,
     is_loopback,
     refuse_insecure,
-    require_loopback,
 )
 from ._errors import AddressError
 from ._fork import close_in_child
 from ._look_ups import look_up_in_thread
 from ._nursery import bare_nursery
-from ._unix_listener import UnixListener, listen_unix
+from ._unix_listener import UnixListener
 
 STAGGER: Final = 0.25
 """Seconds after which the next address of a name is tried beside the one before: the "Connection Attempt
@@ -46,41 +42,28 @@ BACKLOG_POLL: Final = 0.02
 """Seconds between attempts to connect to a UNIX socket with a full backlog. The system does not tell when
 there is room."""
 
-MAX_BACKLOG: Final = 2**16 - 1
-"""Connections that may wait to be accepted, unless fewer are asked for: the system's own limit holds then.
-Some systems keep the number in 16 bits."""
-
-PORT_TRIES: Final = 10
-"""How often one port is sought that is free at all addresses of a name, where the system chooses it."""
-
 UCRED: Final = struct.Struct("@iII")
 """Linux's ``struct ucred``: pid, uid, gid."""
 
 AF_UNIX: Final = getattr(socket, "AF_UNIX", None)
 """None on Windows."""
 
-_Member: TypeAlias = AddressLike | trio.abc.Listener[trio.abc.Stream]
-
-Listeners: TypeAlias = Sequence[trio.abc.Listener[trio.abc.Stream]]
-
-logger = logging.getLogger("bokbok_trio")
-
 
 @final
-class _Target(NamedTuple):
+class Target(NamedTuple):
     """One address that the system can use, and how it is shown."""
 
     family: int
     where: tuple[str, int] | tuple[str, int, int, int]
 
     def __str__(self) -> str:
-        return str(_tcp_address(self.where))
+        return str(tcp_address(self.where))
 
 
 # ---- finding the addresses of a host ----
 
 
-async def _resolve(address: TCPAddress, *, insecure: bool) -> Sequence[_Target]:
+async def resolve(address: TCPAddress, *, insecure: bool) -> Sequence[Target]:
     """Find the addresses of a host, without repetition, and refuse what is insecure.
 
     Raises:
@@ -89,16 +72,16 @@ async def _resolve(address: TCPAddress, *, insecure: bool) -> Sequence[_Target]:
     """
     host, port = address.host, address.port
     if is_literal(host):
-        targets = [_Target(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))]
+        targets = [Target(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))]
     else:
         targets = list(dict.fromkeys(await _look_up(address)))
     for target in targets:
         if not insecure and not is_loopback(str(target.where[0])):
-            raise refuse_insecure(_tcp_address(target.where).host)
+            raise refuse_insecure(tcp_address(target.where).host)
     return targets
 
 
-async def _look_up(address: TCPAddress) -> list[_Target]:
+async def _look_up(address: TCPAddress) -> list[Target]:
     host, port = address.host, address.port
     try:
         if ":" in host:  # an IPv6 address with a zone, which is no matter of names
@@ -116,7 +99,7 @@ async def _look_up(address: TCPAddress) -> list[_Target]:
         raise type(exc)(exc.errno, f"cannot look up the host of {address}: {exc.strerror or exc}") from exc
     if not found:
         raise OSError(errno.EADDRNOTAVAIL, f"the host of {address} has no address")
-    return [_Target(family, cast("tuple[str, int]", where)) for family, _, _, _, where in found]
+    return [Target(family, cast("tuple[str, int]", where)) for family, _, _, _, where in found]
 
 
 def _has_custom_resolver() -> bool:
@@ -150,7 +133,7 @@ async def dial(address: Address, *, insecure: bool, timeout: float) -> trio.Sock
         if isinstance(address, UnixAddress):
             return trio.SocketStream(await _dial_unix(address))
         step = "looking up the host of"
-        targets = await _resolve(address, insecure=insecure)
+        targets = await resolve(address, insecure=insecure)
         step = "connecting to"
         return trio.SocketStream(await _dial_first(address, _reorder(targets)))
     text = f"{step} {address} took more than {timeout:g} seconds (connect_timeout)"
@@ -167,7 +150,7 @@ async def _dial_unix(address: UnixAddress) -> trio.socket.SocketType:
         raise OSError(exc.errno, exc.strerror, address.path) from exc
 
 
-def _reorder(targets: Sequence[_Target]) -> Sequence[_Target]:
+def _reorder(targets: Sequence[Target]) -> Sequence[Target]:
     """Move the first address of another family to the second place, as RFC 8305 has it (section 4)."""
     for at, target in enumerate(targets):
         if target.family != targets[0].family:
@@ -175,7 +158,7 @@ def _reorder(targets: Sequence[_Target]) -> Sequence[_Target]:
     return targets
 
 
-async def _dial_first(address: TCPAddress, targets: Sequence[_Target]) -> trio.socket.SocketType:
+async def _dial_first(address: TCPAddress, targets: Sequence[Target]) -> trio.socket.SocketType:
     """Connect to the first of several addresses that answers."""
     errors: list[OSError] = []
     if len(targets) == 1:
@@ -189,7 +172,7 @@ async def _dial_first(address: TCPAddress, targets: Sequence[_Target]) -> trio.s
     raise OSError(errors[-1].errno, f"cannot connect to {address}: {reasons}") from errors[-1]
 
 
-async def _attempt(target: _Target, errors: list[OSError]) -> trio.socket.SocketType | None:
+async def _attempt(target: Target, errors: list[OSError]) -> trio.socket.SocketType | None:
     """Connect to an address, or note why that cannot be."""
     try:
         return await _connect(target.family, target.where)
@@ -198,11 +181,11 @@ async def _attempt(target: _Target, errors: list[OSError]) -> trio.socket.Socket
         return None
 
 
-async def _race(targets: Sequence[_Target], errors: list[OSError]) -> trio.socket.SocketType | None:
+async def _race(targets: Sequence[Target], errors: list[OSError]) -> trio.socket.SocketType | None:
     """Connect to several addresses, one started after the other, until one answers."""
     connected: list[trio.socket.SocketType] = []
 
-    async def run(target: _Target, ended: trio.Event) -> None:
+    async def run(target: Target, ended: trio.Event) -> None:
         if sock := await _attempt(target, errors):
             connected.append(sock)
             race.cancel()
@@ -217,9 +200,9 @@ async def _race(targets: Sequence[_Target], errors: list[OSError]) -> trio.socke
                     with trio.move_on_after(STAGGER):
                         await ended.wait()
     except BaseException:
-        _close_all(connected)
+        close_all(connected)
         raise
-    _close_all(connected[1:])
+    close_all(connected[1:])
     return connected[0] if connected else None
 
 
@@ -263,179 +246,10 @@ async def _connect(family: int, where: str | tuple[object, ...]) -> trio.socket.
     return sock
 
 
-def _close_all(sockets: Sequence[socket.socket | trio.socket.SocketType]) -> None:
+def close_all(sockets: Sequence[socket.socket | trio.socket.SocketType]) -> None:
+    """Close sockets, for nobody needs them."""
     for sock in sockets:
         sock.close()
-
-
-# ---- listening ----
-
-
-async def open_listeners(
-    on: AddressLike | Sequence[_Member],
-    *,
-    backlog: int | None,
-    mode: int,
-    insecure: bool,
-    credentials: bool,
-    timeout: float,  # noqa: ASYNC109
-) -> Listeners:
-    """Listen on all that `serve` is given, or on nothing.
-
-    Arguments:
-        on: an address; or a sequence of at least one address or listener. Where this fails, the listeners
-            are closed.
-        backlog, mode, insecure, timeout: see `listen`.
-        credentials: whether the system must tell who connects.
-
-    Raises:
-        TypeError: `on` is nothing of this.
-        AddressError, OSError: see `listen`.
-    """
-    several = isinstance(on, Sequence) and not isinstance(on, str)
-    members = list(cast("Sequence[_Member]", on)) if several else [as_address(on)]
-    if not members:
-        raise TypeError("pass an address, or a sequence of at least one address or trio.abc.Listener")
-    opened: list[trio.abc.Listener[trio.abc.Stream]] = []  # to be closed where the rest fails
-    opened += (member for member in members if isinstance(member, trio.abc.Listener))
-    listeners: list[trio.abc.Listener[trio.abc.Stream]] = []
-    try:
-        wanted = [each if isinstance(each, trio.abc.Listener) else as_address(each) for each in members]
-        for each in wanted:
-            if not isinstance(each, trio.abc.Listener):
-                address: Address | None = each  # `listen` sees whether it is loopback
-            elif (address := listener_address(each)) and not insecure:
-                require_loopback(address)
-            if credentials:
-                require_credentials(address)
-        for each in wanted:
-            if isinstance(each, trio.abc.Listener):
-                close_in_child(each)
-                listeners.append(each)
-            else:
-                found = await listen(each, backlog=backlog, mode=mode, insecure=insecure, timeout=timeout)
-                opened += found
-                listeners += found
-    except BaseException:
-        for listener in opened:
-            await trio.aclose_forcefully(listener)
-        raise
-    return listeners
-
-
-@trio.lowlevel.enable_ki_protection
-async def listen(
-    address: Address,
-    *,
-    backlog: int | None,
-    mode: int,
-    insecure: bool,
-    timeout: float,  # noqa: ASYNC109
-) -> Sequence[trio.abc.Listener[trio.SocketStream]]:
-    """Listen on an address: on all the addresses of a host name that this machine has.
-
-    Port 0 becomes one port, the same for all of them.
-
-    Arguments:
-        address: where.
-        backlog: connections that may wait to be accepted, or None for the system's limit.
-        mode: the permissions of a UNIX socket's file.
-        insecure: whether a TCP address that is not loopback will do.
-        timeout: seconds for the look-up of a name, and for the lock on the directory of a UNIX socket.
-
-    Raises:
-        AddressError: it is in use, or cannot be listened on.
-        OSError: the name is not found, or the system does not allow it.
-    """
-    await trio.lowlevel.checkpoint()
-    backlog = MAX_BACKLOG if backlog is None else min(backlog, MAX_BACKLOG)
-    if isinstance(address, UnixAddress):
-        return [await listen_unix(address, backlog=backlog, mode=mode, timeout=timeout)]
-    if address.host:
-        targets = await _resolve_to_listen(address, insecure=insecure, timeout=timeout)
-    else:
-        if not insecure:
-            raise refuse_insecure("all interfaces")
-        targets = [_Target(socket.AF_INET, ("0.0.0.0", address.port))]  # noqa: S104  (that is what was asked for)
-        targets += [_Target(socket.AF_INET6, ("::", address.port))]
-    sockets = _bind_all(address, targets, backlog)
-    listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
-    for listener in listeners:
-        close_in_child(listener)
-    return listeners
-
-
-async def _resolve_to_listen(address: TCPAddress, *, insecure: bool, timeout: float) -> Sequence[_Target]:  # noqa: ASYNC109
-    with trio.move_on_after(timeout):
-        return await _resolve(address, insecure=insecure)
-    text = f"looking up the host of {address} took more than {timeout:g} seconds (connect_timeout)"
-    raise TimeoutError(errno.ETIMEDOUT, text)
-
-
-_NOT_HERE: Final = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
-"""What the system says of an address that this machine does not have, such as ``::1`` in many containers."""
-
-
-def _bind_all(address: TCPAddress, targets: Sequence[_Target], backlog: int) -> list[socket.socket]:
-    """Listen on all the addresses of a host, at one port; of a name, on those that this machine has."""
-    may_miss = ":" not in address.host and not is_literal(address.host)  # a name's, or all interfaces
-    tries = 1 if address.port else PORT_TRIES
-    while True:
-        tries -= 1
-        try:
-            sockets, missing = _bind_each(targets, address.port, backlog, may_miss=may_miss)
-        except OSError as exc:
-            if exc.errno != errno.EADDRINUSE:
-                raise
-            if not tries:
-                raise AddressError(f"{address} is in use: {exc.strerror}") from exc
-        else:
-            for error in missing:
-                logger.warning("%s: not listening on one of its addresses: %s", address, error.strerror)
-            return sockets
-
-
-def _bind_each(
-    targets: Sequence[_Target], port: int, backlog: int, *, may_miss: bool
-) -> tuple[list[socket.socket], list[OSError]]:
-    """Listen on some addresses at one port, chosen by the first if it is 0; return what is missing too."""
-    sockets: list[socket.socket] = []
-    missing: list[OSError] = []
-    try:
-        for target in targets:
-            try:
-                sockets.append(_bind(target, port, backlog))
-            except OSError as exc:
-                if not may_miss or exc.errno not in _NOT_HERE:
-                    raise
-                missing.append(exc)
-            else:
-                port = sockets[0].getsockname()[1]
-        if not sockets:
-            raise missing[0]
-    except BaseException:
-        _close_all(sockets)
-        raise
-    return sockets, missing
-
-
-def _bind(target: _Target, port: int, backlog: int) -> socket.socket:
-    try:
-        sock = socket.socket(target.family, socket.SOCK_STREAM)
-        try:
-            if sys.platform != "win32":  # pragma: no branch  (there it lets others take the port)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if target.family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((target.where[0], port, *target.where[2:]))
-            sock.listen(backlog)
-        except BaseException:
-            sock.close()
-            raise
-    except OSError as exc:
-        where = _tcp_address((target.where[0], port, *target.where[2:]))
-        raise OSError(exc.errno, f"cannot listen on {where}: {exc.strerror}") from exc
-    return sock
 
 
 # ---- the addresses of what is open ----
@@ -452,7 +266,7 @@ def stream_address(stream: trio.abc.Stream) -> Address | None:
     try:
         name = sock.getpeername()
         if sock.family != AF_UNIX:
-            return _tcp_address(name)
+            return tcp_address(name)
         return _unix_address(name) or _unix_address(sock.getsockname())
     except OSError:
         return None  # the peer is gone already
@@ -467,7 +281,7 @@ def listener_address(listener: trio.abc.Listener[trio.abc.Stream]) -> Address | 
     name = listener.socket.getsockname()
     if listener.socket.family == AF_UNIX:
         return _unix_address(name)
-    return _tcp_address(name)
+    return tcp_address(name)
 
 
 def _unix_address(name: object) -> UnixAddress | None:
@@ -481,7 +295,7 @@ def _unix_address(name: object) -> UnixAddress | None:
         return None
 
 
-def _tcp_address(name: Sequence[object]) -> TCPAddress:
+def tcp_address(name: Sequence[object]) -> TCPAddress:
     """The address of what the system calls a socket's name; with its zone, without which it is no address."""
     host, port, *rest = name
     zone = cast("int", rest[1]) if len(rest) > 1 else 0

@@ -12,7 +12,8 @@ from typing import Any
 import trio
 
 from bokbok_trio import TCPAddress
-from bokbok_trio._sockets import dial, listen, listener_address
+from bokbok_trio._listening import listen
+from bokbok_trio._sockets import dial, listener_address
 
 listen_on = partial(listen, backlog=None, mode=0o600, insecure=False, timeout=10)
 dial_to = partial(dial, insecure=False, timeout=10)

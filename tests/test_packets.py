@@ -361,7 +361,7 @@ def test_a_context_takes_text_and_no_context_takes_no_room() -> None:
     [
         (["trace"], TypeError, "a context is a mapping from names to bytes or str, not list"),
         ({1: b""}, TypeError, "a name of a context is a str, not int"),
-        ({"a": 1}, TypeError, "a field is bytes or str, not int"),
+        ({"a": 1}, TypeError, "the value of 'a' in a context is bytes or str, not int"),
         ({"": b""}, ValueError, "invalid name of a context: ''"),
         ({"A": b""}, ValueError, "invalid name of a context: 'A'"),
         ({"a" * 65: b""}, ValueError, "invalid name of a context"),

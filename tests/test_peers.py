@@ -15,11 +15,11 @@ from bokbok_trio import AddressError, PeerCredentials, TCPAddress, UnixAddress
 from bokbok_trio._addresses import MAX_PATH_SIZE
 from bokbok_trio._sockets import (
     UCRED,
-    _tcp_address,
     listener_address,
     require_credentials,
     stream_address,
     stream_credentials,
+    tcp_address,
 )
 from tests.sockets import dial_to, listen_on
 
@@ -96,12 +96,12 @@ async def test_abstract_unix_sockets_have_no_address() -> None:
     ids=["none", "by-name", "by-number"],
 )
 def test_the_zone_of_an_address_is_part_of_it(name: tuple[str, int, int, int], host: str) -> None:
-    assert _tcp_address(name) == TCPAddress(host, 80)
+    assert tcp_address(name) == TCPAddress(host, 80)
 
 
 def test_a_zone_that_no_address_may_name_goes_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.if_indextoname", lambda _: "a@b")
-    assert _tcp_address(("fe80::1", 80, 0, 7)) == TCPAddress("fe80::1%7", 80)
+    assert tcp_address(("fe80::1", 80, 0, 7)) == TCPAddress("fe80::1%7", 80)
 
 
 # ---- who is at the other end ----

@@ -41,12 +41,14 @@ PUBLIC = {
 # Lower files never import higher ones.
 LAYERS = [
     *("_errors", "_settings", "_nursery", "_addresses", "_bech32", "_private_files", "_keys", "_keyring"),
+    "_arguments",
     *("_events", "_packets", "_eager", "_budget"),
     *(
         "_fork",
         "_unix_listener",
         "_look_ups",
         "_sockets",
+        "_listening",
         "_direct_stream",
         "_secretbox_stream",
         "_outbox",
@@ -70,6 +72,7 @@ LAYERS = [
         "_connection",
         "_client",
         "_throttle",
+        "_accepting",
         "_server",
         "_reconnecting",
     ),
@@ -94,6 +97,7 @@ MAY_USE_TRIO = {
         "_unix_listener",
         "_look_ups",
         "_sockets",
+        "_listening",
         "_direct_stream",
         "_secretbox_stream",
         "_opening",

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import errno
 import functools
-import operator
 import os
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -287,7 +287,7 @@ async def test_what_an_async_handler_may_be(handler: Any) -> None:
 
 async def test_a_callable_that_is_not_written_in_python_may_be_a_handler() -> None:
     """Nobody can tell: this stands for what Cython makes."""
-    handler: Any = operator.methodcaller("handle")
+    handler: Any = weakref.proxy(echo)
     async with open_server([MemoryListener()], handler):
         pass
 
