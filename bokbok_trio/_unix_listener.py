@@ -41,10 +41,12 @@ logger = logging.getLogger("bokbok_trio")
 class UnixListener(trio.abc.Listener[trio.SocketStream]):
     """A listener that unlinks its file when it closes, if the file is still its own."""
 
-    def __init__(self, sock: trio.socket.SocketType, address: UnixAddress, inode: tuple[int, int]) -> None:
+    def __init__(
+        self, sock: trio.socket.SocketType, address: UnixAddress, path: str, inode: tuple[int, int]
+    ) -> None:
         self._listener = trio.SocketListener(sock)
         self.address = address
-        self._path = os.path.abspath(address.path)  # the working directory may change
+        self._path = path
         self._inode: tuple[int, int] | None = inode
         abandon_in_child(self)
 
@@ -88,14 +90,28 @@ async def listen_unix(
     """
     if not hasattr(socket, "AF_UNIX"):
         raise AddressError(f"cannot listen on {address}: this system has no UNIX sockets")
-    directory = os.path.dirname(address.path) or "."
+    path, address = _make_absolute(address)
+    directory = os.path.dirname(path)
     lock = await _lock(address, directory, timeout)
     try:
         sock, inode = _bind(address.path, backlog, mode)
     finally:
         if lock is not None:
             _unlock(lock)
-    return UnixListener(trio.socket.from_stdlib_socket(sock), address, inode)
+    return UnixListener(trio.socket.from_stdlib_socket(sock), address, path, inode)
+
+
+def _make_absolute(address: UnixAddress) -> tuple[str, UnixAddress]:
+    """The absolute path, and its address, as the working directory may change.
+
+    Where that path is too long for an address, the address is as it was.
+    """
+    with _name_path(address.path):
+        # Not `os.path.abspath`, which would take ".." after a symbolic link for what it is not.
+        path = os.path.join(os.getcwd(), address.path.removeprefix("./"))
+    with suppress(AddressError):
+        address = UnixAddress(path)
+    return path, address
 
 
 # ---- the lock on the directory ----
@@ -108,6 +124,8 @@ async def _lock(address: UnixAddress, directory: str, timeout: float) -> int | N
     except PermissionError as exc:
         _warn_unlocked(address, directory, exc)
         return None
+    except OSError as exc:  # mostly, that it is not there
+        raise OSError(exc.errno, f"{exc.strerror} (the directory {directory!r})", address.path) from exc
     try:
         if await _wait_for_lock(lock, address, directory, timeout):
             return lock
