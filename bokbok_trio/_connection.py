@@ -303,6 +303,11 @@ class Connection:
         return self._ending is not None
 
     @property
+    def _is_ended_on_purpose(self) -> bool:
+        """Whether it has ended, or is about to, because one of the sides wanted so."""
+        return self._session.peer_drains or (self._ending is not None and self._ending.is_ours)
+
+    @property
     def reason(self) -> str | None:
         """Why the connection is over, in words; None while it is open."""
         return None if self._ending is None else self._ending.reason
@@ -718,6 +723,7 @@ class Connection:
                 if error is not None:
                     await self._note_send_failure(error)
                 if rest is not None:
+                    self._part()
                     try:
                         raise rest from rest.__cause__
                     finally:
@@ -736,6 +742,12 @@ class Connection:
                 keep(exc, self._log_closing)
             finally:
                 self._stream_closed.set()
+
+    def _part(self) -> None:
+        """Cancelled from outside, let the peer know: else this looks like a stream that somebody cut."""
+        if self._server is not None:
+            self._session.drain()  # it is the server that ends
+        self._sender.say_end_now()
 
     async def _note_send_failure(self, error: BaseException) -> None:
         """Sending failed. Answers that came before are still good: the reader gets a moment for them."""

@@ -104,7 +104,11 @@ class Refusal(NamedTuple):
     reason: str
 
 
-TOO_LATE: Final = Refusal("busy", "the server is busy", "the client waited too long for its look-up")
+TOO_LATE: Final = Refusal(
+    "busy",
+    "the server is busy looking up other users (see its max_lookups); try again later",
+    "the client waited too long for its look-up",
+)
 
 
 class _PeerLeft(HandshakeError):  # noqa: N818  (what happened)

@@ -265,8 +265,12 @@ class Reader:
             return
         if not data:
             self.ended.set()
-            cut = self._session.is_mid_packet
-            self._lose("the peer cut a packet short" if cut else "the peer closed the connection", None)
+            text = "the peer closed the connection"
+            if self._session.is_mid_packet:
+                text = "the peer cut a packet short"
+            elif self._session.peer_drains:
+                text += ", which it was draining, as a server does that stops"
+            self._lose(text, None)
         else:
             self._watchdog.heard()
             self._decode(data)

@@ -338,7 +338,8 @@ class ReconnectingConnection:
         nursery.start_soon(self._live, connection)
         with trio.CancelScope() as self._holding:
             await connection._stream_closed.wait()
-        logger.warning("%r: done with the connection with %s: %s", self, address, end_reason(connection))
+        level = logging.INFO if connection._is_ended_on_purpose else logging.WARNING
+        logger.log(level, "%r: done with the connection with %s: %s", self, address, end_reason(connection))
         lasted = trio.current_time() - opened_at
         if not connection._session.has_spoken and lasted < STEADY:
             return "gone"
@@ -356,8 +357,12 @@ class ReconnectingConnection:
                 is_usual = isinstance(error, OSError | HandshakeError)
                 if not self._was_open and (isinstance(error, AuthenticationError) or not is_usual):
                     raise
-                text = "%r: no connection with %s: %r"
-                logger.warning(text, self, address, error, exc_info=None if is_expected else error)
+                logger.log(
+                    logging.INFO if _is_stopping(error) else logging.WARNING,
+                    "%r: no connection with %s: %r",
+                    *(self, address, error),
+                    exc_info=None if is_expected else error,
+                )
             if rest is not None:
                 raise rest from rest.__cause__
             return _classify(error)
@@ -392,9 +397,14 @@ _Outcome: TypeAlias = Literal["worked", "gone", "crowded"]
 lasted; a server was there, and did not open a connection."""
 
 
+def _is_stopping(error: BaseException | None) -> bool:
+    """Whether it says that the server stops, as each does now and then."""
+    return isinstance(error, ConnectionRefused) and error.code == "stopping"
+
+
 def _classify(error: BaseException | None) -> _Outcome:
     """What came of a try that ended in an error."""
-    if isinstance(error, ConnectionRefused) and error.code == "stopping":
+    if _is_stopping(error):
         return "gone"  # soon, and then it may be back soon
     return "crowded" if isinstance(error, HandshakeError) else "gone"
 
@@ -487,8 +497,9 @@ async def open_reconnecting(
     once if the peer had asked or answered anything on that one, or if it had lasted for ten seconds. After as
     many tries in a row as there are addresses, a random time passes, from half of a limit to all of it; the
     limit doubles with each round from 0.2 s to 30 s. Where a server was there that had no room, it is 2 s at
-    least. What failed is reported to the ``bokbok_trio`` logger as a warning. A name is looked up when it is
-    its turn.
+    least. What failed is reported to the ``bokbok_trio`` logger as a warning, and an orderly end (the server
+    stops, or this side closed or drained the connection) as information. A name is looked up when it is its
+    turn.
 
     What the block raises comes out as itself. Leaving it closes everything, and waits for the
     handlers and close handlers.

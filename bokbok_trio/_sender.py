@@ -181,6 +181,17 @@ class Sender:
             self._scope.deadline = until
         self._rouse()
 
+    def say_end_now(self) -> None:
+        """Send what is queued, and that nothing follows, as far as nothing has to be waited for.
+
+        For the task that sends, when it is cancelled from outside.
+        """
+        if not self.is_in_stream and self.wire.can_send_now:
+            batch = self._session.take(trio.current_time())
+            if batch:
+                self.wire.send_now(batch)
+            self.wire.send_end_now()
+
     # ---- sending ----
 
     def _rouse(self) -> None:
@@ -258,6 +269,8 @@ class Sender:
                     self.lock.release()
                     try:
                         await self._park()
+                        # Woken and cancelled at once, it takes nothing: what is taken cannot be sent then.
+                        await trio.lowlevel.checkpoint_if_cancelled()
                     finally:
                         self.lock.is_held = True
 

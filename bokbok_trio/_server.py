@@ -287,12 +287,17 @@ class Server:
             return Refusal("stopping", "the server is stopping", "the server is stopping")
         if self._admitted >= self._max_connections:
             return Refusal(
-                "busy", "the server is busy", f"there are {self._max_connections} connections already"
+                "busy",
+                "the server has as many connections as it takes (see its max_connections); try again later",
+                f"there are {self._max_connections} connections already",
             )
         most = self._settings.max_connections_per_user
         if most is not None and user is not None and self._of_user[user] >= most:
-            text = f"user {user!r} has {most} connections already"
-            return Refusal("busy", text, text)
+            return Refusal(
+                "busy",
+                f"this user has {most} connections, as many as it may (see max_connections_per_user)",
+                f"user {user!r} has {most} connections already (max_connections_per_user)",
+            )
         return None
 
     async def _shake_hands(

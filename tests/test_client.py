@@ -101,7 +101,7 @@ async def test_a_failed_handshake_tells_which_address_answered() -> None:
                 (name, rf"{name} \({address}\)"),
             ]
             for to, place in places:
-                with pytest.raises(ConnectionRefused, match=f"^{place}: .*busy.*\\[busy\\]$"):
+                with pytest.raises(ConnectionRefused, match=f"^{place}: .*max_connections.*\\[busy\\]$"):
                     async with open_connection(to):
                         raise AssertionError
                 with pytest.raises(

@@ -209,10 +209,22 @@ class Unprintable(Exception):
         (raising(Unprintable()), "Unprintable"),
         (raise_group, "ValueError: in a nursery"),
         (crash_while_cancelled, "KeyError: 'crashed'"),
-        (returning(7), "TypeError: pass a list of fields such as ['ping'], not int"),
-        (returning("text"), "TypeError: pass a list of fields such as ['ping'], not str"),
-        (returning([7]), "TypeError: a field is bytes or str, not int"),
-        (returning(["x"] * 256), "ValueError: a packet has at most 255 fields"),
+        (
+            returning(7),
+            "TypeError: the handler returned what is no answer: pass a list of fields such as ['ping'], not int",
+        ),
+        (
+            returning("text"),
+            "TypeError: the handler returned what is no answer: pass a list of fields such as ['ping'], not str",
+        ),
+        (
+            returning([7]),
+            "TypeError: the handler returned what is no answer: a field is bytes or str, not int",
+        ),
+        (
+            returning(["x"] * 256),
+            "ValueError: the handler returned what is no answer: a packet has at most 255 fields",
+        ),
         (lambda: 7, "TypeError: object int can't be used in 'await' expression"),
     ],
 )

@@ -233,7 +233,7 @@ async def test_a_relative_path_is_removed_from_where_it_was_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     async with open_server("unix:sock", echo) as server:
-        assert server.addresses == (UnixAddress("sock"),)
+        assert server.addresses == (UnixAddress(tmp_path / "sock"),)
         async with open_connection("unix:sock") as client:
             assert await client.request(["x"]) == [b"x"]
         monkeypatch.chdir("/")
