@@ -24,13 +24,13 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
+from bokbok_trio._accepting import fit_descriptors
 from bokbok_trio._budget import COUNTED, MIN_WINDOW, Budget, Room
 from bokbok_trio._errors import HandshakeError
 from bokbok_trio._events import Answer, Failure, Request
 from bokbok_trio._flow import WINDOW
 from bokbok_trio._options import decode_options, encode_options, find_room
 from bokbok_trio._outbox import MIN_BATCH_SIZE
-from bokbok_trio._server import _fit_descriptors
 from bokbok_trio._session import MAX_DEPTH, Session
 from bokbok_trio.testing import open_connection_pair
 
@@ -502,4 +502,4 @@ def test_where_the_system_does_not_tell_there_may_be_as_many_as_the_settings_say
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
-    assert _fit_descriptors(Settings()) == (1000, 512, 512)
+    assert fit_descriptors(Settings()) == (1000, 512, 512)
