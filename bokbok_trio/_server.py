@@ -439,16 +439,17 @@ async def serve(
             it takes.
         service: names what is served, at most 255 bytes of UTF-8; see `open_connection`.
         insecure: allow plain TCP on other interfaces than loopback.
-        backlog: connections that may wait to be accepted; None for the system's choice.
-        unix_mode: permissions of the file of a UNIX socket.
+        backlog: connections that may wait to be accepted, 0 or more; None for the system's choice.
+        unix_mode: permissions of the file of a UNIX socket, as in ``0o660``; who may write may connect.
         settings: the bounds of each connection, and of their number.
 
     Returns:
         Through ``nursery.start``, the `Server`, as soon as it listens.
 
     Raises:
-        TypeError, ValueError: an argument is wrong: a handler is not async, say, or `user_key` is a dict
-            with values that are no keys. Or `peer_user` comes with `user_key`.
+        TypeError, ValueError: an argument is wrong: a handler is not async, say, or takes other arguments
+            than it is called with; or `user_key` is a dict with values that are no keys, or with a name that
+            no user can have. Or `peer_user` comes with `user_key`.
         AddressError: no address, or one in use, or plain TCP elsewhere without `insecure`; or
             `peer_user` for TCP, or on another system than Linux.
         OSError: the system does not let it listen or accept.

@@ -10,7 +10,7 @@ from functools import partial
 
 import trio
 
-from bokbok_trio import Connection, Keyring, RemoteError, open_connection
+from bokbok_trio import BokbokError, Connection, Keyring, RemoteError, open_connection
 
 
 async def main(address: str, users: str | None = None, user: str | None = None, *what: str) -> None:
@@ -40,4 +40,14 @@ async def main(address: str, users: str | None = None, user: str | None = None, 
 
 
 if __name__ == "__main__":
-    trio.run(partial(main, *sys.argv[1:]))
+    if len(sys.argv) not in {2, 4, 5}:
+        sys.exit(__doc__)
+    try:
+        trio.run(partial(main, *sys.argv[1:]))
+    except* KeyboardInterrupt:
+        print("bye")
+    except* (BokbokError, OSError, ValueError) as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        sys.exit(f"client: {error}")

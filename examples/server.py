@@ -9,6 +9,7 @@ This makes such a file, and a user in it:
 python -c "from bokbok_trio import Key, Keyring; Keyring.create('users.keys').add('alice', Key.generate())"
 """
 
+import signal
 import sys
 from functools import partial
 
@@ -28,8 +29,16 @@ async def call_back(connection: Connection) -> None:
         print(f"{connection.address}: no more callbacks: {exc}")
 
 
+async def stop_on_signals(server: Server) -> None:
+    """SIGTERM and Ctrl-C give requests in flight ten seconds; a second one ends them at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        for grace in (10, 0):
+            await anext(signals)
+            server.stop(grace)
+
+
 async def main(address: str, users: str | None = None) -> None:
-    """Serve until a client says shutdown-server."""
+    """Serve until a client says shutdown-server, or a signal comes."""
     async with trio.open_nursery() as background:
 
         async def handler(connection: Connection, request: list[bytes]) -> list[bytes | str]:
@@ -49,11 +58,22 @@ async def main(address: str, users: str | None = None) -> None:
 
         user_key = Keyring.load(users) if users else None
         server: Server = await background.start(partial(serve, address, handler, user_key=user_key))
-        print("serving", "plain" if user_key is None else "sealed", "on", *server.addresses)
+        background.start_soon(stop_on_signals, server)
+        print("serving", "plain" if user_key is None else "sealed", "on", *server.addresses, flush=True)
         await server.wait_stopped()
         background.cancel_scope.cancel()
     print("stopped")
 
 
 if __name__ == "__main__":
-    trio.run(partial(main, *sys.argv[1:]))
+    if len(sys.argv) not in {2, 3}:
+        sys.exit(__doc__)
+    try:
+        trio.run(partial(main, *sys.argv[1:]))
+    except* KeyboardInterrupt:
+        print("bye")
+    except* (BokbokError, OSError, ValueError) as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        sys.exit(f"server: {error}")

@@ -104,4 +104,9 @@ async def show(conninfo: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(show, sys.argv[1])
+    if len(sys.argv) != 2:  # noqa: PLR2004  (one argument)
+        sys.exit(__doc__)
+    try:
+        trio.run(show, sys.argv[1])
+    except* KeyboardInterrupt:
+        print("bye")

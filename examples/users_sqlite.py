@@ -93,8 +93,9 @@ async def show(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        trio.run(show, sys.argv[1])
-    else:
-        with tempfile.TemporaryDirectory() as directory:
-            trio.run(show, os.path.join(directory, "users.db"))
+    with tempfile.TemporaryDirectory() as directory:
+        path = sys.argv[1] if sys.argv[1:] else os.path.join(directory, "users.db")
+        try:
+            trio.run(show, path)
+        except* KeyboardInterrupt:
+            print("bye")
