@@ -14,7 +14,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, TypeAlias, cast, final
@@ -155,11 +154,6 @@ def _parse_tcp(text: str) -> TCPAddress:
     elif ":" in host:
         raise AddressError(f"ambiguous port: {text!r}; put an IPv6 address in brackets, as in [::1]:80")
     return TCPAddress(host, int(port))
-
-
-def is_several(value: object) -> bool:
-    """Whether this is a sequence of something, and not one address, nor what was meant for one."""
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def as_address(value: object) -> Address:

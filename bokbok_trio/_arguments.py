@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, Final, cast
 
-from ._keys import MAX_KEYS, Key, encode_service, encode_user, list_keys
+from ._keys import MAX_KEYS, Key, encode_service, encode_user
 from ._settings import Settings
 
 HANDLER_ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -29,6 +29,19 @@ ALL_MODES: Final = 0o777
 
 OWNER_MAY_WRITE: Final = 0o200
 """The permission that its owner needs to connect to a UNIX socket."""
+
+
+# ---- one or several ----
+
+
+def is_several(value: object) -> bool:
+    """Whether this is a sequence of something. Text and bytes are one thing, or were meant for one."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
+
+
+def list_keys(keys: object) -> Sequence[object]:
+    """One or several keys of a user as a sequence, whatever is in it."""
+    return cast("Sequence[object]", keys) if is_several(keys) else [keys]
 
 
 # ---- functions of the user's ----

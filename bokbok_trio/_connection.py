@@ -305,7 +305,8 @@ class Connection:
     @property
     def _is_ended_on_purpose(self) -> bool:
         """Whether it has ended, or is about to, because one of the sides wanted so."""
-        return self._session.peer_drains or (self._ending is not None and self._ending.is_ours)
+        drains = self._session.is_draining or self._session.peer_drains
+        return drains or (self._ending is not None and self._ending.is_ours)
 
     @property
     def reason(self) -> str | None:

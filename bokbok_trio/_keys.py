@@ -15,8 +15,8 @@ import hmac
 import os
 import secrets
 import unicodedata
-from collections.abc import Callable, Sequence
-from typing import Final, NoReturn, ParamSpec, TypeVar, cast, final
+from collections.abc import Callable
+from typing import Final, NoReturn, ParamSpec, TypeVar, final
 
 import trio
 from nacl.bindings import crypto_pwhash_alg, crypto_pwhash_ALG_ARGON2ID13
@@ -243,13 +243,6 @@ def decode_lines(path: StrPath, content: bytes) -> list[str]:
 def is_comment(line: str) -> bool:
     """Whether a line of such a file says nothing."""
     return line.strip()[:1] in {"", "#"}
-
-
-def list_keys(keys: object) -> Sequence[object]:
-    """One or several keys of a user as a sequence, whatever is in it; text and bytes are one thing."""
-    if isinstance(keys, Sequence) and not isinstance(keys, str | bytes | bytearray | memoryview):
-        return cast("Sequence[object]", keys)
-    return [keys]
 
 
 def encode_user(user: str) -> bytes:

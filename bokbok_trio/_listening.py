@@ -21,10 +21,10 @@ from ._addresses import (
     UnixAddress,
     as_address,
     is_literal,
-    is_several,
     refuse_insecure,
     require_loopback,
 )
+from ._arguments import is_several
 from ._errors import AddressError
 from ._fork import close_in_child
 from ._sockets import Target, close_all, listener_address, require_credentials, resolve, tcp_address

@@ -22,11 +22,12 @@ from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, cast, final
 
 import trio
 
+from ._arguments import list_keys
 from ._budget import Budget
 from ._direct_stream import DirectStream, make_direct
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handshake import ClientHandshake, Limits, ServerHandshake, encode_refused
-from ._keys import MAX_KEYS, Key, encode_user, list_keys
+from ._keys import MAX_KEYS, Key, encode_user
 from ._nursery import call_user, call_user_sync, describe_error, split_exception
 from ._options import ROOM
 from ._packets import LENGTH_SIZE, encode_number

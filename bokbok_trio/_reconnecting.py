@@ -44,8 +44,8 @@ from typing import Final, Literal, TypeAlias, cast, final
 
 import trio
 
-from ._addresses import Address, AddressLike, as_address, check_dialable, is_several
-from ._arguments import check_flag, check_handlers, check_key_arguments, check_settings
+from ._addresses import Address, AddressLike, as_address, check_dialable
+from ._arguments import check_flag, check_handlers, check_key_arguments, check_settings, is_several
 from ._channel import Channel
 from ._client import connect, end_reason
 from ._connection import Connection, ConnectionHandler

@@ -106,9 +106,11 @@ def _make_absolute(address: UnixAddress) -> tuple[str, UnixAddress]:
 
     Where that path is too long for an address, the address is as it was.
     """
+    if os.path.isabs(address.path):
+        return address.path, address
     with _name_path(address.path):
         # Not `os.path.abspath`, which would take ".." after a symbolic link for what it is not.
-        path = os.path.join(os.getcwd(), address.path.removeprefix("./"))
+        path = os.path.join(os.getcwd(), address.path.removeprefix("./").lstrip("/"))
     with suppress(AddressError):
         address = UnixAddress(path)
     return path, address

@@ -355,7 +355,7 @@ async def test_the_address_of_a_relative_path_can_be_dialled_from_anywhere(
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
     monkeypatch.chdir(tmp_path)
     # The parent of what a link leads to is not the parent of the link.
-    async with open_server(["./rel.sock", "link/../up.sock", "unix:plain"], echo) as server:
+    async with open_server(["./rel.sock", "link/../up.sock", "unix:plain", ".//two"], echo) as server:
         assert sorted(os.listdir("elsewhere")) == ["deep", "up.sock"]
         monkeypatch.chdir("/")
         assert str(server.addresses[0]) == str(tmp_path / "rel.sock")
@@ -391,3 +391,5 @@ async def test_a_working_directory_that_is_gone_is_an_error_that_names_the_path(
     with pytest.raises(FileNotFoundError, match=r"'\./rel\.sock'$"):
         async with open_server("./rel.sock", echo):
             raise AssertionError
+    async with open_server(tmp_path / "sock", echo) as server:  # which needs no working directory
+        assert str(server.addresses[0]) == str(tmp_path / "sock")

@@ -245,6 +245,33 @@ async def test_closing_or_draining_the_current_connection_is_no_warning(
     assert levels(caplog, "no connection with") == set()
 
 
+async def test_draining_a_connection_with_a_request_in_flight_is_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    handling, may_end = trio.Event(), trio.Event()
+
+    async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
+        if request == [b"long"]:
+            handling.set()
+            await may_end.wait()
+        return request
+
+    async with (
+        open_server("127.0.0.1:0", handler) as server,
+        open_reconnecting(server.addresses) as client,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(client.request, ["long"])
+        await handling.wait()
+        assert client.connection is not None
+        client.connection.drain()
+        with trio.fail_after(5):
+            assert await client.request(["x"]) == [b"x"]
+        assert levels(caplog, "done with the connection") == {"INFO"}
+        may_end.set()
+
+
 async def test_a_connection_that_is_lost_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with open_server("127.0.0.1:0", echo) as server, open_reconnecting(server.addresses) as client:
