@@ -122,6 +122,11 @@ class NothingCame(_PeerLeft):
 
 
 @final
+class ServerStopped(HandshakeError):  # noqa: N818  (what happened)
+    """The server stopped before the handshake was done."""
+
+
+@final
 class Displaced(HandshakeError):  # noqa: N818  (what happened)
     """The handshake had no place, or lost it."""
 
@@ -260,7 +265,7 @@ async def open_as_server(
     if place.is_displaced:
         raise Displaced("the handshake was ended to make room for others")
     if trio.current_time() < scope.deadline:
-        raise HandshakeError("the server stopped during the handshake")
+        raise ServerStopped("the server stopped during the handshake")
     raise _late(settings)
 
 

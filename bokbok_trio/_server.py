@@ -40,11 +40,20 @@ from ._arguments import (
 )
 from ._client import end_reason
 from ._connection import Connection, ConnectionHandler
-from ._errors import HandshakeError
+from ._errors import ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
 from ._listening import Listeners, open_listeners
 from ._nursery import bare_nursery, block, check_run, contain, describe_error, keep
-from ._opening import Displaced, NothingCame, PeerUser, Refusal, UserKey, linger, open_as_server
+from ._opening import (
+    Displaced,
+    NothingCame,
+    PeerUser,
+    Refusal,
+    ServerStopped,
+    UserKey,
+    linger,
+    open_as_server,
+)
 from ._places import Place, Places, find_source
 from ._settings import Settings
 from ._sockets import listener_address
@@ -265,10 +274,14 @@ class Server:
             logger.debug("%s: no connection with %s: %s", self._name, address, error)
         elif isinstance(error, HandshakeError):
             # Lines of one kind are throttled, and those about strangers must not hide those about users.
-            kind = type(error).__name__
+            kind, level = type(error).__name__, logging.WARNING
+            if isinstance(error, ServerStopped) or (
+                isinstance(error, ConnectionRefused) and error.code == "stopping"
+            ):
+                kind, level = "stopping", logging.INFO  # what was asked for
             self._throttle.log(
                 kind,
-                logging.WARNING,
+                level,
                 "%s: no connection with %s: %s",
                 self._name,
                 address,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from bokbok_trio import (
     Connection,
     ConnectionLost,
     ConnectionRefused,
+    HandshakeError,
     Key,
     Server,
     Settings,
@@ -205,7 +207,8 @@ def test_what_a_refused_client_is_told_fits() -> None:
 
 
 def levels(caplog: pytest.LogCaptureFixture, text: str) -> set[str]:
-    return {record.levelname for record in caplog.records if text in record.message}
+    found = [record for record in caplog.records if re.search(text, record.message)]
+    return {record.levelname for record in found}
 
 
 @pytest.mark.parametrize("has_asked", [False, True])
@@ -314,4 +317,30 @@ async def test_a_server_that_refuses_because_it_stops_is_no_warning(
                 await trio.sleep(0.005)
         nursery.cancel_scope.cancel()
     assert levels(caplog, "the server refused: 'the server is stopping'") == {"INFO"}
+    assert levels(caplog, "no connection with 127.0.0.1:.*: the server is stopping") == {"INFO"}
     assert levels(caplog, "ConnectionRefusedError") == {"WARNING"}
+
+
+async def test_a_handshake_that_a_stopping_server_ends_is_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    looking = trio.Event()
+
+    async def look_up(user: str) -> Key:
+        looking.set()
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def connect(address: Any) -> None:
+        with pytest.raises(HandshakeError):
+            async with open_connection(address, user="alice", key=KEY):
+                raise AssertionError
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            async with open_server("127.0.0.1:0", echo, user_key=look_up) as server:
+                nursery.start_soon(connect, server.addresses[0])
+                await looking.wait()
+                server.stop(grace=0)
+    assert levels(caplog, "the server stopped during the handshake") == {"INFO"}
