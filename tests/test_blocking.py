@@ -683,9 +683,10 @@ def test_what_a_script_leaves_open_is_closed_in_order_at_its_exit(tmp_path: Path
     ):
         script = """
             c = dial()
-            atexit.register(lambda: print("at exit", c.request(["y"])))
-            threading.Thread(target=lambda: print("thread", c.request(["z"])), daemon=False).start()
-            print(c.request(["x"]))
+            say = lambda text: sys.stdout.write(text + "\\n")  # at once, as several threads do
+            atexit.register(lambda: say(f"at exit {c.request(['y'])}"))
+            threading.Thread(target=lambda: say(f"thread {c.request(['z'])}"), daemon=False).start()
+            say(str(c.request(["x"])))
         """
         done = run_script(script, server.addresses[0])
         assert sorted(done.stdout.splitlines()) == ["[b'x']", "at exit [b'y']", "thread [b'z']"]
