@@ -70,6 +70,7 @@ def docs(session: nox.Session) -> None:
         "docs/running.rst",
         "docs/blocking.rst",
         "docs/testing.rst",
+        "docs/patterns.rst",
         "benchmarks/README.rst",
     ):
         session.run("docutils", "--strict", text, "--writer=null")
