@@ -72,6 +72,7 @@ def docs(session: nox.Session) -> None:
         "docs/running.rst",
         "docs/blocking.rst",
         "docs/testing.rst",
+        "docs/patterns.rst",
         "benchmarks/README.rst",
         "fuzz/README.rst",
         "proofs/README.rst",

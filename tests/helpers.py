@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 import traceback
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -80,6 +82,13 @@ class RawPeer:
         await self.stream.send_all(MAGIC + packet(b"hello", b"server", b"plain", b""))
         assert (await self.receive())[0] == b"open"
         await self.send(b"accepted", b"%d" % max_message_size, b"%d" % max_requests, b"\0", b"")
+
+
+def documented_code(file: str, word: str = "") -> list[str]:
+    """The blocks of Python with this word that a file of the documentation shows."""
+    text = (Path(__file__).parent.parent / "docs" / file).read_text()
+    blocks = re.findall(r"\.\. code:: python\n\n((?:    .*\n|\n)+)", text)
+    return [textwrap.dedent(block) for block in blocks if word in block]
 
 
 class WholeStream(trio.abc.Stream):

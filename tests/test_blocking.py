@@ -44,6 +44,7 @@ from bokbok_trio import (
 )
 from bokbok_trio._portal import Latch, Loop, _stop_all
 from bokbok_trio.blocking import Portal, connect
+from tests.helpers import documented_code
 
 KEY = Key.generate()
 
@@ -928,14 +929,9 @@ def test_what_cancels_in_asyncio_reaches_the_handler(server: Server) -> None:
     no_thread_but(before)
 
 
-DOCS = Path(__file__).parent.parent / "docs"
-
-
 def programs() -> dict[str, str]:
-    """The programs of docs/blocking.rst, by their names."""
-    blocks = re.findall(r"\.\. code:: python\n\n((?:    .*\n|\n)+)", (DOCS / "blocking.rst").read_text())
-    texts = [textwrap.dedent(block) for block in blocks]
-    return {text.split()[1]: text for text in texts}
+    """The programs of the documentation, by their names."""
+    return {code.split()[1]: code for code in documented_code("blocking.rst")}
 
 
 @pytest.mark.parametrize("name", programs())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import trio.testing
 from bokbok_trio import Channel, Connection, RemoteError, RequestError
 from bokbok_trio.broadcast import Broadcast, Subscription
 from bokbok_trio.testing import FaultyStream, open_connection_pair, open_memory_server
-from tests.helpers import settle
+from tests.helpers import documented_code, settle
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,33 @@ async def test_a_peer_that_has_vanished_costs_no_more_than_its_queue(
                 await channel.receive()
         await server.wait_closed()
         assert len(broadcast) == 0
+
+
+async def test_what_the_documentation_shows() -> None:
+    async def market() -> AsyncGenerator[tuple[str, str]]:
+        for price in range(150):
+            yield "bread", str(price)
+        await trio.lowlevel.checkpoint()
+
+    names: dict[str, Any] = {"market": market}
+    for code in documented_code("patterns.rst", "prices"):
+        exec(code, names)
+
+    async def handler(connection: Connection, request: list[bytes], channel: Channel) -> None:
+        name = "channel_handler" if request == [b"prices"] else "frank_handler"
+        await names[name](connection, request, channel)
+
+    async with (
+        open_connection_pair(server_channel_handler=handler) as (client, _),
+        client.open_channel(["prices"]) as short,
+        client.open_channel(["frank"]) as frank,
+    ):
+        await settle()
+        await names["watch_the_market"]()
+        names["prices"].close()
+        kept = [[b"bread", b"%d" % price] for price in range(50, 150)]
+        assert [item async for item in short][-99:] == kept[1:]
+        heard = [item async for item in frank]
+        [missed] = [int(number) for what, number in heard if what == b"missed"]
+        assert missed + len(heard) - 1 == 150
+        assert heard[-99:] == kept[1:]

@@ -24,6 +24,7 @@ import trio.testing
 from bokbok_trio import Channel, Connection, ConnectionLost, RemoteError, RequestError
 from bokbok_trio.files import CHUNK_SIZE, TransferError, receive_file, safe_name, send_file
 from bokbok_trio.testing import FaultyStream, open_connection_pair
+from tests.helpers import documented_code
 
 SOME = random.Random(7).randbytes(5 * CHUNK_SIZE + 123)
 
@@ -467,7 +468,27 @@ def test_others_are_refused(name: str | bytes) -> None:
     assert caught.value.code == "bad-name"
 
 
-# ---- the example ----
+# ---- the documentation, and the example ----
+
+
+async def test_what_the_documentation_shows(
+    source: Side, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, Any] = {}
+    [code] = documented_code("patterns.rst", "receive_file")
+    exec(code.replace("/srv/files", str(tmp_path / "there")), names)
+    (tmp_path / "there").mkdir()
+    async with open_connection_pair(server_channel_handler=names["channel_handler"]) as (client, _):
+        await names["put"](client, source.path)
+        assert (tmp_path / "there" / "source").read_bytes() == SOME
+        async with client.open_channel(["get", "source"]) as channel:
+            await receive_file(channel, tmp_path / "copy", max_size=math.inf)
+        assert (tmp_path / "copy").read_bytes() == SOME
+        async with client.open_channel(["get", "../source"]) as channel:
+            with pytest.raises(RemoteError, match="bad-name"):
+                await channel.answer()
+    assert capsys.readouterr().out.endswith(f"{len(SOME)} of {len(SOME)}\n")
+
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "files.py"
 
