@@ -15,6 +15,7 @@ import trio
 import trio.testing
 
 from ._client import open_connection
+from ._combined import CombinedHandler
 from ._connection import Connection, ConnectionHandler
 from ._handling import ChannelHandler, RequestHandler
 from ._keys import Key
@@ -55,8 +56,8 @@ class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
 
 @asynccontextmanager
 async def open_connection_pair(
-    client_handler: RequestHandler | None = None,
-    server_handler: RequestHandler | None = None,
+    client_handler: RequestHandler | CombinedHandler | None = None,
+    server_handler: RequestHandler | CombinedHandler | None = None,
     *,
     sealed: bool = True,
     client_channel_handler: ChannelHandler | None = None,
@@ -75,7 +76,7 @@ async def open_connection_pair(
             assert await client.request(["ping", "1"]) == [b"pong", b"1"]
 
     Arguments:
-        client_handler, server_handler: the request handlers of the two sides.
+        client_handler, server_handler: the request handlers of the two sides, or their combined handlers.
         sealed: whether it is encrypted, for the user ``"user"``, or plain.
         client_channel_handler, server_channel_handler: their channel handlers.
         client_close_handler, server_close_handler: their close handlers.

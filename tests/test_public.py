@@ -20,6 +20,7 @@ import bokbok_trio.testing
 PUBLIC = {
     "bokbok_trio": {
         *("open_connection", "open_reconnecting", "open_server", "serve", "passphrase_to_key"),
+        *("CombinedHandler", "add_handler"),
         *("Channel", "Connection", "ReconnectingConnection", "Server", "Settings", "Key", "Keyring"),
         *("ConnectionStatistics", "ServerStatistics"),
         *("Address", "TCPAddress", "UnixAddress", "PeerCredentials"),
@@ -62,6 +63,7 @@ LAYERS = [
         "_reader",
         "_statistics",
         "_connection",
+        "_combined",
         "_client",
         "_throttle",
         "_server",
