@@ -1,4 +1,4 @@
-"""For the tests of applications: connections in memory, and streams that fail on purpose.
+"""For the tests of applications: connections and interfaces in memory, and streams that fail on purpose.
 
 Nothing here touches a socket or the clock by itself, so all of it works, in no time, under
 `trio.testing.MockClock`.
@@ -7,9 +7,9 @@ Nothing here touches a socket or the clock by itself, so all of it works, in no 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import trio
 import trio.testing
@@ -22,7 +22,14 @@ from ._keys import Key
 from ._server import open_server
 from ._settings import Settings
 
-__all__ = ["FaultyStream", "MemoryListener", "open_connection_pair"]
+if TYPE_CHECKING:
+    from typing_extensions import TypeForm
+
+    from .interface import DecodeHook, EncodeHook, Middleware
+
+__all__ = ["FaultyStream", "MemoryListener", "consume_local", "open_connection_pair"]
+
+_T = TypeVar("_T")
 
 
 @final
@@ -117,6 +124,40 @@ async def open_connection_pair(
     ):
         await has_accepted.wait()
         yield client, accepted[0]
+
+
+@asynccontextmanager
+async def consume_local(
+    interface: TypeForm[_T],
+    implementation: _T,
+    *,
+    middleware: Sequence[Middleware] = (),
+    encode_hook: EncodeHook | None = None,
+    decode_hook: DecodeHook | None = None,
+) -> AsyncGenerator[_T]:
+    """Serve an interface and call it, both in memory: the stand-in that a client would have.
+
+    ::
+
+        async with consume_local(Files, FilesInMemory()) as files:
+            assert (await files.stat("/a")).size == 3
+
+    All that a call over a network goes through is there, with every check. The user is ``"user"``. It needs
+    the extra ``interface``.
+
+    Arguments:
+        interface, implementation, encode_hook, decode_hook: as for `bokbok_trio.interface.expose`.
+        middleware: of the serving side.
+
+    Raises:
+        TypeError: as by `bokbok_trio.interface.expose`.
+    """
+    from .interface import consume, expose  # noqa: PLC0415  (the rest of this module works without msgspec)
+
+    hooks: dict[str, Any] = {"encode_hook": encode_hook, "decode_hook": decode_hook}
+    exposed = expose(interface, implementation, middleware=middleware, **hooks)
+    async with open_connection_pair(server_handler=exposed) as (client, _):
+        yield consume(client, interface, **hooks)
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from abc import ABC
 from collections.abc import (
@@ -37,6 +38,10 @@ def find_origin(hint: Any) -> Any:
     return get_origin(hint) or hint
 
 
+def _is_class(hint: Any) -> bool:
+    return isinstance(hint, type) and get_origin(hint) is None  # list[int] says that it is a type too
+
+
 def find_class(form: Any) -> type:
     """The class of an interface that may have been given types, as in ``Store[File]``."""
     found = find_origin(form)
@@ -56,13 +61,25 @@ def is_callback(form: Any) -> bool:
     return form is Callable or get_origin(form) is Callable
 
 
+def find_parameters(cls: type) -> tuple[Any, ...]:
+    """The type variables of a class, in the order in which it takes types.
+
+    In ``class Pairs(Store[U], Protocol[T, U])`` that is T and U, as of ``Generic[T, U]``. Python's own attribute
+    has U first.
+    """
+    for base in vars(cls).get("__orig_bases__", ()):
+        if get_origin(base) in {Protocol, Generic}:
+            return get_args(base)
+    return getattr(cls, "__parameters__", ())
+
+
 def bind_types(form: Any) -> dict[type, dict[Any, Any]]:
     """Return what stands for the type variables of a class and of its bases, by class."""
     bound: dict[type, dict[Any, Any]] = {}
 
     def visit(form: Any) -> None:
         cls = find_class(form)
-        bound[cls] = dict(zip(getattr(cls, "__parameters__", ()), get_args(form), strict=False))
+        bound[cls] = dict(zip(find_parameters(cls), get_args(form), strict=False))
         for base in vars(cls).get("__orig_bases__", cls.__bases__):
             if find_class(base) not in ROOTS:
                 visit(fill_in(base, bound[cls]))
@@ -76,7 +93,7 @@ def fill_in(hint: Any, bound: Mapping[Any, Any]) -> Any:
     if isinstance(hint, TypeVar):
         return bound.get(hint, hint)
     parameters = getattr(hint, "__parameters__", ())
-    if isinstance(hint, type) or not parameters or not any(each in bound for each in parameters):
+    if _is_class(hint) or not parameters or not any(each in bound for each in parameters):
         return hint  # a class itself has parameters too
     return hint[tuple(bound.get(each, each) for each in parameters)]
 
@@ -85,7 +102,7 @@ def find_open(hint: Any) -> list[Any]:
     """The type variables that nothing stands for."""
     if isinstance(hint, TypeVar):
         return [hint]
-    return [] if isinstance(hint, type) else list(getattr(hint, "__parameters__", ()))
+    return [] if _is_class(hint) else list(getattr(hint, "__parameters__", ()))
 
 
 def split_none(hint: Any) -> tuple[Any, bool]:
@@ -106,7 +123,7 @@ def item_type(hint: Any) -> Any:
     """The type of the items of a stream."""
     args = get_args(hint)
     if not args:
-        raise Wrong(f"has a stream of unknown items; write {_name(hint)}[int], say")
+        raise Wrong(f"is a stream of unknown items; write {_name(hint)}[int], say")
     return args[0]
 
 
@@ -117,8 +134,8 @@ def result_items(hint: Any) -> Any:
         if get_origin(args[0]) is trio.abc.ReceiveChannel:
             return item_type(args[0])
         if args[0] is trio.abc.ReceiveChannel:
-            raise Wrong(f"returns a stream of unknown items; write {stream_form('int')}, say")
-    raise Wrong(f"returns {show(hint)}; write {stream_form()}")
+            raise Wrong(f"it returns a stream of unknown items; write {stream_form('int')}, say")
+    raise Wrong(f"it returns {show(hint)}; write {stream_form()}")
 
 
 def stream_form(items: str = "...") -> str:
@@ -144,11 +161,9 @@ CALLBACK_HELP: Final = "write Callable[[float], Awaitable[None]], say"
 
 def show(hint: Any) -> str:
     """An annotation, as it would be written."""
-    return (
-        hint.__qualname__
-        if isinstance(hint, type) and not get_args(hint)
-        else str(hint).replace("typing.", "")
-    )
+    if _is_class(hint):
+        return str(hint.__qualname__)
+    return re.sub(r"\b(?:[a-z_]\w*\.)+", "", str(hint))  # without modules
 
 
 def _name(hint: Any) -> str:

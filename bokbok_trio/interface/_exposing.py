@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, final
 
-from bokbok_trio import CombinedHandler, RequestError, RequestHandler
+from bokbok_trio import ChannelHandler, CombinedHandler, RequestError, RequestHandler, current_request
 
 from ._calls import Middleware, check_middleware
 from ._codec import DecodeHook, EncodeHook
@@ -13,7 +13,7 @@ from ._coding import Coders, Hooks, MethodCoder
 from ._fit import check_fit
 from ._inspection import inspect_interface
 from ._listing import LIST, InterfaceInfo, describe, encode_listing
-from ._serving import BACK, serve
+from ._serving import BACK, decode_arguments, raise_declared, serve
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CALL: Final = b"%call"
 """The first field of a call; the method's name, as in ``Files.stat``, and the arguments follow."""
+
+CALL_FIELDS: Final = 3
 
 RESERVED: Final = b"%"
 """What first fields begin with that are kept for this module."""
@@ -35,6 +37,11 @@ class _Served(NamedTuple):
     coder: MethodCoder
     function: Callable[..., Any]
     middleware: tuple[Middleware, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Its calls are nothing but requests."""
+        return not (self.middleware or self.coder.references or self.coder.method.needs_channel)
 
 
 @final
@@ -59,6 +66,13 @@ class Exposed:
         self._served = served
         self._listed = listed
         self._rest = rest
+        self._plain = {name: each for name, each in served.items() if each.is_plain}
+        self._rest_request: RequestHandler | None
+        self._rest_channel: ChannelHandler | None
+        if isinstance(rest, CombinedHandler):
+            self._rest_request, self._rest_channel = rest.handle_request, rest.handle_channel
+        else:
+            self._rest_request, self._rest_channel = rest, None
 
     def __repr__(self) -> str:
         names = dict.fromkeys(each.coder.method.path.rpartition(".")[0] for each in self._served.values())
@@ -81,11 +95,21 @@ class Exposed:
 
     async def handle_request(self, connection: Connection, request: list[bytes]) -> Fields | None:
         """Answer a call without streams, or a request that is no call."""
+        if len(request) == CALL_FIELDS and request[0] == CALL and request[1] in self._plain:
+            # As most calls, so without further functions on the way.
+            coder, function, _ = self._plain[request[1]]
+            arguments = decode_arguments(coder, request[2])
+            current_request().method = coder.method.path
+            try:
+                result = await function(**arguments)
+            except BaseException as exc:
+                raise_declared(coder, exc)
+                raise
+            return [coder.result.encode(result)]
         if not request or not request[0].startswith(RESERVED):
-            rest = self._rest.handle_request if isinstance(self._rest, CombinedHandler) else self._rest
-            if rest is None:
+            if self._rest_request is None:
                 raise RequestError("this side handles calls of interfaces only", "no-handler")
-            return await rest(connection, request)
+            return await self._rest_request(connection, request)
         if request == [LIST] and self._listed and connection.user is not None:
             return [encode_listing(self._listed)]
         return await self._serve(connection, request, None)
@@ -95,9 +119,9 @@ class Exposed:
     ) -> Fields | None:
         """Answer a call with streams, or a request with a channel that is no call."""
         if not request or not request[0].startswith(RESERVED):
-            if not isinstance(self._rest, CombinedHandler):
+            if self._rest_channel is None:
                 raise RequestError("this side handles channels of interfaces only", "no-channel")
-            return await self._rest.handle_channel(connection, request, channel)
+            return await self._rest_channel(connection, request, channel)
         return await self._serve(connection, request, channel)
 
     async def _serve(self, connection: Connection, request: list[bytes], channel: Channel | None) -> Fields:
@@ -105,10 +129,9 @@ class Exposed:
             raise RequestError("nothing is lent over this connection", "no-reference")
         if request[0] != CALL:
             raise RequestError("no call of an interface begins so", "no-method")
-        try:
-            _, name, arguments = request
-        except ValueError:
-            raise RequestError("a call is a method and arguments", "bad-arguments") from None
+        if len(request) != CALL_FIELDS:
+            raise RequestError("a call is a method and arguments", "bad-arguments")
+        _, name, arguments = request
         served = self._served.get(name)
         if served is None:
             raise RequestError(f"no such method: {name[:100].decode(errors='replace')}", "no-method")

@@ -95,14 +95,13 @@ def _find_kind(function: Any) -> str:
 
 def _is_left_to_do(method: Method, function: Any) -> bool:
     """Whether a method is inherited from a Protocol, where it has no body."""
-    if not isinstance(function, MethodType) or _code_of(function) not in _NOTHING:
+    if not isinstance(function, MethodType) or not isinstance(function.__func__, FunctionType):
+        return False
+    code = function.__func__.__code__
+    if code.co_code not in _NOTHING or not set(code.co_consts) <= {None, function.__doc__}:
         return False
     owners = (each for each in inspect.getmro(type(function.__self__)) if method.name in vars(each))
     return is_protocol(next(owners, object))
-
-
-def _code_of(function: MethodType) -> bytes:
-    return getattr(getattr(function.__func__, "__code__", None), "co_code", b"")
 
 
 async def _nothing() -> None: ...

@@ -18,6 +18,7 @@ from ._annotations import (
     find_class,
     find_open,
     find_origin,
+    find_parameters,
     is_callback,
     is_protocol,
     item_type,
@@ -37,6 +38,8 @@ MAX_ERROR_NAME: Final = 63
 
 CALL: Final = "__call__"
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 _OVERLOADED = "_overload_dummy"  # what `typing.overload` returns
 
 
@@ -51,6 +54,8 @@ def inspect_interface(form: Any, name: str | None = None, *, has_hooks: bool = F
     Raises:
         TypeError: it cannot be served or called; the text has all offences, and what to write instead.
     """
+    if name is not None and (not isinstance(name, str) or not name or name.startswith("%")):
+        raise TypeError(f"a name of an interface is a str that does not begin with '%', and not {name!r}")
     inspection = _Inspection(has_hooks=has_hooks)
     interface = inspection.look_at(form, name)
     if CALL in interface.methods:
@@ -83,17 +88,18 @@ class _Inspection:
         if form in self._known:
             return self._known[form]
         cls = find_class(form)
-        interface = Interface(name or cls.__name__, inspect.getdoc(cls) or "", form)
+        interface = Interface(name or cls.__name__, inspect.cleandoc(cls.__doc__ or ""), form)
         self._known[form] = interface
         bound = bind_types(form)
-        if open := [each for each in getattr(cls, "__parameters__", ()) if each not in bound[cls]]:
+        if open := [each for each in find_parameters(cls) if each not in bound[cls]]:
             names = ", ".join(each.__name__ for each in open)
             self.note(f"{interface.name}: {names} is open; write {cls.__name__}[int], say")
             return interface
+        told = len(self.offences)
         for owner in cls.__mro__:
             if owner not in ROOTS:
                 self._look_at_members(owner, bound.get(owner, {}), interface)
-        if not interface.methods and not self.offences:
+        if not interface.methods and len(self.offences) == told:
             self.note(f"{interface.name}: it has no methods; write 'async def' methods without '_'")
         return interface
 
@@ -125,7 +131,7 @@ class _Inspection:
             ) from None
         signature = inspect.signature(function)
         given = list(signature.parameters.values())
-        if not given or given[0].name in hints or given[0].kind is not given[0].POSITIONAL_OR_KEYWORD:
+        if not given or given[0].name in hints or given[0].kind in _VARIADIC:
             raise Wrong("it has no self; write an ordinary method")
         hints = {name: fill_in(hint, bound) for name, hint in hints.items()}
         parameters = [self._look_at_parameter(each, path, hints) for each in given[1:]]
@@ -152,7 +158,7 @@ class _Inspection:
     def _look_at_parameter(self, given: inspect.Parameter, path: str, hints: dict[str, Any]) -> Parameter:
         name, kind = given.name, given.kind
         parameter = Parameter(name, has_default=given.default is not given.empty)
-        if kind is given.VAR_POSITIONAL or kind is given.VAR_KEYWORD:
+        if kind in _VARIADIC:
             self.note(f"{path}: {given} has no fixed arguments; write each, or one list or dict of them")
         elif kind is given.POSITIONAL_ONLY:
             self.note(f"{path}: {name} is positional-only, and arguments travel by name; take the '/' away")
@@ -272,7 +278,7 @@ class _Inspection:
             if not dataclasses.is_dataclass(error):
                 self.note(f"{path}: {name} is no dataclass; write @dataclass above it")
                 continue
-            if error.__dataclass_params__.frozen:
+            if cast("Any", error).__dataclass_params__.frozen:
                 self.note(f"{path}: {name} is frozen, and Python must set its traceback; take frozen away")
             if name in found:
                 self.note(f"{path}: it raises two classes named {name}; rename one")

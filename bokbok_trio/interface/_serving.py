@@ -49,10 +49,8 @@ async def serve(
     if coder.method.needs_channel != (channel is not None):
         how = "streams, and takes" if channel is None else "streams nothing, and takes no"
         raise RequestError(f"{coder.method.path} {how} a channel", BAD_ARGUMENTS)
-    try:
-        arguments = coder.decode_arguments(data)
-    except BadValue as exc:
-        raise RequestError(f"{coder.method.path}: {exc}", BAD_ARGUMENTS) from exc
+    arguments = decode_arguments(coder, data)
+    current_request().method = coder.method.path
     lease = None
     if coder.references:
         lease = Lease()
@@ -76,12 +74,24 @@ async def serve(
                 middleware, call, lambda call: _call(coder, function, dict(call.arguments), channel)
             )
     except BaseException as exc:
-        _raise_declared(coder, exc)
+        raise_declared(coder, exc)
         raise
     finally:
         if lease is not None:
             lease.end()
     return [coder.result.encode(result)]
+
+
+def decode_arguments(coder: MethodCoder, data: bytes) -> Any:
+    """Decode what a method is called with.
+
+    Raises:
+        RequestError: it is wrong.
+    """
+    try:
+        return coder.decode_arguments(data)
+    except BadValue as exc:
+        raise RequestError(f"{coder.method.path}: {exc}", BAD_ARGUMENTS) from exc
 
 
 async def _call(
@@ -99,7 +109,7 @@ def _as_is(error: RemoteError) -> Exception:
     return error
 
 
-def _raise_declared(coder: MethodCoder, error: BaseException) -> None:
+def raise_declared(coder: MethodCoder, error: BaseException) -> None:
     """Raise what answers an exception that the method declares, with the cancellations that came with it."""
     errors, cancelled = split_leaves(error)
     answer = coder.as_request_error(errors[0]) if len(errors) == 1 else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -40,6 +40,7 @@ class Options:
         middleware: around them.
         lender: where what they lend is kept; None where they lend nothing.
         lease: of what was lent to this side; None of a stand-in that lives as long as its connection.
+        is_plain: its calls are nothing but requests.
     """
 
     connection: Connection | ReconnectingConnection
@@ -50,6 +51,11 @@ class Options:
     middleware: tuple[Middleware, ...] = ()
     lender: Lender | None = None
     lease: Lease | None = None
+    is_plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        is_plain = not self.middleware and self.lease is None and not self.is_idempotent
+        object.__setattr__(self, "is_plain", is_plain)
 
     async def request(self, coder: MethodCoder, fields: list[bytes], context: Any) -> list[bytes]:
         """Make a request, which may be repeated where that is known to do no harm."""
@@ -108,14 +114,18 @@ def _make_stub(stub: _Stub) -> Callable[..., Any]:
     coder, wire_name = stub.coder, stub.wire_name
     method = coder.method
     bind = _make_binder(coder)
-    is_plain = not coder.references and not method.needs_channel
+    decode = coder.result.decode
+    is_plain = not coder.references and not method.needs_channel and not method.is_idempotent
 
     async def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         arguments = bind(args, kwargs)
         options: Options = self._bokbok_options
-        if is_plain and not options.middleware and options.lease is None:
+        if is_plain and options.is_plain:  # as most calls, so without further functions on the way
             fields = [*options.head, wire_name, coder.encode_arguments(arguments)]
-            return coder.result.decode(await options.request(coder, fields, options.context))
+            try:
+                return decode(await options.connection.request(fields, context=options.context))
+            except RemoteError as exc:
+                raise coder.as_declared(exc)  # noqa: B904  (it says itself what its cause is)
         work = stub.call(options, arguments)
         return await (run_apart(work) if options.middleware else work)
 
