@@ -129,7 +129,7 @@ async def open_connection_pair(
 @asynccontextmanager
 async def consume_local(
     interface: TypeForm[_T],
-    implementation: _T,
+    implementation: object,
     *,
     middleware: Sequence[Middleware] = (),
     encode_hook: EncodeHook | None = None,

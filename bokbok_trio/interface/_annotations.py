@@ -64,8 +64,8 @@ def is_callback(form: Any) -> bool:
 def find_parameters(cls: type) -> tuple[Any, ...]:
     """The type variables of a class, in the order in which it takes types.
 
-    In ``class Pairs(Store[U], Protocol[T, U])`` that is T and U, as of ``Generic[T, U]``. Python's own attribute
-    has U first.
+    In ``class Pairs(Store[U], Protocol[T, U])`` that is T and U, as of ``Generic[T, U]``. Python's own
+    attribute has U first.
     """
     for base in vars(cls).get("__orig_bases__", ()):
         if get_origin(base) in {Protocol, Generic}:

@@ -161,7 +161,9 @@ class Block(AbstractAsyncContextManager[Any]):
                 self._work.close()
                 raise RuntimeError(f"middleware proceeded twice with a stream of {self._path}")
         except BaseException as raised:
-            if exc is None or raised is not exc:
+            # What is thrown into a coroutine comes out as itself, but for a StopIteration: see PEP 479.
+            is_own = raised is exc or (isinstance(exc, StopIteration) and raised.__cause__ is exc)
+            if exc is None or not is_own:
                 raise
             exc.__traceback__ = traceback  # without our frames, as if nothing were around the block
             return False

@@ -57,7 +57,7 @@ def make_encoder(hook: EncodeHook | None = None) -> Callable[[object], bytes]:
         try:
             return encode(value)
         except (OverflowError, RecursionError) as exc:
-            raise ValueError(str(exc)) from None
+            raise ValueError(str(exc)) from exc
 
     return encode_checked
 

@@ -12,7 +12,7 @@ import trio
 
 from bokbok_trio import ProtocolError, RemoteError, RequestError
 
-from ._codec import BadValue, DecodeHook, EncodeHook, make_decoder, make_encoder
+from ._codec import DecodeHook, EncodeHook, make_decoder, make_encoder
 from ._inspection import CALL
 from ._spec import NO_STREAM, Interface, Method, Parameter
 
@@ -221,10 +221,10 @@ class _ErrorCoder:
         self._decode = make_decoder(error_type(error), hooks.decode)
 
     def encode(self, error: BaseException) -> bytes:
-        data = self._encode({each.name: getattr(error, each.name) for each in self._fields})
         try:
+            data = self._encode({each.name: getattr(error, each.name) for each in self._fields})
             self._decode(data)
-        except BadValue as exc:
+        except Exception as exc:
             raise TypeError(f"{self._error.__qualname__} has what its fields do not allow: {exc}") from exc
         return data
 

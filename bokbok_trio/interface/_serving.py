@@ -47,8 +47,8 @@ async def serve(
         RequestError: the arguments are wrong, and the method did not run; or it raised what it declares.
     """
     if coder.method.needs_channel != (channel is not None):
-        how = "streams, and takes" if channel is None else "streams nothing, and takes no"
-        raise RequestError(f"{coder.method.path} {how} a channel", BAD_ARGUMENTS)
+        how = "streams, and takes a" if channel is None else "streams nothing, and takes no"
+        raise RequestError(f"{coder.method.path} {how} channel", BAD_ARGUMENTS)
     arguments = decode_arguments(coder, data)
     current_request().method = coder.method.path
     lease = None
