@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -78,8 +78,8 @@ class Called:
 
 
 class CallMe:
-    def __call__(self, chunks: AsyncIterable[bytes]) -> Awaitable[int]:
-        return Good().upload(chunks)
+    async def __call__(self, chunks: AsyncIterable[bytes]) -> int:
+        return 0
 
 
 class Explicit(Files):
@@ -232,15 +232,37 @@ def test_a_class_for_an_object_is_refused() -> None:
 
 
 class Counter(Protocol):
-    async def count(self, iterable: int) -> int: ...
+    async def count(self, number: int) -> int: ...
+
+
+class Odd:
+    """It can be called, and nobody knows how."""
+
+    __signature__ = "odd"
+
+    async def __call__(self, number: int) -> int:
+        return number
 
 
 class Native:
-    """Its method says nothing of its parameters."""
-
-    count = staticmethod(max)
+    count = max
 
 
-def test_what_is_not_written_in_python_may_do() -> None:
+class Unknown:
+    """A class can be called too, and may be async."""
+
+    count = type("Awaitable", (), {"__init__": lambda self, number: None})
+
+
+class Counting:
+    def __init__(self) -> None:
+        self.count = Odd()
+
+
+def test_what_cannot_be_judged_is_taken() -> None:
+    for implementation in (Counting(), Unknown()):
+        taken: Any = implementation
+        expose(Counter, taken)
     native: Any = Native()
-    expose(Counter, native)
+    with pytest.raises(TypeError, match="count: it is not async"):
+        expose(Counter, native)

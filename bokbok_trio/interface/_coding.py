@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from types import NoneType
 from typing import Any, Final, NotRequired, Required, TypedDict, cast, get_type_hints
+from weakref import WeakSet
 
 import trio
 
@@ -59,12 +60,14 @@ class InterfaceCoder:
         interface: the interface.
         methods: by the name that travels with a reference, which is empty for a call of the reference itself.
         stand_in_class: of what is lent to this side; made when it is first needed.
+        fitting: classes whose objects have the interface; functions are not looked up in it.
     """
 
     def __init__(self, interface: Interface) -> None:
         self.interface = interface
         self.methods: dict[str, MethodCoder] = {}
         self.stand_in_class: type[object] | None = None
+        self.fitting: WeakSet[type[object]] = WeakSet()
 
     @property
     def lends(self) -> bool:

@@ -8,7 +8,7 @@ from types import FunctionType, MethodType
 from typing import Any, Final
 
 from ._annotations import is_protocol
-from ._inspection import offend
+from ._inspection import CALL, offend
 from ._spec import NO_STREAM, Interface, Method
 
 
@@ -29,11 +29,12 @@ def check_fit(interface: Interface, implementation: object) -> None:
     for method in interface.methods.values():
         offences += [f"{method.name}: {each}" for each in _find_offences(method, implementation)]
     if offences:
-        raise offend(f"{type(implementation).__qualname__} does not implement {interface.name}", offences)
+        name = getattr(implementation, "__qualname__", type(implementation).__qualname__)
+        raise offend(f"{name} does not implement {interface.name}", offences)
 
 
 def _find_offences(method: Method, implementation: object) -> list[str]:
-    function = getattr(implementation, method.name, None)
+    function = implementation if method.name == CALL else getattr(implementation, method.name, None)
     if not callable(function):
         return ["it is missing" if function is None else f"it is {function!r}, and no method"]
     if _is_left_to_do(method, function):
@@ -75,7 +76,7 @@ def _compare_parameters(method: Method, function: Any) -> list[str]:
 
 
 def _find_kind(function: Any) -> str:
-    """Whether a function is ``async``, a ``generator`` that is, or ``sync``; "unknown" of other callables."""
+    """Whether a function is "async", a "generator" that is, or "sync"; "unknown" of what is not Python's."""
     while True:
         if inspect.iscoroutinefunction(function):
             return "async"
@@ -87,8 +88,10 @@ def _find_kind(function: Any) -> str:
             function = function.__func__
         elif (wrapped := getattr(function, "__wrapped__", None)) is not None:
             function = wrapped
-        elif isinstance(function, FunctionType):
+        elif isinstance(function, FunctionType) or inspect.isbuiltin(function):
             return "sync"
+        elif isinstance(call := type(function).__call__, FunctionType):
+            function = call
         else:
             return "unknown"
 

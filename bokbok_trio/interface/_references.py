@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Final, final
+from typing import Any, Final, cast, final
 
 import trio
 
@@ -50,7 +50,10 @@ class Lender:
             value = arguments[key]
             if value is None:
                 continue
-            check_fit(coder.interface, value)
+            if type(value) not in coder.fitting:
+                check_fit(coder.interface, value)
+                if "" not in coder.methods:
+                    coder.fitting.add(cast("type[object]", type(value)))
             self._count += 1
             arguments[key] = self._count
             loan.add(b"%d" % self._count, Lent(coder, value, loan))
