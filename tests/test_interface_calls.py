@@ -99,6 +99,10 @@ class Queue(Jobs):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(trio.sleep_forever)
                     nursery.start_soon(self.find, "full")
+            case "late":
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.end_late)
+                    await trio.sleep_forever()
             case "groups":
                 raise ExceptionGroup("both", [NoSuchJob("a"), QueueFull(1)])
             case "long":
@@ -110,6 +114,12 @@ class Queue(Jobs):
             case "bare":
                 raise RequestError("not with fields", code="%NoSuchJob")
         raise NoSuchJob(name)
+
+    async def end_late(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise QueueFull(3)
 
     async def fail(self, how: str) -> int:
         if how == "request":
@@ -362,6 +372,22 @@ async def test_errors_that_are_not_declared_are_failures(caplog: pytest.LogCaptu
         with pytest.raises(RemoteError) as caught:
             await jobs.fail("request")
         assert (caught.value.code, caught.value.details) == ("closed-today", b"more")
+
+
+async def test_a_declared_error_that_comes_with_the_deadline_is_told(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_peer(expose(Jobs, Queue())) as (_, peer):
+        body = [b"%call", b"Jobs.find", encode({"name": "late"})]
+        await peer.send(b"req", b"1", b"1000000", b"", b"", body=body)
+        kind, _, code, _, details = await peer.receive()
+        assert (kind, code, msgspec.msgpack.decode(details)) == (
+            b"err",
+            b"%QueueFull",
+            {"limit": 3, "retry_after": None},
+        )
+        await peer.send(b"req", b"3", b"", b"", b"", body=[b"%call", b"Jobs.total", encode({"a": 1})])
+        assert (await peer.receive())[0] == b"ok"
 
 
 async def test_two_declared_errors_at_once_are_a_failure() -> None:

@@ -7,6 +7,8 @@ import importlib
 import importlib.resources
 import inspect
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 import bokbok_trio
+import bokbok_trio.interface
 import bokbok_trio.testing
 
 PUBLIC = {
@@ -29,6 +32,11 @@ PUBLIC = {
         *("BokbokError", "AddressError", "HandshakeError", "AuthenticationError", "ConnectionRefused"),
         *("ConnectionClosed", "ConnectionLost", "ProtocolError", "MessageTooLarge"),
         *("RemoteError", "RequestError"),
+    },
+    "bokbok_trio.interface": {
+        *("expose", "Exposed", "consume", "with_options", "raises", "idempotent"),
+        *("Call", "Middleware", "Proceed", "EncodeHook", "DecodeHook"),
+        *("list_interfaces", "InterfaceInfo", "MethodInfo"),
     },
     "bokbok_trio.testing": {"FaultyStream", "MemoryListener", "consume_local", "open_connection_pair"},
 }
@@ -111,12 +119,13 @@ OBJECTS = {name: value for module in PUBLIC for name, value in public_objects(mo
 
 
 def test_the_public_names_are_complete() -> None:
-    names = {
-        name
-        for name, value in vars(bokbok_trio).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType)
-    }
-    assert names == PUBLIC["bokbok_trio"]
+    for module in (bokbok_trio, bokbok_trio.interface):
+        names = {
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_") and not isinstance(value, ModuleType)
+        }
+        assert names == PUBLIC[module.__name__]
     assert set(bokbok_trio.testing.__all__) == PUBLIC["bokbok_trio.testing"]
 
 
@@ -153,6 +162,35 @@ def test_what_is_public_has_a_docstring(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_says_what_it_is_for(name: str) -> None:
     assert ast.get_docstring(ast.parse((PACKAGE / f"{name}.py").read_text()))
+
+
+def test_every_file_of_interfaces_says_what_it_is_for_and_uses_only_what_is_public() -> None:
+    for path in (PACKAGE / "interface").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "bokbok_trio":
+                assert {alias.name for alias in node.names} <= PUBLIC["bokbok_trio"], path
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                assert getattr(node, "level", 0) < 2, path
+                assert "bokbok_trio." not in ast.unparse(node), path
+
+
+WITHOUT_MSGSPEC = """
+import sys
+sys.modules["msgspec"] = None
+import bokbok_trio, bokbok_trio.testing
+assert not [name for name in sys.modules if name.startswith("bokbok_trio.interface")]
+try:
+    import bokbok_trio.interface
+except ImportError as exc:
+    print(exc)
+"""
+
+
+def test_all_but_interfaces_works_without_msgspec() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_MSGSPEC], capture_output=True, text=True, check=True)
+    assert run.stdout == "bokbok_trio.interface needs msgspec: install bokbok-trio[interface]\n"
 
 
 def test_the_package_is_typed() -> None:

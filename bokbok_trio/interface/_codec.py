@@ -15,8 +15,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
-import msgspec
-from msgspec import inspect as described
+try:
+    import msgspec
+    from msgspec import inspect as described
+except ImportError as exc:
+    raise ImportError("bokbok_trio.interface needs msgspec: install bokbok-trio[interface]") from exc
 
 MAX_DEPTH: Final = 64
 """Containers within each other, of what is decoded: more than data for people or programs has, and far from

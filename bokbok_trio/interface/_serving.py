@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast, final
 from weakref import WeakKeyDictionary
 
-from bokbok_trio import RemoteError, RequestError, add_handler, current_request
+from bokbok_trio import RequestError, add_handler, current_request
 
 from ._calls import Call, Middleware, run_middleware
 from ._codec import BadValue
@@ -57,8 +57,9 @@ async def serve(
         _borrow(coder.references, arguments, connection, lease)
     if coder.items_in is not None:
         assert channel is not None
-        items = Items(channel, coder.items_in.decode_argument, _as_is, is_shared=coder.items_out is not None)
-        arguments[coder.stream] = items
+        is_shared = coder.items_out is not None
+        decode = coder.items_in.decode_argument
+        arguments[coder.stream] = Items(channel, decode, coder.as_declared, is_shared=is_shared)
     try:
         if not middleware:
             result = await _call(coder, function, arguments, channel)
@@ -103,10 +104,6 @@ async def _call(
     assert channel is not None
     await send_results(result, channel, coder.items_out, coder.method.path)
     return None
-
-
-def _as_is(error: RemoteError) -> Exception:
-    return error
 
 
 def raise_declared(coder: MethodCoder, error: BaseException) -> None:
