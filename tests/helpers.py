@@ -11,7 +11,15 @@ from typing import Any
 import trio
 import trio.testing
 
-from bokbok_trio import ChannelHandler, CombinedHandler, Connection, RequestError, RequestHandler, Settings, open_connection
+from bokbok_trio import (
+    ChannelHandler,
+    CombinedHandler,
+    Connection,
+    RequestError,
+    RequestHandler,
+    Settings,
+    open_connection,
+)
 from bokbok_trio._packets import PacketDecoder, encode_body, encode_head
 
 MAGIC = b"bokbok1\n"

@@ -1,20 +1,19 @@
-"""Listing: what a peer that was let in may know of the interfaces that are served to it."""
+"""Listing: what a peer that was let in may know of the interfaces that are served to it.
 
-from __future__ import annotations
+Annotations are no strings here: the classes look as if they were of the package, and the codec would look for
+names there.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import Any, Final, final
 
-from bokbok_trio import ProtocolError
+from bokbok_trio import Connection, ProtocolError, ReconnectingConnection
 
 from ._annotations import show
 from ._codec import make_decoder, make_encoder, make_schemas
 from ._coding import arguments_type, error_type
 from ._spec import NO_STREAM, Interface, Method
-
-if TYPE_CHECKING:
-    from bokbok_trio import Connection, ReconnectingConnection
 
 LIST: Final = b"%list"
 """The only field of the request for the listing."""
