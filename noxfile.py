@@ -18,10 +18,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Both type checkers, strict."""
+    """Two type checkers, strict, and four that must take right uses of interfaces and refuse wrong ones."""
     session.install("-e", ".[types]", "nox")
     session.run("mypy")
     session.run("pyright")
+    session.run("python", "typing_tests/check.py")
 
 
 @nox.session

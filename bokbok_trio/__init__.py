@@ -24,6 +24,7 @@ from ._addresses import (
 )
 from ._channel import Channel as Channel
 from ._client import open_connection as open_connection
+from ._combined import CombinedHandler as CombinedHandler, add_handler as add_handler
 from ._connection import (
     Connection as Connection,
     ConnectionHandler as ConnectionHandler,

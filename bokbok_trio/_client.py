@@ -8,6 +8,7 @@ import trio
 
 from ._addresses import Address, AddressLike, as_address, require_loopback
 from ._arguments import check_flag, check_handlers, check_key_arguments, check_settings
+from ._combined import CombinedHandler, split_handler
 from ._connection import Connection, ConnectionHandler
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
@@ -26,7 +27,7 @@ async def open_connection(
     key: Key | None = None,
     service: str = "",
     insecure: bool = False,
-    request_handler: RequestHandler | None = None,
+    request_handler: RequestHandler | CombinedHandler | None = None,
     channel_handler: ChannelHandler | None = None,
     close_handler: ConnectionHandler | None = None,
     settings: Settings = Settings(),  # noqa: B008  (immutable)
@@ -50,7 +51,8 @@ async def open_connection(
         service: names what is meant to be reached, at most 255 bytes of UTF-8 in normal form C; never sent.
             A server with another one looks like one with another key.
         insecure: allow plain TCP to another machine.
-        request_handler: handles requests from the other side, many at once; see `RequestHandler`.
+        request_handler: handles requests from the other side, many at once; see `RequestHandler`; or what
+            handles these and channels, see `CombinedHandler`.
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         close_handler: called once, after the connection and all its handlers have ended.
         settings: the bounds of this side.
@@ -67,9 +69,8 @@ async def open_connection(
         ConnectionRefused: the server has no room, or is stopping.
     """
     check_key_arguments(user, key, service)
-    check_handlers(
-        request_handler=request_handler, channel_handler=channel_handler, close_handler=close_handler
-    )
+    on_request, on_channel = split_handler(request_handler, channel_handler)
+    check_handlers(request_handler=on_request, channel_handler=on_channel, close_handler=close_handler)
     check_flag("insecure", insecure)
     check_settings(settings)
     connection = await connect(
@@ -78,8 +79,8 @@ async def open_connection(
         key=key,
         service=service,
         insecure=insecure,
-        request_handler=request_handler,
-        channel_handler=channel_handler,
+        request_handler=on_request,
+        channel_handler=on_channel,
         close_handler=close_handler,
         settings=settings,
     )

@@ -25,9 +25,10 @@ class CurrentRequest:
         context: the names and values that its asker sent along, which cannot be changed.
         depth: how many requests it was made inside of, 0 to 15.
         has_channel: whether it came with a channel.
+        method: what it calls, as in ``"Files.stat"``, where it is a call of an interface; else None.
     """
 
-    __slots__ = ("_has_ended", "connection", "context", "deadline", "depth", "has_channel", "id")
+    __slots__ = ("_has_ended", "connection", "context", "deadline", "depth", "has_channel", "id", "method")
 
     def __init__(self, connection: Connection, request: Request, deadline: float = math.inf) -> None:
         # Not the request itself: tasks that outlive the handler would keep its fields.
@@ -35,6 +36,7 @@ class CurrentRequest:
         self.id, _, _, self.has_channel, self.depth, self.context = request
         self.deadline = deadline
         self._has_ended = False  # its handler has
+        self.method: str | None = None
 
     @property
     def user(self) -> str | None:

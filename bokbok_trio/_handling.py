@@ -48,6 +48,11 @@ raise them, as `argparse` does; any other exception is the answer to its request
 ChannelHandler: TypeAlias = "Callable[[Connection, list[bytes], Channel], Awaitable[Fields | None]]"
 """``async def handler(connection, request, channel)``; as a request handler, with a `Channel`."""
 
+_AnyHandler: TypeAlias = Callable[..., Awaitable["Fields | None"]]
+
+AddedHandlers: TypeAlias = "dict[bytes, tuple[RequestHandler | None, ChannelHandler | None]]"
+"""Those that `add_handler` has added, by the first field of their requests."""
+
 DRAINING_MESSAGE: Final = "the peer takes no new request"
 
 LEFT_OPEN: Final = "the handler left a cancel scope or a nursery open; enter them by `with` and `async with`"
@@ -67,16 +72,18 @@ class HandlerScope:
 
     Attributes:
         cancel_scope: Trio's.
-        id: of the request whose handler ran last.
+        handler: the one that ran last.
+        id: of its request.
         innermost: stands for it where it is the innermost scope of its task; see `innermost_scope`.
         is_spoiled: whether a handler has left a scope or a nursery open within it.
     """
 
-    __slots__ = ("_handlers", "cancel_scope", "id", "innermost", "is_spoiled")
+    __slots__ = ("_handlers", "cancel_scope", "handler", "id", "innermost", "is_spoiled")
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
         self.cancel_scope = trio.CancelScope()
+        self.handler: _AnyHandler | None = None
         self.id = -1
         self.innermost: object = None
         self.is_spoiled = False
@@ -117,6 +124,7 @@ class Handlers:
 
     Attributes:
         ready: set once those of depth 0 may begin.
+        added: what handles requests with a certain first field in place of these handlers; see `add_handler`.
     """
 
     __slots__ = (
@@ -130,6 +138,7 @@ class Handlers:
         "_session",
         "_waiting",
         "_wake_sender",
+        "added",
         "ready",
     )
 
@@ -154,6 +163,7 @@ class Handlers:
         self._context = copy_context()  # only ever copied: a context runs once at a time
         self._scopes: dict[int, HandlerScope] = {}
         self.ready = LazyEvent()
+        self.added: AddedHandlers = {}
         self._waiting: dict[trio.Event, None] = {}  # handlers that have not begun
 
     def __len__(self) -> int:
@@ -171,12 +181,15 @@ class Handlers:
 
         None: the request was refused, and the refusal is queued.
         """
+        handler: _AnyHandler | None = self._channel_handler if request.has_channel else self._request_handler
+        if self.added and request.fields and request.fields[0] in self.added:
+            handler = self.added[request.fields[0]][request.has_channel]
         if self._session.is_draining and not request.depth:
             self._session.fail(request.id, "closing", DRAINING_MESSAGE)
-        elif request.has_channel and self._channel_handler is None:
-            self._session.fail(request.id, "no-channel", "this side handles no channels")
-        elif not request.has_channel and self._request_handler is None:
-            self._session.fail(request.id, "no-handler", "this side handles no requests")
+        elif handler is None:
+            kind = "channel" if request.has_channel else "request"
+            code = "no-channel" if request.has_channel else "no-handler"
+            self._session.fail(request.id, code, f"this side handles no {kind}s")
         else:
             deadline = math.inf
             if request.timeout < math.inf:
@@ -184,6 +197,7 @@ class Handlers:
                 scope.cancel_scope.deadline = min(scope.cancel_scope.deadline, deadline)
             channel = self._channels.take(request.id) if request.has_channel else None
             scope.id = request.id
+            scope.handler = handler
             self._scopes[request.id] = scope
             context = self._context.copy()
             current = CurrentRequest(self._connection, request, deadline)
@@ -194,7 +208,7 @@ class Handlers:
     def name_task(self, context: Context) -> str:
         """Name the task of a handler, for those who look at what goes on."""
         request = context[CURRENT]
-        handler = self._channel_handler if request.has_channel else self._request_handler
+        handler = self._scopes[request.id].handler
         name = getattr(handler, "__qualname__", type(handler).__qualname__)
         return f"{name} (request {request.id})"
 
@@ -258,13 +272,13 @@ class Handlers:
         """Handle a request and queue its one answer, unless it is cancelled."""
         task = trio.lowlevel.current_task()
         try:
+            assert scope.handler is not None
             if channel is not None:
-                fields = await self._use_channel(request, channel)
+                fields = await self._use_channel(scope.handler, request, channel)
             else:
                 if not (request.depth or (self.ready.is_set() and self._session.has_room_for_answers)):
                     await self._wait_to_begin()
-                assert self._request_handler is not None
-                fields = await call_user(self._request_handler, self._connection, request.fields)
+                fields = await call_user(scope.handler, self._connection, request.fields)
             if task.child_nurseries or innermost_scope(task) is not scope.innermost:
                 raise RuntimeError(LEFT_OPEN)
             self._answer(request.id, () if fields is None else fields)
@@ -298,12 +312,13 @@ class Handlers:
         else:
             self._session.is_holding_back = False
 
-    async def _use_channel(self, request: Request, channel: Channel) -> Fields | None:
-        assert self._channel_handler is not None
+    async def _use_channel(
+        self, handler: ChannelHandler, request: Request, channel: Channel
+    ) -> Fields | None:
         try:
             if not (request.depth or (self.ready.is_set() and self._session.has_room_for_answers)):
                 await self._wait_to_begin()
-            return await call_user(self._channel_handler, self._connection, request.fields, channel)
+            return await call_user(handler, self._connection, request.fields, channel)
         finally:
             channel._close(answered=True)  # before the answer is queued
             self._channels.remove(request.id)

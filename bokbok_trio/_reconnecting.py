@@ -48,6 +48,7 @@ from ._addresses import Address, AddressLike, as_address, check_dialable
 from ._arguments import check_flag, check_handlers, check_key_arguments, check_settings, is_several
 from ._channel import Channel
 from ._client import connect, end_reason
+from ._combined import CombinedHandler, split_handler
 from ._connection import Connection, ConnectionHandler
 from ._errors import (
     AddressError,
@@ -57,7 +58,7 @@ from ._errors import (
     ConnectionRefused,
     HandshakeError,
 )
-from ._handling import ChannelHandler, RequestHandler
+from ._handling import AddedHandlers, ChannelHandler, RequestHandler
 from ._keys import Key
 from ._nursery import bare_nursery, block, call_user, check_run, is_within, split_exception
 from ._packets import Context, Fields, encode_fields
@@ -125,6 +126,7 @@ class ReconnectingConnection:
         self._dialling = trio.CancelScope()
         self._holding = trio.CancelScope()  # of the connection that the dialler opened last
         self._closed = False
+        self._added_handlers: AddedHandlers = {}
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "connected" if self.connection else "not connected"
@@ -370,6 +372,7 @@ class ReconnectingConnection:
     @trio.lowlevel.enable_ki_protection
     async def _live(self, connection: Connection) -> None:
         """The life of a connection, to the end of its last handler."""
+        connection._handlers.added = self._added_handlers
         try:
             await connection._run(self._open)
         finally:
@@ -476,7 +479,7 @@ async def open_reconnecting(
     key: Key | None = None,
     service: str = "",
     insecure: bool = False,
-    request_handler: RequestHandler | None = None,
+    request_handler: RequestHandler | CombinedHandler | None = None,
     channel_handler: ChannelHandler | None = None,
     open_handler: ConnectionHandler | None = None,
     close_handler: ConnectionHandler | None = None,
@@ -528,9 +531,10 @@ async def open_reconnecting(
             about to change; so are OSError and the other HandshakeErrors, always.
     """
     check_key_arguments(user, key, service)
+    on_request, on_channel = split_handler(request_handler, channel_handler)
     check_handlers(
-        request_handler=request_handler,
-        channel_handler=channel_handler,
+        request_handler=on_request,
+        channel_handler=on_channel,
         open_handler=open_handler,
         close_handler=close_handler,
     )
@@ -551,8 +555,8 @@ async def open_reconnecting(
             key=key,
             service=service,
             insecure=insecure,
-            request_handler=request_handler,
-            channel_handler=channel_handler,
+            request_handler=on_request,
+            channel_handler=on_channel,
             close_handler=close_handler,
             settings=settings,
         ),

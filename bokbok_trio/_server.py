@@ -39,6 +39,7 @@ from ._arguments import (
     check_user_key,
 )
 from ._client import end_reason
+from ._combined import CombinedHandler, split_handler
 from ._connection import Connection, ConnectionHandler
 from ._errors import ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
@@ -406,7 +407,7 @@ class Server:
 @trio.lowlevel.enable_ki_protection
 async def serve(
     on: AddressLike | Sequence[AddressLike | trio.abc.Listener[trio.abc.Stream]],
-    request_handler: RequestHandler | None = None,
+    request_handler: RequestHandler | CombinedHandler | None = None,
     *,
     channel_handler: ChannelHandler | None = None,
     user_key: UserKey | None = None,
@@ -434,7 +435,8 @@ async def serve(
         on: an address to listen on, as a str or parsed, or a path object; or a sequence of addresses and
             listeners, which are then the server's to close. A host name is all of its addresses that
             this machine has, with one port.
-        request_handler: handles requests, many at once; see `RequestHandler`.
+        request_handler: handles requests, many at once; see `RequestHandler`; or what
+            handles these and channels, see `CombinedHandler`.
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         user_key: how to find the pre-shared key of a user: an async function from the name to a
             `Key`, a sequence of keys (the old and the new, while one replaces the other; 16 at
@@ -469,9 +471,10 @@ async def serve(
     """
     check_user_key(user_key, service)
     check_peer_user(peer_user, user_key)
+    on_request, on_channel = split_handler(request_handler, channel_handler)
     check_handlers(
-        request_handler=request_handler,
-        channel_handler=channel_handler,
+        request_handler=on_request,
+        channel_handler=on_channel,
         open_handler=open_handler,
         close_handler=close_handler,
     )
@@ -489,8 +492,8 @@ async def serve(
     )
     server = Server(
         listeners,
-        request_handler=request_handler,
-        channel_handler=channel_handler,
+        request_handler=on_request,
+        channel_handler=on_channel,
         open_handler=open_handler,
         close_handler=close_handler,
         user_key=user_key,
@@ -504,7 +507,7 @@ async def serve(
 @block
 async def open_server(
     on: AddressLike | Sequence[AddressLike | trio.abc.Listener[trio.abc.Stream]],
-    request_handler: RequestHandler | None = None,
+    request_handler: RequestHandler | CombinedHandler | None = None,
     *,
     channel_handler: ChannelHandler | None = None,
     user_key: UserKey | None = None,

@@ -1,4 +1,4 @@
-"""For the tests of applications: connections in memory, and streams that fail on purpose.
+"""For the tests of applications: connections and interfaces in memory, and streams that fail on purpose.
 
 Nothing here touches a socket or the clock by itself, so all of it works, in no time, under
 `trio.testing.MockClock`. ``docs/testing.rst`` has recipes, and `bokbok_trio.pytest_plugin` has fixtures.
@@ -11,26 +11,35 @@ import operator
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from types import MappingProxyType
-from typing import Final, cast, final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, final
 
 import trio
 import trio.testing
 
 from ._client import open_connection
+from ._combined import CombinedHandler
 from ._connection import Connection, ConnectionHandler
 from ._handling import ChannelHandler, RequestHandler
 from ._keys import Key
 from ._server import Server, open_server
 from ._settings import Settings
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeForm
+
+    from .interface import DecodeHook, EncodeHook, Middleware
+
 __all__ = [
     "Faults",
     "FaultyStream",
     "MemoryListener",
     "MemoryServer",
+    "consume_local",
     "open_connection_pair",
     "open_memory_server",
 ]
+
+_T = TypeVar("_T")
 
 THROTTLE_STEP: Final = 0.1
 """Seconds' worth of bytes that a throttled stream passes on at a time."""
@@ -83,7 +92,7 @@ class MemoryServer:
         self,
         user: str | None = None,
         *,
-        request_handler: RequestHandler | None = None,
+        request_handler: RequestHandler | CombinedHandler | None = None,
         channel_handler: ChannelHandler | None = None,
         close_handler: ConnectionHandler | None = None,
         settings: Settings = Settings(),  # noqa: B008  (immutable)
@@ -116,7 +125,7 @@ class MemoryServer:
 
 @asynccontextmanager
 async def open_memory_server(
-    request_handler: RequestHandler | None = None,
+    request_handler: RequestHandler | CombinedHandler | None = None,
     *,
     users: Sequence[str] | None = ("user",),
     channel_handler: ChannelHandler | None = None,
@@ -158,8 +167,8 @@ async def open_memory_server(
 
 @asynccontextmanager
 async def open_connection_pair(
-    client_handler: RequestHandler | None = None,
-    server_handler: RequestHandler | None = None,
+    client_handler: RequestHandler | CombinedHandler | None = None,
+    server_handler: RequestHandler | CombinedHandler | None = None,
     *,
     sealed: bool = True,
     user: str = "user",
@@ -179,7 +188,7 @@ async def open_connection_pair(
             assert await client.request(["ping", "1"]) == [b"pong", b"1"]
 
     Arguments:
-        client_handler, server_handler: the request handlers of the two sides.
+        client_handler, server_handler: the request handlers of the two sides, or their combined handlers.
         sealed: whether it is encrypted, for `user`, or plain.
         user: the client's name, which the server sees as `Connection.user`.
         client_channel_handler, server_channel_handler: their channel handlers.
@@ -216,6 +225,40 @@ async def open_connection_pair(
     ):
         await has_accepted.wait()
         yield client, accepted[0]
+
+
+@asynccontextmanager
+async def consume_local(
+    interface: TypeForm[_T],
+    implementation: object,
+    *,
+    middleware: Sequence[Middleware] = (),
+    encode_hook: EncodeHook | None = None,
+    decode_hook: DecodeHook | None = None,
+) -> AsyncGenerator[_T]:
+    """Serve an interface and call it, both in memory: the stand-in that a client would have.
+
+    ::
+
+        async with consume_local(Files, FilesInMemory()) as files:
+            assert (await files.stat("/a")).size == 3
+
+    All that a call over a network goes through is there, with every check. The user is ``"user"``. It needs
+    the extra ``interface``.
+
+    Arguments:
+        interface, implementation, encode_hook, decode_hook: as for `bokbok_trio.interface.expose`.
+        middleware: of the serving side.
+
+    Raises:
+        TypeError: as by `bokbok_trio.interface.expose`.
+    """
+    from .interface import consume, expose  # noqa: PLC0415  (the rest of this module works without msgspec)
+
+    hooks: dict[str, Any] = {"encode_hook": encode_hook, "decode_hook": decode_hook}
+    exposed = expose(interface, implementation, middleware=middleware, **hooks)
+    async with open_connection_pair(server_handler=exposed) as (client, _):
+        yield consume(client, interface, **hooks)
 
 
 @final

@@ -13,7 +13,15 @@ from typing import Any
 import trio
 import trio.testing
 
-from bokbok_trio import ChannelHandler, Connection, RequestError, RequestHandler, Settings, open_connection
+from bokbok_trio import (
+    ChannelHandler,
+    CombinedHandler,
+    Connection,
+    RequestError,
+    RequestHandler,
+    Settings,
+    open_connection,
+)
 from bokbok_trio._packets import PacketDecoder, encode_body, encode_head
 
 MAGIC = b"bokbok1\n"
@@ -112,7 +120,7 @@ class WholeStream(trio.abc.Stream):
 
 @asynccontextmanager
 async def raw_peer(
-    request_handler: RequestHandler | None = None,
+    request_handler: RequestHandler | CombinedHandler | None = None,
     settings: Settings = Settings(),  # noqa: B008
     *,
     channel_handler: ChannelHandler | None = None,
@@ -141,7 +149,7 @@ async def raw_peer(
 
 @asynccontextmanager
 async def open_peer(
-    request_handler: RequestHandler | None = None,
+    request_handler: RequestHandler | CombinedHandler | None = None,
     settings: Settings = Settings(),  # noqa: B008
     **options: Any,
 ) -> AsyncGenerator[tuple[Connection, RawPeer]]:

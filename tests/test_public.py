@@ -7,6 +7,8 @@ import importlib
 import importlib.resources
 import inspect
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,7 @@ import bokbok_trio
 PUBLIC = {
     "bokbok_trio": {
         *("open_connection", "open_reconnecting", "open_server", "serve", "passphrase_to_key"),
+        *("CombinedHandler", "add_handler"),
         *("Channel", "Connection", "ReconnectingConnection", "Server", "Settings", "Key", "Keyring"),
         *("ConnectionStatistics", "ServerStatistics"),
         *("Address", "TCPAddress", "UnixAddress", "PeerCredentials"),
@@ -29,13 +32,18 @@ PUBLIC = {
         *("RemoteError", "RequestError"),
     },
     "bokbok_trio.testing": {
-        *("open_connection_pair", "open_memory_server"),
+        *("open_connection_pair", "open_memory_server", "consume_local"),
         *("Faults", "FaultyStream", "MemoryListener", "MemoryServer"),
     },
     "bokbok_trio.blocking": {"Channel", "Connection", "Portal", "connect"},
     "bokbok_trio.broadcast": {"Broadcast", "Subscription", "WhenFull"},
     "bokbok_trio.files": {"TransferError", "receive_file", "safe_name", "send_file"},
     "bokbok_trio.pytest_plugin": {"OpenPair", "OpenServer", "bokbok_pair", "bokbok_server"},
+    "bokbok_trio.interface": {
+        *("expose", "Exposed", "consume", "with_options", "raises", "idempotent"),
+        *("Call", "Middleware", "Proceed", "EncodeHook", "DecodeHook"),
+        *("list_interfaces", "InterfaceInfo", "MethodInfo"),
+    },
 }
 
 # Lower files never import higher ones.
@@ -70,6 +78,7 @@ LAYERS = [
         "_reader",
         "_statistics",
         "_connection",
+        "_combined",
         "_client",
         "_throttle",
         "_accepting",
@@ -129,18 +138,19 @@ OBJECTS = {name: value for module in PUBLIC for name, value in public_objects(mo
 
 
 def test_the_public_names_are_complete() -> None:
-    names = {
-        name
-        for name, value in vars(bokbok_trio).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType)
-    }
-    assert names == PUBLIC["bokbok_trio"]
-    for module in set(PUBLIC) - {"bokbok_trio"}:
-        assert set(importlib.import_module(module).__all__) == PUBLIC[module]
+    for name in PUBLIC:
+        module = importlib.import_module(name)
+        names = {
+            each
+            for each, value in vars(module).items()
+            if not each.startswith("_") and not isinstance(value, ModuleType)
+        }
+        assert set(getattr(module, "__all__", names)) == PUBLIC[name]
 
 
 def test_modules_that_look_public_are() -> None:
-    assert {name for name in MODULES if not name.startswith("_")} == {
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {name for name in folders.union(MODULES) if not name.startswith("_")} == {
         name.removeprefix("bokbok_trio.") for name in set(PUBLIC) - {"bokbok_trio"}
     }
 
@@ -174,6 +184,35 @@ def test_what_is_public_has_a_docstring(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_says_what_it_is_for(name: str) -> None:
     assert ast.get_docstring(ast.parse((PACKAGE / f"{name}.py").read_text()))
+
+
+def test_every_file_of_interfaces_says_what_it_is_for_and_uses_only_what_is_public() -> None:
+    for path in (PACKAGE / "interface").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "bokbok_trio":
+                assert {alias.name for alias in node.names} <= PUBLIC["bokbok_trio"], path
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                assert getattr(node, "level", 0) < 2, path
+                assert "bokbok_trio." not in ast.unparse(node), path
+
+
+WITHOUT_MSGSPEC = """
+import sys
+sys.modules["msgspec"] = None
+import bokbok_trio, bokbok_trio.testing
+assert not [name for name in sys.modules if name.startswith("bokbok_trio.interface")]
+try:
+    import bokbok_trio.interface
+except ImportError as exc:
+    print(exc)
+"""
+
+
+def test_all_but_interfaces_works_without_msgspec() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_MSGSPEC], capture_output=True, text=True, check=True)
+    assert run.stdout == "bokbok_trio.interface needs msgspec: install bokbok-trio[interface]\n"
 
 
 def test_the_package_is_typed() -> None:

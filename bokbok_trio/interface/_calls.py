@@ -1,0 +1,173 @@
+"""`Call` and middleware, and how a call runs in a context of its own.
+
+Middleware of a caller runs in the caller's task, where a context variable that it sets would stay. So each
+step of a call with middleware runs in a copy of the caller's context. And a stream is a block in the middle
+of its call: the call runs until it hands its items over, stops there while the caller's block runs, and goes
+on when that is left, as the generators of `contextlib.asynccontextmanager` do. Both are `_advance`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from contextvars import Context, copy_context
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
+
+import trio
+
+if TYPE_CHECKING:
+    from bokbok_trio import Connection, ReconnectingConnection
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A call, as middleware sees it. `dataclasses.replace` makes another one to proceed with.
+
+    Attributes:
+        interface: its name.
+        method: its name, without that of the interface.
+        arguments: by name: those that the caller gave. A stream is an async iterable, and what is lent can be
+            called.
+        context: what travels beside the call; see `Connection.request`.
+        connection: where the call goes, or came from.
+    """
+
+    interface: str
+    method: str
+    arguments: Mapping[str, Any]
+    context: Mapping[str, bytes | str]
+    connection: Connection | ReconnectingConnection
+
+
+Proceed: TypeAlias = Callable[[Call], Awaitable[Any]]
+"""Goes on with a call, and returns its result: None of a stream, when that has ended."""
+
+Middleware: TypeAlias = Callable[[Call, Proceed], Awaitable[Any]]
+"""``async def middleware(call, proceed)``: goes around every call, on either side, and returns its result.
+
+::
+
+    async def only_admins(call, proceed):
+        if call.connection.user != "admin":
+            raise RequestError("not for you", code="forbidden")
+        return await proceed(call)
+
+A call lasts as long as its streams, so ``proceed`` returns when they have ended. A context variable that is
+set before it is seen by what it calls, and by no other call.
+"""
+
+
+def run_middleware(middleware: tuple[Middleware, ...], call: Call, proceed: Proceed) -> Awaitable[Any]:
+    """Run a call through middleware, the first one outermost, and at last through `proceed`."""
+    if not middleware:
+        return proceed(call)
+    first, *rest = middleware
+    return first(call, lambda call: run_middleware(tuple(rest), call, proceed))
+
+
+def check_middleware(middleware: Iterable[Middleware]) -> tuple[Middleware, ...]:
+    """Check that middleware is a sequence of functions, before any call."""
+    found = tuple(middleware)
+    for each in found:
+        if not callable(each):
+            raise TypeError(f"middleware is async functions of a call and proceed, and {each!r} is none")
+    return found
+
+
+HandOver: TypeAlias = Callable[[Any], Awaitable[None]]
+"""Hands a value over to the block around a call, and returns when that is left."""
+
+
+class _Step(NamedTuple):
+    """What a coroutine handed over to a block, or else returned."""
+
+    value: Any
+    is_handed: bool
+
+
+@types.coroutine
+def _hand_over(value: Any) -> Generator[Any, Any, None]:
+    """Stop the coroutine, hand a value over to the block around it, and go on when that is left."""
+    yield _Step(value, is_handed=True)
+
+
+@types.coroutine
+def _advance(
+    context: Context, work: Coroutine[Any, Any, Any], error: BaseException | None = None
+) -> Generator[Any, Any, _Step]:
+    """Run a coroutine in a context, in the current task, until it hands something over or returns."""
+    resume: Callable[[Any], Any] = work.send if error is None else work.throw
+    value: Any = error
+    try:
+        while True:
+            try:
+                message = context.run(resume, value)
+            except StopIteration as done:
+                return _Step(done.value, is_handed=False)
+            if isinstance(message, _Step):
+                return message
+            try:
+                value, resume = (yield message), work.send
+            except BaseException as exc:  # noqa: BLE001  (it is the coroutine's)
+                value, resume = exc, work.throw
+    finally:
+        del error, value, resume  # or this frame and the error would keep each other alive
+
+
+async def run_apart(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in a copy of the context, in the current task."""
+    return (await _advance(copy_context(), work)).value
+
+
+@final
+class Block(AbstractAsyncContextManager[Any]):
+    """The block of a stream: entered when a coroutine hands its items over, left when that has ended.
+
+    Arguments:
+        run: an async function, called with the function to hand items over by.
+        path: of the method, for errors.
+    """
+
+    def __init__(self, run: Callable[[HandOver], Coroutine[Any, Any, Any]], path: str) -> None:
+        self._run = run
+        self._path = path
+        self._work: Coroutine[Any, Any, Any] | None = None
+        self._context = copy_context()
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aenter__(self) -> Any:
+        if self._work is not None:
+            raise RuntimeError(f"a stream of {self._path} can be entered once; call the method again")
+        self._work = self._run(_hand_over)
+        step = await _advance(self._context, self._work)
+        if not step.is_handed:
+            raise RuntimeError(
+                f"middleware did not proceed with a stream of {self._path}; raise an error instead"
+            )
+        return step.value
+
+    @trio.lowlevel.enable_ki_protection
+    async def __aexit__(
+        self, type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        assert self._work is not None
+        try:
+            step = await _advance(self._context, self._work, exc)
+            if step.is_handed:
+                self._work.close()
+                raise RuntimeError(f"middleware proceeded twice with a stream of {self._path}")
+        except BaseException as raised:
+            # What is thrown into a coroutine comes out as itself, but for a StopIteration: see PEP 479.
+            is_own = raised is exc or (isinstance(exc, StopIteration) and raised.__cause__ is exc)
+            if exc is None or not is_own:
+                raise
+            exc.__traceback__ = traceback  # without our frames, as if nothing were around the block
+            return False
+        else:
+            return exc is not None
+        finally:
+            del exc, traceback  # or this frame and the error would keep each other alive

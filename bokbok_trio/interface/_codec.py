@@ -1,0 +1,250 @@
+"""Values to bytes and back, checked: the one module that knows msgspec, and MessagePack.
+
+The rest uses `make_encoder` and `make_decoder`, with `find_unsupported` and `make_schemas` beside them, so
+another codec could take its place.
+
+Nesting is bounded before anything is decoded. Most types bound it themselves: a list of dataclasses has a
+depth, and what is nested deeper is no such list, which the decoder finds at that depth. Only where a type
+holds itself, or ``Any``, the bytes are looked through first, and that only where they are enough for it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+try:
+    import msgspec
+    from msgspec import inspect as described
+except ImportError as exc:
+    raise ImportError("bokbok_trio.interface needs msgspec: install bokbok-trio[interface]") from exc
+
+MAX_DEPTH: Final = 64
+"""Containers within each other, of what is decoded: more than data for people or programs has, and far from
+the depth at which Python gives up."""
+
+EncodeHook: TypeAlias = Callable[[Any], Any]
+"""Turns a value of a type of your own into one of the types that travel by themselves."""
+
+DecodeHook: TypeAlias = Callable[[type, Any], Any]
+"""Turns what the encode hook made back into a value of the type given."""
+
+_FIRST_CONTAINER = 0x80  # of the one-byte headers, which are 16 maps and 16 arrays
+_ARRAY16, _ARRAY32, _MAP16, _MAP32 = range(0xDC, 0xE0)
+_HEADERS: Final = bytes([*range(_FIRST_CONTAINER, 0xA0), *range(_ARRAY16, _MAP32 + 1)])
+# Of a bin, str or ext, how many bytes its length has; then come so many bytes, and one more of an ext.
+_LENGTHS: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4}
+_EXT: Final = range(0xC7, 0xCA)
+# Of integers, floats, ext of a fixed size and short str, how many bytes they have in all.
+_SIZES: Final = {0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3, 0xD2: 5, 0xD3: 9, 0xCA: 5, 0xCB: 9}
+_SIZES.update({0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18})
+_SIZES.update({0xA0 + length: 1 + length for length in range(0x20)})
+_ONE_BYTE: Final = re.compile(rb"[\x00-\x7f\xc0-\xc3\xe0-\xff]*")  # nil, bool, small integers
+_ONE_BYTE_OR_EMPTY: Final = re.compile(rb"[\x00-\x80\x90\xc0-\xc3\xe0-\xff]*")  # and empty containers
+
+
+class BadValue(ValueError):  # noqa: N818  (what it is)
+    """Bytes that are no value of the type that they should be; the text says where and why."""
+
+
+def make_encoder(hook: EncodeHook | None = None) -> Callable[[object], bytes]:
+    """Return a function from a value to bytes.
+
+    Of what cannot be encoded it raises ``TypeError`` or ``ValueError``, or what the hook raises.
+    """
+    encode = msgspec.msgpack.Encoder(enc_hook=hook).encode
+
+    def encode_checked(value: object) -> bytes:
+        try:
+            return encode(value)
+        except (OverflowError, RecursionError) as exc:
+            raise ValueError(str(exc)) from exc
+
+    return encode_checked
+
+
+def make_decoder(
+    type: Any, hook: DecodeHook | None = None, *, is_closed: bool = False
+) -> Callable[[bytes], Any]:
+    """Return a function from bytes to a value of a type.
+
+    Whatever the bytes are, it raises nothing but `BadValue`.
+
+    Arguments:
+        type: an annotation.
+        hook: for the types that do not travel by themselves.
+        is_closed: the type is a ``TypedDict``, and keys that it does not have are refused, and not ignored.
+
+    Raises:
+        TypeError: the codec cannot take the type.
+    """
+    decode = msgspec.msgpack.Decoder(type, dec_hook=hook).decode
+    is_bounded = _measure(described.type_info(type), {}) <= MAX_DEPTH
+
+    def decode_checked(data: bytes) -> Any:
+        if not is_bounded and len(data) > MAX_DEPTH:
+            _check_depth(data)
+        try:
+            value = decode(data)
+            # The header of a small map is one byte with its length.
+            if is_closed and data[0] != _FIRST_CONTAINER | len(value):
+                _check_keys(data, value)
+        except Exception as exc:
+            raise exc if isinstance(exc, BadValue) else BadValue(_describe(exc)) from exc
+        return value
+
+    return decode_checked
+
+
+def find_unsupported(type: Any) -> list[Any]:
+    """Return the types in an annotation that travel only by hooks.
+
+    Raises:
+        TypeError: the codec cannot take it at all; the text says why.
+    """
+    msgspec.msgpack.Decoder(type)
+    found = _walk(described.type_info(type), {})
+    return list(dict.fromkeys(each.cls for each in found if isinstance(each, described.CustomType)))
+
+
+def make_schemas(types: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return a JSON Schema for each type, and what these refer to as ``#/$defs/NAME``, by name."""
+    schemas, definitions = msgspec.json.schema_components(
+        types, schema_hook=lambda cls: {"title": cls.__name__}, ref_template="#/$defs/{name}"
+    )
+    return list(schemas), definitions
+
+
+# ---- types ----
+
+
+def _children(info: described.Type) -> Iterator[described.Type]:
+    if isinstance(info, described.Metadata):
+        yield info.type
+    elif isinstance(info, described.UnionType):
+        yield from info.types
+    elif isinstance(info, described.CollectionType):
+        yield info.item_type
+    elif isinstance(info, described.TupleType):
+        yield from info.item_types
+    elif isinstance(info, described.DictType):
+        yield info.key_type
+        yield info.value_type
+    elif isinstance(
+        info,
+        described.TypedDictType | described.NamedTupleType | described.DataclassType | described.StructType,
+    ):
+        for field in info.fields:
+            yield field.type
+
+
+def _walk(info: described.Type, seen: dict[int, described.Type]) -> Iterator[described.Type]:
+    """All types within a type, which may be within themselves."""
+    if id(info) not in seen:
+        seen[id(info)] = info
+        yield info
+        for child in _children(info):
+            yield from _walk(child, seen)
+
+
+def _measure(info: described.Type, known: dict[int, float]) -> float:
+    """How many containers values of a type may have within each other; `math.inf` for no bound."""
+    if id(info) in known:
+        return known[id(info)]
+    known[id(info)] = math.inf  # for those within it: then it holds itself
+    if not isinstance(info, described.AnyType | described.CustomType | described.RawType | described.ExtType):
+        depths = [_measure(child, known) for child in _children(info)]
+        is_container = not isinstance(info, described.Metadata | described.UnionType) and bool(depths)
+        known[id(info)] = max(depths, default=0) + is_container
+    return known[id(info)]
+
+
+# ---- bytes ----
+
+
+def _check_depth(data: bytes) -> None:
+    """Refuse bytes that hold more than `MAX_DEPTH` containers within each other.
+
+    What is no MessagePack, or cut short, is left to the decoder, which finds that before it is deeper.
+    """
+    if len(data) - len(data.translate(None, _HEADERS)) <= MAX_DEPTH:
+        return
+    at = 0
+    claimed = remaining = 1  # values: of all containers so far, and of the innermost one
+    outer: list[int] = []  # those that remain of the containers around that one
+    while True:
+        while not remaining:
+            if not outer:
+                return
+            remaining = outer.pop()
+        small = _ONE_BYTE if len(outer) == MAX_DEPTH else _ONE_BYTE_OR_EMPTY
+        skipped = small.match(data, at, at + remaining)
+        assert skipped is not None
+        remaining -= skipped.end() - at
+        at = skipped.end()
+        if not remaining:
+            continue
+        if at >= len(data):
+            return
+        remaining -= 1
+        if data[at] not in _HEADERS:
+            at = _skip(data, at)
+            continue
+        outer.append(remaining)
+        if len(outer) > MAX_DEPTH:
+            raise BadValue(f"$: nested deeper than {MAX_DEPTH}")
+        remaining, at = _read_header(data, at)
+        claimed += remaining
+        if claimed > len(data):
+            return  # each value takes a byte at least
+
+
+def _skip(data: bytes, at: int) -> int:
+    """Where what begins here ends, which is no container."""
+    kind = data[at]
+    if kind in _SIZES:
+        return at + _SIZES[kind]
+    begin = at + 1 + _LENGTHS[kind]
+    return begin + int.from_bytes(data[at + 1 : begin], "big") + (kind in _EXT)
+
+
+def _read_header(data: bytes, at: int) -> tuple[int, int]:
+    """How many values a container holds, and where they begin."""
+    kind = data[at]
+    if kind < _ARRAY16:
+        count = kind & 0x0F
+        is_map = kind < _FIRST_CONTAINER + 0x10
+        at += 1
+    else:
+        width = 2 if kind in {_ARRAY16, _MAP16} else 4
+        count = int.from_bytes(data[at + 1 : at + 1 + width], "big")
+        is_map = kind >= _MAP16
+        at += 1 + width
+    return (2 * count if is_map else count), at
+
+
+def _check_keys(data: bytes, known: Mapping[str, Any]) -> None:
+    """Refuse a map with other keys than those that were decoded, or one of them twice."""
+    count, _ = _read_header(data, 0)
+    if count == 2 * len(known):
+        return
+    keys: Mapping[str, Any] = msgspec.msgpack.decode(data, type=dict[str, msgspec.Raw])
+    unknown = sorted(keys.keys() - known.keys())
+    raise BadValue(f"$: unknown argument {unknown[0]}" if unknown else "$: an argument is given twice")
+
+
+def _describe(error: Exception) -> str:
+    """Say what is wrong with a value, as in ``$.job.priority: expected int, got str``."""
+    if isinstance(error, RecursionError):
+        return f"$: nested deeper than {MAX_DEPTH}"
+    if not isinstance(error, msgspec.DecodeError):
+        return f"$: {type(error).__name__}: {error}"
+    text, _, path = str(error).rpartition(" - at ")
+    if not text:
+        text, path = path, "$"
+    path, text = path.replace("`", ""), text.replace("`", "")
+    if path == "$":
+        text = text.replace("Object missing required field", "missing argument")
+    return f"{path}: {text[:1].lower()}{text[1:]}"

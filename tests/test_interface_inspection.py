@@ -1,0 +1,556 @@
+"""What an interface may say, and that all which it may not is told at once, with what to write instead."""
+
+from __future__ import annotations
+
+import abc
+import typing
+from abc import ABC
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    overload,
+)
+
+import pytest
+import trio
+from trio.abc import ReceiveChannel
+
+from bokbok_trio.interface import idempotent, raises
+from bokbok_trio.interface._inspection import inspect_interface
+from bokbok_trio.interface._spec import NO_STREAM
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+T = TypeVar("T")
+U = TypeVar("U")
+P = ParamSpec("P")
+
+Stream = AbstractAsyncContextManager[ReceiveChannel[int]]
+
+
+@dataclass
+class Stat:
+    size: int
+
+
+@dataclass
+class NoSuchFile(Exception):
+    path: str
+
+
+class Listener(Protocol):
+    async def heard(self, text: str) -> None: ...
+
+
+class Everything(Protocol):
+    """All that is right."""
+
+    async def value(self, a: int, b: str = "", *, c: Stat | None = None) -> list[Stat]:
+        """With defaults."""
+        ...
+
+    async def nothing(self) -> None: ...
+    async def upload(self, chunks: AsyncIterable[bytes], name: str) -> int: ...
+    async def upload_2(self, chunks: AsyncIterator[Annotated[int, "x"]]) -> int: ...
+    async def upload_3(self, chunks: ReceiveChannel[Stat]) -> int: ...
+    def follow(self, path: str) -> AbstractAsyncContextManager[ReceiveChannel[Stat]]: ...
+    def follow_2(self) -> typing.AsyncContextManager[ReceiveChannel[None]]: ...
+    def both(self, chunks: AsyncIterable[str]) -> Stream: ...
+    async def call(self, a: Callable[[float, str], Awaitable[Stat]]) -> None: ...
+    async def call_2(self, a: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None: ...
+    async def lend(self, a: Listener, b: Annotated[Listener | None, "y"]) -> None: ...
+
+    async def _private(self, *whatever: object) -> object: ...
+    def __len__(self) -> int: ...
+
+
+def test_all_that_is_right_is_understood() -> None:
+    interface = inspect_interface(Everything)
+    assert (interface.name, interface.doc) == ("Everything", "All that is right.")
+    found = interface.methods
+    assert list(found) == [
+        *("value", "nothing", "upload", "upload_2", "upload_3", "follow", "follow_2", "both"),
+        *("call", "call_2", "lend"),
+    ]
+    value = found["value"]
+    assert (value.path, value.doc, value.result) == ("Everything.value", "With defaults.", list[Stat])
+    assert [(each.name, each.type, each.has_default) for each in value.parameters] == [
+        ("a", int, False),
+        ("b", str, True),
+        ("c", Stat | None, True),
+    ]
+    assert not value.needs_channel
+    assert found["nothing"].result is type(None)
+    for name, items in {
+        "upload": bytes,
+        "upload_2": Annotated[int, "x"],
+        "upload_3": Stat,
+        "both": str,
+    }.items():
+        stream = found[name].stream
+        assert stream is not None
+        assert stream.items == items
+        assert found[name].needs_channel
+    for name, items in {"follow": Stat, "follow_2": None, "both": int, "upload": NO_STREAM}.items():
+        assert found[name].items in [items, type(items)]
+    for name in ("call", "call_2", "lend"):
+        assert all(each.reference for each in found[name].parameters)
+        assert found[name].references == found[name].parameters
+        assert not found[name].needs_channel
+    assert [each.may_be_none for each in found["lend"].parameters] == [False, True]
+    callback = found["call"].references[0].reference
+    assert callback is not None
+    [method] = callback.methods.values()
+    assert ([each.type for each in method.parameters], method.result) == ([float, str], Stat)
+
+
+class OldStore(ABC):
+    @abc.abstractmethod
+    async def get(self, key: str) -> bytes: ...
+
+    async def size(self) -> int:
+        return 0
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def add(self, number: int) -> int:
+        return number
+
+
+@pytest.mark.parametrize(("interface", "names"), [(OldStore, ["get", "size"]), (Plain, ["add"])])
+def test_other_classes_than_protocols_do_as_well(interface: type, names: list[str]) -> None:
+    assert list(inspect_interface(interface).methods) == names
+
+
+class Store(Protocol[T]):
+    async def get(self, key: str) -> T: ...
+    async def put(self, key: str, value: T) -> None: ...
+    def follow(self) -> AbstractAsyncContextManager[ReceiveChannel[T]]: ...
+    async def each(self, visit: Callable[[T], Awaitable[None]]) -> None: ...
+
+
+class Pairs(Store[list[U]], Protocol[T, U]):  # type: ignore[misc]
+    async def swap(self, pair: tuple[T, U]) -> dict[str, U]: ...
+
+
+class StatStore(Pairs[int, Stat], Protocol):
+    async def get(self, key: str, default: Stat | None = None) -> list[Stat]: ...
+
+
+class Mixed(Plain, Generic[T]):
+    async def mix(self, value: T) -> T:
+        return value
+
+
+@pytest.mark.parametrize("form", [Pairs[int, Stat], StatStore])
+def test_interfaces_inherit_and_are_generic_over_concrete_types(form: Any) -> None:
+    found = inspect_interface(form).methods
+    assert set(found) == {"get", "put", "follow", "each", "swap"}
+    assert found["get"].result == list[Stat]
+    assert found["put"].parameters[1].type == list[Stat]
+    assert found["follow"].items == list[Stat]
+    assert found["swap"].parameters[0].type == tuple[int, Stat]
+    assert found["swap"].result == dict[str, Stat]
+    visit = found["each"].references[0].reference
+    assert visit is not None
+    assert visit.methods["__call__"].parameters[0].type == list[Stat]
+    assert len(found["get"].parameters) == (2 if form is StatStore else 1)
+
+
+def test_a_type_may_be_given_to_a_plain_class() -> None:
+    found = inspect_interface(Mixed[int]).methods
+    assert found["mix"].result is int
+    assert found["add"].result is int
+
+
+class Node(Protocol):
+    async def visit(self, other: Node, then: Callable[[int], Awaitable[None]]) -> None: ...
+
+
+def test_an_interface_may_refer_to_itself() -> None:
+    interface = inspect_interface(Node)
+    assert interface.methods["visit"].references[0].reference is interface
+
+
+def test_marks_are_seen() -> None:
+    class Files(Protocol):
+        @idempotent
+        @raises(NoSuchFile, Computed)
+        async def stat(self, path: str) -> int: ...
+
+    stat = inspect_interface(Files, "Other").methods["stat"]
+    assert stat.is_idempotent
+    assert stat.errors == {"NoSuchFile": NoSuchFile, "Computed": Computed}
+    assert stat.path == "Other.stat"
+
+
+# ---- what is wrong ----
+
+
+@dataclass(frozen=True)
+class Frozen(Exception):
+    path: str
+
+
+class NoDataclass(Exception):
+    pass
+
+
+@dataclass
+class HasSocket(Exception):
+    socket: Plain
+
+
+@dataclass
+class Computed(Exception):
+    path: str
+    name: Plain = field(init=False)
+
+
+@dataclass
+class HasDecimal(Exception):
+    value: Decimal
+
+
+def same_name() -> type[Exception]:
+    @dataclass
+    class NoSuchFile(Exception):
+        code: int
+
+    return NoSuchFile
+
+
+LONG: type[Exception] = dataclass(type("L" * 64, (Exception,), {}))
+
+
+class Loud(Protocol):
+    async def shout(self, text: str, *rest: str) -> None: ...
+
+
+class Dunder(Protocol):
+    def __len__(self) -> int: ...
+
+
+class Wrong(Protocol):
+    """Each method is wrong in one way; its docstring is what is to be said of it."""
+
+    count: int
+    LIMIT: ClassVar[int] = 3
+
+    async def unannotated(self, path) -> None:  # type: ignore[no-untyped-def]
+        """parameter path has no annotation; write path: int, say"""
+
+    async def no_result(self, path: str):  # type: ignore[no-untyped-def]
+        """its result has no annotation; write -> None, if there is none"""
+
+    def not_async(self, path: str) -> int:
+        """it is not async; write 'async def'"""
+        ...
+
+    async def generator(self) -> AsyncGenerator[int]:
+        """it is an async generator; write def ...(...) -> AbstractAsyncContextManager[ReceiveChannel[...]]"""
+        yield 1
+
+    async def async_iterator(self) -> AsyncIterator[int]:
+        """it streams, and is async; write def ...(...) -> AbstractAsyncContextManager[ReceiveChannel[...]]"""
+        ...
+
+    async def async_block(self) -> Stream:
+        """it streams, and is async; write def ...(...) -> AbstractAsyncContextManager[ReceiveChannel[...]]"""
+        ...
+
+    def iterator(self) -> AsyncIterator[int]:
+        """it returns AsyncIterator[int]; write def ...(...) -> AbstractAsyncContextManager"""
+        ...
+
+    def block_of_nothing(self) -> AbstractAsyncContextManager[int]:
+        """returns AbstractAsyncContextManager[int]; write def ...(...) -> AbstractAsyncContextManager"""
+        ...
+
+    def block_of_items(self) -> AbstractAsyncContextManager[ReceiveChannel]:  # type: ignore[type-arg]
+        """returns a stream of unknown items; write def ...(...) -> AbstractAsyncContextManager"""
+        ...
+
+    def bare_block(self) -> AbstractAsyncContextManager:  # type: ignore[type-arg]
+        """returns AbstractAsyncContextManager; write def"""
+        ...
+
+    async def two_streams(self, a: AsyncIterable[int], b: AsyncIterable[int]) -> None:
+        """a and b are both streams; a method takes one"""
+
+    async def bare_stream(self, a: AsyncIterable) -> None:  # type: ignore[type-arg]
+        """parameter a is a stream of unknown items; write AsyncIterable[int], say"""
+
+    async def generator_argument(self, a: AsyncGenerator[int, None]) -> None:
+        """parameter a is AsyncGenerator[int, None]; write AsyncIterable[...] for a stream"""
+
+    async def block_argument(self, a: Stream) -> None:
+        """write AsyncIterable[...] for a stream"""
+
+    async def memory_channel(self, a: trio.MemoryReceiveChannel[int]) -> None:
+        """write AsyncIterable[...] for a stream"""
+
+    async def maybe_stream(self, a: AsyncIterable[int] | None = None) -> None:
+        """parameter a is a stream that may be missing; write a method for each case"""
+
+    async def odd_items(self, a: AsyncIterable[Plain]) -> None:
+        """parameter a has items: Plain does not travel"""
+
+    async def variadic(self, *paths: str) -> None:
+        """*paths: 'str' has no fixed arguments; write each, or one list or dict of them"""
+
+    async def keywords(self, **paths: str) -> None:
+        """**paths: 'str' has no fixed arguments; write each, or one list or dict of them"""
+
+    async def positional(self, path: str, /) -> None:
+        """path is positional-only, and arguments travel by name; take the '/' away"""
+
+    async def unknown_type(self, a: Plain) -> None:
+        """parameter a: Plain does not travel; write a dataclass, or give encode_hook and decode_hook"""
+
+    async def unknown_inside(self, a: dict[str, list[complex]]) -> None:
+        """parameter a: complex does not travel"""
+
+    async def unknown_result(self) -> Plain:
+        """it returns: Plain does not travel"""
+        ...
+
+    async def anything(self, a: object) -> None:
+        """parameter a: object says nothing; write Any"""
+
+    async def ambiguous(self, a: list[int] | set[int]) -> None:
+        """parameter a: Type unions may not contain more than one array-like"""
+
+    async def callbacks_inside(self, a: list[Callable[[int], Awaitable[None]]]) -> None:
+        """parameter a: Callable inside of another type; make it a parameter of its own"""
+
+    async def streams_inside(self, a: dict[str, AsyncIterable[int]]) -> None:
+        """parameter a: AsyncIterable inside of another type; make it a parameter of its own"""
+
+    async def protocols_inside(self, a: list[Listener]) -> None:
+        """parameter a: Listener inside of another type; make it a parameter of its own"""
+
+    async def sync_callback(self, a: Callable[[int], None]) -> None:
+        """parameter a is a callback that is not async; write Callable[[float], Awaitable[None]], say"""
+
+    async def any_callback(self, a: Callable[..., Awaitable[None]]) -> None:
+        """which says nothing of its arguments; write Callable[[float], Awaitable[None]], say"""
+
+    async def bare_callback(self, a: Callable) -> None:  # type: ignore[type-arg]
+        """parameter a is Callable, which says nothing of its arguments"""
+
+    async def param_callback(self, a: Callable[P, Awaitable[None]]) -> None:
+        """which says nothing of its arguments"""
+
+    async def streaming_callback(self, a: Callable[[AsyncIterable[int]], Awaitable[None]]) -> None:
+        """parameter a is a callback with a stream; write a Protocol with a method"""
+
+    async def odd_callback(self, a: Callable[[Plain], Awaitable[Plain]]) -> None:
+        """parameter a: argument 0: Plain does not travel"""
+
+    async def wrong_protocol(self, a: Loud) -> None:
+        """Loud.shout: *rest: 'str' has no fixed arguments"""
+
+    async def empty_protocol(self, a: Dunder) -> None:
+        """Dunder: it has no methods"""
+
+    async def open_protocol(self, a: Store) -> None:  # type: ignore[type-arg]
+        """Store: T is open; write Store[int], say"""
+
+    async def returns_callback(self) -> Callable[[int], Awaitable[None]]:
+        """what is lent lives only as long as a call; write methods of this interface, with a name or"""
+        ...
+
+    async def returns_protocol(self) -> Listener:
+        """it returns Listener, and what is lent lives only as long as a call"""
+        ...
+
+    async def generic(self, a: T) -> T:
+        """parameter a: T is open; write a type"""
+        ...
+
+    async def unknown_name(self, a: Decimal) -> None:
+        """name 'Decimal' is not defined; import what they need at run time, and not under TYPE_CHECKING"""
+
+    @overload
+    async def overloaded(self, a: int) -> int: ...
+    @overload
+    async def overloaded(self, a: str) -> str: ...  # it is overloaded; write a method for each signature
+
+    async def no_self() -> None:  # type: ignore[misc]
+        """it has no self; write an ordinary method"""
+
+    @staticmethod
+    async def static(a: int) -> int: ...
+
+    @classmethod
+    async def of_class(cls, a: int) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @idempotent
+    async def repeated_stream(self, a: AsyncIterable[int]) -> None:
+        """what streams cannot be repeated; take @idempotent away"""
+
+    @raises(NoDataclass)
+    async def no_dataclass(self) -> None:
+        """NoDataclass is no dataclass; write @dataclass above it"""
+
+    @raises(Frozen)
+    async def frozen(self) -> None:
+        """Frozen is frozen, and Python must set its traceback; take frozen away"""
+
+    @raises(NoSuchFile, same_name())
+    async def twice(self) -> None:
+        """it raises two classes named NoSuchFile; rename one"""
+
+    @raises(LONG)
+    async def long(self) -> None:
+        """is too long; 63 bytes are the most"""
+
+    @raises(HasSocket)
+    async def odd_field(self) -> None:
+        """HasSocket.socket: Plain does not travel"""
+
+    @raises(HasDecimal)
+    async def unknown_field(self) -> None:
+        """HasDecimal: its annotations cannot be evaluated: name 'Decimal' is not defined"""
+
+
+EXPECTED: dict[str, str] = {
+    **{name: str(member.__doc__) for name, member in vars(Wrong).items() if not name.startswith("_")},
+    "overloaded": "it is overloaded; write a method for each signature",
+    **dict.fromkeys(
+        ("count", "LIMIT", "static", "of_class", "size"),
+        "it is no method; write an 'async def' method that returns it",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def offences() -> list[str]:
+    with pytest.raises(TypeError) as caught:
+        inspect_interface(Wrong)
+    first, *lines = str(caught.value).split("\n  ")
+    assert first == "Wrong cannot be an interface"
+    return lines
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_each_offence_is_told_with_what_to_write(name: str, offences: list[str]) -> None:
+    text = EXPECTED[name]
+    assert text
+    if ": " in text and text.partition(":")[0] in {"Loud.shout", "Dunder", "Store"}:
+        assert any(each.startswith(text) for each in offences)
+    else:
+        found = [each for each in offences if each.startswith(f"Wrong.{name}: ")]
+        assert any(text in each for each in found), found
+
+
+def test_nothing_else_is_told_and_nothing_twice(offences: list[str]) -> None:
+    more = {"odd_callback": 2, "overloaded": 1}
+    told = [each.partition(":")[0].removeprefix("Wrong.") for each in offences]
+    assert len(offences) == len(set(offences))
+    assert {each for each in told if told.count(each) != more.get(each, 1)} == {"generic"}
+    assert set(told) == EXPECTED.keys() - {"wrong_protocol", "empty_protocol", "open_protocol"} | {
+        *("Loud.shout", "Dunder", "Store")
+    }
+
+
+@pytest.mark.parametrize("wrong", [3, "Files", None, print, Callable[[int], Awaitable[None]]])
+def test_what_is_no_class_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"an interface is a class|cannot be an interface"):
+        inspect_interface(wrong)
+
+
+class Open(Protocol[T]):  # type: ignore[misc]
+    async def get(self) -> T: ...
+
+
+def test_a_generic_interface_needs_its_types() -> None:
+    with pytest.raises(TypeError, match=r"Open: T is open; write Open\[int\], say"):
+        inspect_interface(Open)
+
+
+class Twice(Open[int], Protocol):
+    count: int
+    value: int
+
+
+class Thrice(Twice, Protocol):
+    count: int
+
+
+def test_an_offence_that_is_inherited_is_told_once() -> None:
+    with pytest.raises(TypeError) as caught:
+        inspect_interface(Thrice)
+    assert [line.partition(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == [
+        "Thrice.count",
+        "Thrice.value",
+    ]
+
+
+class Nameless(Protocol):
+    async def __call__(self, a: int) -> int: ...
+
+
+def test_an_interface_is_no_callback() -> None:
+    with pytest.raises(TypeError, match="only callbacks are called by no name; give the method a name"):
+        inspect_interface(Nameless)
+
+
+class TakesNameless(Protocol):
+    async def use(self, a: Nameless) -> None: ...
+
+
+def test_a_protocol_may_be_a_callback() -> None:
+    reference = inspect_interface(TakesNameless).methods["use"].references[0].reference
+    assert reference is not None
+    assert list(reference.methods) == ["__call__"]
+
+
+def test_an_empty_interface_is_refused() -> None:
+    with pytest.raises(TypeError, match="Dunder: it has no methods; write 'async def' methods without '_'"):
+        inspect_interface(Dunder)
+
+
+def test_a_name_may_be_given_and_is_a_str() -> None:
+    assert inspect_interface(Listener, "L").methods["heard"].path == "L.heard"
+    for wrong in ("", 3, "%x"):
+        with pytest.raises(TypeError, match="a name of an interface is a str"):
+            inspect_interface(Listener, wrong)  # type: ignore[arg-type]
+
+
+class TakesPlain(Protocol):
+    async def use(self, a: Plain) -> None: ...
+
+
+def test_hooks_allow_other_types() -> None:
+    assert inspect_interface(TakesPlain, has_hooks=True).methods["use"].parameters[0].type is Plain
+
+
+@pytest.mark.parametrize("wrong", [(), (3,), (NoSuchFile("x"),), (BaseException,), (NoSuchFile, "x")])
+def test_raises_takes_exception_classes(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"raises takes exception classes: @raises\(NoSuchFile\)"):
+        raises(*wrong)
+
+
+def test_raises_without_parentheses_is_refused_where_it_stands() -> None:
+    async def stat(self: object) -> None: ...
+
+    with pytest.raises(TypeError, match="raises takes exception classes"):
+        raises(stat)  # type: ignore[arg-type]
