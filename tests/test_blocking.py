@@ -964,3 +964,11 @@ def test_the_programs_of_the_documentation_print_what_they_say(
         assert expected
         exec(program.replace("localhost:12345", str(server.addresses[0])), {})
     assert capsys.readouterr() == ("".join(f"{line}\n" for line in expected), "")
+
+
+def test_a_loop_that_is_stopped_before_it_runs_ends_at_once() -> None:
+    loop = Loop()
+    loop.stop()
+    loop.start()
+    loop.join(5)
+    assert not loop.post(print)

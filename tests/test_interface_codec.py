@@ -7,6 +7,8 @@ import decimal
 import enum
 import math
 import random
+import runpy
+import sys
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +20,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
+from bokbok_trio.interface import _codec
 from bokbok_trio.interface._codec import (
     MAX_DEPTH,
     BadValue,
@@ -430,3 +433,9 @@ def test_schemas_say_what_types_are() -> None:
     assert definitions["Job"]["properties"]["tags"]["items"] == {"type": "string"}
     assert number == {"type": "integer", "minimum": 1}
     assert fussy == {"title": "Fussy"}
+
+
+def test_without_msgspec_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "msgspec", None)
+    with pytest.raises(ImportError, match=r"install bokbok-trio\[interface\]"):
+        runpy.run_path(_codec.__file__)
