@@ -90,8 +90,6 @@ GROWTH: Final = 1.25
 SLACK: Final = 24 * 2**20
 """Bytes by which memory may grow besides."""
 
-Call = Callable[[], Awaitable[list[bytes]]]
-
 
 class Crash(Exception):  # noqa: N818
     """What a handler raises that is asked to."""
@@ -122,16 +120,30 @@ class Side:
         os.write(self._file, (" ".join(map(str, words)) + "\n").encode())
 
     async def ask(
-        self, call: Callable[[bytes], Awaitable[list[bytes]]], bound: float, *, idempotent: bool = False
+        self,
+        call: Callable[[bytes], Awaitable[list[bytes]]],
+        bound: float,
+        *,
+        idempotent: bool = False,
+        may_wait: bool = False,
     ) -> str:
-        """Ask one thing, and write that, and how it ended; returns this."""
+        """Ask one thing, and write that, and how it ended; returns this.
+
+        Arguments:
+            call: asks it, given the token.
+            bound: seconds until it is given up.
+            idempotent: that it may run more than once.
+            may_wait: that it waits for as long as there is no connection, so that it may be given up for that.
+        """
         token = f"{self.name}.{next(self._tokens)}"
         self.write("asked", token, int(idempotent))
         outcome = "cancelled"  # where something else comes out, a cancellation most likely
         began = time.monotonic()
         try:
-            with trio.move_on_after(bound):
+            with trio.move_on_after(bound) as scope:
                 outcome = "answer" if (await call(token.encode()))[0] == token.encode() else "wrong"
+            if scope.cancelled_caught and bound == BOUND:
+                outcome = "waited" if may_wait else "hung"
         except RemoteError as exc:
             outcome = "busy" if exc.code == "busy" else "error"
         except (ConnectionLost, ConnectionClosed) as exc:
@@ -309,21 +321,20 @@ class Client(Side):
         rng = self.rng
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
         bound = BOUND if rng.random() < 0.85 else rng.random() ** 2 * 0.3
+        may_wait = isinstance(client, ReconnectingConnection)
         if kind == "channel":
-            return await self.ask(partial(self._talk, client), bound)
+            return await self.ask(partial(self._talk, client), bound, may_wait=may_wait)
         argument = b"%.3f" % (rng.random() ** 4 * 0.5) if kind == "sleep" else b""
         size = rng.randrange(300_000) if kind == "big" else int(rng.paretovariate(0.5)) % 10_000
-        idempotent = isinstance(client, ReconnectingConnection) and rng.random() < 0.5
+        idempotent = may_wait and rng.random() < 0.5
         how = {"idempotent": True} if idempotent else {}
 
         async def request(token: bytes) -> list[bytes]:
             rest = [argument, pattern(token, size)]
-            answer = await client.request(
-                [("echo" if kind == "big" else kind).encode(), token, *rest], **how
-            )
+            answer = await client.request([("echo" if kind == "big" else kind).encode(), token, *rest], **how)
             return answer if answer[1:] == rest else [b"another's"]
 
-        return await self.ask(request, bound, idempotent=idempotent)
+        return await self.ask(request, bound, idempotent=idempotent, may_wait=may_wait)
 
     async def _talk(self, client: Connection | ReconnectingConnection, token: bytes) -> list[bytes]:
         """Ask for a channel, and send items both ways."""
@@ -592,7 +603,7 @@ class Driver:
                             self.faults.append(f"{token} ended twice")
                         ended[token] = rest[0]
                         took, bound = map(float, rest[1:])
-                        longest = max(longest, took - (bound if rest[0] == "cancelled" else 0.0))
+                        longest = max(longest, took)
                         if took > bound + LATE:
                             self.faults.append(f"{token} ended {took - bound:.1f} s late: {rest[0]}")
                     else:
@@ -602,8 +613,8 @@ class Driver:
             runs = ran[token]
             if outcome is None and token.split(".")[0] not in self._killed:
                 self.faults.append(f"{token} was asked, and has no end")
-            if outcome == "wrong":
-                self.faults.append(f"{token} got another answer")
+            if outcome in {"wrong", "hung"}:
+                self.faults.append(f"{token} ended with {outcome}")
             if runs > most:
                 self.faults.append(f"{token} ran {runs} times")
             if not runs and outcome in {"answer", "error"}:
