@@ -1,5 +1,5 @@
 """A proxy that is a bad link: it cuts, stalls, delays, throttles, drops, repeats, reorders and corrupts."""
-# ruff: noqa: PLR2004, S311  (bad luck is made of many numbers, and its dice guard nothing)
+# ruff: noqa: S311  (bad luck is made of many numbers, and its dice guard nothing)
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ ALWAYS: Final = ("delay", "stall", "throttle", "bytes", "cut", "reset", "half", 
 SEALED: Final = ("corrupt", "drop", "repeat", "swap")
 """What may also be wrong where each change is noticed."""
 
-CALM: Final = 0.8
-"""Seconds, on average, from one trouble of a link to the next."""
-
 
 class Cut(Exception):  # noqa: N818
     """The link is over."""
@@ -34,6 +31,7 @@ class Weather:
 
     Arguments:
         seed: of the dice.
+        calm: seconds, on average, from one trouble of a link to the next.
         is_sealed: whether what goes through the links is sealed.
 
     Attributes:
@@ -41,9 +39,10 @@ class Weather:
         troubles: how often there was each.
     """
 
-    def __init__(self, seed: int, *, is_sealed: bool) -> None:
+    def __init__(self, seed: int, calm: float, *, is_sealed: bool) -> None:
         self.rng = random.Random(seed)
         self.kinds = ALWAYS + SEALED * is_sealed
+        self.calm = calm
         self.is_bad = False
         self.troubles: Counter[str] = Counter()
 
@@ -77,7 +76,7 @@ class Link:
     async def _have_trouble(self) -> None:
         """Be well for a while, then be not, for ever."""
         while True:
-            await trio.sleep(self._rng.expovariate(1 / CALM))
+            await trio.sleep(self._rng.expovariate(1 / self._weather.calm))
             if self._weather.is_bad:
                 self._is_over = trio.Event()
                 self._trouble = self._rng.choice(self._weather.kinds)
@@ -93,8 +92,9 @@ class Link:
                 await sink.send_all(chunk)
                 continue
             self._weather.troubles[trouble] += 1
-            if trouble == "half":  # one direction ends, and the other goes on
-                await sink.send_eof()
+            if trouble in {"half", "hole"}:  # one direction ends, or falls silent, and the other goes on
+                if trouble == "half":
+                    await sink.send_eof()
                 while await source.receive_some(CHUNK):
                     pass
                 return
@@ -102,6 +102,7 @@ class Link:
         await sink.send_eof()
 
     async def _pass_badly(self, trouble: str, chunk: bytes, sink: trio.SocketStream) -> None:
+        """Pass a chunk on slowly, in part, or as another."""
         at = self._rng.randrange(len(chunk))
         match trouble:
             case "delay":
@@ -125,20 +126,19 @@ class Link:
                 for end in self._ends:
                     reset(end)
                 raise Cut
-            case "hole" | "drop":
-                if trouble == "drop":
-                    self._trouble = ""
-            case "corrupt":
-                self._trouble = ""
-                await sink.send_all(chunk[:at] + bytes([chunk[at] ^ 1 << at % 8]) + chunk[at + 1 :])
-            case "repeat":
-                self._trouble = ""
-                await sink.send_all(chunk + chunk)
-            case "swap":
-                self._trouble = ""
-                await sink.send_all(chunk[at:] + chunk[:at])
             case _:
-                raise AssertionError(trouble)
+                self._trouble = ""  # once is enough
+                await sink.send_all(falsify(trouble, chunk, at))
+
+
+def falsify(trouble: str, chunk: bytes, at: int) -> bytes:
+    """What is passed on instead of a chunk; `at` is where in it."""
+    return {
+        "corrupt": chunk[:at] + bytes([chunk[at] ^ 1 << at % 8]) + chunk[at + 1 :],
+        "drop": b"",
+        "repeat": chunk + chunk,
+        "swap": chunk[at:] + chunk[:at],
+    }[trouble]
 
 
 def reset(stream: trio.SocketStream) -> None:

@@ -79,8 +79,8 @@ KINDS: Final = {"echo": 70, "sleep": 10, "back": 8, "fail": 4, "crash": 1, "chan
 ITEMS: Final = 5
 """Items each way on a channel."""
 PHASES: Final = {"restarts": 0.5, "warm-up": 0.1, "faults": 0.4}
-"""What part of the requests is asked in each. The server is killed in the first only, so that it lives through
-the other two, and can be compared."""
+"""What part of the requests is asked in each. The server is killed in the first only, so that it lives
+through the other two, and can be compared."""
 REST: Final = 30.0
 """Seconds within which all must be at rest after a phase."""
 PATIENCE: Final = 180.0
@@ -133,7 +133,7 @@ class Side:
             call: asks it, given the token.
             bound: seconds until it is given up.
             idempotent: that it may run more than once.
-            may_wait: that it waits for as long as there is no connection, so that it may be given up for that.
+            may_wait: that it waits while there is no connection, and so may be given up.
         """
         token = f"{self.name}.{next(self._tokens)}"
         self.write("asked", token, int(idempotent))
@@ -326,12 +326,15 @@ class Client(Side):
             return await self.ask(partial(self._talk, client), bound, may_wait=may_wait)
         argument = b"%.3f" % (rng.random() ** 4 * 0.5) if kind == "sleep" else b""
         size = rng.randrange(300_000) if kind == "big" else int(rng.paretovariate(0.5)) % 10_000
-        idempotent = may_wait and rng.random() < 0.5
-        how = {"idempotent": True} if idempotent else {}
+        ask = client.request
+        idempotent = False
+        if isinstance(client, ReconnectingConnection) and rng.random() < 0.5:
+            ask = partial(client.request, idempotent=True)
+            idempotent = True
 
         async def request(token: bytes) -> list[bytes]:
             rest = [argument, pattern(token, size)]
-            answer = await client.request([("echo" if kind == "big" else kind).encode(), token, *rest], **how)
+            answer = await ask([("echo" if kind == "big" else kind).encode(), token, *rest])
             return answer if answer[1:] == rest else [b"another's"]
 
         return await self.ask(request, bound, idempotent=idempotent, may_wait=may_wait)
@@ -434,16 +437,24 @@ class Client(Side):
 
 
 class Driver:
-    """Starts all of it, is the bad link, makes the faults, and compares the ledgers."""
+    """Starts all of it, is the bad link, makes the faults, and compares what all hold at rest.
+
+    Arguments:
+        given: the options of the command line.
+
+    Attributes:
+        killed: servers that were killed, by name.
+        faults: what was found, in words.
+    """
 
     def __init__(self, given: argparse.Namespace) -> None:
         self._given = given
         self._rng = random.Random(given.seed)
-        self._weather = Weather(given.seed, is_sealed=given.sealed)
+        self._weather = Weather(given.seed, given.calm, is_sealed=given.sealed)
         self._server: subprocess.Popen[str] | None = None
         self._clients: list[subprocess.Popen[str]] = []
         self._lives = 0
-        self._killed: set[str] = set()  # servers, by name
+        self.killed: set[str] = set()
         self._done: Counter[str] = Counter()
         self._log = open(f"{given.folder}/stderr", "w+")  # noqa: SIM115  (for as long as this)
         self.faults: list[str] = []
@@ -483,6 +494,7 @@ class Driver:
                 levels = [await self._have_phase(*phase) for phase in PHASES.items()]
                 nursery.cancel_scope.cancel()
             self._compare_levels(*levels[1:])
+            print(f"troubles of links: {dict(self._weather.troubles)}; of processes: {dict(self._done)}")
         finally:
             for process in [self._server, *self._clients]:
                 if process is not None:
@@ -540,7 +552,7 @@ class Driver:
         assert self._server
         server, name = self._server, f"server{self._lives}"
         if how == signal.SIGKILL:
-            self._killed.add(name)
+            self.killed.add(name)
         server.send_signal(how)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * REST):
             code = await trio.to_thread.run_sync(server.wait, abandon_on_cancel=True)
@@ -552,7 +564,7 @@ class Driver:
     async def _make_faults(self, more: list[str]) -> None:
         """Do something to a process from time to time, for ever."""
         while True:
-            await trio.sleep(self._rng.expovariate(1 / 2.0))
+            await trio.sleep(self._rng.expovariate(0.5 / self._given.calm))
             assert self._server
             fault = self._rng.choice(["suspend", "files", "files of a client", *more])
             self._done[fault] += 1
@@ -571,8 +583,6 @@ class Driver:
                 case _:
                     self._rng.choice(self._clients).send_signal(signal.SIGUSR1)
 
-    # ---- the comparison ----
-
     def _compare_levels(self, before: list[dict[str, int]], after: list[dict[str, int]]) -> None:
         names = [*(f"client{number}" for number in range(CLIENTS)), "server"]
         for name, first, last in zip(names, before, after, strict=True):
@@ -581,63 +591,6 @@ class Driver:
                 most = first[what] * GROWTH + SLACK if what == "memory" else first[what]
                 if value > most:
                     self.faults.append(f"{name}: {what} grew from {first[what]} to {value}")
-
-    def compare_ledgers(self) -> None:
-        """Find what is wrong in the ledgers, and print the sums."""
-        asked: dict[str, int] = {}  # most runs that may be, by token
-        ended: dict[str, str] = {}  # outcome
-        ran: Counter[str] = Counter()
-        longest = 0.0
-        for name in sorted(os.listdir(self._given.folder)):
-            if not name.endswith(".ledger"):
-                continue
-            with open(f"{self._given.folder}/{name}") as ledger:
-                for line in ledger:
-                    what, token, *rest = line.split()
-                    if what == "ran":
-                        ran[token] += 1
-                    elif what == "asked":
-                        asked[token] = 1 + REPEATS * int(rest[0])
-                    elif what == "ended":
-                        if token in ended:
-                            self.faults.append(f"{token} ended twice")
-                        ended[token] = rest[0]
-                        took, bound = map(float, rest[1:])
-                        longest = max(longest, took)
-                        if took > bound + LATE:
-                            self.faults.append(f"{token} ended {took - bound:.1f} s late: {rest[0]}")
-                    else:
-                        self.faults.append(f"{name}: {line.strip()}")
-        for token, most in asked.items():
-            outcome = ended.get(token)
-            runs = ran[token]
-            if outcome is None and token.split(".")[0] not in self._killed:
-                self.faults.append(f"{token} was asked, and has no end")
-            if outcome in {"wrong", "hung"}:
-                self.faults.append(f"{token} ended with {outcome}")
-            if runs > most:
-                self.faults.append(f"{token} ran {runs} times")
-            if not runs and outcome in {"answer", "error"}:
-                self.faults.append(f"{token} ended with {outcome}, and did not run")
-            if runs and outcome in {"lost-0", "closed-0", "busy"}:
-                self.faults.append(f"{token} ended with {outcome}, and ran")
-        self.faults += [f"{token} ran, and was not asked" for token in ran if token not in asked]
-        self._print_sums(asked, ended, ran, longest)
-
-    def _print_sums(
-        self, asked: dict[str, int], ended: dict[str, str], ran: Counter[str], longest: float
-    ) -> None:
-        sums = Counter(ended.values())
-        print(
-            f"{len(asked)} asked, of these {sum(token.startswith('server') for token in asked)} back; "
-            f"{sum(ran.values())} runs of {len(ran)}; {sum(runs > 1 for runs in ran.values())} ran again"
-        )
-        for outcome, number in sorted(sums.items()):
-            runs = sum(ran[token] > 0 for token, each in ended.items() if each == outcome)
-            print(f"  {outcome:10} {number:8}, of which {runs} ran")
-        print(f"  no end     {len(asked) - len(ended):8}, asked by servers that were killed")
-        print(f"the longest took {longest:.1f} s; {self._lives} lives of the server")
-        print(f"troubles of links: {dict(self._weather.troubles)}; of processes: {dict(self._done)}")
 
     def tell_faults(self) -> bool:
         """Print the faults; returns whether there were any."""
@@ -648,6 +601,72 @@ class Driver:
             print(f"{len(self.faults)} faults; of what the processes said:\n{self._log.read()[-5000:]}")
         self._log.close()
         return bool(self.faults)
+
+
+class Comparison:
+    """Compares the ledgers.
+
+    Arguments:
+        killed: servers that were killed: what they asked may have no end.
+
+    Attributes:
+        faults: what was found, in words.
+    """
+
+    def __init__(self, killed: set[str]) -> None:
+        self.faults: list[str] = []
+        self._killed = killed
+        self._asked: dict[str, int] = {}  # how often it may run, by token
+        self._ended: dict[str, str] = {}  # with which outcome
+        self._ran: Counter[str] = Counter()
+        self._longest = 0.0
+
+    def read(self, name: str, line: str) -> None:
+        """Read a line of a ledger of that name."""
+        what, token, *rest = line.split()
+        match what:
+            case "asked":
+                self._asked[token] = 1 + REPEATS * int(rest[0])
+            case "ran":
+                self._ran[token] += 1
+            case "ended":
+                if token in self._ended:
+                    self.faults.append(f"{token} ended twice")
+                self._ended[token] = rest[0]
+                took, bound = map(float, rest[1:])
+                self._longest = max(self._longest, took)
+                if took > bound + LATE:
+                    self.faults.append(f"{token} ended {took - bound:.1f} s late: {rest[0]}")
+            case _:
+                self.faults.append(f"{name}: {line.strip()}")
+
+    def judge(self) -> None:
+        """Find what is wrong, when all has been read."""
+        for token, most in self._asked.items():
+            outcome = self._ended.get(token)
+            if outcome is None and token.partition(".")[0] not in self._killed:
+                self.faults.append(f"{token} was asked, and has no end")
+            if outcome in {"wrong", "hung"}:
+                self.faults.append(f"{token} ended with {outcome}")
+            runs = self._ran[token]
+            if runs > most:
+                self.faults.append(f"{token} ran {runs} times")
+            if outcome in {"answer", "error"} and not runs:
+                self.faults.append(f"{token} ended with {outcome}, and did not run")
+            if outcome in {"lost-0", "closed-0", "busy"} and runs:
+                self.faults.append(f"{token} ended with {outcome}, and ran")
+        self.faults += [f"{token} ran, and was not asked" for token in self._ran if token not in self._asked]
+
+    def print_sums(self) -> None:
+        """Print how often there was what."""
+        back = sum(token.startswith("server") for token in self._asked)
+        again = sum(runs > 1 for runs in self._ran.values())
+        print(f"{len(self._asked)} asked, {back} of them back; {self._ran.total()} runs, {again} ran again")
+        for outcome, number in sorted(Counter(self._ended.values()).items()):
+            runs = sum(self._ran[token] > 0 for token, each in self._ended.items() if each == outcome)
+            print(f"  {outcome:10} {number:8}, of which {runs} ran")
+        print(f"  no end     {len(self._asked) - len(self._ended):8}: their servers were killed")
+        print(f"the longest took {self._longest:.1f} s; {len(self._killed)} servers were killed")
 
 
 def find_port() -> int:
@@ -671,7 +690,15 @@ def drive(given: argparse.Namespace) -> int:
             trio.run(driver.run)
         except* (RuntimeError, TimeoutError) as group:
             driver.faults += map(str, group.exceptions)
-        driver.compare_ledgers()
+        comparison = Comparison(driver.killed)
+        for name in sorted(os.listdir(given.folder)):
+            if name.endswith(".ledger"):
+                with open(f"{given.folder}/{name}") as ledger:
+                    for line in ledger:
+                        comparison.read(name, line)
+        comparison.judge()
+        comparison.print_sums()
+        driver.faults += comparison.faults
         return int(driver.tell_faults())
 
 
@@ -685,6 +712,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--calm",
+        type=float,
+        default=1.0,
+        help="seconds from one trouble of a link to the next; processes have one half as often",
+    )
     parser.add_argument("--plain", dest="sealed", action="store_false")
     parser.add_argument("--sealed", action="store_true", default=True)
     return drive(parser.parse_args())
