@@ -576,7 +576,7 @@ class Driver:
                 case "suspend":
                     self._server.send_signal(signal.SIGSTOP)
                     with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
-                        await trio.sleep(self._rng.choice((0.1, 0.5, 1.5, 4.0)))
+                        await trio.sleep(self._rng.choice((0.1, 0.5, 1.5, 4.0)) * self._given.calm)
                     self._server.send_signal(signal.SIGCONT)
                 case "files":
                     self._server.send_signal(signal.SIGUSR1)
