@@ -19,32 +19,43 @@ def code_blocks() -> dict[str, str]:
     return {match[1]: re.sub(r"(?m)^    ", "", block) for match, block in named if match}
 
 
-def test_the_server_and_the_client_do_what_their_comments_say(tmp_path: Path) -> None:
+def run_pair(folder: Path, server: str, client: str) -> list[str]:
+    """Run a server and a client of the README in a folder, at a port of their own; return what that printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    blocks = code_blocks()
-    assert sorted(blocks) == ["client.py", "make_key.py", "server.py"]
-    for name, code in blocks.items():
-        (tmp_path / name).write_text(code.replace("localhost:12345", f"127.0.0.1:{port}"))
-    expected = re.findall(r"request\(.*\)\)\s+# (.*)", blocks["client.py"])
-    assert len(expected) == 2
-    subprocess.run([sys.executable, "make_key.py"], cwd=tmp_path, timeout=30, check=True)
-    with subprocess.Popen([sys.executable, "server.py"], cwd=tmp_path) as server:
+    for name, code in code_blocks().items():
+        (folder / name).write_text(code.replace("localhost:12345", f"127.0.0.1:{port}"))
+    if server == "server.py":
+        subprocess.run([sys.executable, "make_key.py"], cwd=folder, timeout=30, check=True)
+    with subprocess.Popen([sys.executable, server], cwd=folder) as process:
         try:
             wait_for_port(port)
-            client = subprocess.run(
-                [sys.executable, "client.py"],
-                cwd=tmp_path,
+            ran = subprocess.run(
+                [sys.executable, client],
+                cwd=folder,
                 capture_output=True,
                 text=True,
                 timeout=30,
                 check=True,
             )
         finally:
-            server.kill()
-    assert client.stdout.splitlines() == expected
-    assert client.stderr == ""
+            process.kill()
+    assert ran.stderr == ""
+    return ran.stdout.splitlines()
+
+
+def test_the_typed_server_and_client_do_what_their_comments_say(tmp_path: Path) -> None:
+    comments = re.findall(r"print\(await .*\)  +# (.*)", code_blocks()["watcher.py"])
+    assert len(comments) == 3
+    readings, callback_and_result = comments[:2], comments[2].split(", ")
+    assert run_pair(tmp_path, "station.py", "watcher.py") == readings + callback_and_result
+
+
+def test_the_server_and_the_client_of_bytes_do_what_their_comments_say(tmp_path: Path) -> None:
+    comments = re.findall(r"request\(.*\)\)\s+# (.*)", code_blocks()["client.py"])
+    assert len(comments) == 2
+    assert run_pair(tmp_path, "server.py", "client.py") == comments
 
 
 def wait_for_port(port: int) -> None:
