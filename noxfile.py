@@ -74,6 +74,7 @@ def docs(session: nox.Session) -> None:
         "docs/blocking.rst",
         "docs/testing.rst",
         "docs/patterns.rst",
+        "docs/interfaces.rst",
         "benchmarks/README.rst",
         "fuzz/README.rst",
         "proofs/README.rst",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
 import traceback
@@ -10,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 
@@ -97,6 +99,19 @@ def documented_code(file: str, word: str = "") -> list[str]:
     text = (Path(__file__).parent.parent / "docs" / file).read_text()
     blocks = re.findall(r"\.\. code:: python\n\n((?:    .*\n|\n)+)", text)
     return [textwrap.dedent(block) for block in blocks if word in block]
+
+
+async def run_documented(code: str, names: dict[str, Any]) -> None:
+    """Run a block of the documentation, which may wait at its top, as in a notebook."""
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    waiting = eval(compile(code, "<documentation>", "exec", flags, dont_inherit=True), names)
+    if waiting is not None:
+        await waiting
+
+
+needs_safe_channel = pytest.mark.skipif(
+    not hasattr(trio, "as_safe_channel"), reason="an older Trio has no as_safe_channel"
+)
 
 
 class WholeStream(trio.abc.Stream):

@@ -12,6 +12,7 @@ import trio
 from trio.abc import ReceiveChannel
 
 from bokbok_trio.interface import expose
+from tests.helpers import needs_safe_channel
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -98,7 +99,7 @@ def test_what_fits_is_taken(implementation: Any) -> None:
     expose(Files, implementation)
 
 
-@pytest.mark.skipif(not hasattr(trio, "as_safe_channel"), reason="an older Trio has no as_safe_channel")
+@needs_safe_channel
 def test_a_safe_channel_fits() -> None:
     class Safe(Good):
         @trio.as_safe_channel

@@ -27,7 +27,7 @@ from bokbok_trio import (
 )
 from bokbok_trio.interface import consume, expose, raises
 from bokbok_trio.testing import consume_local, open_connection_pair
-from tests.helpers import settle
+from tests.helpers import needs_safe_channel, settle
 
 encode = msgspec.msgpack.encode
 
@@ -481,7 +481,7 @@ async def test_a_method_that_returns_no_stream_is_a_failure() -> None:
                 await lines.receive()
 
 
-@pytest.mark.skipif(not hasattr(trio, "as_safe_channel"), reason="an older Trio has no as_safe_channel")
+@needs_safe_channel
 async def test_a_safe_channel_streams() -> None:
     class Safe(Implementation):
         @trio.as_safe_channel

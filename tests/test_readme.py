@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.helpers import needs_safe_channel
+
 README = (Path(__file__).parent.parent / "README.rst").read_text()
 
 
@@ -20,7 +22,7 @@ def code_blocks() -> dict[str, str]:
 
 
 def run_pair(folder: Path, server: str, client: str) -> list[str]:
-    """Run a server and a client of the README in a folder, at a port of their own; return what that printed."""
+    """Run a server and a client of the README at a free port; return the lines that the client printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -45,6 +47,7 @@ def run_pair(folder: Path, server: str, client: str) -> list[str]:
     return ran.stdout.splitlines()
 
 
+@needs_safe_channel
 def test_the_typed_server_and_client_do_what_their_comments_say(tmp_path: Path) -> None:
     comments = re.findall(r"print\(await .*\)  +# (.*)", code_blocks()["watcher.py"])
     assert len(comments) == 3
