@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import textwrap
 import traceback
@@ -99,6 +100,17 @@ def documented_code(file: str, word: str = "") -> list[str]:
     text = (Path(__file__).parent.parent / "docs" / file).read_text()
     blocks = re.findall(r"\.\. code:: python\n\n((?:    .*\n|\n)+)", text)
     return [textwrap.dedent(block) for block in blocks if word in block]
+
+
+def load_example(name: str) -> Any:
+    """Import an example, which is a script in a folder that is no package."""
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 async def run_documented(code: str, names: dict[str, Any]) -> None:

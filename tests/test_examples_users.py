@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import importlib.util
 import logging
 import os
 import pwd
@@ -24,18 +23,10 @@ import pytest
 import trio
 
 from bokbok_trio import AuthenticationError, Key, open_connection, open_server
+from tests.helpers import load_example
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 A, B = Key(bytes(range(32))), Key(bytes(range(32, 64)))
-
-
-def load_example(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_example(name: str, argument: str) -> list[str]:

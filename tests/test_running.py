@@ -213,7 +213,7 @@ def test_ctrl_c_ends_an_example_with_both_sides_with_one_line(start: Start) -> N
     assert (process.returncode, errors) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["server", "client", "users_postgres", "chat"])
+@pytest.mark.parametrize("name", ["server", "client", "users_postgres", "chat", "jobs"])
 def test_an_example_without_arguments_says_how_it_is_used(name: str, start: Start) -> None:
     if name == "users_postgres":
         pytest.importorskip("psycopg_pool", reason="psycopg_pool is not installed: pip install '.[examples]'")
