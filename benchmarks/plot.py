@@ -21,7 +21,12 @@ from scenarios import LOWER_IS_BETTER
 mpl.rcParams |= {"svg.hashsalt": "bokbok", "svg.fonttype": "none", "font.size": 9}
 mpl.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
 
-OURS = {"bokbok plain": "#1b7837", "bokbok sealed": "#5aae61"}
+OURS = {
+    "bokbok plain": "#1b7837",
+    "bokbok sealed": "#5aae61",
+    "typed plain": "#1b7837",
+    "typed sealed": "#5aae61",
+}
 CORES = {"free": "free cores", "one": "both processes on one core"}
 
 

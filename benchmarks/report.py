@@ -15,7 +15,18 @@ import adapters
 from scenarios import LOWER_IS_BETTER
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
-PACKAGES = ["bokbok-trio", "trio", "PyNaCl", "trustme", "grpcio", "rpyc", "aiorpcX", "uvloop", "Pyro5"]
+PACKAGES = [
+    "bokbok-trio",
+    "trio",
+    "PyNaCl",
+    "msgspec",
+    "trustme",
+    "grpcio",
+    "rpyc",
+    "aiorpcX",
+    "uvloop",
+    "Pyro5",
+]
 PACKAGES += ["pycapnp", "Twisted", "zerorpc", "pyzmq", "gevent"]
 CELL = "{:>8} {:>18} {:>6} {:>14}"
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import NoReturn
 
 import trio
-from adapters.base import Adapter, Connection
+from adapters.base import JOB, JOB_BYTES, Adapter, Connection
 
 SMALL = bytes(range(16))
 BIG = 4 * 2**20  # bytes of the answer that `interleave` fetches
@@ -146,6 +146,17 @@ async def echoes(client: Client, size: int, callers: int, unit: str) -> Result:
         call = partial(echo, connection, os.urandom(size))
         result = await repeat(client, call, callers, connection if callers > 1 else None)
     result.add_rate(unit, size)
+    return result
+
+
+async def typed(client: Client, callers: int) -> Result:
+    """Echo a dataclass, or its bytes where nothing is typed, over one connection."""
+    async with client.connect() as connection:
+        answer = await connection.echo_job()
+        if answer not in (JOB, JOB_BYTES):
+            raise AssertionError(f"asked to echo {JOB}, and was answered with {answer!r}")
+        result = await repeat(client, connection.echo_job, callers, connection if callers > 1 else None)
+    result.add_rate("calls/s")
     return result
 
 
@@ -318,6 +329,8 @@ SCENARIOS: dict[str, Callable[[Client], Awaitable[Result]]] = {
     "bulk64k": partial(echoes, size=64 * 1024, callers=1, unit="MiB/s"),
     "bulk64k-x8": partial(echoes, size=64 * 1024, callers=8, unit="MiB/s"),
     "bulk1m": partial(echoes, size=2**20, callers=1, unit="MiB/s"),
+    "typed": partial(typed, callers=1),
+    "typed100": partial(typed, callers=100),
     "connect": connect,
     "callback": callback,
     "interleave": interleave,

@@ -10,6 +10,8 @@ WHERE = {
     "bare TLS": "bare_tls:BareTLS",
     "bokbok plain": "bokbok:Plain",
     "bokbok sealed": "bokbok:Sealed",
+    "typed plain": "bokbok_typed:TypedPlain",
+    "typed sealed": "bokbok_typed:TypedSealed",
     "grpc.aio": "grpc_aio:GrpcAio",
     "RPyC": "rpyc_sync:Rpyc",
     "aiorpcX/uvloop": "aiorpcx_uvloop:AiorpcX",
@@ -21,7 +23,7 @@ WHERE = {
 """The name of each adapter, as tables show it, and its class. What all are compared to comes first."""
 
 YARDSTICK = "bare"
-OURS = ("bare", "bare pipelined", "bare TLS", "bokbok plain", "bokbok sealed")
+OURS = ("bare", "bare pipelined", "bare TLS", "bokbok plain", "bokbok sealed", "typed plain", "typed sealed")
 
 
 def load(name: str) -> Adapter:

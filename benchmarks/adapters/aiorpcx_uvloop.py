@@ -9,7 +9,7 @@ from typing import Any
 import aiorpcx
 import uvloop
 
-from .base import HOST, Announce, AsyncioAdapter, Connection, Task
+from .base import HOST, JOB, Announce, AsyncioAdapter, Connection, Job, Task
 
 
 class Session(aiorpcx.RPCSession):
@@ -26,6 +26,9 @@ class Session(aiorpcx.RPCSession):
 
     async def on_echo(self, data: str) -> str:
         return encode(b64decode(data))
+
+    async def on_echo_job(self, values: dict[str, Any]) -> dict[str, Any]:
+        return vars(Job(**values))
 
     async def on_give(self, size: int) -> str:
         return encode(bytes(size))
@@ -44,6 +47,9 @@ class AiorpcXConnection(Connection):
 
     async def echo(self, data: bytes) -> bytes:
         return b64decode(await self._session.send_request("echo", [encode(data)]))
+
+    async def echo_job(self) -> Job:
+        return Job(**await self._session.send_request("echo_job", [vars(JOB)]))
 
     async def give(self, size: int) -> bytes:
         return b64decode(await self._session.send_request("give", [size]))

@@ -12,7 +12,7 @@ from struct import Struct
 
 import trio
 
-from .base import HOST, Adapter, Announce, Connection, Take, Task, TrioAdapter, Unsupported
+from .base import HOST, JOB_BYTES, Adapter, Announce, Connection, Take, Task, TrioAdapter, Unsupported
 
 HEADER = Struct(">IB")
 ECHO, GIVE, CALL_BACK, STREAM = range(4)
@@ -82,6 +82,9 @@ class BareConnection(Connection):
 
     async def echo(self, data: bytes) -> bytes:
         return await self._call(ECHO, data)
+
+    async def echo_job(self) -> bytes:
+        return await self.echo(JOB_BYTES)
 
     async def give(self, size: int) -> bytes:
         return await self._call(GIVE, b"%d" % size)

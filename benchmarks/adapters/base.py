@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import trio
@@ -23,6 +24,25 @@ Take: TypeAlias = Callable[[int], Awaitable[bool]]
 """Called with the size of each item of a stream; returns whether to go on."""
 
 
+@dataclass
+class Job:
+    """What `Connection.echo_job` sends."""
+
+    name: str
+    priority: int
+    tags: list[str]
+    done: float = 0.0
+    owner: str | None = None
+
+
+JOB = Job("compile", 3, ["fast", "linux"], 0.5, "alice")
+JOB_BYTES = (
+    b"\x85\xa4name\xa7compile\xa8priority\x03\xa4tags\x92\xa4fast\xa5linux"
+    b"\xa4done\xcb\x3f\xe0\x00\x00\x00\x00\x00\x00\xa5owner\xa5alice"
+)
+"""The same as MessagePack."""
+
+
 class Unsupported(Exception):  # noqa: N818
     """The library cannot do this; the message says why."""
 
@@ -33,6 +53,10 @@ class Connection:
     async def echo(self, data: bytes) -> bytes:
         """Be answered with the same bytes."""
         raise NotImplementedError
+
+    async def echo_job(self) -> Job | bytes:
+        """Be answered with `JOB`, which the server got as a `Job`; or with its bytes, if nothing is typed."""
+        raise Unsupported("no adapter has been written for it that sends a dataclass")
 
     async def give(self, size: int) -> bytes:
         """Be answered with so many bytes."""
@@ -126,6 +150,9 @@ class Service:
     def give(self, size: int) -> bytes:
         return bytes(size)
 
+    def echo_job(self, values: dict[str, Any]) -> dict[str, Any]:
+        return vars(Job(**values))
+
     def stream(self, size: int) -> Iterator[bytes]:
         item = bytes(size)
         while True:
@@ -143,6 +170,9 @@ class BlockingConnection(Connection):
 
     async def give(self, size: int) -> bytes:
         return self.remote.give(size)
+
+    async def echo_job(self) -> Job:
+        return Job(**self.remote.echo_job(vars(JOB)))
 
     async def stream(self, size: int, take: Take) -> None:
         for item in self.remote.stream(size):

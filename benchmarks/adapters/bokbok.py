@@ -1,13 +1,13 @@
 """bokbok_trio: plain, and sealed with a key."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import bokbok_trio
 from bokbok_trio import Key, Settings
 
-from .base import HOST, Announce, Connection, Take, TrioAdapter, Unsupported
+from .base import HOST, JOB_BYTES, Announce, Connection, Take, TrioAdapter, Unsupported
 
 SETTINGS = Settings(max_message_size=8 * 2**20, max_requests=10_000, max_connections=2_000)
 HAS_CHANNELS = hasattr(bokbok_trio.Connection, "open_channel")
@@ -39,6 +39,9 @@ class BokbokConnection(Connection):
     async def echo(self, data: bytes) -> bytes:
         return (await self._connection.request(["echo", data]))[0]
 
+    async def echo_job(self) -> bytes:
+        return await self.echo(JOB_BYTES)
+
     async def give(self, size: int) -> bytes:
         return (await self._connection.request(["give", str(size)]))[0]
 
@@ -56,12 +59,14 @@ class BokbokConnection(Connection):
 class Plain(TrioAdapter):
     user: str | None = None
     key: Key | None = None
+    connection: Callable[[bokbok_trio.Connection], Connection] = BokbokConnection
+    handler: Any = staticmethod(handler)
+    channels: dict[str, Any] = {"channel_handler": channel_handler} if HAS_CHANNELS else {}
 
     async def serve(self, announce: Announce) -> None:
         keys = {self.user: self.key} if self.user and self.key else None
-        channels: dict[str, Any] = {"channel_handler": channel_handler} if HAS_CHANNELS else {}
         async with bokbok_trio.open_server(
-            f"{HOST}:0", handler, user_key=keys, settings=SETTINGS, **channels
+            f"{HOST}:0", self.handler, user_key=keys, settings=SETTINGS, **self.channels
         ) as server:
             announce(str(server.addresses[0]))
             await server.wait_stopped()
@@ -71,7 +76,7 @@ class Plain(TrioAdapter):
         async with bokbok_trio.open_connection(
             address, user=self.user, key=self.key, request_handler=handler, settings=SETTINGS
         ) as connection:
-            yield BokbokConnection(connection)
+            yield self.connection(connection)
 
 
 class Sealed(Plain):

@@ -1,4 +1,7 @@
-"""grpcio's asyncio interface, with generic handlers: bytes, and no protobuf. It sets TCP_NODELAY."""
+"""grpcio's asyncio interface, with generic handlers: bytes, and no protobuf. It sets TCP_NODELAY.
+
+What is typed it encodes by msgspec, as ours does.
+"""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -6,8 +9,11 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import msgspec
 
-from .base import HOST, Announce, AsyncioAdapter, Connection, Take
+from .base import HOST, JOB, Announce, AsyncioAdapter, Connection, Job, Take
+
+ENCODE, DECODE = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Job).decode
 
 OPTIONS = [
     ("grpc.max_send_message_length", -1),
@@ -18,6 +24,10 @@ OPTIONS = [
 
 async def echo(data: bytes, context: object) -> bytes:
     return data
+
+
+async def echo_job(job: Job, context: object) -> Job:
+    return job
 
 
 async def give(size: bytes, context: object) -> bytes:
@@ -33,11 +43,15 @@ async def stream(size: bytes, context: object) -> AsyncGenerator[bytes]:
 class GrpcConnection(Connection):
     def __init__(self, channel: Any) -> None:
         self._echo = channel.unary_unary("/bench/echo")
+        self._echo_job = channel.unary_unary("/bench/echo_job", ENCODE, DECODE)
         self._give = channel.unary_unary("/bench/give")
         self._stream = channel.unary_stream("/bench/stream")
 
     async def echo(self, data: bytes) -> bytes:
         return await self._echo(data)
+
+    async def echo_job(self) -> Job:
+        return await self._echo_job(JOB)
 
     async def give(self, size: int) -> bytes:
         return await self._give(b"%d" % size)
@@ -55,6 +69,7 @@ class GrpcAio(AsyncioAdapter):
         server = grpc.aio.server(options=OPTIONS)
         handlers = {
             "echo": grpc.unary_unary_rpc_method_handler(echo),
+            "echo_job": grpc.unary_unary_rpc_method_handler(echo_job, DECODE, ENCODE),
             "give": grpc.unary_unary_rpc_method_handler(give),
             "stream": grpc.unary_stream_rpc_method_handler(stream),
         }

@@ -8,17 +8,43 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace, coroutine
-from typing import Any
+from typing import Any, TypeAlias
 
 import rpyc
 from rpyc.core.stream import SocketStream
 from rpyc.utils.server import ThreadedServer
 
-from .base import HOST, Adapter, Announce, BlockingAdapter, BlockingConnection, Connection, Service, Task
+from .base import (
+    HOST,
+    JOB,
+    Adapter,
+    Announce,
+    BlockingAdapter,
+    BlockingConnection,
+    Connection,
+    Job,
+    Service,
+    Task,
+)
+
+Values: TypeAlias = tuple[str, int, tuple[str, ...], float, str | None]
+
+
+def as_values(job: Job) -> Values:
+    """What travels by value: an object would stay where it is, and each of its attributes be a call."""
+    return job.name, job.priority, tuple(job.tags), job.done, job.owner
+
+
+def as_job(values: Values) -> Job:
+    name, priority, tags, done, owner = values
+    return Job(name, priority, list(tags), done, owner)
 
 
 class Bench(rpyc.Service):
     exposed_echo, exposed_give, exposed_stream = Service.echo, Service.give, Service.stream
+
+    def exposed_echo_job(self, values: Values) -> Values:
+        return as_values(as_job(values))
 
     def exposed_call_back(self, function: Callable[[bytes], bytes], data: bytes) -> bytes:
         return function(data)
@@ -33,6 +59,7 @@ class RpycConnection(BlockingConnection):
     def __init__(self, root: Any) -> None:
         super().__init__(SimpleNamespace(echo=root.echo, give=root.give, stream=root.stream))
         self._call_back = root.call_back
+        self._echo_job, self._async_echo_job = root.echo_job, rpyc.async_(root.echo_job)
         self._async_echo, self._async_give = rpyc.async_(root.echo), rpyc.async_(root.give)
         self._shared = False
 
@@ -41,6 +68,10 @@ class RpycConnection(BlockingConnection):
 
     async def give(self, size: int) -> bytes:
         return await wait(self._async_give(size)) if self._shared else self.remote.give(size)
+
+    async def echo_job(self) -> Job:
+        values = as_values(JOB)
+        return as_job(await wait(self._async_echo_job(values)) if self._shared else self._echo_job(values))
 
     async def call_back(self, data: bytes) -> bytes:
         return self._call_back(lambda data: data, data)
@@ -58,7 +89,7 @@ class RpycConnection(BlockingConnection):
 
 
 @coroutine
-def wait(result: Any) -> Generator[None, None, bytes]:
+def wait(result: Any) -> Generator[None, None, Any]:
     """Let the other tasks make their calls, and then wait for this one."""
     yield
     return result.value
