@@ -75,6 +75,7 @@ def docs(session: nox.Session) -> None:
         "docs/testing.rst",
         "docs/patterns.rst",
         "docs/interfaces.rst",
+        "docs/tutorial.rst",
         "benchmarks/README.rst",
         "fuzz/README.rst",
         "proofs/README.rst",

@@ -1,4 +1,4 @@
-"""What docs/interfaces.rst shows is right, and runs as it stands."""
+"""What docs/interfaces.rst and docs/tutorial.rst show is right, and runs as it stands."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ async def test_the_blocks_of_the_reference_do_what_they_assert() -> None:
             if USES_PYDANTIC not in code:
                 await run_documented(code, names)
     assert len(rest) == 7
+
+
+@needs_safe_channel
+async def test_the_blocks_of_the_tutorial_do_what_they_assert() -> None:
+    names: dict[str, Any] = {}
+    for code in documented_code("tutorial.rst"):
+        await run_documented(code, names)
+    assert "NewNotesInMemory" in names
 
 
 async def test_the_hooks_for_pydantic_do_what_they_assert() -> None:
