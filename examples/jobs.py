@@ -110,7 +110,7 @@ class Jobs(Protocol):
         ...
 
     def watch(self) -> AbstractAsyncContextManager[ReceiveChannel[Status]]:
-        """Tell of each job when it begins, and when it has ended."""
+        """Tell of each job that runs, then of each when it begins, and when it has ended."""
         ...
 
 
@@ -217,6 +217,8 @@ class PrimeCounter(Jobs):
     async def watch(self) -> AsyncGenerator[Status]:
         """Tell what becomes of jobs, until who watches goes."""
         with self._news.subscribe() as news:
+            for status in await self.running():
+                yield status
             async for status in news:
                 yield status
 

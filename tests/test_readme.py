@@ -50,9 +50,9 @@ def run_pair(folder: Path, server: str, client: str) -> list[str]:
 @needs_safe_channel
 def test_the_typed_server_and_client_do_what_their_comments_say(tmp_path: Path) -> None:
     comments = re.findall(r"print\(await .*\)  +# (.*)", code_blocks()["watcher.py"])
-    assert len(comments) == 3
-    readings, callback_and_result = comments[:2], comments[2].split(", ")
-    assert run_pair(tmp_path, "station.py", "watcher.py") == readings + callback_and_result
+    assert len(comments) == 2
+    reading, callback_and_result = comments
+    assert run_pair(tmp_path, "station.py", "watcher.py") == [reading, *callback_and_result.split(", ")]
 
 
 def test_the_server_and_the_client_of_bytes_do_what_their_comments_say(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import trio
 
 from bokbok_trio import Connection, ConnectionLost, Key, Settings, open_connection
 
+from .helpers import needs_safe_channel
 from .test_readme import code_blocks, wait_for_port
 
 HOME = Path(__file__).parent.parent
@@ -213,7 +214,9 @@ def test_ctrl_c_ends_an_example_with_both_sides_with_one_line(start: Start) -> N
     assert (process.returncode, errors) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["server", "client", "users_postgres", "chat", "jobs"])
+@pytest.mark.parametrize(
+    "name", ["server", "client", "users_postgres", "chat", pytest.param("jobs", marks=needs_safe_channel)]
+)
 def test_an_example_without_arguments_says_how_it_is_used(name: str, start: Start) -> None:
     if name == "users_postgres":
         pytest.importorskip("psycopg_pool", reason="psycopg_pool is not installed: pip install '.[examples]'")
