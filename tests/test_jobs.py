@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from bokbok_trio import RemoteError
+from bokbok_trio import RemoteError, open_server
 from bokbok_trio.testing import consume_local
 from tests.helpers import load_example, needs_safe_channel, settle
 
@@ -142,13 +144,38 @@ async def test_what_is_no_job_does_not_begin(example: Any, name: str, upto: int,
         assert caught.value.code == "bad-arguments"
 
 
-# ---- processes ----
+# ---- the command line ----
 
 
-def run_client(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(EXAMPLE), *arguments], capture_output=True, text=True, timeout=30, check=False
-    )
+async def test_the_clients_print_what_they_are_told(
+    example: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example, "TELL_EVERY", math.inf)
+
+    async with open_server("127.0.0.1:0", example.expose(example.Jobs, example.PrimeCounter())) as server:
+
+        async def client(command: str, *arguments: str) -> list[str]:
+            await example.connect(
+                str(server.addresses[0]), example.CLIENTS[command, len(arguments)], *arguments
+            )
+            return capsys.readouterr().out.splitlines()
+
+        told, report = await client("run", "short", "100")
+        assert told == "1 short, up to 100: running, 100%"
+        assert report.startswith("25 primes, the largest 97, in 0.")
+        assert await client("run", "late", "100000000", "0.05") == ["there was not enough time"]
+
+        async with trio.open_nursery() as nursery:
+
+            async def run() -> None:
+                with pytest.raises(example.JobCancelled, match="job 3 was cancelled: from the command line"):
+                    await client("run", "long", "100000000")
+
+            nursery.start_soon(run)
+            while not (listed := await client("list")):
+                pass
+            assert listed[0].startswith("3 long, up to 100000000: running")
+            assert await client("cancel", "3") == []
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -161,30 +188,22 @@ def read_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-def test_the_commands_do_what_the_help_says() -> None:
-    with start("serve", "127.0.0.1:0") as server:
-        try:
-            address = read_line(server).removeprefix("serving on ").strip()
-            with start("watch", address) as watcher, start("run", address, "long", "100000000") as runner:
-                try:
-                    assert read_line(runner).startswith("1 long, up to 100000000: running, 0%")
-                    assert read_line(watcher).startswith("1 long, up to 100000000: running")
-                    assert run_client("list", address).stdout.startswith("1 long, up to 100000000: running")
-                    late = run_client("run", address, "late", "100000000", "0.2")
-                    assert late.stdout.endswith("there was not enough time\n")
-                    assert run_client("cancel", address, "1").returncode == 0
-                    _, errors = runner.communicate(timeout=10)
-                    assert errors == "jobs: job 1 was cancelled: from the command line\n"
-                    short = run_client("run", address, "short", "100")
-                    assert "25 primes, the largest 97, in 0." in short.stdout
-                    wrong = run_client("cancel", address, "1")
-                    assert (wrong.returncode, wrong.stderr) == (1, "jobs: no job 1 runs\n")
-                    watcher.send_signal(signal.SIGINT)
-                    output, errors = watcher.communicate(timeout=10)
-                    assert output.splitlines()[-1] == "bye"
-                    assert errors == ""
-                finally:
-                    watcher.kill()
-                    runner.kill()
-        finally:
-            server.kill()
+def test_processes_run_watch_and_cancel() -> None:
+    with ExitStack() as stack:
+
+        def begin(*arguments: str) -> subprocess.Popen[str]:
+            process = stack.enter_context(start(*arguments))
+            stack.callback(process.kill)
+            return process
+
+        address = read_line(server := begin("serve", "127.0.0.1:0")).split()[-1]
+        runner, watcher = begin("run", address, "long", "100000000"), begin("watch", address)
+        assert read_line(runner).startswith("1 long, up to 100000000: running, 0%")
+        assert read_line(watcher).startswith("1 long, up to 100000000: running")
+        assert begin("cancel", address, "1").wait(10) == 0
+        assert runner.communicate(timeout=10)[1] == "jobs: job 1 was cancelled: from the command line\n"
+        assert runner.returncode == 1
+        for process in (watcher, server):
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate(timeout=10)
+            assert (output.splitlines()[-1], errors, process.returncode) == ("bye", "", 0)
