@@ -23,6 +23,7 @@ At the end the two are compared. It ends with 1, and says why, if
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
@@ -85,6 +86,8 @@ REST: Final = 30.0
 """Seconds within which all must be at rest after a phase."""
 PATIENCE: Final = 180.0
 """Seconds that a phase may last, and 20 milliseconds more for each request."""
+PR_SET_PDEATHSIG: Final = 1
+"""Of prctl(2): the signal that a process gets when its parent ends. Nobody outlives a driver that was killed."""
 GROWTH: Final = 1.25
 """By which factor memory may grow, besides `SLACK`."""
 SLACK: Final = 24 * 2**20
@@ -706,6 +709,7 @@ def main() -> int:
     """Be what the command line says."""
     if sys.argv[1:2] == ["--be"]:
         given = argparse.Namespace(**json.loads(sys.argv[2]))
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
         trio.run(serve, given) if given.role == "server" else trio.run(Client(given).live)
         return 0
