@@ -112,14 +112,14 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def ledger(session: nox.Session) -> None:
-    """Kill, suspend, cut, corrupt, and compare what was asked, run and answered; `-- --requests N --plain`."""
+    """Kill, suspend, cut, corrupt, and compare what was asked, run and answered; `-- --requests N`."""
     session.install("-e", ".")
     session.run("python", "benchmarks/ledger.py", *session.posargs)
 
 
 @nox.session
 def load(session: nox.Session) -> None:
-    """Measure what floods and strangers cost, a quarter of an hour; `-- --only nonsense` for some strangers."""
+    """Measure what floods and strangers cost; `-- --only nonsense` for some strangers."""
     session.install("-e", ".")
     if not session.posargs:
         for flooders in (1, 64):

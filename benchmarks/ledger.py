@@ -87,7 +87,7 @@ REST: Final = 30.0
 PATIENCE: Final = 180.0
 """Seconds that a phase may last, and 20 milliseconds more for each request."""
 PR_SET_PDEATHSIG: Final = 1
-"""Of prctl(2): the signal that a process gets when its parent ends. Nobody outlives a driver that was killed."""
+"""Of prctl(2): the signal when the parent ends. So nobody outlives a driver that was killed."""
 GROWTH: Final = 1.25
 """By which factor memory may grow, besides `SLACK`."""
 SLACK: Final = 24 * 2**20
