@@ -113,6 +113,23 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def ledger(session: nox.Session) -> None:
+    """Kill, suspend, cut, corrupt, and compare what was asked, run and answered; `-- --requests N`."""
+    session.install("-e", ".")
+    session.run("python", "benchmarks/ledger.py", *session.posargs)
+
+
+@nox.session
+def load(session: nox.Session) -> None:
+    """Measure what floods and strangers cost; `-- --only nonsense` for some strangers."""
+    session.install("-e", ".")
+    if not session.posargs:
+        for flooders in (1, 64):
+            session.run("python", "benchmarks/floods.py", "--flooders", str(flooders))
+    session.run("python", "benchmarks/strangers.py", *session.posargs)
+
+
+@nox.session
 def proofs(session: nox.Session) -> None:
     """Have ProVerif prove what it can of the protocol, and find what was weakened."""
     if shutil.which("proverif") is None:

@@ -23,9 +23,11 @@ At the end the two are compared. It ends with 1, and says why, if
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
+import math
 import os
 import random
 import resource
@@ -68,6 +70,8 @@ SETTINGS: Final = Settings(ping_after=1.0, ping_timeout=1.0, connect_timeout=3.0
 """Of all connections. What is lost is noticed within twice the first two, and a turn of the machine's."""
 BOUND: Final = 20.0
 """Seconds that a request may take."""
+ENTERING: Final = 5.0
+"""Seconds for which an `open_reconnecting` waits for its first connection before another is tried."""
 LATE: Final = 5.0
 """Seconds by which one may end after its bound: the machine is full."""
 REPEATS: Final = 3
@@ -85,6 +89,8 @@ REST: Final = 30.0
 """Seconds within which all must be at rest after a phase."""
 PATIENCE: Final = 180.0
 """Seconds that a phase may last, and 20 milliseconds more for each request."""
+PR_SET_PDEATHSIG: Final = 1
+"""Of prctl(2): the signal when the parent ends. So nobody outlives a driver that was killed."""
 GROWTH: Final = 1.25
 """By which factor memory may grow, besides `SLACK`."""
 SLACK: Final = 24 * 2**20
@@ -414,23 +420,28 @@ class Client(Side):
     # ---- by open_reconnecting ----
 
     async def _reconnect(self, way: str) -> None:
-        async with open_reconnecting(
-            way,
-            **self._login,  # type: ignore[arg-type]
-            request_handler=self.run,
-            max_repeats=REPEATS,
-            settings=SETTINGS,
-        ) as client:
+        while self._left > 0:
+            with trio.move_on_after(ENTERING) as entering:  # it waits ever longer, and others may ask all
+                async with open_reconnecting(
+                    way,
+                    **self._login,  # type: ignore[arg-type]
+                    request_handler=self.run,
+                    max_repeats=REPEATS,
+                    settings=SETTINGS,
+                ) as client:
+                    entering.deadline = math.inf
+                    await self._use_reconnecting(client)
 
-            async def ask_many() -> None:
-                for _ in self._take():
-                    await self._ask(client)
+    async def _use_reconnecting(self, client: ReconnectingConnection) -> None:
+        async def ask_many() -> None:
+            for _ in self._take():
+                await self._ask(client)
 
-            async with trio.open_nursery() as nursery:
-                for _ in range(self.rng.randrange(1, 12)):
-                    nursery.start_soon(ask_many)
-            if client.connection is not None:
-                await self._rest(client.connection)
+        async with trio.open_nursery() as nursery:
+            for _ in range(self.rng.randrange(1, 12)):
+                nursery.start_soon(ask_many)
+        if client.connection is not None:
+            await self._rest(client.connection)
 
 
 # ---- the driver ----
@@ -649,6 +660,8 @@ class Comparison:
             if outcome in {"wrong", "hung"}:
                 self.faults.append(f"{token} ended with {outcome}")
             runs = self._ran[token]
+            if outcome == "waited" and runs and most == 1:  # it was in flight, and lost with its connection
+                self.faults.append(f"{token} ran, and waited for another connection")
             if runs > most:
                 self.faults.append(f"{token} ran {runs} times")
             if outcome in {"answer", "error"} and not runs:
@@ -706,6 +719,7 @@ def main() -> int:
     """Be what the command line says."""
     if sys.argv[1:2] == ["--be"]:
         given = argparse.Namespace(**json.loads(sys.argv[2]))
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
         trio.run(serve, given) if given.role == "server" else trio.run(Client(given).live)
         return 0

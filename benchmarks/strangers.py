@@ -138,18 +138,24 @@ async def flood(port: int) -> None:
 
 
 async def try_wrong_keys(port: int, rate: float) -> None:
-    """Try a wrong key so often a second."""
+    """Try a wrong key so often a second, as long as few enough wait."""
     limiter = trio.CapacityLimiter(8 * AT_ONCE)
+    tried = 0
+    began = trio.current_time()
 
     async def try_one() -> None:
+        nonlocal tried
         async with limiter:
             await wrong_key(port)
+        tried += 1
+        if not tried % 100:  # nobody reads that before the end, and a pipe is soon full
+            print(tried, trio.current_time() - began, flush=True)
 
     async with trio.open_nursery() as nursery:
-        while True:
+        for number in count():
+            await trio.sleep_until(began + number / rate)
             if limiter.available_tokens:
                 nursery.start_soon(try_one)
-            await trio.sleep(1 / rate)
 
 
 async def wrong_key(port: int) -> None:
@@ -385,7 +391,7 @@ class Table:
 
     def add(self, name: str, text: str, *, good: bool = True) -> None:
         self.failed = self.failed or not good
-        print(f"{name:48} {text}{'' if good else '   <-- NOT GOOD'}", flush=True)
+        print(f"{name:52} {text}{'' if good else '   <-- NOT GOOD'}", flush=True)
 
 
 PLACES: Final = {
@@ -413,15 +419,21 @@ async def dial_from(place: str, port: int, dials: int, rate: float) -> Dials:
     return found
 
 
+def find_rate(strangers: subprocess.Popen[str]) -> float:
+    """End strangers that print how many they were in how many seconds, again and again; how many a second."""
+    strangers.kill()
+    assert strangers.stdout
+    came, seconds = strangers.stdout.read().split("\n")[-2].split()
+    return float(came) / float(seconds)
+
+
 async def measure_silent(table: Table, given: argparse.Namespace) -> None:
     """Silent strangers."""
     for place in PLACES:
         with server() as (port, _), process("flood", port, nice=True) as strangers:
             await trio.sleep(1)
             dials = await dial_from(place, port, given.dials, 10)
-            strangers.kill()
-            came, seconds = strangers.stdout.read().split("\n")[-2].split()
-        name = f"silent, {int(came) / float(seconds):.0f}/s, {place}"
+            name = f"silent, {find_rate(strangers):.0f}/s, {place}"
         table.add_dials(name, dials, 0 if "their" in place else 0.99)
 
 
@@ -429,10 +441,10 @@ async def measure_wrong_keys(table: Table, given: argparse.Namespace) -> None:
     """Wrong keys."""
     for lookup, rate in (("slow", WRONG_KEYS), ("quick", 2000)):
         for place in PLACES:
-            with server(lookup) as (port, _), process("wrong-keys", port, rate, nice=True):
+            with server(lookup) as (port, _), process("wrong-keys", port, rate, nice=True) as strangers:
                 await trio.sleep(3)
                 dials = await dial_from(place, port, given.dials // 2, 5)
-            name = f"wrong keys, {lookup} look-ups, {place}"
+                name = f"wrong keys, {lookup}, {find_rate(strangers):.0f}/s, {place}"
             table.add_dials(name, dials, 0 if "their" in place else 0.99)
 
 
