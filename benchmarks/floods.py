@@ -20,9 +20,9 @@ import trio
 import trio.lowlevel
 
 from bokbok_trio import BokbokError, Key, Settings, open_connection, open_server
-from bokbok_trio._opening import open_as_client
-from bokbok_trio._packets import encode_body, encode_head
-from bokbok_trio._secretbox_stream import SecretboxStream
+from bokbok_trio._protocol.packets import encode_body, encode_head
+from bokbok_trio._stream.establish import open_as_client
+from bokbok_trio._stream.secretbox import SecretboxStream
 
 KEY = Key(bytes(range(32)))
 

@@ -34,8 +34,8 @@ import trio
 import trio.lowlevel
 
 from bokbok_trio import BokbokError, Key, Settings, open_connection, open_server
-from bokbok_trio._handshake import encode_hello
-from bokbok_trio._opening import open_as_client
+from bokbok_trio._protocol.handshake import encode_hello
+from bokbok_trio._stream.establish import open_as_client
 
 KEY: Final = Key(bytes(range(32)))
 WRONG: Final = Key(bytes(32))

@@ -22,14 +22,11 @@ from ._addresses import (
     TCPAddress as TCPAddress,
     UnixAddress as UnixAddress,
 )
-from ._channel import Channel as Channel
 from ._client import open_connection as open_connection
 from ._combined import CombinedHandler as CombinedHandler, add_handler as add_handler
-from ._connection import (
-    Connection as Connection,
-    ConnectionHandler as ConnectionHandler,
-)
-from ._current import CurrentRequest as CurrentRequest, current_request as current_request
+from ._connection.channel import Channel as Channel
+from ._connection.connection import Connection as Connection
+from ._connection.current import CurrentRequest as CurrentRequest, current_request as current_request
 from ._errors import (
     AddressError as AddressError,
     AuthenticationError as AuthenticationError,
@@ -43,11 +40,8 @@ from ._errors import (
     RemoteError as RemoteError,
     RequestError as RequestError,
 )
-from ._handling import ChannelHandler as ChannelHandler, RequestHandler as RequestHandler
 from ._keyring import Keyring as Keyring
 from ._keys import Key as Key, passphrase_to_key as passphrase_to_key
-from ._opening import PeerUser as PeerUser, UserKey as UserKey
-from ._packets import Context as Context, Field as Field, Fields as Fields
 from ._reconnecting import (
     ReconnectingConnection as ReconnectingConnection,
     open_reconnecting as open_reconnecting,
@@ -62,6 +56,16 @@ from ._sockets import PeerCredentials as PeerCredentials
 from ._statistics import (
     ConnectionStatistics as ConnectionStatistics,
     ServerStatistics as ServerStatistics,
+)
+from ._types import (
+    ChannelHandler as ChannelHandler,
+    ConnectionHandler as ConnectionHandler,
+    Context as Context,
+    Field as Field,
+    Fields as Fields,
+    PeerUser as PeerUser,
+    RequestHandler as RequestHandler,
+    UserKey as UserKey,
 )
 
 __version__ = "0.1.0"

@@ -9,14 +9,14 @@ import trio
 from ._addresses import Address, AddressLike, as_address, require_loopback
 from ._arguments import check_flag, check_handlers, check_key_arguments, check_settings
 from ._combined import CombinedHandler, split_handler
-from ._connection import Connection, ConnectionHandler
+from ._connection.connection import Connection
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
-from ._handling import ChannelHandler, RequestHandler
 from ._keys import Key
-from ._nursery import bare_nursery, block
-from ._opening import open_as_client
 from ._settings import Settings
 from ._sockets import dial, stream_address
+from ._stream.establish import open_as_client
+from ._trio_util import bare_nursery, block
+from ._types import ChannelHandler, ConnectionHandler, RequestHandler
 
 
 @block

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from ._connection import Connection
-from ._handling import ChannelHandler, RequestHandler
+from ._connection.connection import Connection
+from ._types import ChannelHandler, RequestHandler
 
 if TYPE_CHECKING:
-    from ._channel import Channel
-    from ._packets import Fields
-    from ._reconnecting import ReconnectingConnection
+    from ._connection.channel import Channel
+    from ._types import Fields, ReconnectingConnection
 
 
 @runtime_checkable

@@ -46,10 +46,11 @@ import trio
 
 from ._addresses import Address, AddressLike, as_address, check_dialable
 from ._arguments import check_flag, check_handlers, check_key_arguments, check_settings, is_several
-from ._channel import Channel
 from ._client import connect, end_reason
 from ._combined import CombinedHandler, split_handler
-from ._connection import Connection, ConnectionHandler
+from ._connection.channel import Channel
+from ._connection.connection import Connection
+from ._connection.handlers import AddedHandlers
 from ._errors import (
     AddressError,
     AuthenticationError,
@@ -58,11 +59,11 @@ from ._errors import (
     ConnectionRefused,
     HandshakeError,
 )
-from ._handling import AddedHandlers, ChannelHandler, RequestHandler
 from ._keys import Key
-from ._nursery import bare_nursery, block, call_user, check_run, is_within, split_exception
-from ._packets import Context, Fields, encode_fields
+from ._protocol.packets import encode_fields
 from ._settings import Settings
+from ._trio_util import bare_nursery, block, call_user, check_run, is_within, split_exception
+from ._types import ChannelHandler, ConnectionHandler, Context, Fields, RequestHandler
 
 MIN_BACKOFF: Final = 0.1
 """Seconds at least between rounds of tries: a server that restarts is found soon, and one that is

@@ -40,26 +40,17 @@ from ._arguments import (
 )
 from ._client import end_reason
 from ._combined import CombinedHandler, split_handler
-from ._connection import Connection, ConnectionHandler
+from ._connection.connection import Connection
 from ._errors import ConnectionRefused, HandshakeError
-from ._handling import ChannelHandler, RequestHandler
 from ._listening import Listeners, open_listeners
-from ._nursery import bare_nursery, block, check_run, contain, describe_error, keep
-from ._opening import (
-    Displaced,
-    NothingCame,
-    PeerUser,
-    Refusal,
-    ServerStopped,
-    UserKey,
-    linger,
-    open_as_server,
-)
 from ._places import Place, Places, find_source
 from ._settings import Settings
 from ._sockets import listener_address
 from ._statistics import ServerStatistics
+from ._stream.establish import Displaced, NothingCame, Refusal, ServerStopped, linger, open_as_server
 from ._throttle import Throttle
+from ._trio_util import bare_nursery, block, check_run, contain, describe_error, keep
+from ._types import ChannelHandler, ConnectionHandler, PeerUser, RequestHandler, UserKey
 
 DEFAULT_GRACE: Final = 5.0
 """Seconds that requests in flight may take when a server stops."""

@@ -31,7 +31,7 @@ from ._addresses import (
 from ._errors import AddressError
 from ._fork import close_in_child
 from ._look_ups import look_up_in_thread
-from ._nursery import bare_nursery
+from ._trio_util import bare_nursery
 from ._unix_listener import UnixListener
 
 STAGGER: Final = 0.25

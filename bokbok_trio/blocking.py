@@ -22,14 +22,13 @@ from typing import Self, TypeVar, TypeVarTuple, final
 
 import trio
 
-from . import _channel, _connection
 from ._addresses import AddressLike
 from ._client import open_connection
-from ._handling import ChannelHandler, RequestHandler
+from ._connection import channel as _channel, connection as _connection
 from ._keys import Key
-from ._packets import Context, Fields
 from ._portal import Held, Portal
 from ._settings import Settings
+from ._types import ChannelHandler, ConnectionHandler, Context, Fields, RequestHandler
 
 __all__ = ["Channel", "Connection", "Portal", "connect"]
 
@@ -204,7 +203,7 @@ def connect(
     insecure: bool = False,
     request_handler: RequestHandler | None = None,
     channel_handler: ChannelHandler | None = None,
-    close_handler: _connection.ConnectionHandler | None = None,
+    close_handler: ConnectionHandler | None = None,
     settings: Settings = Settings(),  # noqa: B008  (immutable)
     portal: Portal | None = None,
 ) -> Connection:

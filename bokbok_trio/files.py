@@ -46,7 +46,7 @@ from typing import Final, Protocol, TypeAlias, TypeVar, TypeVarTuple, final
 import trio
 
 from ._errors import BokbokError, RequestError
-from ._packets import Fields
+from ._types import Fields
 
 __all__ = ["TransferError", "receive_file", "safe_name", "send_file"]
 

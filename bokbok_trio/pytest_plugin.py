@@ -18,7 +18,7 @@ from typing import ParamSpec, TypeAlias, TypeVar
 import pytest
 import trio
 
-from ._connection import Connection
+from ._connection.connection import Connection
 from .testing import MemoryServer, open_connection_pair, open_memory_server
 
 __all__ = ["OpenPair", "OpenServer", "bokbok_pair", "bokbok_server"]

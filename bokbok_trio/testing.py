@@ -18,11 +18,11 @@ import trio.testing
 
 from ._client import open_connection
 from ._combined import CombinedHandler
-from ._connection import Connection, ConnectionHandler
-from ._handling import ChannelHandler, RequestHandler
+from ._connection.connection import Connection
 from ._keys import Key
 from ._server import Server, open_server
 from ._settings import Settings
+from ._types import ChannelHandler, ConnectionHandler, RequestHandler
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm

@@ -9,7 +9,7 @@ from typing import Any, Final
 from nacl.bindings import crypto_secretbox
 
 from bokbok_trio import Key
-from bokbok_trio._handshake import ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._protocol.handshake import ClientHandshake, Limits, ServerHandshake
 from tests import second_implementation as second
 
 from .scripts import (

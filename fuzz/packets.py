@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from bokbok_trio import ProtocolError
-from bokbok_trio._options import decode_options
-from bokbok_trio._packets import (
+from bokbok_trio._protocol.options import decode_options
+from bokbok_trio._protocol.packets import (
     PacketDecoder,
     decode_body,
     decode_context,

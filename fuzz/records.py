@@ -8,7 +8,7 @@ from typing import Final
 import trio
 import trio.testing
 
-from bokbok_trio._secretbox_stream import SecretboxStream
+from bokbok_trio._stream.secretbox import SecretboxStream
 from tests import second_implementation as second
 
 from .scripts import (

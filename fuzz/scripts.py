@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 from bokbok_trio import HandshakeError, ProtocolError
-from bokbok_trio._packets import PacketDecoder
+from bokbok_trio._protocol.packets import PacketDecoder
 from tests import second_implementation as second
 
 MAX_RECEIVES: Final = 64

@@ -6,11 +6,11 @@ import math
 from typing import Final
 
 from bokbok_trio import MessageTooLarge
-from bokbok_trio._events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
-from bokbok_trio._packets import (
+from bokbok_trio._protocol.events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
+from bokbok_trio._protocol.packets import (
     PacketDecoder,
 )
-from bokbok_trio._session import NO_BUDGET, Session
+from bokbok_trio._protocol.session import NO_BUDGET, Session
 from tests import second_implementation as second
 
 from .scripts import (

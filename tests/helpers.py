@@ -25,7 +25,7 @@ from bokbok_trio import (
     Settings,
     open_connection,
 )
-from bokbok_trio._packets import PacketDecoder, encode_body, encode_head
+from bokbok_trio._protocol.packets import PacketDecoder, encode_body, encode_head
 
 MAGIC = b"bokbok1\n"
 

@@ -16,7 +16,8 @@ import trio
 import trio.testing
 from nacl.bindings import crypto_secretbox
 
-from bokbok_trio._handshake import (
+from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, Key, encode_user, passphrase_to_key
+from bokbok_trio._protocol.handshake import (
     MAGIC,
     ClientHandshake,
     Limits,
@@ -28,9 +29,8 @@ from bokbok_trio._handshake import (
     encode_refused,
     keyed_hash,
 )
-from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, Key, encode_user, passphrase_to_key
-from bokbok_trio._packets import decode_body, encode_body, encode_head, encode_number
-from bokbok_trio._secretbox_stream import SecretboxStream
+from bokbok_trio._protocol.packets import decode_body, encode_body, encode_head, encode_number
+from bokbok_trio._stream.secretbox import SecretboxStream
 
 from . import second_implementation as second
 

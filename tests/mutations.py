@@ -51,14 +51,14 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "h1-without-service",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "self._h0 + service + encode_head(*fields))",
         "self._h0 + encode_head(*fields))",
         "test_server.py::test_services_must_agree",
     ),
     Mutation(
         "busy-before-key",
-        "_opening.py",
+        "_stream/establish.py",
         "                place.note_failure()\n",
         "                if (full := admit(None)) is not None:\n"
         "                    raise await _refuse(transport, stream, full) from None\n",
@@ -66,14 +66,14 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "h1-unchecked",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "if hmac.compare_digest(opened[KEY_SIZE:], self._h1) and at < len(own):",
         "if at < len(own):",
         "test_handshake.py::test_a_box_under_the_right_key_must_hold_the_hash",
     ),
     Mutation(
         "h1-without-user",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "service + encode_head(*fields))",
         "service + encode_head(*fields[2:]))",
         "test_handshake.py::test_a_box_for_one_user_opens_for_no_other_with_the_same_key",
@@ -81,21 +81,21 @@ MUTATIONS: Final = [
     # ---- nobody without the user's key poses as the server ----
     Mutation(
         "proof-unchecked",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "        if not hmac.compare_digest(proof, _proof(self.key, h2)):\n",
         "        if len(proof) != KEY_SIZE:\n",
         "test_client.py::test_a_fake_server_is_found_out",
     ),
     Mutation(
         "proof-without-key",
-        "_handshake.py",
+        "_protocol/handshake.py",
         'return keyed_hash(32, key.raw, b"bokbok1 server", h2)',
         'return keyed_hash(32, b"", b"bokbok1 server", h2)',
         "test_handshake.py::test_a_server_that_only_knows_another_key_proves_nothing",
     ),
     Mutation(
         "limits-before-proof",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "                final_keys = self._check_proof([max_message_size, max_requests, options], proof)\n"
         "                peer_options = decode_options(options)\n",
         "                peer_options = decode_options(options)\n"
@@ -105,14 +105,14 @@ MUTATIONS: Final = [
     # ---- nobody in the middle ----
     Mutation(
         "h1-without-hellos",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "self._h0 + service + encode_head(*fields))",
         "service + encode_head(*fields))",
         "test_attacks.py::test_an_impostor_between_the_two_can_pass_on_neither_box_nor_proof",
     ),
     Mutation(
         "h2-without-h1",
-        "_handshake.py",
+        "_protocol/handshake.py",
         'return keyed_hash(32, b"", b"bokbok1 accept", h1 + box + accepted)',
         'return keyed_hash(32, b"", b"bokbok1 accept", accepted)',
         "test_handshake.py::test_a_recorded_server_session_does_not_open_again",
@@ -120,14 +120,14 @@ MUTATIONS: Final = [
     # ---- nobody changes the options of the handshake ----
     Mutation(
         "h1-without-options",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "service + encode_head(*fields))",
         "service + encode_head(*fields[:4]))",
         "test_handshake.py::test_options_are_bound_by_the_hashes",
     ),
     Mutation(
         "options-before-box",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "        self._claimed_options = decode_options(options)\n",
         "        self._claimed_options = self.peer_options = decode_options(options)\n",
         "test_handshake.py::test_options_are_not_believed_before_the_box_has_opened",
@@ -135,14 +135,14 @@ MUTATIONS: Final = [
     # ---- nobody reads ----
     Mutation(
         "nonce-repeats",
-        "_secretbox_stream.py",
+        "_stream/secretbox.py",
         "        self._counter += 1\n",
         "        self._counter = (self._counter + 1) % 3\n",
         "test_secretbox_stream.py::test_no_nonce_is_used_twice_under_a_key",
     ),
     Mutation(
         "one-key-both-ways",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "return cls(derived[:KEY_SIZE], derived[KEY_SIZE:])",
         "return cls(derived[:KEY_SIZE], derived[:KEY_SIZE])",
         "test_attacks.py::test_a_record_out_of_its_place_ends_the_connection",
@@ -157,7 +157,7 @@ MUTATIONS: Final = [
     # ---- nothing is altered, reordered, repeated, reflected or cut short unnoticed ----
     Mutation(
         "records-out-of-place",
-        "_secretbox_stream.py",
+        "_stream/secretbox.py",
         "        return crypto_secretbox_open(box, self._nonce(), self._key)",
         "        for count in range(self._counter + 3):\n"
         "            try:\n"
@@ -172,7 +172,7 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "seal-unchecked",
-        "_secretbox_stream.py",
+        "_stream/secretbox.py",
         "        return crypto_secretbox_open(box, self._nonce(), self._key)",
         "        stream = crypto_secretbox(bytes(len(box) - MAC_SIZE), self._nonce(), self._key)[MAC_SIZE:]\n"
         "        return bytes(one ^ other for one, other in zip(box[MAC_SIZE:], stream))",
@@ -180,28 +180,28 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "cut-is-an-end",
-        "_secretbox_stream.py",
+        "_stream/secretbox.py",
         '            raise self._broken("the stream was cut short: it ended without an end record")',
         "            self._receive_ended = True",
         "test_attacks.py::test_an_end_that_nobody_sealed_is_no_end",
     ),
     Mutation(
         "end-unsealed",
-        "_secretbox_stream.py",
+        "_stream/secretbox.py",
         "            plaintext = None\n",
         '            plaintext = b"" if size == MAC_SIZE else None\n',
         "test_secretbox_stream.py::test_an_empty_record_must_be_sealed_to_be_an_end",
     ),
     Mutation(
         "failed-record-is-skipped",
-        "_secretbox_stream.py",
+        "_stream/secretbox.py",
         "        self._receive_failure = reason\n",
         "",
         "test_secretbox_stream.py::test_a_failed_record_ends_receiving_though_good_ones_follow",
     ),
     Mutation(
         "own-hello-comes-back",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "        if theirs == self._public:\n",
         "        if False:\n",
         "test_handshake.py::test_our_own_key_is_refused",
@@ -209,7 +209,7 @@ MUTATIONS: Final = [
     # ---- a silent drop is noticed in time ----
     Mutation(
         "silence-is-fine",
-        "_watchdog.py",
+        "_connection/watchdog.py",
         "        if now >= stuck_at or is_asked:\n",
         "        if now >= stuck_at:\n",
         "test_watchdog.py::test_a_peer_that_falls_silent_is_lost_in_time",
@@ -217,7 +217,7 @@ MUTATIONS: Final = [
     # ---- a recorded session cannot be replayed ----
     Mutation(
         "secret-is-kept",
-        "_handshake.py",
+        "_protocol/handshake.py",
         'self._secret = randomness(EPHEMERAL_SIZE) if sealed else b""',
         'self._secret = bytes(31) + self.side[:1].encode() if sealed else b""',
         "test_attacks.py::test_a_recorded_session_gets_in_nowhere",
@@ -225,7 +225,7 @@ MUTATIONS: Final = [
     # ---- recordings stay unreadable when a user's key leaks later ----
     Mutation(
         "keys-without-ee",
-        "_handshake.py",
+        "_protocol/handshake.py",
         'keyed_hash(64, self._ee, b"bokbok1 shake", self._h0)',
         'keyed_hash(64, b"", b"bokbok1 shake", self._h0)',
         "test_handshake.py::test_a_recording_stays_unreadable_to_who_has_the_key_later",
@@ -233,14 +233,14 @@ MUTATIONS: Final = [
     # ---- a listener learns neither the user name nor its length ----
     Mutation(
         "no-pad",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "fields[-1] = bytes(OPEN_SIZE - len(encode_head(*fields, bytes(BOX_SIZE))))",
         'fields[-1] = b""',
         "test_handshake.py::test_open_is_512_bytes_whatever_the_name_the_limits_and_the_options",
     ),
     Mutation(
         "open-in-the-clear",
-        "_opening.py",
+        "_stream/establish.py",
         "                await _send(transport, stream, handshake.open())\n",
         "                await _send(transport, transport, handshake.open())\n",
         "test_opening.py::test_a_listener_sees_neither_the_user_name_nor_its_length",
@@ -248,14 +248,14 @@ MUTATIONS: Final = [
     # ---- an unknown user and a wrong key look the same ----
     Mutation(
         "refused-at-once",
-        "_opening.py",
+        "_stream/establish.py",
         "                if handshake.sealed:  # whom the system names has nothing to guess\n",
         "                if handshake.sealed and keys:\n",
         "test_opening.py::test_every_refusal_of_a_user_looks_the_same_and_comes_at_the_same_time",
     ),
     Mutation(
         "tries-tell",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "        for at in range(MAX_KEYS):\n",
         "        for at in range(max(1, len(own))):\n",
         "test_handshake.py::test_whoever_does_not_get_in_takes_the_same_path",
@@ -263,14 +263,14 @@ MUTATIONS: Final = [
     # ---- a keyed client never talks plain, a keyed server never answers plain ----
     Mutation(
         "client-talks-plain",
-        "_opening.py",
+        "_stream/establish.py",
         "        user=user, key=key, service=service, limits",
         '        user=None, key=None, service="", limits',
         "test_server.py::test_nothing_falls_back",
     ),
     Mutation(
         "server-answers-plain",
-        "_opening.py",
+        "_stream/establish.py",
         "sealed=user_key is not None, service",
         "sealed=False, service",
         "test_server.py::test_nothing_falls_back",
@@ -278,21 +278,21 @@ MUTATIONS: Final = [
     # ---- a stranger costs the server little ----
     Mutation(
         "reads-all",
-        "_secretbox_stream.py",
+        "_stream/secretbox.py",
         "await receive(HEADER_SIZE + self._max_record_size)",
         "await receive(2**20)",
         "test_secretbox_stream.py::test_reads_ask_for_no_more_than_a_record_of_the_limit",
     ),
     Mutation(
         "any-number-of-keys",
-        "_handshake.py",
+        "_protocol/handshake.py",
         "        own = keys[:MAX_KEYS]\n        for at in range(MAX_KEYS):\n",
         "        own = keys\n        for at in range(max(MAX_KEYS, len(own))):\n",
         "test_handshake.py::test_no_more_than_max_keys_are_tried",
     ),
     Mutation(
         "timeout-forgotten",
-        "_opening.py",
+        "_stream/establish.py",
         "    scope.deadline = began + settings.handshake_timeout\n",
         "",
         "test_opening.py::test_a_peer_that_stalls_at_any_call_is_given_the_timeout",
@@ -314,14 +314,14 @@ MUTATIONS: Final = [
     # ---- a channel holds no more than its credit ----
     Mutation(
         "credit-unchecked",
-        "_flow.py",
+        "_protocol/flow_control.py",
         "        if self.receive_credit <= 0:\n",
         "        if False:\n",
         "test_channel.py::test_a_lying_peer_loses_the_connection",
     ),
     Mutation(
         "items-cost-nothing",
-        "_flow.py",
+        "_protocol/flow_control.py",
         "        self.receive_credit -= size + ITEM_COST\n",
         "        self.receive_credit -= size\n",
         "test_second_implementation.py::test_both_count_the_credit_of_the_second_implementations_items_alike",
@@ -329,28 +329,28 @@ MUTATIONS: Final = [
     # ---- one connection holds no more than its budget, and does not hold up others ----
     Mutation(
         "budget-unchecked",
-        "_session.py",
+        "_protocol/session.py",
         "        if not taken or self._held_total <= self.budget.requests:\n",
         "        if True:\n",
         "test_budget.py::test_a_peer_that_sends_too_much_is_refused_and_may_ask_again",
     ),
     Mutation(
         "slow-reader-stays",
-        "_watchdog.py",
+        "_connection/watchdog.py",
         "            return sent < waiting_then and sent < self._least_rate * (now - since)\n",
         "            return False\n",
         "test_budget.py::test_a_peer_that_reads_too_slowly_is_lost",
     ),
     Mutation(
         "all-at-once",
-        "_packets.py",
+        "_protocol/packets.py",
         "            if count == MAX_AT_ONCE:\n",
         "            if count == 2**30:\n",
         "test_session.py::test_very_many_packets_are_decoded_some_at_a_time",
     ),
     Mutation(
         "nonsense-unbounded",
-        "_session.py",
+        "_protocol/session.py",
         "        self._ignored += 1\n",
         "",
         "test_session.py::test_packets_that_mean_nothing_are_bounded",
@@ -365,21 +365,21 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "keys-show-themselves",
-        "_handshake.py",
+        "_protocol/handshake.py",
         '        return "<DirectionKeys>"\n',
         '        return f"<DirectionKeys {self.c2s!r}>"\n',
         "test_handshake.py::test_nothing_secret_shows_in_a_repr_an_error_or_a_log",
     ),
     Mutation(
         "error-shows-key",
-        "_handshake.py",
+        "_protocol/handshake.py",
         'raise AuthenticationError("the server did not prove that it knows the key")',
         'raise AuthenticationError(f"the server did not prove that it knows the key {self.key.raw!r}")',
         "test_attacks.py::test_no_key_shows_in_anything_that_a_program_keeps",
     ),
     Mutation(
         "closed-keeps-keys",
-        "_secretbox_stream.py",
+        "_stream/secretbox.py",
         "            self._sealer = self._opener = _Keyless(_CLOSED)\n",
         "            pass\n",
         "test_connection_end.py::test_a_connection_that_is_kept_has_no_keys_any_more",
@@ -394,7 +394,7 @@ MUTATIONS: Final = [
     # ---- on a plain UNIX-domain socket, only those get in whom `peer_user` names ----
     Mutation(
         "nameless-get-in",
-        "_opening.py",
+        "_stream/establish.py",
         '    raise AuthenticationError(f"peer_user has no name for {credentials}")\n',
         '    return ""\n',
         "test_server.py::test_whom_peer_user_does_not_name_is_refused_before_all_else",

@@ -6,7 +6,7 @@ import itertools
 
 from hypothesis import strategies as st
 
-from bokbok_trio._options import MAX_OWN_OPTIONS_SIZE, ROOM
+from bokbok_trio._protocol.options import MAX_OWN_OPTIONS_SIZE, ROOM
 
 fields = st.binary(max_size=40)
 """What arrives as one field."""

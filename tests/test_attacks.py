@@ -26,7 +26,7 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._handshake import DirectionKeys
+from bokbok_trio._protocol.handshake import DirectionKeys
 
 from . import second_implementation as second
 

@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from bokbok_trio import Connection, MessageTooLarge
-from bokbok_trio._outbox import MAX_OPEN
+from bokbok_trio._protocol.outbox import MAX_OPEN
 from bokbok_trio.testing import open_connection_pair
 from tests.helpers import packet, raw_peer, settle
 

@@ -25,13 +25,13 @@ from bokbok_trio import (
     open_server,
 )
 from bokbok_trio._accepting import fit_descriptors
-from bokbok_trio._budget import COUNTED, MIN_WINDOW, Budget, Room
 from bokbok_trio._errors import HandshakeError
-from bokbok_trio._events import Answer, Failure, Request
-from bokbok_trio._flow import WINDOW
-from bokbok_trio._options import decode_options, encode_options, find_room
-from bokbok_trio._outbox import MIN_BATCH_SIZE
-from bokbok_trio._session import MAX_DEPTH, Session
+from bokbok_trio._protocol.budget import COUNTED, MIN_WINDOW, Budget, Room
+from bokbok_trio._protocol.events import Answer, Failure, Request
+from bokbok_trio._protocol.flow_control import WINDOW
+from bokbok_trio._protocol.options import decode_options, encode_options, find_room
+from bokbok_trio._protocol.outbox import MIN_BATCH_SIZE
+from bokbok_trio._protocol.session import MAX_DEPTH, Session
 from bokbok_trio.testing import open_connection_pair
 
 from .helpers import RawPeer, echo, open_peer, outcomes, packet, req, settle

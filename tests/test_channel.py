@@ -22,8 +22,8 @@ from bokbok_trio import (
     RequestError,
     Settings,
 )
-from bokbok_trio._flow import ITEM_COST, ITEM_OVERHEAD, MAX_QUEUED, WINDOW
-from bokbok_trio._nursery import LazyEvent
+from bokbok_trio._protocol.flow_control import ITEM_COST, ITEM_OVERHEAD, MAX_QUEUED, WINDOW
+from bokbok_trio._trio_util import LazyEvent
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.helpers import RawPeer, packet, raw_peer, settle
 

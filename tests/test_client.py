@@ -19,9 +19,9 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._handshake import Limits, ServerHandshake
-from bokbok_trio._opening import _exchange_hello, _receive_packet
-from bokbok_trio._packets import encode_head
+from bokbok_trio._protocol.handshake import Limits, ServerHandshake
+from bokbok_trio._protocol.packets import encode_head
+from bokbok_trio._stream.establish import _exchange_hello, _receive_packet
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import MAGIC, echo, packet
 

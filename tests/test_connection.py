@@ -23,12 +23,12 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._connection import CLOSE_TIMEOUT
-from bokbok_trio._direct_stream import DirectStream
-from bokbok_trio._handling import Handlers
-from bokbok_trio._outbox import HEAD_ROOM
-from bokbok_trio._sender import BUNCH
-from bokbok_trio._wire import Wire
+from bokbok_trio._connection.connection import CLOSE_TIMEOUT
+from bokbok_trio._connection.handlers import Handlers
+from bokbok_trio._connection.sender import BUNCH
+from bokbok_trio._protocol.outbox import HEAD_ROOM
+from bokbok_trio._stream.socket import DirectStream
+from bokbok_trio._stream.wire import Wire
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import busy_handler, echo, packet, raw_peer, settle
 
@@ -1257,7 +1257,7 @@ async def test_a_connection_that_has_ended_is_no_cyclic_garbage() -> None:
 async def test_what_is_too_much_to_be_written_in_a_row_is_left_to_the_sender(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bokbok_trio._sender.MAX_AT_ONCE", 1)
+    monkeypatch.setattr("bokbok_trio._connection.sender.MAX_AT_ONCE", 1)
     count = 3 * BUNCH
     async with raw_peer(over_sockets=True, max_requests=count) as (connection, peer):
         async with trio.open_nursery() as nursery:

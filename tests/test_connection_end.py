@@ -17,8 +17,8 @@ import trio.testing
 from trio.testing import MockClock
 
 from bokbok_trio import Connection, ConnectionClosed, ConnectionLost
-from bokbok_trio._secretbox_stream import SecretboxStream
-from bokbok_trio._wire import Wire
+from bokbok_trio._stream.secretbox import SecretboxStream
+from bokbok_trio._stream.wire import Wire
 from bokbok_trio.testing import open_connection_pair
 from tests.helpers import packet, raw_peer, settle
 from tests.pairs import open_pair

@@ -18,11 +18,11 @@ from bokbok_trio import (
     ConnectionLost,
     current_request,
 )
-from bokbok_trio._eager import start_eagerly
-from bokbok_trio._events import Answer, Bye, Failure
-from bokbok_trio._nursery import bare_nursery
-from bokbok_trio._session import Session
-from bokbok_trio._wire import Wire
+from bokbok_trio._connection.eager import start_eagerly
+from bokbok_trio._protocol.events import Answer, Bye, Failure
+from bokbok_trio._protocol.session import Session
+from bokbok_trio._stream.wire import Wire
+from bokbok_trio._trio_util import bare_nursery
 from bokbok_trio.testing import open_connection_pair
 from tests.helpers import WholeStream, echo, open_peer, packet, raw_peer, req, settle
 

@@ -13,8 +13,8 @@ import pytest
 import trio
 import trio.testing
 
-import bokbok_trio._direct_stream
-from bokbok_trio._direct_stream import RECEIVE_SIZE, DirectStream, make_direct
+import bokbok_trio._stream.socket
+from bokbok_trio._stream.socket import RECEIVE_SIZE, DirectStream, make_direct
 
 
 def pair() -> tuple[DirectStream, DirectStream]:
@@ -155,7 +155,7 @@ def test_a_peer_that_is_gone_is_no_signal(how: str) -> None:
     """With SIGPIPE at its default, which many programs of a pipeline want, the process would end."""
     program = f"""
 import signal, trio
-from bokbok_trio._direct_stream import DirectStream
+from bokbok_trio._stream.socket import DirectStream
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 async def main():
     ours, theirs = trio.socket.socketpair()
@@ -177,7 +177,7 @@ trio.run(main)
 
 async def test_macos_has_an_option_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(bokbok_trio._direct_stream, "SO_NOSIGPIPE", socket.SO_KEEPALIVE)
+        patch.setattr(bokbok_trio._stream.socket, "SO_NOSIGPIPE", socket.SO_KEEPALIVE)
         patch.setattr(sys, "platform", "darwin")
         ours, theirs = pair()
         assert ours.count_queued() is None

@@ -15,7 +15,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from bokbok_trio import Channel, Connection, RemoteError
-from bokbok_trio._eager import start_eagerly
+from bokbok_trio._connection.eager import start_eagerly
 from bokbok_trio.testing import open_connection_pair
 from tests.pairs import open_pair, over_all_ways, settle
 

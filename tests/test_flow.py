@@ -5,9 +5,17 @@ from itertools import groupby
 import pytest
 
 from bokbok_trio import MessageTooLarge, ProtocolError
-from bokbok_trio._flow import ITEM_COST, ITEM_OVERHEAD, MAX_CREDIT, MAX_QUEUED, WINDOW, Flow, Flows
-from bokbok_trio._outbox import TURN, Outbox, Outgoing
-from bokbok_trio._packets import PacketDecoder
+from bokbok_trio._protocol.flow_control import (
+    ITEM_COST,
+    ITEM_OVERHEAD,
+    MAX_CREDIT,
+    MAX_QUEUED,
+    WINDOW,
+    Flow,
+    Flows,
+)
+from bokbok_trio._protocol.outbox import TURN, Outbox, Outgoing
+from bokbok_trio._protocol.packets import PacketDecoder
 from tests.helpers import decode
 
 

@@ -19,10 +19,10 @@ import trio.testing
 
 import bokbok_trio._fork
 from bokbok_trio import Key, TCPAddress, UnixAddress, open_connection, open_server
-from bokbok_trio._direct_stream import DirectStream, make_direct
 from bokbok_trio._fork import close_in_child, close_inherited
-from bokbok_trio._secretbox_stream import SecretboxStream
 from bokbok_trio._sockets import stream_address
+from bokbok_trio._stream.secretbox import SecretboxStream
+from bokbok_trio._stream.socket import DirectStream, make_direct
 from bokbok_trio.testing import FaultyStream
 from tests.helpers import echo
 from tests.sockets import dial_to, listen_on, tcp_address

@@ -27,9 +27,9 @@ from bokbok_trio import (
     open_reconnecting,
     open_server,
 )
-from bokbok_trio._events import Request
-from bokbok_trio._session import Session
-from bokbok_trio._watchdog import MUCH, Watchdog
+from bokbok_trio._connection.watchdog import MUCH, Watchdog
+from bokbok_trio._protocol.events import Request
+from bokbok_trio._protocol.session import Session
 from bokbok_trio.testing import MemoryListener, open_connection_pair
 from tests.helpers import echo, packet, settle
 

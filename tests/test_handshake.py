@@ -22,9 +22,10 @@ from bokbok_trio import (
     ConnectionRefused,
     HandshakeError,
     Key,
-    _handshake,
 )
-from bokbok_trio._handshake import (
+from bokbok_trio._keys import MAX_KEYS
+from bokbok_trio._protocol import handshake
+from bokbok_trio._protocol.handshake import (
     BOX_SIZE,
     EPHEMERAL_SIZE,
     MAGIC,
@@ -37,9 +38,8 @@ from bokbok_trio._handshake import (
     encode_hello,
     encode_refused,
 )
-from bokbok_trio._keys import MAX_KEYS
-from bokbok_trio._options import GREASE_DICE, MAX_OPTIONS_SIZE, MAX_OWN_OPTIONS_SIZE, decode_options
-from bokbok_trio._packets import LENGTH_SIZE, decode_body, encode_head
+from bokbok_trio._protocol.options import GREASE_DICE, MAX_OPTIONS_SIZE, MAX_OWN_OPTIONS_SIZE, decode_options
+from bokbok_trio._protocol.packets import LENGTH_SIZE, decode_body, encode_head
 
 from .helpers import check_holds_no_secret
 from .strategies import options, packet_bytes
@@ -285,14 +285,14 @@ def test_a_stranger_costs_two_scalar_multiplications(monkeypatch: pytest.MonkeyP
     calls: list[str] = []
 
     def spy(name: str) -> None:
-        original = getattr(_handshake, name)
+        original = getattr(handshake, name)
 
         def call(*args: bytes) -> bytes:
             calls.append(name)
             result: bytes = original(*args)
             return result
 
-        monkeypatch.setattr(_handshake, name, call)
+        monkeypatch.setattr(handshake, name, call)
 
     spy("crypto_scalarmult")
     spy("crypto_scalarmult_base")
@@ -327,7 +327,7 @@ def test_no_more_than_max_keys_are_tried(*, place: int, opens: bool) -> None:
 def test_a_random_key_that_happens_to_fit_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
     client, server = make_client(), make_server()
     send_open(client, server)
-    monkeypatch.setattr(_handshake, "_NOBODYS_KEY", K)
+    monkeypatch.setattr(handshake, "_NOBODYS_KEY", K)
     check_fails_to_accept(client, server, [])
 
 
@@ -399,7 +399,7 @@ def test_whoever_does_not_get_in_takes_the_same_path(
     send_open_as(name, client, server)
     drawn = len(dice.given)
     calls: list[tuple[object, ...]] = []
-    hash_ = _handshake.keyed_hash
+    hash_ = handshake.keyed_hash
 
     def spy_hash(size: int, key: bytes, label: bytes, data: bytes) -> bytes:
         calls.append(("hash", size, len(key), label, len(data)))
@@ -409,8 +409,8 @@ def test_whoever_does_not_get_in_takes_the_same_path(
         calls.append(("open", len(box), len(nonce), len(key)))
         return crypto_secretbox_open(box, nonce, key)
 
-    monkeypatch.setattr(_handshake, "keyed_hash", spy_hash)
-    monkeypatch.setattr(_handshake, "crypto_secretbox_open", spy_open)
+    monkeypatch.setattr(handshake, "keyed_hash", spy_hash)
+    monkeypatch.setattr(handshake, "crypto_secretbox_open", spy_open)
     check_fails_to_accept(client, server, keys)
     assert calls == [("hash", 32, 32, b"bokbok1 box", 32), ("open", BOX_SIZE, 24, 32)] * MAX_KEYS
     assert len(dice.given) == drawn
@@ -659,7 +659,7 @@ def test_a_server_that_only_knows_another_key_proves_nothing() -> None:
     accepted = [b"accepted", b"1000000", b"20", b"\0"]
     messages = [client.hello, server.hello, client.open(), encode_head(*accepted, b"")]
     spec = Schedule(messages=messages, key=OTHER.raw, ee=b"")
-    for proof in (spec.proof(), _handshake._proof(OTHER, spec.h2())):
+    for proof in (spec.proof(), handshake._proof(OTHER, spec.h2())):
         with pytest.raises(AuthenticationError, match="did not prove"):
             client.receive_reply(encode_head(*accepted, proof))
 

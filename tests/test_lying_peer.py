@@ -23,10 +23,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from bokbok_trio._events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
-from bokbok_trio._flow import ITEM_OVERHEAD, MAX_QUEUED, WINDOW
-from bokbok_trio._packets import LARGE
-from bokbok_trio._session import Session
+from bokbok_trio._protocol.events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
+from bokbok_trio._protocol.flow_control import ITEM_OVERHEAD, MAX_QUEUED, WINDOW
+from bokbok_trio._protocol.packets import LARGE
+from bokbok_trio._protocol.session import Session
 
 from .second_implementation import (
     ITEM_COST,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bokbok_trio._events import Abort, Answer, Event, Failure, Item, Request
-from bokbok_trio._session import Session
+from bokbok_trio._protocol.events import Abort, Answer, Event, Failure, Item, Request
+from bokbok_trio._protocol.session import Session
 
 from . import second_implementation as second
 from .node_peer import NodeProcess, node_process, why_not

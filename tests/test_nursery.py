@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio._nursery import bare_nursery, contain, is_within, split_exception
+from bokbok_trio._trio_util import bare_nursery, contain, is_within, split_exception
 
 # ---- split_exception ----
 

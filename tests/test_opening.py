@@ -23,13 +23,13 @@ from bokbok_trio import (
     Key,
     PeerCredentials,
     Settings,
-    _options,
 )
-from bokbok_trio._direct_stream import DirectStream
-from bokbok_trio._handshake import ClientHandshake, Limits, ServerHandshake
 from bokbok_trio._keys import MAX_KEYS
-from bokbok_trio._nursery import MAX_CAUSES, describe_error
-from bokbok_trio._opening import (
+from bokbok_trio._places import Places
+from bokbok_trio._protocol import options
+from bokbok_trio._protocol.handshake import ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._protocol.packets import encode_head
+from bokbok_trio._stream.establish import (
     MAX_EARLY_RECORD_SIZE,
     MAX_PACKET_SIZE,
     REFUSAL_DELAY,
@@ -39,9 +39,9 @@ from bokbok_trio._opening import (
     open_as_client,
     open_as_server,
 )
-from bokbok_trio._packets import encode_head
-from bokbok_trio._places import Places
-from bokbok_trio._secretbox_stream import HEADER_SIZE, MAX_PLAINTEXT_SIZE, SecretboxStream
+from bokbok_trio._stream.secretbox import HEADER_SIZE, MAX_PLAINTEXT_SIZE, SecretboxStream
+from bokbok_trio._stream.socket import DirectStream
+from bokbok_trio._trio_util import MAX_CAUSES, describe_error
 
 Mode = Literal["sealed", "plain"]
 Side = Literal["client", "server"]
@@ -60,7 +60,7 @@ on_both_sides = pytest.mark.parametrize("side", ["client", "server"])
 def fixed_grease() -> Iterator[None]:
     """Give every handshake messages of the same lengths, as cuts and changed bits are counted in them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_options, "make_grease", lambda randomness: ("grease.0000", b"1234"))
+        patch.setattr(options, "make_grease", lambda randomness: ("grease.0000", b"1234"))
         yield
 
 

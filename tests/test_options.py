@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from bokbok_trio import HandshakeError
-from bokbok_trio._options import (
+from bokbok_trio._protocol.options import (
     GREASE_DICE,
     MAX_GREASE_SIZE,
     MAX_OPTIONS_SIZE,

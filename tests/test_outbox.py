@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from bokbok_trio import ProtocolError
-from bokbok_trio._outbox import (
+from bokbok_trio._protocol.outbox import (
     HEAD_ROOM,
     MAX_BATCH_SIZE,
     MAX_OPEN,
@@ -17,8 +17,8 @@ from bokbok_trio._outbox import (
     Outgoing,
     Reassembler,
 )
-from bokbok_trio._packets import PacketDecoder, decode_body, encode_head
-from bokbok_trio._secretbox_stream import MAX_PLAINTEXT_SIZE
+from bokbok_trio._protocol.packets import PacketDecoder, decode_body, encode_head
+from bokbok_trio._stream.secretbox import MAX_PLAINTEXT_SIZE
 from tests.helpers import decode
 
 LIMIT = 2**20

@@ -11,9 +11,18 @@ import trio
 from trio.testing import MockClock
 
 from bokbok_trio import Connection, ConnectionLost, Key, Settings, open_connection, open_server
-from bokbok_trio._direct_stream import DirectStream
-from bokbok_trio._outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
-from bokbok_trio._pacing import LEAST_BOUND, MAX_WAIT, PAUSE, QUEUE_TIME, Load, Pacer, is_drained, read_load
+from bokbok_trio._protocol.outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
+from bokbok_trio._stream.pacing import (
+    LEAST_BOUND,
+    MAX_WAIT,
+    PAUSE,
+    QUEUE_TIME,
+    Load,
+    Pacer,
+    is_drained,
+    read_load,
+)
+from bokbok_trio._stream.socket import DirectStream
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.helpers import echo
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from bokbok_trio import Field, MessageTooLarge, ProtocolError
-from bokbok_trio._packets import (
+from bokbok_trio._protocol.packets import (
     LARGE,
     LENGTH_SIZE,
     MAX_FIELDS,

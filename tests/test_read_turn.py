@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from bokbok_trio._read_turn import ReadTurn
+from bokbok_trio._connection.read_turn import ReadTurn
 
 
 class ReadTurnMachine(RuleBasedStateMachine):

@@ -27,11 +27,11 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._connection import CLOSE_TIMEOUT
-from bokbok_trio._direct_stream import RECEIVE_SIZE, DirectStream, _scratch
-from bokbok_trio._handling import LEFT_OPEN
-from bokbok_trio._packets import LARGE, LARGE_BATCH, MAX_AT_ONCE
-from bokbok_trio._sender import BUNCH, LONE_STREAK
+from bokbok_trio._connection.connection import CLOSE_TIMEOUT
+from bokbok_trio._connection.handlers import LEFT_OPEN
+from bokbok_trio._connection.sender import BUNCH, LONE_STREAK
+from bokbok_trio._protocol.packets import LARGE, LARGE_BATCH, MAX_AT_ONCE
+from bokbok_trio._stream.socket import RECEIVE_SIZE, DirectStream, _scratch
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.helpers import (
     RawPeer,

@@ -27,10 +27,10 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
-from bokbok_trio._flow import WINDOW
-from bokbok_trio._packets import PacketDecoder
-from bokbok_trio._session import Session
+from bokbok_trio._protocol.events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
+from bokbok_trio._protocol.flow_control import WINDOW
+from bokbok_trio._protocol.packets import PacketDecoder
+from bokbok_trio._protocol.session import Session
 from bokbok_trio.testing import MemoryListener
 
 from . import second_implementation as second

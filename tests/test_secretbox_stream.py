@@ -19,9 +19,9 @@ from trio.testing import (
     memory_stream_pair,
 )
 
-from bokbok_trio import _secretbox_stream
-from bokbok_trio._packets import MAX_AT_ONCE
-from bokbok_trio._secretbox_stream import (
+from bokbok_trio._protocol.packets import MAX_AT_ONCE
+from bokbok_trio._stream import secretbox
+from bokbok_trio._stream.secretbox import (
     HEADER_SIZE,
     MAC_SIZE,
     MAX_PLAINTEXT_SIZE,
@@ -934,8 +934,8 @@ def test_no_nonce_is_used_twice_under_a_key(actions: list[tuple[str, str]], reke
             await act(stream, transport, action, how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_secretbox_stream, "crypto_secretbox", spy_seal)
-        patch.setattr(_secretbox_stream, "crypto_secretbox_open", spy_open)
+        patch.setattr(secretbox, "crypto_secretbox", spy_seal)
+        patch.setattr(secretbox, "crypto_secretbox_open", spy_open)
         run(main)
     assert len(set(used)) == len(used)
     assert {key for call, key, _ in used if call == "seal"} <= {OUT, NEXT_OUT}

@@ -19,11 +19,11 @@ from hypothesis.stateful import (
 
 from bokbok_trio import MessageTooLarge, ProtocolError
 from bokbok_trio._errors import MAX_ERROR_TEXT_SIZE
-from bokbok_trio._events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
-from bokbok_trio._flow import MAX_CREDIT, MAX_QUEUED, WINDOW
-from bokbok_trio._outbox import HEAD_ROOM, MAX_WHOLE_SIZE, Outgoing
-from bokbok_trio._packets import LARGE, encode_body, encode_head
-from bokbok_trio._session import CROSSING, CROSSING_ITEMS, MAX_IGNORED, Session, State
+from bokbok_trio._protocol.events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
+from bokbok_trio._protocol.flow_control import MAX_CREDIT, MAX_QUEUED, WINDOW
+from bokbok_trio._protocol.outbox import HEAD_ROOM, MAX_WHOLE_SIZE, Outgoing
+from bokbok_trio._protocol.packets import LARGE, encode_body, encode_head
+from bokbok_trio._protocol.session import CROSSING, CROSSING_ITEMS, MAX_IGNORED, Session, State
 
 LIMIT = 4096
 

@@ -24,7 +24,7 @@ from bokbok_trio import (
     open_server,
     serve,
 )
-from bokbok_trio._handshake import MAX_REASON_SIZE
+from bokbok_trio._protocol.handshake import MAX_REASON_SIZE
 from bokbok_trio.testing import MemoryListener
 
 KEY = Key(bytes(range(32)))

@@ -23,11 +23,11 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._handshake import ClientHandshake, Limits, ServerHandshake
 from bokbok_trio._keys import encode_user
-from bokbok_trio._options import decode_options
-from bokbok_trio._packets import PacketDecoder, decode_number
-from bokbok_trio._secretbox_stream import SecretboxStream
+from bokbok_trio._protocol.handshake import ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._protocol.options import decode_options
+from bokbok_trio._protocol.packets import PacketDecoder, decode_number
+from bokbok_trio._stream.secretbox import SecretboxStream
 from bokbok_trio.testing import MemoryListener
 
 from . import second_implementation as second

@@ -17,7 +17,7 @@ import trio.testing
 from hypothesis import example, given, settings, strategies as st
 
 from bokbok_trio import ConnectionLost, Settings
-from bokbok_trio._watchdog import LATENESS, SPARE_ALARMS, Watchdog, _Rounds, _rounds
+from bokbok_trio._connection.watchdog import LATENESS, SPARE_ALARMS, Watchdog, _Rounds, _rounds
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.helpers import busy_handler, packet, raw_peer, settle
 

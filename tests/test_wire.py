@@ -6,9 +6,9 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio._direct_stream import DirectStream
-from bokbok_trio._secretbox_stream import SecretboxStream
-from bokbok_trio._wire import Wire
+from bokbok_trio._stream.secretbox import SecretboxStream
+from bokbok_trio._stream.socket import DirectStream
+from bokbok_trio._stream.wire import Wire
 from tests.helpers import WholeStream
 
 BATCH = bytes(range(256)) * 256

@@ -37,17 +37,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, TypeAlias, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, final
 
 import trio
 
-from ._budget import Budget
-from ._channel import Channel, Channels, is_own_timeout
-from ._current import next_depth
-from ._errors import (
+from .._errors import (
     BokbokError,
     ConnectionClosed,
     ConnectionLost,
@@ -55,9 +52,12 @@ from ._errors import (
     RemoteError,
     escape,
 )
-from ._events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item
-from ._handling import DRAINING_MESSAGE, ChannelHandler, Handlers, RequestHandler
-from ._nursery import (
+from .._protocol.budget import Budget
+from .._protocol.events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item
+from .._protocol.options import find_room
+from .._protocol.session import Session
+from .._statistics import ConnectionStatistics
+from .._trio_util import (
     LazyEvent,
     bare_nursery,
     block,
@@ -70,22 +70,21 @@ from ._nursery import (
     keep,
     split_exception,
 )
-from ._options import find_room
-from ._reader import STREAM_ERRORS, Reader
-from ._sender import Sender
-from ._session import Session
-from ._statistics import ConnectionStatistics
-from ._waiting import Pings, Waiter
-from ._watchdog import Watchdog
+from .._types import ChannelHandler, ConnectionHandler, RequestHandler
+from .calls import Pings, Waiter
+from .channel import Channel, Channels, is_own_timeout
+from .current import next_depth
+from .handlers import DRAINING_MESSAGE, Handlers
+from .reader import STREAM_ERRORS, Reader
+from .sender import Sender
+from .watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from ._addresses import Address
-    from ._handshake import Side
-    from ._opening import Opened
-    from ._packets import Context, Fields
-    from ._server import Server
-    from ._settings import Settings
-    from ._sockets import PeerCredentials
+    from .._addresses import Address
+    from .._settings import Settings
+    from .._sockets import PeerCredentials
+    from .._stream.establish import Opened
+    from .._types import Context, Fields, Server, Side
 
 SLOT_PATIENCE: Final = 1.0
 """Seconds that a request waits for a slot before the log says so, once for each connection."""
@@ -93,9 +92,6 @@ SLOT_PATIENCE: Final = 1.0
 CLOSE_TIMEOUT: Final = 1.0
 """Seconds that a send under way and the end record may take when the connection is closed, and
 that a connection which can no longer send goes on receiving."""
-
-ConnectionHandler: TypeAlias = "Callable[[Connection], Awaitable[object]]"
-"""``async def handler(connection)``: an open or a close handler."""
 
 logger = logging.getLogger("bokbok_trio")
 

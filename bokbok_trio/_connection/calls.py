@@ -7,7 +7,7 @@ from typing import Generic, TypeVar, final
 
 import trio
 
-from ._errors import BokbokError
+from .._errors import BokbokError
 
 _Outcome = TypeVar("_Outcome")
 

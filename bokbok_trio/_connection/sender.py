@@ -23,12 +23,12 @@ from typing import Final, final
 
 import trio
 
-from ._opening import Opened
-from ._outbox import MAX_BATCH_SIZE
-from ._pacing import PAUSE, Pacer, is_drained, read_load
-from ._session import Session
-from ._watchdog import Watchdog
-from ._wire import Wire
+from .._protocol.outbox import MAX_BATCH_SIZE
+from .._protocol.session import Session
+from .._stream.establish import Opened
+from .._stream.pacing import PAUSE, Pacer, is_drained, read_load
+from .._stream.wire import Wire
+from .watchdog import Watchdog
 
 LONE_STREAK: Final = 3
 """Batches of one packet that say that ours is probably alone too. With fewer, four callers are split

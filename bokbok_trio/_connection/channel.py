@@ -21,11 +21,12 @@ from typing import Final, final
 
 import trio
 
-from ._errors import BokbokError, RemoteError
-from ._events import End, Item
-from ._flow import Flows
-from ._nursery import check_cancelled, check_run
-from ._packets import Chunks, Fields, decode_body
+from .._errors import BokbokError, RemoteError
+from .._protocol.events import End, Item
+from .._protocol.flow_control import Flows
+from .._protocol.packets import Chunks, decode_body
+from .._trio_util import check_cancelled, check_run
+from .._types import Fields
 
 CLOCK_DRIFT: Final = 0.05
 """Seconds by which the peer's clock may be ahead of ours at the end of a deadline, besides a thousandth of

@@ -20,45 +20,17 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, Protocol, TypeAlias, TypeVar, overload
+from typing import Any, Final, TypeAlias
 
-from ._errors import MessageTooLarge, ProtocolError
-from ._events import NO_CONTEXT
+from .._errors import MessageTooLarge, ProtocolError
+from .._types import Context, Field, Fields
+from .events import NO_CONTEXT
 
 MAX_FIELDS: Final = 255
 """Fields of a packet: the count is a u8."""
 
 LENGTH_SIZE: Final = 4
 """Bytes of the length before a body."""
-
-Field: TypeAlias = bytes | bytearray | memoryview | str
-"""What a user may give as a field. A str is sent as UTF-8; bytes is what arrives."""
-
-_T_co = TypeVar("_T_co", covariant=True)
-
-
-class _SequenceNotStr(Protocol[_T_co]):
-    """A sequence, but not a str: a str contains only str, where this contains any object.
-
-    Borrowed from the ``SequenceNotStr`` of ``useful-types``.
-    """
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[_T_co]: ...
-    def __reversed__(self) -> Iterator[_T_co]: ...
-    def __contains__(self, value: object, /) -> bool: ...
-    @overload
-    def __getitem__(self, index: int, /) -> _T_co: ...
-    @overload
-    def __getitem__(self, index: slice, /) -> Sequence[_T_co]: ...
-
-
-Fields: TypeAlias = _SequenceNotStr[Field]
-"""What a user may give as the fields of a request, an answer or an item: 0 to 255 of them. Type checkers
-refuse a str or bytes, which are sequences too, and mostly a mistake for a list of one field."""
-
-Context: TypeAlias = Mapping[str, bytes | str]
-"""What a user may give as the context of a request: at most 32 names and values, 8 KiB in all."""
 
 MAX_CONTEXT_PAIRS: Final = 32
 """Names in the context of a request: enough for trace ids and the like."""

@@ -28,7 +28,7 @@ Items that have not left when it is cancelled or answered never do.
 `max_requests` of every class. A request made in a handler is one deeper than the one being handled. So who
 holds a slot waits only for deeper slots, the deepest for none, and nested callbacks cannot lock up.
 
-*Bytes* are bounded too, see `_budget`. A request of ours that does not fit what the peer takes waits as if
+*Bytes* are bounded too, see `budget`. A request of ours that does not fit what the peer takes waits as if
 for a slot; one of the peer's that does not fit is answered `busy`. How many bytes of answers wait is counted,
 for whoever starts handlers.
 
@@ -56,17 +56,15 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Final, final
 
-from ._budget import COUNTED, Budget, Room
-from ._errors import MAX_DETAILS_SIZE, MAX_ERROR_TEXT_SIZE, ProtocolError
-from ._events import NO_CONTEXT, Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
-from ._flow import ITEM_COST, WINDOW, Flows
-from ._handshake import Side
-from ._outbox import HEAD_ROOM, MAX_BATCH_SIZE, MAX_WHOLE_SIZE, Outbox, Outgoing, Reassembler
-from ._packets import (
+from .._errors import MAX_DETAILS_SIZE, MAX_ERROR_TEXT_SIZE, ProtocolError
+from .._types import Context, Fields, Side
+from .budget import COUNTED, Budget, Room
+from .events import NO_CONTEXT, Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
+from .flow_control import ITEM_COST, WINDOW, Flows
+from .outbox import HEAD_ROOM, MAX_BATCH_SIZE, MAX_WHOLE_SIZE, Outbox, Outgoing, Reassembler
+from .packets import (
     LENGTH_SIZE,
     Chunks,
-    Context,
-    Fields,
     PacketDecoder,
     Received,
     decode_body,

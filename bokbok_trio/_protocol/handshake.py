@@ -2,7 +2,7 @@
 
 `ClientHandshake` and `ServerHandshake` are the two sides. Each has a method per message, to be
 called in the order of the messages, once; what is wrong with a message is a `HandshakeError`, after
-which the handshake is of no more use. ``_opening.py`` moves the bytes; ``docs/protocol.rst`` is the
+which the handshake is of no more use. ``_stream/establish.py`` moves the bytes; ``docs/protocol.rst`` is the
 normative text. In short, for mode "sealed"::
 
     client -> server   hello       an ephemeral X25519 key
@@ -35,7 +35,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, final
+from typing import Final, Literal, final
 
 from nacl.bindings import (
     crypto_scalarmult,
@@ -45,13 +45,12 @@ from nacl.bindings import (
 )
 from nacl.exceptions import CryptoError, RuntimeError as SodiumError
 
-from ._errors import AuthenticationError, ConnectionRefused, HandshakeError, ProtocolError
-from ._keys import KEY_SIZE, MAX_KEYS, Key, encode_service, encode_user
-from ._options import NO_OPTIONS, Randomness, decode_options, encode_options
-from ._packets import LENGTH_SIZE, decode_body, decode_number, describe, encode_head, encode_number
-from ._settings import MAX_REQUESTS, MIN_MESSAGE_SIZE
-
-Side: TypeAlias = Literal["client", "server"]
+from .._errors import AuthenticationError, ConnectionRefused, HandshakeError, ProtocolError
+from .._keys import KEY_SIZE, MAX_KEYS, Key, encode_service, encode_user
+from .._settings import MAX_REQUESTS, MIN_MESSAGE_SIZE
+from .._types import Side
+from .options import NO_OPTIONS, Randomness, decode_options, encode_options
+from .packets import LENGTH_SIZE, decode_body, decode_number, describe, encode_head, encode_number
 
 MAGIC: Final = b"bokbok1\n"
 

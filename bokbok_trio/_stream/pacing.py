@@ -26,8 +26,8 @@ from typing import Final, NamedTuple, final
 
 import trio
 
-from ._direct_stream import DirectStream
-from ._outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
+from .._protocol.outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
+from .socket import DirectStream
 
 QUEUE_TIME: Final = 0.025
 """Seconds of queue, over as long as the way itself, that big packets may make."""

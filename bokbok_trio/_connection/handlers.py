@@ -4,7 +4,7 @@ Each handler runs in a cancel scope that cancels nothing else for as long as it 
 it has that scope, and tells of its end.
 
 Whatever a handler does, it is answered once, and its task raises into nobody's nursery (but for what
-ends the program, see `_nursery`).
+ends the program, see `_trio_util`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 
 import trio
 
-from ._channel import Channel, Channels
-from ._current import CURRENT, CurrentRequest
-from ._errors import MessageTooLarge, RequestError
-from ._events import Request
-from ._nursery import (
+from .._errors import MessageTooLarge, RequestError
+from .._protocol.events import Request
+from .._protocol.session import Session
+from .._trio_util import (
     LazyEvent,
     call_user,
     call_user_sync,
@@ -31,22 +30,12 @@ from ._nursery import (
     innermost_scope,
     keep,
 )
-from ._packets import Fields
-from ._session import Session
+from .._types import ChannelHandler, Fields, RequestHandler
+from .channel import Channel, Channels
+from .current import CURRENT, CurrentRequest
 
 if TYPE_CHECKING:
-    from ._connection import Connection
-
-RequestHandler: TypeAlias = "Callable[[Connection, list[bytes]], Awaitable[Fields | None]]"
-"""``async def handler(connection, request)``; returns the fields of the answer; None means none.
-
-It must leave every cancel scope and nursery that it enters before it returns, or its request fails.
-``SystemExit`` and ``KeyboardInterrupt`` end the program, also where a request of the peer makes a handler
-raise them, as `argparse` does; any other exception is the answer to its request.
-"""
-
-ChannelHandler: TypeAlias = "Callable[[Connection, list[bytes], Channel], Awaitable[Fields | None]]"
-"""``async def handler(connection, request, channel)``; as a request handler, with a `Channel`."""
+    from .._types import Connection
 
 _AnyHandler: TypeAlias = Callable[..., Awaitable["Fields | None"]]
 

@@ -8,10 +8,10 @@ from typing import Final, final
 
 import trio
 
-from ._direct_stream import DirectStream
-from ._outbox import MAX_BATCH_SIZE
-from ._packets import Received
-from ._secretbox_stream import SecretboxStream
+from .._protocol.outbox import MAX_BATCH_SIZE
+from .._protocol.packets import Received
+from .secretbox import SecretboxStream
+from .socket import DirectStream
 
 LONG: Final = 2**15
 """Bytes of a batch from which on a part of it is sealed and sent ahead, so that the peer wakes while the rest

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
-from ._errors import HandshakeError, ProtocolError
-from ._packets import LENGTH_SIZE, decode_body, decode_number, encode_body
+from .._errors import HandshakeError, ProtocolError
+from .packets import LENGTH_SIZE, decode_body, decode_number, encode_body
 
 MAX_OPTIONS_SIZE: Final = 96
 """Bytes of one side's options, encoded. With the longest user name and numbers they fit `open`, which is
@@ -32,7 +32,7 @@ MAX_OWN_OPTIONS_SIZE: Final = MAX_OPTIONS_SIZE - (2 * LENGTH_SIZE + len(GREASE) 
 """Bytes of our options, encoded, without grease: the longest grease must fit too."""
 
 ROOM: Final = "room"
-"""The option that says how many bytes of requests a side holds at once: a number. See `_budget`."""
+"""The option that says how many bytes of requests a side holds at once: a number. See `budget`."""
 
 NO_OPTIONS: Final[Mapping[str, bytes]] = MappingProxyType({})
 

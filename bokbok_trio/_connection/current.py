@@ -6,12 +6,12 @@ import math
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, final
 
-from ._errors import escape
-from ._events import Request
-from ._session import MAX_DEPTH
+from .._errors import escape
+from .._protocol.events import Request
+from .._protocol.session import MAX_DEPTH
 
 if TYPE_CHECKING:
-    from ._connection import Connection
+    from .._types import Connection
 
 
 @final

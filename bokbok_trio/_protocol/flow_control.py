@@ -23,10 +23,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, final
 
-from ._budget import MIN_WINDOW
-from ._errors import ProtocolError
-from ._outbox import Outbox, Outgoing
-from ._packets import Chunks, Fields, encode_body
+from .._errors import ProtocolError
+from .._types import Fields
+from .budget import MIN_WINDOW
+from .outbox import Outbox, Outgoing
+from .packets import Chunks, encode_body
 
 WINDOW: Final = 2**18
 """Bytes of items that a side takes before its user has consumed any: what a link of 20 Mbit/s carries

@@ -23,7 +23,7 @@ from typing import Final, final
 
 import trio
 
-from ._fork import abandon_in_child, close_in_child, close_inherited
+from .._fork import abandon_in_child, close_in_child, close_inherited
 
 if sys.platform == "linux":  # pragma: no branch
     import fcntl

@@ -25,8 +25,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from typing import Final, NamedTuple, final
 
-from ._errors import ProtocolError
-from ._packets import LENGTH_SIZE, Chunks, Received, encode_head, encode_number
+from .._errors import ProtocolError
+from .packets import LENGTH_SIZE, Chunks, Received, encode_head, encode_number
 
 MAX_BATCH_SIZE: Final = 2**16
 """Bytes after which no further packet is added to a batch: enough to make system calls rare."""

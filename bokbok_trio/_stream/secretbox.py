@@ -38,9 +38,9 @@ import trio
 from nacl.bindings import crypto_secretbox, crypto_secretbox_open
 from nacl.exceptions import CryptoError
 
-from ._direct_stream import DirectStream
-from ._fork import abandon_in_child
-from ._packets import MAX_AT_ONCE, Received
+from .._fork import abandon_in_child
+from .._protocol.packets import MAX_AT_ONCE, Received
+from .socket import DirectStream
 
 HEADER_SIZE: Final = 2
 """Bytes of a record's length."""

@@ -15,27 +15,28 @@ from __future__ import annotations
 import logging
 import os
 import select
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, cast, final
+from typing import Final, Literal, NamedTuple, Protocol, cast, final
 
 import trio
 
-from ._arguments import list_keys
-from ._budget import Budget
-from ._direct_stream import DirectStream, make_direct
-from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
-from ._handshake import ClientHandshake, Limits, ServerHandshake, encode_refused
-from ._keys import MAX_KEYS, Key, encode_user
-from ._nursery import call_user, call_user_sync, describe_error, split_exception
-from ._options import ROOM
-from ._packets import LENGTH_SIZE, encode_number
-from ._places import Place
-from ._secretbox_stream import MAC_SIZE, SecretboxStream
-from ._settings import Settings
-from ._sockets import PeerCredentials, stream_credentials
-from ._wire import Wire
+from .._arguments import list_keys
+from .._errors import AuthenticationError, ConnectionRefused, HandshakeError
+from .._keys import MAX_KEYS, Key, encode_user
+from .._places import Place
+from .._protocol.budget import Budget
+from .._protocol.handshake import ClientHandshake, Limits, ServerHandshake, encode_refused
+from .._protocol.options import ROOM
+from .._protocol.packets import LENGTH_SIZE, encode_number
+from .._settings import Settings
+from .._sockets import PeerCredentials, stream_credentials
+from .._trio_util import call_user, call_user_sync, describe_error, split_exception
+from .._types import PeerUser, UserKey
+from .secretbox import MAC_SIZE, SecretboxStream
+from .socket import DirectStream, make_direct
+from .wire import Wire
 
 MAX_PACKET_SIZE: Final = 4096
 """Bytes of a packet before the connection is open."""
@@ -59,13 +60,6 @@ client of ours."""
 
 HINT: Final = "check whether the server expects a key, and which service"
 """What mostly is wrong where a handshake ends without a word."""
-
-UserKeys: TypeAlias = Key | Sequence[Key] | None
-UserKey: TypeAlias = Callable[[str], Awaitable[UserKeys]] | Mapping[str, Key | Sequence[Key]]
-"""How a server finds a user's key: a mapping, or an async function; None for an unknown user."""
-
-PeerUser: TypeAlias = Callable[[PeerCredentials], str | None]
-"""How a plain server names who is at the other end of a UNIX socket; None refuses it."""
 
 logger = logging.getLogger("bokbok_trio")
 

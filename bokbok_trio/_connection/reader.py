@@ -1,7 +1,7 @@
 """`Reader`: receives, decodes, dispatches; a handler begins in the task that read its request.
 
 One task reads; `ReadTurn` says which. It decodes what a receive brought, then dispatches the events one
-after another, and begins the handler of each request by itself (see `_eager`). Where a receive brought very
+after another, and begins the handler of each request by itself (see `eager`). Where a receive brought very
 many packets, it does so with some of them after others, and between these other tasks have their turn: so
 whoever sends a stream of tiny packets holds up nobody else. Many a handler
 answers without waiting for anything, and then no task was started and none was woken for it. Where a
@@ -30,16 +30,16 @@ from typing import Final, final
 
 import trio
 
-from ._eager import start_eagerly
-from ._errors import ProtocolError
-from ._events import Event, Request
-from ._handling import Handlers, HandlerScope
-from ._nursery import LazyEvent, describe_error, keep
-from ._packets import Received
-from ._read_turn import ReadTurn
-from ._sender import Sender
-from ._session import Session
-from ._watchdog import Watchdog
+from .._errors import ProtocolError
+from .._protocol.events import Event, Request
+from .._protocol.packets import Received
+from .._protocol.session import Session
+from .._trio_util import LazyEvent, describe_error, keep
+from .eager import start_eagerly
+from .handlers import Handlers, HandlerScope
+from .read_turn import ReadTurn
+from .sender import Sender
+from .watchdog import Watchdog
 
 STREAM_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 """How a stream says that it is broken. Anything else that it raises is a defect, ours or its own."""
