@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 
 # Where a test does not say how many. `--hypothesis-profile=default` tries more.
-settings.register_profile("quick", max_examples=50)
+settings.register_profile("quick", max_examples=50, deadline=None)
 settings.load_profile("quick")
 
 pytest_plugins = ["pytester"]
