@@ -12,6 +12,7 @@ from ._combined import CombinedHandler, split_handler
 from ._connection import Connection, ConnectionHandler
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
+from ._instruments import watch_handshake
 from ._keys import Key
 from ._nursery import bare_nursery, block
 from ._opening import open_as_client
@@ -113,7 +114,8 @@ async def connect(
     try:
         if key is None and not insecure:
             require_loopback(address)
-        opened = await open_as_client(stream, user=user, key=key, service=service, settings=settings)
+        with watch_handshake(settings._instruments, "client", address):
+            opened = await open_as_client(stream, user=user, key=key, service=service, settings=settings)
     except HandshakeError as exc:
         await trio.aclose_forcefully(stream)
         raise _locate(exc, user, _name_place(to, address)) from exc.__cause__

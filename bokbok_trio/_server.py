@@ -43,6 +43,7 @@ from ._combined import CombinedHandler, split_handler
 from ._connection import Connection, ConnectionHandler
 from ._errors import ConnectionRefused, HandshakeError
 from ._handling import ChannelHandler, RequestHandler
+from ._instruments import watch_handshake
 from ._listening import Listeners, open_listeners
 from ._nursery import bare_nursery, block, check_run, contain, describe_error, keep
 from ._opening import (
@@ -236,7 +237,8 @@ class Server:
         """Close a connection that got no place."""
         with contain(partial(self._log_failure, address)):
             try:
-                raise Displaced("there was no place for its handshake")
+                with watch_handshake(self._settings._instruments, "server", address):
+                    raise Displaced("there was no place for its handshake")
             finally:
                 await trio.aclose_forcefully(stream)
 
@@ -334,16 +336,17 @@ class Server:
 
         try:
             try:
-                opened = await open_as_server(
-                    stream,
-                    user_key=self._user_key,
-                    peer_user=self._peer_user,
-                    service=self._service,
-                    settings=self._settings,
-                    admit=admit,
-                    place=place,
-                    log=self._log_of_users,
-                )
+                with watch_handshake(self._settings._instruments, "server", address):
+                    opened = await open_as_server(
+                        stream,
+                        user_key=self._user_key,
+                        peer_user=self._peer_user,
+                        service=self._service,
+                        settings=self._settings,
+                        admit=admit,
+                        place=place,
+                        log=self._log_of_users,
+                    )
             finally:
                 place.leave()
                 self._note_idle()

@@ -39,6 +39,11 @@ PUBLIC = {
     "bokbok_trio.broadcast": {"Broadcast", "Subscription", "WhenFull"},
     "bokbok_trio.files": {"TransferError", "receive_file", "safe_name", "send_file"},
     "bokbok_trio.pytest_plugin": {"OpenPair", "OpenServer", "bokbok_pair", "bokbok_server"},
+    "bokbok_trio.instruments": {
+        *("Instrument", "LogInstrument", "Direction", "HandshakeOutcome", "RequestOutcome"),
+        *("HandshakeStarted", "HandshakeEnded", "ConnectionOpened", "ConnectionEnded"),
+        *("RequestStarted", "RequestEnded", "ItemPassed"),
+    },
     "bokbok_trio.interface": {
         *("expose", "Exposed", "consume", "with_options", "raises", "idempotent"),
         *("Call", "Middleware", "Proceed", "EncodeHook", "DecodeHook"),
@@ -48,7 +53,8 @@ PUBLIC = {
 
 # Lower files never import higher ones.
 LAYERS = [
-    *("_errors", "_settings", "_nursery", "_addresses", "_bech32", "_private_files", "_keys", "_keyring"),
+    *("_errors", "_nursery", "instruments", "_instruments", "_settings"),
+    *("_addresses", "_bech32", "_private_files", "_keys", "_keyring"),
     "_arguments",
     *("_events", "_packets", "_eager", "_budget"),
     *(
@@ -73,6 +79,7 @@ LAYERS = [
         "_watchdog",
         "_sender",
         "_channel",
+        "_observer",
         "_current",
         "_handling",
         "_reader",
@@ -111,6 +118,8 @@ MAY_USE_TRIO = {
         "_secretbox_stream",
         "_opening",
         "_nursery",
+        "_instruments",
+        "_observer",
     ),
     *("_places", "_pacing", "_wire", "_waiting", "_watchdog"),
     *("_sender", "_channel", "_handling", "_reader"),
