@@ -296,8 +296,7 @@ class LogInstrument(Instrument):
         if self._logger.isEnabledFor(level):
             self._logger.log(
                 level,
-                "connection %d: %s%s %d %s %r: %s after %.3f s, of which it waited %.3f, "
-                "with %d bytes in and %d out",
+                "connection %d: %s%s %d %s %r: %s after %.3f s (waited %.3f), %d bytes in, %d out",
                 self._numbers[request.connection],
                 "slow " if is_slow else "",
                 "channel" if request.has_channel else "request",

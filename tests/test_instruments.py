@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import random
+import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ from trio.testing import MockClock
 
 from bokbok_trio import (
     Channel,
+    CombinedHandler,
     Connection,
     ConnectionClosed,
     ConnectionLost,
@@ -28,13 +30,13 @@ from bokbok_trio import (
     MessageTooLarge,
     RemoteError,
     RequestError,
+    RequestHandler,
     Settings,
     current_request,
     open_connection,
     open_reconnecting,
     open_server,
 )
-from bokbok_trio._handling import RequestHandler
 from bokbok_trio._observer import BACK, CALL
 from bokbok_trio.instruments import (
     ConnectionEnded,
@@ -58,7 +60,7 @@ from .recorder import Recorder
 
 @asynccontextmanager
 async def recorded_pair(
-    server_handler: RequestHandler | None = None, **more: Any
+    server_handler: RequestHandler | CombinedHandler | None = None, **more: Any
 ) -> AsyncGenerator[tuple[Connection, Connection, Recorder, Recorder]]:
     """Both ends of a connection, and what their instruments were told; checked at the end."""
     ours, theirs = Recorder(), Recorder()
@@ -174,8 +176,8 @@ async def test_typed_calls_have_the_names_of_their_methods() -> None:
         async def update(self, done: int) -> None:
             await trio.lowlevel.checkpoint()
 
-    async with recorded_pair(expose(Jobs, Mine())) as (client, _, ours, theirs):  # type: ignore[type-abstract,arg-type]
-        await consume(client, Jobs).run(Mine())  # type: ignore[type-abstract]
+    async with recorded_pair(expose(Jobs, Mine())) as (client, _, ours, theirs):
+        await consume(client, Jobs).run(Mine())
     for recorder in (ours, theirs):
         assert [event.name for event in recorder.of(RequestStarted)] == ["Jobs.run", "%back.update"]
         assert [event.depth for event in recorder.of(RequestStarted)] == [0, 1]
@@ -445,7 +447,7 @@ async def test_a_handler_that_leaves_a_scope_open_fails_once() -> None:
     async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
         trio.CancelScope().__enter__()
         if request == [b"wait"]:
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
         return request
 
     async with recorded_pair(handler) as (client, _, ours, theirs):
@@ -840,6 +842,20 @@ async def test_an_instrument_that_fails_is_logged_once_and_harms_nothing(
     assert record.exc_info[0] is error
 
 
+async def test_the_methods_to_override_do_nothing_and_may_be_called() -> None:
+    class Polite(Recorder):
+        def request_started(self, event: RequestStarted) -> None:
+            super().request_started(event)
+            Instrument.request_started(self, event)
+
+        def context_for(self, event: RequestStarted) -> Mapping[str, bytes | str]:
+            return {**super().context_for(event), "a": "1"}
+
+    settings = Settings(instruments=[Polite()])
+    async with open_connection_pair(server_handler=tell_context, client_settings=settings) as (client, _):
+        assert await client.request([]) == [b"a=1"]
+
+
 async def test_only_what_is_overridden_is_called() -> None:
     class Half(Instrument):
         def __init__(self) -> None:
@@ -881,27 +897,27 @@ def test_the_instruments_of_settings_cannot_change() -> None:
     assert Settings()._instruments is None
 
 
-async def test_a_connection_that_is_watched_leaves_no_cyclic_garbage() -> None:
-    class Counting(Instrument):
-        ended = 0
+async def test_a_connection_that_is_watched_is_freed_at_once() -> None:
+    class Keeping(Instrument):
+        def __init__(self) -> None:
+            self.opened: list[weakref.ref[Connection]] = []
 
-        def request_ended(self, event: RequestEnded) -> None:
-            self.ended += 1
+        def connection_opened(self, event: ConnectionOpened) -> None:
+            self.opened.append(weakref.ref(event.connection))
 
-    counting = Counting()
-    settings = Settings(instruments=[counting])
-    gc.collect()
+    keeping = Keeping()
+    settings = Settings(instruments=[keeping])
+    listener = MemoryListener()
     gc.disable()
     try:
-        async with open_connection_pair(server_handler=echo, client_settings=settings) as (client, _):
-            await client.request(["a"])
-        del client, _
-        await settle()
-        found = [each for each in gc.get_objects() if isinstance(each, Connection)]
-        assert not found
+        async with open_server([listener], echo, settings=settings):
+            async with open_connection(listener.connect(), settings=settings) as client:
+                await client.request(["a"])
+            del client
+            await settle()
+            assert [each() for each in keeping.opened] == [None, None]
     finally:
         gc.enable()
-    assert counting.ended == 1
 
 
 # ---- at random ----
