@@ -55,12 +55,6 @@ _AnyHandler: TypeAlias = Callable[..., Awaitable["Fields | None"]]
 AddedHandlers: TypeAlias = "dict[bytes, tuple[RequestHandler | None, ChannelHandler | None]]"
 """Those that `add_handler` has added, by the first field of their requests."""
 
-HANDLER_ERROR: Final = "handler-error"
-"""The code of the answer to a request whose handler raised anything but a `RequestError`."""
-
-TOO_LARGE: Final = "too-large"
-"""The code of the answer in place of one that is too large."""
-
 DRAINING_MESSAGE: Final = "the peer takes no new request"
 
 LEFT_OPEN: Final = "the handler left a cancel scope or a nursery open; enter them by `with` and `async with`"
@@ -347,8 +341,8 @@ class Handlers:
             self._session.answer(id, fields)
         except MessageTooLarge as exc:
             logger.error("%r: the answer to request %d is too large: %s", self._connection, id, exc)
-            self._session.fail(id, TOO_LARGE, str(exc))
-            self._note_end(id, "error", TOO_LARGE)
+            self._session.fail(id, "too-large", str(exc))
+            self._note_end(id, "error", "too-large")
             return
         except (TypeError, ValueError) as exc:
             kind = ValueError if isinstance(exc, ValueError) else TypeError
@@ -364,9 +358,9 @@ class Handlers:
     def _fail(self, id: int, error: BaseException, outcome: RequestOutcome = "error") -> None:
         """Queue the answer to a request whose handler raised, or was stopped."""
         single = find_single(error)
-        code = single.code if isinstance(single, RequestError) else HANDLER_ERROR
         if isinstance(single, RequestError):
-            if not self._session.fail(id, single.code, single.message, single.details):
+            code = single.code
+            if not self._session.fail(id, code, single.message, single.details):
                 logger.error(
                     "%r: request %d failed with %d bytes of details, which do not fit the agreed size",
                     self._connection,
@@ -374,6 +368,7 @@ class Handlers:
                     len(single.details),
                 )
         else:
+            code = "handler-error"
             logger.error("%r: the handler of request %d failed", self._connection, id, exc_info=error)
             self._session.fail(id, code, self._describe(single))
         self._note_end(id, outcome, code)
