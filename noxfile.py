@@ -73,6 +73,7 @@ def docs(session: nox.Session) -> None:
         "docs/blocking.rst",
         "docs/testing.rst",
         "docs/patterns.rst",
+        "docs/watching.rst",
         "docs/interfaces.rst",
         "docs/tutorial.rst",
         "benchmarks/README.rst",

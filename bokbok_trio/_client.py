@@ -11,6 +11,7 @@ from ._arguments import check_flag, check_handlers, check_key_arguments, check_s
 from ._combined import CombinedHandler, split_handler
 from ._connection.connection import Connection
 from ._errors import AuthenticationError, ConnectionRefused, HandshakeError
+from ._instruments import watch_handshake
 from ._keys import Key
 from ._settings import Settings
 from ._sockets import dial, stream_address
@@ -113,7 +114,8 @@ async def connect(
     try:
         if key is None and not insecure:
             require_loopback(address)
-        opened = await open_as_client(stream, user=user, key=key, service=service, settings=settings)
+        with watch_handshake(settings._instruments, "client", address):
+            opened = await open_as_client(stream, user=user, key=key, service=service, settings=settings)
     except HandshakeError as exc:
         await trio.aclose_forcefully(stream)
         raise _locate(exc, user, _name_place(to, address)) from exc.__cause__

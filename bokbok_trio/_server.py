@@ -42,6 +42,7 @@ from ._client import end_reason
 from ._combined import CombinedHandler, split_handler
 from ._connection.connection import Connection
 from ._errors import ConnectionRefused, HandshakeError
+from ._instruments import watch_handshake
 from ._listening import Listeners, open_listeners
 from ._places import Place, Places, find_source
 from ._settings import Settings
@@ -227,7 +228,8 @@ class Server:
         """Close a connection that got no place."""
         with contain(partial(self._log_failure, address)):
             try:
-                raise Displaced("there was no place for its handshake")
+                with watch_handshake(self._settings._instruments, "server", address):
+                    raise Displaced("there was no place for its handshake")
             finally:
                 await trio.aclose_forcefully(stream)
 
@@ -325,16 +327,17 @@ class Server:
 
         try:
             try:
-                opened = await open_as_server(
-                    stream,
-                    user_key=self._user_key,
-                    peer_user=self._peer_user,
-                    service=self._service,
-                    settings=self._settings,
-                    admit=admit,
-                    place=place,
-                    log=self._log_of_users,
-                )
+                with watch_handshake(self._settings._instruments, "server", address):
+                    opened = await open_as_server(
+                        stream,
+                        user_key=self._user_key,
+                        peer_user=self._peer_user,
+                        service=self._service,
+                        settings=self._settings,
+                        admit=admit,
+                        place=place,
+                        log=self._log_of_users,
+                    )
             finally:
                 place.leave()
                 self._note_idle()

@@ -1,11 +1,14 @@
-"""The bounds of a connection and of a server that a user may choose."""
+"""What a user may choose of a connection and of a server: its bounds, and who watches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, cast, final
+
+from ._instruments import Instruments
+from .instruments import Instrument
 
 MIN_MESSAGE_SIZE: Final = 4096
 """Bytes. Every packet of the handshake, and every error, must fit."""
@@ -68,9 +71,12 @@ class Settings:
         max_lookups: calls of a server's `user_key` function at once. The other clients wait in order, and
             network addresses take turns. A client that has waited for half of `handshake_timeout` is told
             so: its `open_connection` raises `ConnectionRefused`, with the code ``busy``.
+        instruments: objects that are told what goes on, in this order; see
+            `bokbok_trio.instruments.Instrument`.
 
     Raises:
-        TypeError: a number is not a number, or `describe_error` cannot be called.
+        TypeError: a number is not a number, `describe_error` cannot be called, or what is to be an instrument
+            is none.
         ValueError: a number is out of range.
     """
 
@@ -87,6 +93,8 @@ class Settings:
     max_connections_per_user: int | None = None
     max_handshakes: int = 512
     max_lookups: int = 64
+    instruments: Sequence[Instrument] = ()
+    _instruments: Instruments | None = field(init=False, repr=False, compare=False)
 
     @property
     def effective_budget(self) -> int:
@@ -113,6 +121,20 @@ class Settings:
             raise ValueError(f"least_rate must be 0 or more bytes a second, not {self.least_rate}")
         if self.describe_error is not None and not callable(self.describe_error):
             raise TypeError("describe_error must be a function from an exception to a str")
+        object.__setattr__(self, "instruments", _check_instruments(self.instruments))
+        object.__setattr__(self, "_instruments", Instruments(self.instruments) if self.instruments else None)
+
+
+def _check_instruments(instruments: object) -> tuple[Instrument, ...]:
+    if not isinstance(instruments, Sequence):
+        raise TypeError(f"instruments must be a list of them, not {type(instruments).__name__}")
+    found: list[Instrument] = []
+    for each in cast("Sequence[object]", instruments):
+        if not isinstance(each, Instrument):
+            hint = ": make an object of it" if isinstance(each, type) else ""
+            raise TypeError(f"an instrument is an object of a class under Instrument, not {each!r}{hint}")
+        found.append(each)
+    return tuple(found)
 
 
 def _check_whole(name: str, value: int, lowest: int, highest: int | None) -> None:

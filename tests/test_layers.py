@@ -20,20 +20,26 @@ FILES = {
 LOWER = ["_protocol", "_stream", "_connection"]
 
 
-def imports(name: str, tree: ast.Module) -> Iterator[str]:
-    """All modules that a file imports, those for type checkers only too; ours by their names in the package."""
+def ours(name: str, tree: ast.Module) -> Iterator[str]:
+    """The files of the package that a file imports, for type checkers only too, by their names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            path = [*name.split(".")[: -node.level], *filter(None, [node.module])]
+            # `from . import file` and `from .folder import file` name files too.
+            inner = {".".join([*path, alias.name]) for alias in node.names}
+            yield from inner & set(FILES) or {".".join(path)}
+
+
+def others(tree: ast.Module) -> Iterator[str]:
+    """The packages that a file imports by absolute names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            folders = name.split(".")[: -node.level] if node.level else []
-            path = ".".join([*folders, *filter(None, [node.module])])
-            # `from . import file` and `from .folder import file` name files too.
-            inner = [f"{path}.{alias.name}".removeprefix(".") for alias in node.names]
-            yield from [each for each in inner if each in FILES] or [path]
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
 
 
-GRAPH = {name: set(imports(name, tree)) & set(FILES) for name, tree in FILES.items()}
+GRAPH = {name: set(ours(name, tree)) & set(FILES) for name, tree in FILES.items()}
 GRAPH["_types"] = {"_keys"}  # the one file that names higher ones, for type checkers only
 
 
@@ -59,9 +65,11 @@ if TYPE_CHECKING:
 def i():
     import trio
 """
-    found = set(imports("_connection.reader", ast.parse(source)))
-    ours = {"_keys", "_protocol.packets", "_connection.eager", "_sockets"}
-    assert found == {"a.b", "c", "d.e", "trio", *ours}
+    tree = ast.parse(source)
+    assert set(ours("_connection.reader", tree)) == {
+        *("_keys", "_protocol.packets", "_connection.eager", "_sockets"),
+    }
+    assert set(others(tree)) == {"a", "c", "d", "trio"}
 
 
 def test_no_file_imports_itself_in_a_circle() -> None:
@@ -79,15 +87,15 @@ def test_imports_go_down_only(folder: str) -> None:
 def test_the_protocol_never_imports_trio() -> None:
     for name, tree in FILES.items():
         if name.startswith("_protocol"):
-            modules = {each.split(".")[0] for each in imports(name, tree)}
-            assert not modules & {"trio", "outcome", "sniffio", "asyncio", "anyio", "socket", "select"}, name
+            io = {"trio", "outcome", "sniffio", "asyncio", "anyio", "socket", "select"}
+            assert not set(others(tree)) & io, name
 
 
 def test_what_is_type_only_in_types_is_that() -> None:
     body = [node for node in FILES["_types"].body if not isinstance(node, ast.If)]
-    assert set(imports("_types", ast.Module(body, []))) & set(FILES) == GRAPH["_types"]
+    assert set(ours("_types", ast.Module(body, []))) == GRAPH["_types"]
 
 
 def test_files_import_files_by_their_names() -> None:
     for name, tree in FILES.items():
-        assert "bokbok_trio" not in {each.split(".")[0] for each in imports(name, tree)}, name
+        assert "bokbok_trio" not in set(others(tree)), name

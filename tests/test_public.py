@@ -38,7 +38,13 @@ PUBLIC = {
     "bokbok_trio.blocking": {"Channel", "Connection", "Portal", "connect"},
     "bokbok_trio.broadcast": {"Broadcast", "Subscription", "WhenFull"},
     "bokbok_trio.files": {"TransferError", "receive_file", "safe_name", "send_file"},
+    "bokbok_trio.opentelemetry": {"TracingInstrument"},
     "bokbok_trio.pytest_plugin": {"OpenPair", "OpenServer", "bokbok_pair", "bokbok_server"},
+    "bokbok_trio.instruments": {
+        *("Instrument", "LogInstrument", "Direction", "HandshakeOutcome", "RequestOutcome"),
+        *("HandshakeStarted", "HandshakeEnded", "ConnectionOpened", "ConnectionEnded"),
+        *("RequestStarted", "RequestEnded", "ItemPassed"),
+    },
     "bokbok_trio.interface": {
         *("expose", "Exposed", "consume", "with_options", "raises", "idempotent"),
         *("Call", "Middleware", "Proceed", "EncodeHook", "DecodeHook"),
@@ -142,6 +148,25 @@ except ImportError as exc:
 def test_all_but_interfaces_works_without_msgspec() -> None:
     run = subprocess.run([sys.executable, "-c", WITHOUT_MSGSPEC], capture_output=True, text=True, check=True)
     assert run.stdout == "bokbok_trio.interface needs msgspec: install bokbok-trio[interface]\n"
+
+
+WITHOUT_OPENTELEMETRY = """
+import sys
+sys.modules["opentelemetry"] = None
+import bokbok_trio, bokbok_trio.instruments, bokbok_trio.testing
+try:
+    import bokbok_trio.opentelemetry
+except ImportError as exc:
+    print(exc)
+"""
+
+
+def test_all_but_traces_works_without_opentelemetry() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_OPENTELEMETRY], capture_output=True, text=True, check=True
+    )
+    text = "bokbok_trio.opentelemetry needs opentelemetry-api: install bokbok-trio[opentelemetry]\n"
+    assert run.stdout == text
 
 
 def test_the_package_is_typed() -> None:

@@ -215,7 +215,15 @@ def test_ctrl_c_ends_an_example_with_both_sides_with_one_line(start: Start) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["server", "client", "users_postgres", "chat", pytest.param("jobs", marks=needs_safe_channel)]
+    "name",
+    [
+        "server",
+        "client",
+        "users_postgres",
+        "chat",
+        "prometheus",
+        pytest.param("jobs", marks=needs_safe_channel),
+    ],
 )
 def test_an_example_without_arguments_says_how_it_is_used(name: str, start: Start) -> None:
     if name == "users_postgres":
@@ -259,6 +267,7 @@ def as_number(text: str) -> float | None:
 def test_the_table_of_bounds_has_them_all_with_their_defaults() -> None:
     rows = dict(re.findall(r"(?m)^``(\w+)`` +(None|\S+(?: MiB| KiB/s| s)?) {2,}\S", DOCS))
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-    del defaults["describe_error"]  # no bound
+    for name in ("describe_error", "instruments", "_instruments"):
+        del defaults[name]  # no bounds
     defaults["budget"] = Settings().effective_budget
     assert {name: as_number(default) for name, default in rows.items()} == defaults

@@ -26,6 +26,8 @@ def test_the_defaults() -> None:
         "max_connections_per_user": None,
         "max_handshakes": 512,
         "max_lookups": 64,
+        "instruments": (),
+        "_instruments": None,
     }
 
 

@@ -17,7 +17,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, TypeAlias, final
 
 import trio
 
@@ -27,6 +27,12 @@ from .._protocol.flow_control import Flows
 from .._protocol.packets import Chunks, decode_body
 from .._trio_util import check_cancelled, check_run
 from .._types import Fields
+
+if TYPE_CHECKING:
+    from ..instruments import Direction
+
+OnItem: TypeAlias = "Callable[[int, Direction, int], object]"
+"""Told of an item: the id of its channel, its direction, its size in bytes."""
 
 CLOCK_DRIFT: Final = 0.05
 """Seconds by which the peer's clock may be ahead of ours at the end of a deadline, besides a thousandth of
@@ -116,6 +122,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         *,
         cancel: Callable[[], object] | None = None,
         deadline: float = math.inf,
+        on_item: OnItem | None = None,
     ) -> None:
         self._flows = flows
         self._id = id
@@ -123,6 +130,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._home = home
         self._cancel = cancel  # None on the handler's side
         self._deadline = deadline
+        self._on_item_passed = on_item
         self._span = deadline - trio.current_time() if deadline < math.inf else math.inf
         self._senders: dict[_Waiter, None] = {}
         self._receivers: dict[_Waiter, None] = {}
@@ -356,6 +364,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     def _put(self, waiter: _Waiter) -> None:
         self._flows.send(self._id, *waiter.item)
+        if self._on_item_passed is not None:
+            self._on_item_passed(self._id, "out", waiter.item[1])
         waiter.done = True
         self._wake_sender()
 
@@ -413,14 +423,18 @@ class Channels:
     Arguments:
         flows: their credit.
         wake_sender: to be called when something was queued.
+        on_item: called with the id, the direction and the size of each item; None where nobody asks.
     """
 
-    __slots__ = ("_channels", "_flows", "_home", "_wake_sender")
+    __slots__ = ("_channels", "_flows", "_home", "_on_item", "_wake_sender")
 
-    def __init__(self, flows: Flows, wake_sender: Callable[[], object]) -> None:
+    def __init__(
+        self, flows: Flows, wake_sender: Callable[[], object], on_item: OnItem | None = None
+    ) -> None:
         self._home = trio.lowlevel.current_trio_token()
         self._flows = flows
         self._wake_sender = wake_sender
+        self._on_item = on_item
         self._channels: dict[int, Channel] = {}
 
     def __len__(self) -> int:
@@ -429,13 +443,21 @@ class Channels:
     def open(self, id: int, cancel: Callable[[], object], deadline: float) -> Channel:
         """One of ours: `cancel` is called when nobody wants its answer; somebody does until `deadline`."""
         channel = self._channels[id] = Channel(
-            self._flows, id, self._wake_sender, self._home, cancel=cancel, deadline=deadline
+            self._flows,
+            id,
+            self._wake_sender,
+            self._home,
+            cancel=cancel,
+            deadline=deadline,
+            on_item=self._on_item,
         )
         return channel
 
     def take(self, id: int) -> Channel:
         """One of the peer's, which may send from now on."""
-        channel = self._channels[id] = Channel(self._flows, id, self._wake_sender, self._home)
+        channel = self._channels[id] = Channel(
+            self._flows, id, self._wake_sender, self._home, on_item=self._on_item
+        )
         self._flows.accept(id)
         return channel
 
@@ -446,6 +468,8 @@ class Channels:
     def on_event(self, event: Item | End) -> None:
         """Items may come for one whose handler has ended, until its answer has left."""
         if event.id in self._channels:
+            if self._on_item is not None and isinstance(event, Item):
+                self._on_item(event.id, "in", event.size)
             self._channels[event.id]._on_event(event)
 
     def on_cancel(self, id: int) -> None:
@@ -454,8 +478,8 @@ class Channels:
             self._channels[id]._break(trio.BrokenResourceError("the other side has cancelled it"))
 
     def forget(self) -> None:
-        """There will be no more of them: forget whom to wake."""
-        del self._wake_sender
+        """There will be no more of them: forget whom to wake and to tell."""
+        del self._wake_sender, self._on_item
 
     def wake_writers(self) -> None:
         """Let items be queued, where the peer has granted credit or items have left."""

@@ -75,6 +75,7 @@ from .calls import Pings, Waiter
 from .channel import Channel, Channels, is_own_timeout
 from .current import next_depth
 from .handlers import DRAINING_MESSAGE, Handlers
+from .observer import Observer
 from .reader import STREAM_ERRORS, Reader
 from .sender import Sender
 from .watchdog import Watchdog
@@ -143,6 +144,7 @@ class Connection:
         "_is_hastened",
         "_linger",
         "_nursery",
+        "_observer",
         "_opened",
         "_opening",
         "_over",
@@ -191,6 +193,9 @@ class Connection:
             budget=Budget.share_out(settings.effective_budget),
             peer_room=find_room(opened.peer_options),
         )
+        watching = settings._instruments
+        self._observer = None if watching is None else Observer(watching, self, self._session)
+        on_item = None if self._observer is None else self._observer.tell_item
         self._waiters: dict[
             int, Waiter[list[bytes] | BokbokError] | Channel
         ] = {}  # for the answers to what this side asked
@@ -210,7 +215,7 @@ class Connection:
             on_idle=self._close_if_drained,
             on_defect=self._on_defect,
         )
-        self._channels = Channels(self._session.channels, self._sender.wake)
+        self._channels = Channels(self._session.channels, self._sender.wake, on_item)
         self._handlers = Handlers(
             self,
             self._session,
@@ -219,6 +224,7 @@ class Connection:
             channel_handler=channel_handler,
             describe_error=settings.describe_error,
             wake_sender=self._sender.flush,
+            observer=self._observer,
         )
         self._reader = Reader(
             self._sender.wire.receive,
@@ -243,6 +249,8 @@ class Connection:
         self._done = LazyEvent()
         self._nursery: trio.Nursery | None = None
         self._task: trio.lowlevel.Task | None = None
+        if self._observer is not None:
+            self._observer.tell_opened()  # now: requests can be made before `_run` begins
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
@@ -382,7 +390,10 @@ class Connection:
         session = self._session
         if self._ending is not None or (session.peer_drains and not depth):
             await self._refuse()
-        id = session.request(fields, deadline, depth=depth, context=context)
+        if self._observer is None:
+            id = session.request(fields, deadline, depth=depth, context=context)
+        else:
+            id = self._observer.ask(session.request, fields, deadline, depth=depth, context=context)
         waiter: Waiter[list[bytes] | BokbokError] = Waiter()
         self._waiters[id] = waiter
         try:
@@ -445,11 +456,17 @@ class Connection:
         if not self._may_ask(depth):
             await self._refuse()
         deadline = trio.current_effective_deadline()
-        id = self._session.open_channel(fields, deadline, depth=depth, context=context)
+        session = self._session
+        if self._observer is None:
+            id = session.open_channel(fields, deadline, depth=depth, context=context)
+        else:
+            id = self._observer.ask(
+                session.open_channel, fields, deadline, depth=depth, context=context, has_channel=True
+            )
         channel = self._waiters[id] = self._channels.open(id, partial(self._cancel, id), deadline)
         try:
             self._sender.wake()
-            if self._session.has_waiting and not self._has_warned:
+            if session.has_waiting and not self._has_warned:
                 self._watch_slots()
             yield channel
             await channel._finish()
@@ -471,6 +488,8 @@ class Connection:
     def _cancel(self, id: int) -> None:
         """Nobody wants the answer any more, if it has not come."""
         if self._waiters.pop(id, None) is not None:
+            if self._observer is not None:
+                self._observer.tell_cancelled(id)
             self._session.cancel(id)
             self._sender.wake()
 
@@ -608,6 +627,8 @@ class Connection:
             ended_by = ended_by or exc  # it must not replace what ends the program
         finally:
             self._done.set()
+            if self._observer is not None:
+                self._observer.tell_ended()
             self._let_go()
         if ended_by is not None:
             try:
@@ -620,7 +641,7 @@ class Connection:
         del self._sender, self._reader
         self._handlers.forget()
         self._channels.forget()
-        self._task = self._nursery = None
+        self._task = self._nursery = self._observer = None
 
     @trio.lowlevel.enable_ki_protection
     async def _open(self, open_handler: ConnectionHandler, scope: trio.CancelScope) -> None:
@@ -701,9 +722,8 @@ class Connection:
                 scope.cancel()
         # Handlers first: one that waits for an answer here must end by its cancellation.
         self._handlers.cancel_all()
-        waiters, self._waiters = self._waiters, {}
-        for id, waiter in waiters.items():
-            waiter._wake(ending.make_error(may_have_run=not self._session.is_unsent(id)))
+        for id in list(self._waiters):
+            self._settle(id, ending.make_error(may_have_run=not self._session.is_unsent(id)))
         self._pings.end(partial(ending.make_error, may_have_run=True))
         self._channels.break_all(ending.make_error(may_have_run=True))
         self._session.close()
@@ -788,13 +808,9 @@ class Connection:
     def _on_event(self, event: Event) -> None:
         """Do what an event says. A request may have been cancelled since its answer was decoded."""
         if isinstance(event, Answer):
-            waiter = self._waiters.pop(event.id, None)
-            if waiter is not None:
-                waiter._wake(event.fields)
+            self._settle(event.id, event.fields)
         elif isinstance(event, Failure):
-            waiter = self._waiters.pop(event.id, None)
-            if waiter is not None:
-                waiter._wake(_as_error(event))
+            self._settle(event.id, _as_error(event))
         elif isinstance(event, Item | End):
             self._channels.on_event(event)
         elif isinstance(event, Cancel):
@@ -813,9 +829,15 @@ class Connection:
     def _on_bye(self, bye: Bye) -> None:
         self._note_draining()
         for id in bye.ids:
-            waiter = self._waiters.pop(id, None)
-            if waiter is not None:
-                waiter._wake(ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
+            self._settle(id, ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
+
+    def _settle(self, id: int, outcome: list[bytes] | BokbokError) -> None:
+        """Wake who waits for an answer, if anybody still does."""
+        waiter = self._waiters.pop(id, None)
+        if waiter is not None:
+            if self._observer is not None:
+                self._observer.tell_answered(id, outcome)
+            waiter._wake(outcome)
 
 
 def _as_error(failure: Failure) -> BokbokError:

@@ -36,6 +36,8 @@ from .current import CURRENT, CurrentRequest
 
 if TYPE_CHECKING:
     from .._types import Connection
+    from ..instruments import RequestOutcome
+    from .observer import Observer
 
 _AnyHandler: TypeAlias = Callable[..., Awaitable["Fields | None"]]
 
@@ -110,6 +112,7 @@ class Handlers:
         request_handler, channel_handler: the user's.
         describe_error: of `Settings`.
         wake_sender: to be called when something was queued.
+        observer: is told of them, where anybody asks.
 
     Attributes:
         ready: set once those of depth 0 may begin.
@@ -122,6 +125,7 @@ class Handlers:
         "_connection",
         "_context",
         "_describe_error",
+        "_observer",
         "_request_handler",
         "_scopes",
         "_session",
@@ -141,6 +145,7 @@ class Handlers:
         channel_handler: ChannelHandler | None,
         describe_error: Callable[[BaseException], str] | None,
         wake_sender: Callable[[], object],
+        observer: Observer | None,
     ) -> None:
         self._connection = connection
         self._session = session
@@ -149,6 +154,7 @@ class Handlers:
         self._channel_handler = channel_handler
         self._describe_error = describe_error
         self._wake_sender = wake_sender
+        self._observer = observer
         self._context = copy_context()  # only ever copied: a context runs once at a time
         self._scopes: dict[int, HandlerScope] = {}
         self.ready = LazyEvent()
@@ -191,6 +197,8 @@ class Handlers:
             context = self._context.copy()
             current = CurrentRequest(self._connection, request, deadline)
             context.run(CURRENT.set, current)
+            if self._observer is not None:
+                self._observer.tell_received(request, deadline, context)
             return self._handle(request, channel, scope, current), context
         return None
 
@@ -231,11 +239,12 @@ class Handlers:
         within = scope.cancel_scope
         if within.cancelled_caught or (scope.is_spoiled and within.cancel_called):
             if trio.current_time() >= within.deadline:
-                self._fail(scope.id, RequestError("the deadline of the request has passed", "timeout"))
+                error = RequestError("the deadline of the request has passed", "timeout")
+                self._fail(scope.id, error, "timeout")
             else:
-                self._fail(scope.id, RequestError("the handler was cancelled", "cancelled"))
-        else:
-            del self._scopes[scope.id]  # cancelled from outside, with the connection: nobody is to be told
+                self._fail(scope.id, RequestError("the handler was cancelled", "cancelled"), "cancelled")
+        else:  # cancelled from outside, with the connection: the peer is told nothing
+            self._note_end(scope.id, "lost")
         self._wake_sender()
 
     def cancel(self, id: int) -> None:
@@ -253,7 +262,7 @@ class Handlers:
 
     def forget(self) -> None:
         """There will be no more of them: forget the connection."""
-        del self._connection, self._wake_sender
+        del self._connection, self._wake_sender, self._observer
 
     async def _handle(
         self, request: Request, channel: Channel | None, scope: HandlerScope, current: CurrentRequest
@@ -266,7 +275,7 @@ class Handlers:
                 fields = await self._use_channel(scope.handler, request, channel)
             else:
                 if not (request.depth or (self.ready.is_set() and self._session.has_room_for_answers)):
-                    await self._wait_to_begin()
+                    await self._wait_to_begin(request.id)
                 fields = await call_user(scope.handler, self._connection, request.fields)
             if task.child_nurseries or innermost_scope(task) is not scope.innermost:
                 raise RuntimeError(LEFT_OPEN)
@@ -278,8 +287,10 @@ class Handlers:
             current._has_ended = True
             self._wake_sender()
 
-    async def _wait_to_begin(self) -> None:
+    async def _wait_to_begin(self, id: int) -> None:
         """Wait for the open handler, and until the peer has read enough of the answers before."""
+        if self._observer is not None:
+            self._observer.note_waiting(id)
         await self.ready.wait()
         while not self._session.has_room_for_answers:
             self._session.is_holding_back = True
@@ -291,6 +302,8 @@ class Handlers:
                 self._waiting.pop(waiter, None)
         # The next one's turn is after this handler's first step, which may take up the room.
         self.let_begin()
+        if self._observer is not None:
+            self._observer.note_begun(id)
 
     def let_begin(self) -> None:
         """Let the first of the handlers that wait look whether it may begin."""
@@ -306,7 +319,7 @@ class Handlers:
     ) -> Fields | None:
         try:
             if not (request.depth or (self.ready.is_set() and self._session.has_room_for_answers)):
-                await self._wait_to_begin()
+                await self._wait_to_begin(request.id)
             return await call_user(handler, self._connection, request.fields, channel)
         finally:
             channel._close(answered=True)  # before the answer is queued
@@ -318,16 +331,25 @@ class Handlers:
         except MessageTooLarge as exc:
             logger.error("%r: the answer to request %d is too large: %s", self._connection, id, exc)
             self._session.fail(id, "too-large", str(exc))
+            self._note_end(id, "error", "too-large")
+            return
         except (TypeError, ValueError) as exc:
             kind = ValueError if isinstance(exc, ValueError) else TypeError
             raise kind(f"the handler returned what is no answer: {exc}") from exc
-        del self._scopes[id]
+        self._note_end(id, "ok")
 
-    def _fail(self, id: int, error: BaseException) -> None:
-        """Queue the answer to a request whose handler raised."""
+    def _note_end(self, id: int, outcome: RequestOutcome, code: str = "") -> None:
+        """A handler has ended, and its answer is queued, if there is one."""
+        del self._scopes[id]
+        if self._observer is not None:
+            self._observer.tell_handled(id, outcome, code)
+
+    def _fail(self, id: int, error: BaseException, outcome: RequestOutcome = "error") -> None:
+        """Queue the answer to a request whose handler raised, or was stopped."""
         single = find_single(error)
         if isinstance(single, RequestError):
-            if not self._session.fail(id, single.code, single.message, single.details):
+            code = single.code
+            if not self._session.fail(id, code, single.message, single.details):
                 logger.error(
                     "%r: request %d failed with %d bytes of details, which do not fit the agreed size",
                     self._connection,
@@ -335,9 +357,10 @@ class Handlers:
                     len(single.details),
                 )
         else:
+            code = "handler-error"
             logger.error("%r: the handler of request %d failed", self._connection, id, exc_info=error)
-            self._session.fail(id, "handler-error", self._describe(single))
-        del self._scopes[id]
+            self._session.fail(id, code, self._describe(single))
+        self._note_end(id, outcome, code)
 
     def _describe(self, error: BaseException) -> str:
         text = type(error).__name__

@@ -118,6 +118,11 @@ def encode_body(fields: Fields, limit: int) -> tuple[Chunks, int]:
     return chunks, size
 
 
+def size_of(fields: Sequence[bytes]) -> int:
+    """Bytes of the body that fields are encoded as."""
+    return 1 + LENGTH_SIZE * len(fields) + sum(map(len, fields))
+
+
 def _encode_field(field: Field) -> bytes:
     if isinstance(field, str):
         return field.encode()
@@ -227,13 +232,17 @@ def describe(fields: Sequence[Received]) -> str:
     return f"{bytes(fields[0][:20])!r} with {len(fields)} fields" if fields else "no field at all"
 
 
+class ContextTooLong(ValueError):  # noqa: N818  (what it is)
+    """A context has too many names, or takes up too many bytes."""
+
+
 def encode_context(context: Context | None) -> bytes:
     """Check the context of a request and encode it; no context at all is empty.
 
     Raises:
         TypeError: it is not a mapping from str to bytes or str.
-        ValueError: a name is not 1 to 64 lower-case ASCII letters, digits, ``.``, ``-`` or ``_``; or
-            there are more than 32, or more than 8 KiB.
+        ValueError: a name is not 1 to 64 lower-case ASCII letters, digits, ``.``, ``-`` or ``_``.
+        ContextTooLong: there are more than 32, or more than 8 KiB.
     """
     if context is None:
         return b""
@@ -242,7 +251,7 @@ def encode_context(context: Context | None) -> bytes:
     if not context:
         return b""
     if len(context) > MAX_CONTEXT_PAIRS:
-        raise ValueError(f"a context has at most {MAX_CONTEXT_PAIRS} names, not {len(context)}")
+        raise ContextTooLong(f"a context has at most {MAX_CONTEXT_PAIRS} names, not {len(context)}")
     fields: list[bytes] = []
     for name, value in context.items():
         if not isinstance(name, str):
@@ -256,7 +265,7 @@ def encode_context(context: Context | None) -> bytes:
         fields += (name.encode(), _encode_field(value))
     encoded = b"".join(encode_body(fields, 2**32 - 1)[0])
     if len(encoded) > MAX_CONTEXT_SIZE:
-        raise ValueError(f"a context takes at most {MAX_CONTEXT_SIZE} bytes, not {len(encoded)}")
+        raise ContextTooLong(f"a context takes at most {MAX_CONTEXT_SIZE} bytes, not {len(encoded)}")
     return encoded
 
 

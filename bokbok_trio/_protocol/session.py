@@ -65,6 +65,7 @@ from .outbox import HEAD_ROOM, MAX_BATCH_SIZE, MAX_WHOLE_SIZE, Outbox, Outgoing,
 from .packets import (
     LENGTH_SIZE,
     Chunks,
+    ContextTooLong,
     PacketDecoder,
     Received,
     decode_body,
@@ -161,6 +162,7 @@ class Session:
         is_draining: whether this side takes none.
         is_holding_back: whether handlers wait for `has_room_for_answers`; set by whoever starts them.
         is_ping_queued: whether a ping has not left yet.
+        on_slot: called with the id of each request of ours that gets the slot it waited for.
     """
 
     __slots__ = (
@@ -199,6 +201,7 @@ class Session:
         "is_draining",
         "is_holding_back",
         "is_ping_queued",
+        "on_slot",
         "peer_drains",
         "received",
     )
@@ -249,6 +252,7 @@ class Session:
         self.has_spoken = False
         self.has_undecoded = False
         self._ignored = 0  # packets that meant nothing
+        self.on_slot: Callable[[int], object] | None = None
         self._is_closed = False
 
     # ---- asking ----
@@ -332,6 +336,26 @@ class Session:
             self._use_slot(packet, slot_class)
         return id
 
+    @property
+    def next_id(self) -> int:
+        """The id of the next request of ours."""
+        return self._next_id
+
+    def measure(self, fields: Fields, context: Context | None) -> int:
+        """Return the bytes of a request's body, or raise what `request` would."""
+        return encode_body(fields, self._max_body_size - len(encode_context(context)))[1]
+
+    def has_room(self, size: int, context: Context) -> bool:
+        """Whether a request with so many bytes of a body may have that context.
+
+        Raises:
+            TypeError, ValueError: nothing may have it, whatever its length.
+        """
+        try:
+            return size + len(encode_context(context)) <= self._max_body_size
+        except ContextTooLong:
+            return False
+
     def cancel(self, id: int) -> None:
         """No longer want the answer to a request of ours. If it was answered, do nothing."""
         if self._remove_waiting(id):
@@ -399,7 +423,10 @@ class Session:
         """Let requests of a class that wait go, in order, as far as they may."""
         backlog = self._backlogs[slot_class]
         while backlog and self._may_go(next(iter(backlog.values())), slot_class):
-            self._use_slot(backlog.popitem(last=False)[1], slot_class)
+            id, packet = backlog.popitem(last=False)
+            self._use_slot(packet, slot_class)
+            if self.on_slot is not None:
+                self.on_slot(id)
         if not backlog:
             del self._backlogs[slot_class]
 
@@ -440,6 +467,10 @@ class Session:
             self._outbox.put_encoded(id, packet)
         else:
             self._outbox.put(packet)
+
+    def answer_size(self, id: int) -> int:
+        """Bytes of an answer that is queued."""
+        return self._handling[id]
 
     # ---- how many there are ----
 

@@ -1,0 +1,250 @@
+"""`Observer`: tells the instruments of a side what goes on over one connection.
+
+There is one only where there are instruments. It knows which requests are in flight, either way: one of this
+side's until its waiter is taken away, one of the peer's until its handler is forgotten. So each that started
+ends once.
+"""
+
+from __future__ import annotations
+
+from contextvars import Context as ContextVariables
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Protocol, final
+
+import trio
+
+from .._errors import BokbokError, RemoteError, escape
+from .._instruments import Instruments
+from .._protocol.events import Request
+from .._protocol.packets import encode_fields, size_of
+from .._protocol.session import Session
+from .._types import Context, Fields
+from ..instruments import (
+    ConnectionEnded,
+    ConnectionOpened,
+    Direction,
+    ItemPassed,
+    RequestEnded,
+    RequestOutcome,
+    RequestStarted,
+)
+from .channel import is_own_timeout
+
+if TYPE_CHECKING:
+    from .._types import Connection
+
+MAX_NAME: Final = 64
+"""Bytes of a field that are shown as the name of a request."""
+
+CALL: Final = b"%call"
+"""The first field of a typed call; its method follows. (``docs/interfaces.rst`` has this and the next.)"""
+
+BACK: Final = b"%back"
+"""The first field of a call of what was lent; a number and its method follow."""
+
+
+class Ask(Protocol):
+    """Queues a request: `Session.request` or `Session.open_channel`."""
+
+    def __call__(self, fields: Fields, deadline: float, /, *, depth: int, context: Context | None) -> int: ...
+
+
+@final
+class _InFlight:
+    """A request that has started and not ended.
+
+    Attributes:
+        waits_since: since when it waits; None where it does not.
+        waited: seconds that it has waited before.
+        bytes, items: that went each way.
+    """
+
+    __slots__ = ("began", "bytes", "items", "request", "waited", "waits_since")
+
+    def __init__(self, request: RequestStarted, began: float) -> None:
+        self.request = request
+        self.began = began
+        self.waits_since: float | None = None
+        self.waited = 0.0
+        self.bytes: dict[Direction, int] = {"in": 0, "out": 0}
+        self.items: dict[Direction, int] = {"in": 0, "out": 0}
+        self.bytes[request.direction] = request.size
+
+
+@final
+class Observer:
+    """Tells of one connection, from when it is made.
+
+    Arguments:
+        instruments: whom to tell.
+        session: what has the requests of this side.
+    """
+
+    __slots__ = ("_began", "_connection", "_in_flight", "_instruments", "_session")
+
+    def __init__(self, instruments: Instruments, connection: Connection, session: Session) -> None:
+        self._instruments = instruments
+        self._connection = connection
+        self._session = session
+        self._began = trio.current_time()
+        self._in_flight: dict[int, _InFlight] = {}
+        session.on_slot = self.note_begun
+
+    def tell_opened(self) -> None:
+        """The connection can be used."""
+        self._instruments.tell(ConnectionOpened(connection=self._connection))
+
+    def tell_ended(self) -> None:
+        """All of it has ended. Nothing more is told."""
+        self._session.on_slot = None
+        self._instruments.tell(
+            ConnectionEnded(
+                connection=self._connection,
+                reason=self._connection.reason or "",
+                seconds=trio.current_time() - self._began,
+                requests_in=self._session.received,
+                requests_out=self._session.made,
+            )
+        )
+
+    # ---- requests of this side ----
+
+    def ask(
+        self,
+        ask: Ask,
+        fields: Fields,
+        deadline: float,
+        *,
+        depth: int,
+        context: Context | None,
+        has_channel: bool = False,
+    ) -> int:
+        """Queue a request of this side, with what the instruments add to its context, and return its id.
+
+        Raises:
+            TypeError, ValueError, MessageTooLarge: as `ask` does; then nothing was told.
+        """
+        session = self._session
+        frozen = encode_fields(fields)
+        size = session.measure(frozen, context)
+        id = session.next_id
+        request = RequestStarted(
+            connection=self._connection,
+            id=id,
+            direction="out",
+            name=_name(frozen),
+            has_channel=has_channel,
+            depth=depth,
+            context=MappingProxyType(dict(context or {})),
+            deadline=deadline,
+            size=size,
+        )
+        self._start(request)
+        added = self._instruments.add_context(request, lambda longer: session.has_room(size, longer))
+        asked = ask(frozen, deadline, depth=depth, context=added)
+        assert asked == id
+        if session.is_waiting(id):
+            self.note_waiting(id)
+        return id
+
+    def tell_answered(self, id: int, outcome: list[bytes] | BokbokError) -> None:
+        """A request of this side was answered, or will not be, and its asker still waits."""
+        if isinstance(outcome, list):
+            self._end(id, "ok", size=size_of(outcome))
+        elif isinstance(outcome, RemoteError):
+            in_flight = self._in_flight[id]
+            deadline = in_flight.request.deadline
+            if is_own_timeout(outcome, deadline, deadline - in_flight.began):
+                self._end(id, "timeout")
+            else:
+                self._end(id, "error", outcome.code)
+        else:
+            self._end(id, "lost")
+
+    def tell_cancelled(self, id: int) -> None:
+        """Nobody waits for the answer to a request of this side any more."""
+        is_late = trio.current_time() >= self._in_flight[id].request.deadline
+        self._end(id, "timeout" if is_late else "cancelled")
+
+    # ---- requests of the peer ----
+
+    def tell_received(self, request: Request, deadline: float, context: ContextVariables) -> None:
+        """A request of the peer has a handler, which will run in that context."""
+        started = RequestStarted(
+            connection=self._connection,
+            id=request.id,
+            direction="in",
+            name=_name(request.fields),
+            has_channel=request.has_channel,
+            depth=request.depth,
+            context=request.context,
+            deadline=deadline,
+            size=size_of(request.fields),
+        )
+        context.run(self._start, started)
+
+    def tell_handled(self, id: int, outcome: RequestOutcome, code: str) -> None:
+        """The handler of a request of the peer has ended, and its answer is queued."""
+        if self._connection.closed:
+            outcome = "lost"
+        size = self._session.answer_size(id) if outcome == "ok" else 0
+        self._end(id, outcome, code if outcome == "error" else "", size=size)
+
+    # ---- both ----
+
+    def note_waiting(self, id: int) -> None:
+        """A request waits until it may begin."""
+        self._in_flight[id].waits_since = trio.current_time()
+
+    def note_begun(self, id: int) -> None:
+        """It waits no more."""
+        in_flight = self._in_flight[id]
+        assert in_flight.waits_since is not None
+        in_flight.waited = trio.current_time() - in_flight.waits_since
+        in_flight.waits_since = None
+
+    def tell_item(self, id: int, direction: Direction, size: int) -> None:
+        """An item of a channel came or went."""
+        in_flight = self._in_flight.get(id)
+        if in_flight is not None:  # else it came together with what ended the request
+            in_flight.items[direction] += 1
+            in_flight.bytes[direction] += size
+            self._instruments.tell(ItemPassed(request=in_flight.request, direction=direction, size=size))
+
+    def _start(self, request: RequestStarted) -> None:
+        self._in_flight[request.id] = _InFlight(request, trio.current_time())
+        self._instruments.tell(request)
+
+    def _end(self, id: int, outcome: RequestOutcome, code: str = "", *, size: int = 0) -> None:
+        in_flight = self._in_flight.pop(id)
+        request = in_flight.request
+        in_flight.bytes["in" if request.direction == "out" else "out"] += size
+        now = trio.current_time()
+        since = in_flight.waits_since
+        self._instruments.tell(
+            RequestEnded(
+                request=request,
+                outcome=outcome,
+                code=code,
+                seconds=now - in_flight.began,
+                waited=in_flight.waited + (0 if since is None else now - since),
+                bytes_in=in_flight.bytes["in"],
+                bytes_out=in_flight.bytes["out"],
+                items_in=in_flight.items["in"],
+                items_out=in_flight.items["out"],
+            )
+        )
+
+
+def _name(fields: list[bytes]) -> str:
+    """What a request asks for, short and in one line."""
+    match fields:
+        case [first, method, *_] if first == CALL:
+            name = method
+        case [first, _, method, *_] if first == BACK:
+            name = b".".join(filter(None, (BACK, method)))  # a function that was lent has no name
+        case [name, *_]:
+            pass
+        case _:
+            name = b""
+    return escape(name[:MAX_NAME].decode(errors="replace"))
