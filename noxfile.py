@@ -54,7 +54,7 @@ def interop(session: nox.Session) -> None:
     session.install("-e", ".[test]")
     with session.chdir("interop/node"):
         session.run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", external=True)
-    tests = ("tests/test_node_peer.py", "tests/test_node_judges.py")
+    tests = ("tests/public/test_node_peer.py", "tests/public/test_node_judges.py")
     session.run("pytest", *tests, *session.posargs, env={"NODE_PEER": "must run"})
 
 
@@ -141,7 +141,7 @@ def proofs(session: nox.Session) -> None:
 def mutations(session: nox.Session) -> None:
     """Mutate the package for each security claim, and see its test fail; `-- NAME` for some only."""
     session.install("-e", ".[test]")
-    session.run("python", "-m", "tests.mutations", *session.posargs)
+    session.run("python", "-m", "tests.support.mutations", *session.posargs)
 
 
 @nox.session

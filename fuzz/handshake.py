@@ -10,7 +10,7 @@ from nacl.bindings import crypto_secretbox
 
 from bokbok_trio import Key
 from bokbok_trio._protocol.handshake import ClientHandshake, Limits, ServerHandshake
-from tests import second_implementation as second
+from tests.support import second_implementation as second
 
 from .scripts import (
     Script,

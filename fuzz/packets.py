@@ -14,7 +14,7 @@ from bokbok_trio._protocol.packets import (
     decode_text,
     encode_body,
 )
-from tests import second_implementation as second
+from tests.support import second_implementation as second
 
 from .scripts import (
     MAX_RECEIVES,

@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from bokbok_trio._stream.secretbox import SecretboxStream
-from tests import second_implementation as second
+from tests.support import second_implementation as second
 
 from .scripts import (
     MAX_RECEIVES,

@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar
 
 from bokbok_trio import HandshakeError, ProtocolError
 from bokbok_trio._protocol.packets import PacketDecoder
-from tests import second_implementation as second
+from tests.support import second_implementation as second
 
 MAX_RECEIVES: Final = 64
 """Receives that a long stream comes in, so that one byte at a time is for short ones."""

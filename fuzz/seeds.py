@@ -14,13 +14,13 @@ import trio.testing
 
 from bokbok_trio import Channel, Connection, RemoteError, RequestError
 from bokbok_trio.testing import open_connection_pair
-from tests import second_implementation as second
+from tests.support import second_implementation as second
 
 from .handshake import make_second
 from .session import ACT, BEGIN, FORMS, RAW, RECEIVE
 
 MAGIC: Final = b"bokbok1\n"
-VECTORS: Final[dict[str, Any]] = json.loads(Path("tests/vectors.json").read_bytes())
+VECTORS: Final[dict[str, Any]] = json.loads(Path("tests/support/vectors.json").read_bytes())
 
 
 class Recorder(trio.abc.HalfCloseableStream):

@@ -11,7 +11,7 @@ from bokbok_trio._protocol.packets import (
     PacketDecoder,
 )
 from bokbok_trio._protocol.session import NO_BUDGET, Session
-from tests import second_implementation as second
+from tests.support import second_implementation as second
 
 from .scripts import (
     Fault,

@@ -1,4 +1,4 @@
-// Check tests/vectors.json: `node vectors.mjs FILE` prints how many of each kind hold, or fails with the first that does not.
+// Check tests/support/vectors.json: `node vectors.mjs FILE` prints how many of each kind hold, or fails with the first that does not.
 
 import assert from 'node:assert/strict';
 import { readFileSync } from 'node:fs';
