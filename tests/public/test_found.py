@@ -496,10 +496,13 @@ async def test_a_channel_whose_connection_is_closed_as_it_opens(
 
 async def test_a_request_that_waited_for_a_slot_goes_over_the_next_connection() -> None:
     ran: list[bytes] = []
+    has_begun = trio.Event()
 
     async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
         ran.append(request[0])
-        await trio.sleep(0.2)
+        if request == [b"first"]:
+            has_begun.set()
+            await trio.sleep_forever()
         return request
 
     async with open_server("127.0.0.1:0", handler, settings=Settings(max_requests=1)) as server:
@@ -513,9 +516,9 @@ async def test_a_request_that_waited_for_a_slot_goes_over_the_next_connection() 
                 assert await client.request(["second"]) == [b"second"]
 
             nursery.start_soon(ask_first)
-            await trio.sleep(0.05)
+            await has_begun.wait()
             nursery.start_soon(ask_second)
-            await trio.sleep(0.05)
+            await settle()
             assert client.connection is not None
             await client.connection.aclose()
     assert ran == [b"first", b"second"]
