@@ -116,7 +116,7 @@ def records(data: bytes) -> None:
         stream = SecretboxStream(transport, send_key=KEYS[1], receive_key=KEYS[0], max_record_size=limit)
         try:
             while not at_end:
-                some = await (stream.receive_some(most) if most else stream.receive_available())
+                some = await (stream.receive_some(most) if most else stream.receive_view())
                 received += some
                 at_end = not some
         except trio.BrokenResourceError:

@@ -209,7 +209,7 @@ class Connection:
         )
         self._sender = Sender(
             self._session,
-            opened,
+            self._stream,
             self._watchdog,
             wake_writers=self._wake_writers,
             on_idle=self._close_if_drained,
@@ -227,7 +227,7 @@ class Connection:
             observer=self._observer,
         )
         self._reader = Reader(
-            self._sender.wire.receive,
+            self._stream.receive_view,
             self._session,
             self._sender,
             self._watchdog,
@@ -753,7 +753,7 @@ class Connection:
             self._end(_Ending("the connection was cancelled", is_ours=True), graceful=False)
             self._reader.stop()
             try:
-                if not self._sender.wire.close_now():
+                if not self._stream.close_nowait():
                     await trio.aclose_forcefully(self._stream)
             except BaseException as exc:  # noqa: BLE001  (as above)
                 keep(exc, self._log_closing)
@@ -786,16 +786,16 @@ class Connection:
         """
         until = self._sender.until
         if trio.current_time() >= until:
-            self._sender.wire.send_end_now()
+            self._stream.send_end_nowait()
             return
         with suppress(*STREAM_ERRORS), trio.CancelScope(deadline=until) as self._linger:
-            if not await self._sender.wire.send_end() and not self._session.is_draining:
+            if not await self._stream.send_end() and not self._session.is_draining:
                 return  # the peer would not learn of it, so there is nothing to wait for
             unacknowledged = math.inf
             while not self._reader.ended.is_set():
                 with trio.move_on_after(CLOSE_TIMEOUT / 2):
                     await self._reader.ended.wait()
-                remaining = self._sender.wire.unacknowledged()
+                remaining = self._stream.count_unacknowledged()
                 if self._session.is_draining and not self._is_hastened and 0 < remaining < unacknowledged:
                     unacknowledged = remaining
                     self._linger.deadline = trio.current_time() + CLOSE_TIMEOUT

@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Final, final
 
 import trio
 
 from .._protocol.outbox import MAX_BATCH_SIZE
 from .._protocol.session import Session
-from .._stream.establish import Opened
-from .._stream.pacing import PAUSE, Pacer, is_drained, read_load
-from .._stream.wire import Wire
+from .._stream.fast import FastStream
+from .._stream.pacing import PAUSE, Pacer
 from .watchdog import Watchdog
 
 LONE_STREAK: Final = 3
@@ -72,7 +70,7 @@ class Sender:
 
     Arguments:
         session: what has packets queued.
-        opened: has the stream.
+        stream: the connection's.
         watchdog: is told of sends.
         wake_writers: called when packets were taken, and so channels may queue items.
         on_idle: called when nothing is queued; it may `stop` this.
@@ -81,7 +79,6 @@ class Sender:
     Attributes:
         is_in_stream: whether the task is in the stream's code: what it raises then is the stream's.
         lock: held by whoever writes.
-        wire: the stream.
         until: the moment, by Trio's clock, at which it is to be over.
     """
 
@@ -97,18 +94,18 @@ class Sender:
         "_scope",
         "_session",
         "_sleeper",
+        "_stream",
         "_wake_writers",
         "_watchdog",
         "is_in_stream",
         "lock",
         "until",
-        "wire",
     )
 
     def __init__(
         self,
         session: Session,
-        opened: Opened,
+        stream: FastStream,
         watchdog: Watchdog,
         *,
         wake_writers: Callable[[], object],
@@ -116,9 +113,9 @@ class Sender:
         on_defect: Callable[[BaseException], object],
     ) -> None:
         self.lock = SendLock()
-        self.wire = Wire(opened.stream, opened.transport)
+        self._stream = stream
         self._session = session
-        self._pacer = Pacer(partial(read_load, opened.transport), partial(is_drained, opened.transport))
+        self._pacer = Pacer(stream.load, stream.is_drained)
         self._watchdog = watchdog
         self._wake_writers = wake_writers
         self._on_idle = on_idle
@@ -186,11 +183,11 @@ class Sender:
 
         For the task that sends, when it is cancelled from outside.
         """
-        if not self.is_in_stream and self.wire.can_send_now:
+        if not self.is_in_stream and self._stream.can_send_nowait:
             batch = self._session.take(trio.current_time())
             if batch:
-                self.wire.send_now(batch)
-            self.wire.send_end_now()
+                self._stream.send_nowait(batch)
+            self._stream.send_end_nowait()
 
     # ---- sending ----
 
@@ -202,7 +199,7 @@ class Sender:
     def _send_now(self) -> None:
         """Write what is queued, as far as the socket takes it at once; the rest is left to the task."""
         self._pending = 0
-        if self._is_stopping or not self.wire.can_send_now or not self.lock.try_acquire():
+        if self._is_stopping or not self._stream.can_send_nowait or not self.lock.try_acquire():
             self._rouse()
             return
         session = self._session
@@ -215,7 +212,7 @@ class Sender:
                     now = trio.current_time()
                     batch = session.take(now, self._room(now))
                 self._watchdog.sent += len(batch)
-                if not batch or not self.wire.send_now(batch):
+                if not batch or not self._stream.send_nowait(batch):
                     break
                 self._watchdog.send_ended(ping_left=True)
                 if session.channels.writable or session.is_holding_back:
@@ -243,13 +240,13 @@ class Sender:
             room = self._room(now)
             batch = self._session.take(now, room)
             self._pending = 0
-            if batch or self.wire.has_rest:
+            if batch or self._stream.has_rest:
                 if self._session.channels.writable or self._session.is_holding_back:
                     self._wake_writers()
                 self._watchdog.send_begins(now)
                 with trio.CancelScope(deadline=self.until) as self._scope:
                     self.is_in_stream = True
-                    await self.wire.send(batch)
+                    await self._stream.send_all(batch)
                     self.is_in_stream = False
                 if self._scope.cancelled_caught:
                     return

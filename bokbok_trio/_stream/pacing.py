@@ -18,16 +18,11 @@ drains, a piece is sent nevertheless after `MAX_WAIT`: then the send is stuck, w
 
 from __future__ import annotations
 
-import socket
-import struct
-import sys
 from collections.abc import Callable
-from typing import Final, NamedTuple, final
-
-import trio
+from typing import Final, final
 
 from .._protocol.outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
-from .socket import DirectStream
+from .fast import Load
 
 QUEUE_TIME: Final = 0.025
 """Seconds of queue, over as long as the way itself, that big packets may make."""
@@ -40,47 +35,6 @@ PAUSE: Final = 0.002
 
 MAX_WAIT: Final = 0.5
 """Seconds that a piece waits at most; `LEAST_BOUND` drains in that at 0.5 Mbit/s."""
-
-TCP_INFO: Final = struct.Struct("=68xI48xQ16xII")
-"""What we read of Linux's ``struct tcp_info``: rtt, bytes_acked, notsent_bytes, min_rtt."""
-
-
-@final
-class Load(NamedTuple):
-    """What TCP has to do, as of one moment: sizes in bytes, times in seconds.
-
-    Attributes:
-        queued: written and not acknowledged.
-        unsent: of these, not sent yet.
-        acknowledged: of all that was ever written.
-        round_trip: as of late.
-        least_round_trip: the shortest in the last minutes, which tells how long the empty way is.
-    """
-
-    queued: int
-    unsent: int
-    acknowledged: int
-    round_trip: float
-    least_round_trip: float
-
-
-def read_load(stream: trio.abc.Stream) -> Load | None:
-    """Ask the system; None of streams but TCP sockets, and of systems but Linux since 4.6."""
-    if sys.platform != "linux" or not isinstance(stream, DirectStream):
-        return None
-    try:
-        found = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
-        rtt, acknowledged, unsent, min_rtt = TCP_INFO.unpack(found)
-    except (OSError, struct.error):
-        return None  # no TCP; closed; an older system
-    queued = stream.count_queued()
-    return None if queued is None else Load(queued, unsent, acknowledged, rtt / 1e6, min_rtt / 1e6)
-
-
-def is_drained(stream: trio.abc.Stream) -> bool:
-    """Whether nearly nothing is queued, as far as that is known; asked more cheaply than the load."""
-    queued = stream.count_queued() if isinstance(stream, DirectStream) and stream.is_tcp else None
-    return queued is not None and queued < MIN_BATCH_SIZE
 
 
 @final

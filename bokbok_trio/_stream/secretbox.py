@@ -40,7 +40,8 @@ from nacl.exceptions import CryptoError
 
 from .._fork import abandon_in_child
 from .._protocol.packets import MAX_AT_ONCE, Received
-from .socket import DirectStream
+from .fast import FastStream, Load
+from .socket import make_fast
 
 HEADER_SIZE: Final = 2
 """Bytes of a record's length."""
@@ -57,6 +58,12 @@ MAX_PLAINTEXT_SIZE: Final = MAX_RECORD_SIZE - MAC_SIZE
 RECORDS_PER_SEND: Final = 4
 """Records sealed and handed to the transport at once, so that a big send is few system calls and
 is never held in memory a second time as a whole."""
+
+SPLIT_THRESHOLD: Final = 2**15
+"""Bytes of a batch from which on a part of it is sealed and sent ahead."""
+
+HEAD_START: Final = 2**13
+"""Bytes of that part. With half of the batch ahead the peer mostly wakes twice."""
 
 _NONCE_SIZE: Final = 24
 _CLOSED: Final = "this stream was closed"
@@ -98,7 +105,7 @@ class _Keyless(_Direction):
 
 
 @final
-class SecretboxStream(trio.abc.HalfCloseableStream):
+class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
     """An encrypted, authenticated stream over another stream.
 
     Arguments:
@@ -118,14 +125,13 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         receive_key: bytes,
         max_record_size: int = MAX_RECORD_SIZE,
     ) -> None:
-        self._transport = transport
+        self._transport = make_fast(transport)
         self._closed = False
         self._sealer = _Direction(send_key)
         self._send_busy = False
         self._send_broken = False
         self._send_ended = False
         self._opener = _Direction(receive_key)
-        self._direct = transport if isinstance(transport, DirectStream) else None
         self._max_record_size = max_record_size
         self._receive_busy = False
         self._receive_failure: str | None = None
@@ -175,13 +181,13 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint_if_cancelled()
             with memoryview(data) as view, view.cast("B") as plaintext:
                 if not plaintext:
-                    await trio.lowlevel.checkpoint()
+                    await self._send_rest()
                 step = RECORDS_PER_SEND * MAX_PLAINTEXT_SIZE
                 for start in range(0, len(plaintext), step):
-                    await self._transmit(self.seal(plaintext[start : start + step]))
+                    await self._transmit(self._seal(plaintext[start : start + step]))
 
-    def seal(self, data: bytes | memoryview) -> bytes:
-        """The records of some data, which must leave next, and whole; see `send_records`."""
+    def _seal(self, data: bytes | memoryview) -> bytes:
+        """The records of some data, which must leave next, and whole."""
         assert data, "an empty record would be the end"
         if len(data) <= MAX_PLAINTEXT_SIZE:
             return self._sealer.seal(data)
@@ -192,10 +198,34 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             ]
         )
 
-    async def send_records(self, records: bytes) -> None:
-        """Send what `seal` returned, or the rest of it. Raises as `send_all` does."""
-        with self._sending():
-            await self._transmit(records)
+    async def _send_rest(self) -> None:
+        """Send what of sealed records was kept; a checkpoint in any case."""
+        if self._transport.has_rest:
+            await self._transmit(b"")
+        else:
+            await trio.lowlevel.checkpoint()
+
+    @property
+    def can_send_nowait(self) -> bool:
+        """See `FastStream`."""
+        return self._transport.can_send_nowait
+
+    @property
+    def has_rest(self) -> bool:
+        """See `FastStream`. Kept are whole records, and the end of one."""
+        return self._transport.has_rest
+
+    def send_nowait(self, data: bytes | memoryview) -> bool:
+        """See `FastStream`. Many bytes leave as two parts: the peer wakes while the second is being sealed.
+
+        Raises:
+            trio.ClosedResourceError: this side was closed.
+        """
+        if len(data) < SPLIT_THRESHOLD:
+            return self._transport.send_nowait(self._seal(data))
+        view = memoryview(data)
+        self._transport.send_nowait(self._seal(view[:HEAD_START]))
+        return self._transport.send_nowait(self._seal(view[HEAD_START:]))
 
     async def wait_send_all_might_not_block(self) -> None:
         """See `trio.abc.SendStream.wait_send_all_might_not_block`. Raises as `send_all` does."""
@@ -215,6 +245,47 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint_if_cancelled()
             self._send_ended = True
             await self._transmit(self._sealer.seal(b""))
+
+    async def send_end(self) -> bool:
+        """See `FastStream`."""
+        if self._transport.has_rest:
+            with self._sending():
+                await self._send_rest()
+        if not self._transport.can_send_nowait:
+            await self.send_eof()
+        elif not self.send_end_nowait():
+            with self._sending():
+                await self._send_rest()
+        return True
+
+    def send_end_nowait(self) -> bool:
+        """See `FastStream`. Where it must not be said, nothing is sent."""
+        if not self._transport.can_send_nowait:
+            return False
+        end = self._seal_end()
+        return not end or self._transport.send_nowait(end)
+
+    def _seal_end(self) -> bytes:
+        """Return the end record, which must leave next; empty where it must not be sent.
+
+        Nor must it where receiving failed: the other side would take what somebody spoiled for a close.
+        """
+        if self._closed or self._send_ended or self._send_broken or self._send_busy or self._receive_failure:
+            return b""
+        self._send_ended = True
+        return self._sealer.seal(b"")
+
+    def count_unacknowledged(self) -> int:
+        """See `FastStream`."""
+        return self._transport.count_unacknowledged()
+
+    def is_drained(self) -> bool:
+        """See `FastStream`."""
+        return self._transport.is_drained()
+
+    def load(self) -> Load | None:
+        """See `FastStream`."""
+        return self._transport.load()
 
     def _check_not_ended(self) -> None:
         if self._send_ended:
@@ -261,7 +332,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         self._position += len(received)
         return received
 
-    async def receive_available(self) -> bytes:
+    async def receive_view(self) -> bytes:
         """As `receive_some`, but of the records that are here already, together: `MAX_AT_ONCE` at most.
 
         For one task at a time.
@@ -276,10 +347,7 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         data: Received | bytearray
         while not self._receive_ended:
             self._check_open()
-            if self._direct is None:
-                data = await self._transport.receive_some(HEADER_SIZE + self._max_record_size)
-            else:
-                data = await self._direct.receive_view()
+            data = await self._transport.receive_view()
             if plaintext := self._open_all(self._check_received(data)):
                 return plaintext
         return b""
@@ -325,8 +393,8 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
             return
         while True:
-            receive = self._transport.receive_some if self._direct is None else self._direct.receive_view
-            self._ciphertext += self._check_received(await receive(HEADER_SIZE + self._max_record_size))
+            data = await self._transport.receive_some(HEADER_SIZE + self._max_record_size)
+            self._ciphertext += self._check_received(data)
             if self._open_next():
                 return
 
@@ -383,18 +451,15 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         if self._closed:
             raise trio.ClosedResourceError(_CLOSED)
 
-    def seal_end(self) -> bytes:
-        """Return the end record, which must leave next; empty where it must not be sent.
+    def close_nowait(self) -> bool:
+        """See `FastStream`. No end is said, and the keys are dropped."""
+        if not self._transport.close_nowait():
+            return False
+        self._close()
+        return True
 
-        Nor must it where receiving failed: the other side would take what somebody spoiled for a close.
-        """
-        if self._closed or self._send_ended or self._send_broken or self._send_busy or self._receive_failure:
-            return b""
-        self._send_ended = True
-        return self._sealer.seal(b"")
-
-    def close_now(self) -> None:
-        """Send and receive no more, and drop the keys. Who calls this closes the transport."""
+    def _close(self) -> None:
+        """Send and receive no more, and drop the keys."""
         self._closed = True
         if not self._abandoned:  # then it has none
             self._sealer = self._opener = _Keyless(_CLOSED)
@@ -407,8 +472,8 @@ class SecretboxStream(trio.abc.HalfCloseableStream):
         if self._abandoned:
             await trio.lowlevel.checkpoint()
             return
-        end = self.seal_end()
-        self.close_now()
+        end = self._seal_end()
+        self._close()
         try:
             if end:
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):

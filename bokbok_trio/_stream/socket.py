@@ -1,8 +1,7 @@
-"""`DirectStream`: a socket's stream that can also send at once, and receives without copies.
+"""`SocketStream`: a socket's stream that can also send without waiting, and receives without copies.
 
-Most of what a small request costs is the waking of tasks. Trio's own stream gives others a turn after
-every receive and every send; here a receive gives them one while it waits, and `send_now` none at
-all. Only public interfaces of Trio are used.
+Trio's own stream gives others a turn after every receive and every send; here a receive gives them one while
+it waits, and `send_nowait` none at all. Only public interfaces of Trio are used.
 
 Trio's socket cannot send without being awaited, and ``os.write`` cannot ask for no SIGPIPE: with that
 signal at its default, writing to a socket whose peer is gone ends the process. So each stream keeps a
@@ -14,6 +13,7 @@ would; the second socket never closes the descriptor.
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 import sys
@@ -23,7 +23,9 @@ from typing import Final, final
 
 import trio
 
-from .._fork import abandon_in_child, close_in_child, close_inherited
+from .._fork import abandon_in_child, close_inherited
+from .._protocol.outbox import MIN_BATCH_SIZE
+from .fast import FastStream, Load, PlainStream
 
 if sys.platform == "linux":  # pragma: no branch
     import fcntl
@@ -46,6 +48,9 @@ SO_NOSIGPIPE: Final = 0x1022
 
 QUEUED: Final = struct.Struct("=i")
 """The answer of SIOCOUTQ."""
+
+TCP_INFO: Final = struct.Struct("=68xI48xQ16xII")
+"""What we read of Linux's ``struct tcp_info``: rtt, bytes_acked, notsent_bytes, min_rtt."""
 
 
 class _Scratch(threading.local):
@@ -71,7 +76,7 @@ class _Borrowed(socket.socket):
 
 
 @final
-class DirectStream(trio.abc.Stream):
+class SocketStream(FastStream):
     """A stream over the one of a socket.
 
     Arguments:
@@ -85,13 +90,14 @@ class DirectStream(trio.abc.Stream):
         trio.ClosedResourceError: the stream was closed.
     """
 
-    __slots__ = ("__weakref__", "_borrowed", "_is_sending", "_stream", "is_tcp", "socket")
+    __slots__ = ("__weakref__", "_borrowed", "_is_sending", "_rest", "_stream", "is_tcp", "socket")
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self.socket = stream.socket
         self.is_tcp = stream.socket.family in (socket.AF_INET, socket.AF_INET6)
         self._is_sending = False
+        self._rest = b""  # of what `send_nowait` was given
         self._check_open()
         self._borrowed = _Borrowed(stream.socket)
         if sys.platform == "darwin":
@@ -104,30 +110,43 @@ class DirectStream(trio.abc.Stream):
 
     # ---- sending ----
 
-    def send_now(self, data: bytes) -> int:
-        """Send as much of some data as the socket takes at once, and return how many bytes.
+    @property
+    def can_send_nowait(self) -> bool:
+        """See `FastStream`."""
+        return not self._rest
 
-        It never raises: a broken socket takes nothing, and `send_all` finds out why. To be called only
-        while no `send_all` is under way.
-        """
-        if self.socket.fileno() < 0:
-            return 0
-        try:
-            return self._borrowed.send(data, NO_SIGNAL)
-        except OSError:
-            return 0
+    @property
+    def has_rest(self) -> bool:
+        """See `FastStream`."""
+        return bool(self._rest)
+
+    def send_nowait(self, data: bytes | memoryview) -> bool:
+        """See `FastStream`. After the end was said it sends nothing, and `send_all` raises."""
+        if self._rest:
+            self._rest += data
+            return False
+        sent = 0
+        if self.socket.fileno() >= 0:
+            with suppress(OSError):
+                sent = self._borrowed.send(data, NO_SIGNAL)
+        if sent == len(data):
+            return True
+        self._rest = bytes(data[sent:])
+        return False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """As the socket's stream does, but never with a SIGPIPE."""
+        """As the socket's stream does, but never with a SIGPIPE; and the rest first."""
         self._start_sending()
         try:
-            if not data:
+            if not data and not self._rest:
                 await trio.lowlevel.checkpoint()
-            with memoryview(data) as view:
-                sent = 0
-                while sent < len(view):
-                    with view[sent:] as rest:
-                        sent += await self.socket.send(rest, NO_SIGNAL)
+            rest, self._rest = self._rest, b""
+            for each in (rest, data) if rest else (data,):
+                with memoryview(each) as view:
+                    sent = 0
+                    while sent < len(view):
+                        with view[sent:] as unsent:
+                            sent += await self.socket.send(unsent, NO_SIGNAL)
         except OSError as exc:
             raise self._translate(exc) from exc
         finally:
@@ -156,12 +175,21 @@ class DirectStream(trio.abc.Stream):
             return trio.ClosedResourceError("this stream was closed")
         return trio.BrokenResourceError(str(error))
 
-    def shutdown_send(self) -> None:
-        """Send nothing more: the peer receives what was sent, and then the end. Ignores a broken socket."""
+    async def send_end(self) -> bool:
+        """See `FastStream`. Ignores a broken socket."""
+        if self._rest:
+            await self.send_all(b"")
+        return self.send_end_nowait()
+
+    def send_end_nowait(self) -> bool:
+        """See `FastStream`. The peer receives what was sent, and then the end."""
+        if self._rest:
+            return False
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
+        return True
 
-    def count_queued(self) -> int | None:
+    def _count_queued(self) -> int | None:
         """Count the bytes that were sent and that the peer's system has not acknowledged yet.
 
         Of a UNIX socket: that the peer has not received, with the system's overhead. None: the stream was
@@ -175,17 +203,40 @@ class DirectStream(trio.abc.Stream):
             return None
         return int(queued)
 
+    def count_unacknowledged(self) -> int:
+        """See `FastStream`."""
+        return self._count_queued() or 0
+
+    def is_drained(self) -> bool:
+        """See `FastStream`. Only TCP tells."""
+        queued = self._count_queued() if self.is_tcp else None
+        return queued is not None and queued < MIN_BATCH_SIZE
+
+    def load(self) -> Load | None:
+        """See `FastStream`. Known of TCP sockets, on Linux since 4.6."""
+        if sys.platform != "linux":
+            return None
+        try:
+            found = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
+            rtt, acknowledged, unsent, min_rtt = TCP_INFO.unpack(found)
+        except (OSError, struct.error):
+            return None  # no TCP; closed; an older system
+        queued = self._count_queued()
+        return None if queued is None else Load(queued, unsent, acknowledged, rtt / 1e6, min_rtt / 1e6)
+
     # ---- receiving ----
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """As the socket's stream does."""
-        return bytes(await self.receive_view(max_bytes))
-
-    async def receive_view(self, max_bytes: int | None = None) -> memoryview:
-        """As `receive_some`, but what was received is good only until the next checkpoint."""
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
-        view = _scratch.view if max_bytes is None else _scratch.view[:max_bytes]
+        return bytes(await self._receive_into(_scratch.view[:max_bytes]))
+
+    async def receive_view(self) -> memoryview:
+        """See `FastStream`."""
+        return await self._receive_into(_scratch.view)
+
+    async def _receive_into(self, view: memoryview) -> memoryview:
         fileno = self.socket.fileno
         while True:
             if (descriptor := fileno()) < 0:
@@ -200,12 +251,28 @@ class DirectStream(trio.abc.Stream):
             except OSError as exc:
                 raise self._translate(exc) from exc
 
+    def receive_nowait(self, max_bytes: int) -> bytes:
+        """See `FastStream`."""
+        if self.socket.fileno() >= 0:
+            with suppress(OSError):  # nothing is here, or it is broken, and receiving will tell
+                return self._borrowed.recv(max_bytes)
+        return b""
+
+    def has_hung_up(self) -> bool:
+        """See `FastStream`. Of one direction alone only Linux tells."""
+        if self.socket.fileno() < 0:
+            return True
+        poll = select.poll()
+        poll.register(self.socket.fileno(), getattr(select, "POLLRDHUP", 0))
+        return bool(poll.poll(0))
+
     # ---- closing ----
 
-    def close_now(self) -> None:
-        """As `aclose`, which waits for nothing either, but is a checkpoint. Again does nothing."""
+    def close_nowait(self) -> bool:
+        """As `aclose`, which waits for nothing either, but is a checkpoint."""
         self._borrowed.detach()
         self.socket.close()
+        return True
 
     async def aclose(self) -> None:
         """As the socket's stream does."""
@@ -218,9 +285,10 @@ class DirectStream(trio.abc.Stream):
         close_inherited(self.socket)
 
 
-def make_direct(stream: trio.abc.Stream) -> trio.abc.Stream:
-    """A direct stream over one of a socket; any other as it is."""
+def make_fast(stream: trio.abc.Stream) -> FastStream:
+    """Make the fastest stream there is of any stream, which is that one's from now on."""
+    if isinstance(stream, FastStream):
+        return stream
     if isinstance(stream, trio.SocketStream) and sys.platform != "win32":  # where it was never tried
-        return DirectStream(stream)
-    close_in_child(stream)
-    return stream
+        return SocketStream(stream)
+    return PlainStream(stream)

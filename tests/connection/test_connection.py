@@ -27,10 +27,10 @@ from bokbok_trio._connection.connection import CLOSE_TIMEOUT
 from bokbok_trio._connection.handlers import Handlers
 from bokbok_trio._connection.sender import BUNCH
 from bokbok_trio._protocol.outbox import HEAD_ROOM
-from bokbok_trio._stream.socket import DirectStream
-from bokbok_trio._stream.wire import Wire
+from bokbok_trio._stream.socket import SocketStream
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.support.helpers import busy_handler, echo, packet, raw_peer, settle
+from tests.support.inside import take_few
 
 
 def faulty(into: list[FaultyStream]) -> Callable[[trio.abc.HalfCloseableStream], trio.abc.Stream]:
@@ -896,7 +896,7 @@ async def test_when_only_sending_is_broken_the_connection_ends_soon(
         async def break_it() -> None:
             raise trio.BrokenResourceError("cable")
 
-        connection._stream.send_stream.send_all_hook = break_it  # type: ignore[attr-defined]
+        connection._stream._stream.send_stream.send_all_hook = break_it  # type: ignore[attr-defined]
         with pytest.raises(ConnectionLost, match=r"sending failed.*cable") as caught:
             await connection.request([])
         assert caught.value.may_have_run, "how much of it left is not known"
@@ -1002,7 +1002,7 @@ async def test_what_arrives_with_the_end_is_not_handled(autojump_clock: trio.tes
     async with raw_peer(handler) as (connection, _):
         await settle()
         # The reader is woken by these bytes, and before it runs the connection is closed.
-        connection._stream.receive_stream.put_data(packet(b"req", b"1", b"", b"", b"", body=[]))  # type: ignore[attr-defined]
+        connection._stream._stream.receive_stream.put_data(packet(b"req", b"1", b"", b"", b"", body=[]))  # type: ignore[attr-defined]
         connection._close("too late")
         await connection.wait_closed()
     assert started == []
@@ -1145,14 +1145,14 @@ async def test_a_lone_request_leaves_before_its_task_sleeps(monkeypatch: pytest.
         await settle()
         nursery.start_soon(connection.request, ["x"])
         sends = 0
-        real_send = Wire.send
+        real_send = SocketStream.send_all
 
-        async def count(wire: Wire, batch: bytes) -> None:
+        async def count(stream: SocketStream, batch: bytes) -> None:
             nonlocal sends
             sends += 1
-            await real_send(wire, batch)
+            await real_send(stream, batch)
 
-        monkeypatch.setattr(Wire, "send", count)
+        monkeypatch.setattr(SocketStream, "send_all", count)
         assert await peer.receive() == [b"req", b"0", b"", b"", b"", b"\1\0\0\0\1x"]
         await peer.send(b"ok", b"0", body=[])
         assert sends == 0
@@ -1162,13 +1162,13 @@ async def test_requests_made_together_leave_together(monkeypatch: pytest.MonkeyP
     async with raw_peer(over_sockets=True) as (connection, peer), trio.open_nursery() as nursery:
         await settle()
         batches: list[bytes] = []
-        real_send = Wire.send
+        real_send = SocketStream.send_all
 
-        async def note(wire: Wire, batch: bytes) -> None:
+        async def note(stream: SocketStream, batch: bytes) -> None:
             batches.append(batch)
-            await real_send(wire, batch)
+            await real_send(stream, batch)
 
-        monkeypatch.setattr(Wire, "send", note)
+        monkeypatch.setattr(SocketStream, "send_all", note)
         for _ in range(3):
             nursery.start_soon(connection.request, ["x"])
         ids = {(await peer.receive())[1] for _ in range(3)}
@@ -1182,9 +1182,8 @@ async def test_what_a_socket_does_not_take_at_once_leaves_later_and_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with raw_peer(over_sockets=True) as (connection, peer), trio.open_nursery() as nursery:
-        real_send_now = DirectStream.send_now
         await settle()
-        monkeypatch.setattr(DirectStream, "send_now", lambda stream, data: real_send_now(stream, data[:7]))
+        take_few(monkeypatch, 7)
         nursery.start_soon(connection.request, [b"x" * 50_000])
         nursery.start_soon(connection.request, ["small"])
         packets = [await peer.receive(), await peer.receive()]

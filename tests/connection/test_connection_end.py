@@ -17,8 +17,8 @@ import trio.testing
 from trio.testing import MockClock
 
 from bokbok_trio import Connection, ConnectionClosed, ConnectionLost
+from bokbok_trio._stream.fast import FastStream
 from bokbok_trio._stream.secretbox import SecretboxStream
-from bokbok_trio._stream.wire import Wire
 from bokbok_trio.testing import open_connection_pair
 from tests.support.helpers import packet, raw_peer, settle
 from tests.support.pairs import open_pair
@@ -37,7 +37,7 @@ over_all_ends = pytest.mark.parametrize(
 def always_acknowledging(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the peer's system acknowledge a byte each time that it is asked, of very many."""
     counts = itertools.count(10**6, -1)
-    monkeypatch.setattr(Wire, "unacknowledged", lambda _: next(counts))
+    monkeypatch.setattr(FastStream, "count_unacknowledged", lambda _: next(counts))
 
 
 # ---- what still counts ----
@@ -211,7 +211,7 @@ async def test_a_connection_that_is_kept_has_no_keys_any_more(
         assert len(keys) == 4
         assert len(owners()) >= 4
         if is_lost:
-            await trio.aclose_forcefully(client._opened.transport)
+            await trio.aclose_forcefully(client._stream)
         else:
             await client.aclose()
         for connection in (client, server):

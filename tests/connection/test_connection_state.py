@@ -21,7 +21,7 @@ from bokbok_trio import (
 from bokbok_trio._connection.eager import start_eagerly
 from bokbok_trio._protocol.events import Answer, Bye, Failure
 from bokbok_trio._protocol.session import Session
-from bokbok_trio._stream.wire import Wire
+from bokbok_trio._stream.fast import FastStream
 from bokbok_trio._trio_util import bare_nursery
 from bokbok_trio.testing import open_connection_pair
 from tests.support.helpers import WholeStream, echo, open_peer, packet, raw_peer, req, settle
@@ -79,7 +79,7 @@ async def test_a_drained_connection_waits_on_while_the_peer_acknowledges_somethi
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = iter([100, 50, 50, 50])
-    monkeypatch.setattr(Wire, "unacknowledged", lambda _: next(counts))
+    monkeypatch.setattr(FastStream, "count_unacknowledged", lambda _: next(counts))
     async with raw_peer() as (connection, peer):
         connection.drain()
         assert await peer.receive() == [b"bye"]

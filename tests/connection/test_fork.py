@@ -22,7 +22,7 @@ from bokbok_trio import Key, TCPAddress, UnixAddress, open_connection, open_serv
 from bokbok_trio._fork import close_in_child, close_inherited
 from bokbok_trio._sockets import stream_address
 from bokbok_trio._stream.secretbox import SecretboxStream
-from bokbok_trio._stream.socket import DirectStream, make_direct
+from bokbok_trio._stream.socket import SocketStream, make_fast
 from bokbok_trio.testing import FaultyStream
 from tests.support.helpers import echo
 from tests.support.sockets import dial_to, listen_on, tcp_address
@@ -156,10 +156,10 @@ async def test_it_leaves_the_socket_file_alone(tmp_path: Path) -> None:
 
 async def test_it_can_use_no_stream() -> None:
     ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
-    async with DirectStream(ours) as stream, theirs:
-        assert in_child(lambda: stream.send_now(b"x")) == "0"
+    async with SocketStream(ours) as stream, theirs:
+        assert in_child(lambda: stream.send_nowait(b"x")) == "False"
         assert in_child(stream.socket.fileno) == "-1"
-        assert in_child(stream.close_now) == "None"
+        assert in_child(stream.close_nowait) == "True"
         assert "ClosedResourceError" in in_child(lambda: run_coroutine(stream.send_all(b"x")))
         assert "ClosedResourceError" in in_child(lambda: run_coroutine(stream.receive_some()))
         await stream.send_all(b"ours")
@@ -176,20 +176,20 @@ async def test_it_seals_and_opens_nothing(over: str) -> None:
     else:
         ours, theirs = trio.testing.memory_stream_pair()
     one, other = bytes(32), bytes(range(32))
-    stream = SecretboxStream(make_direct(ours), send_key=one, receive_key=other)
+    stream = SecretboxStream(make_fast(ours), send_key=one, receive_key=other)
     peer = SecretboxStream(theirs, send_key=other, receive_key=one)
     await peer.send_all(b"for the parent")
 
     for act in (
-        lambda: stream.seal(b"x"),
+        lambda: stream._seal(b"x"),
         lambda: run_coroutine(stream.send_all(b"x")),
         lambda: run_coroutine(stream.send_eof()),
         lambda: run_coroutine(stream.receive_some()),
-        lambda: run_coroutine(stream.receive_available()),
+        lambda: run_coroutine(stream.receive_view()),
         lambda: stream._opener.open(memoryview(b"")),
     ):
         assert "ClosedResourceError" in in_child(act)
-    assert in_child(stream.seal_end) == repr(b"")
+    assert in_child(stream._seal_end) == repr(b"")
     assert in_child(lambda: run_coroutine(stream.aclose())) == "None"
     assert in_child(lambda: (stream._sealer._key, stream._opener._key)) == "(b'', b'')"
     await stream.send_all(b"for the peer")
@@ -311,17 +311,17 @@ async def test_all_sockets_are_closed_and_no_file_is_removed(
     [tcp] = await listen_on(TCPAddress("127.0.0.1", 0))
     [unix] = await listen_on(UnixAddress(tmp_path / "sock"))
     dialled = await dial_to(tcp_address(tcp))
-    accepted = make_direct(await tcp.accept())
-    assert isinstance(accepted, DirectStream)
+    accepted = make_fast(await tcp.accept())
+    assert isinstance(accepted, SocketStream)
     sealed = SecretboxStream(accepted, send_key=bytes(32), receive_key=bytes(32))
     before = len(os.listdir("/proc/self/fd"))
     fork()
     fork()
     assert len(os.listdir("/proc/self/fd")) == before - 4
     assert dialled.socket.fileno() == accepted.socket.fileno() == -1
-    sealed.close_now()
+    sealed.close_nowait()
     with pytest.raises(trio.ClosedResourceError, match="the process that this one was forked from"):
-        sealed.seal(b"x")
+        sealed._seal(b"x")
     with pytest.raises(trio.ClosedResourceError):
         sealed._opener.open(memoryview(b"x"))
     for each in (tcp, unix):
@@ -348,7 +348,7 @@ async def test_the_socket_below_tls_is_closed() -> None:
 async def test_what_has_no_socket_is_left_alone() -> None:
     stream, _ = trio.testing.memory_stream_pair()
     close_in_child(stream)
-    assert make_direct(FaultyStream(stream)) is not None
+    assert make_fast(FaultyStream(stream)) is not None
 
 
 async def test_closing_an_inherited_socket_again_does_nothing() -> None:

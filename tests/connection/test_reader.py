@@ -31,7 +31,7 @@ from bokbok_trio._connection.connection import CLOSE_TIMEOUT
 from bokbok_trio._connection.handlers import LEFT_OPEN
 from bokbok_trio._connection.sender import BUNCH, LONE_STREAK
 from bokbok_trio._protocol.packets import LARGE, LARGE_BATCH, MAX_AT_ONCE
-from bokbok_trio._stream.socket import RECEIVE_SIZE, DirectStream, _scratch
+from bokbok_trio._stream.socket import RECEIVE_SIZE, SocketStream, _scratch
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.support.helpers import (
     RawPeer,
@@ -491,7 +491,7 @@ async def test_what_arrives_when_the_connection_is_over_is_not_handled(
 
     async with open_peer(handler) as (connection, _):
         # The task that reads is woken by these bytes, and before it runs the connection is closed.
-        connection._stream.receive_stream.put_data(req(1))  # type: ignore[attr-defined]
+        connection._stream._stream.receive_stream.put_data(req(1))  # type: ignore[attr-defined]
         connection._close("too late")
         await connection.wait_closed()
     assert handled == []
@@ -1113,15 +1113,15 @@ async def test_whatever_is_received_says_that_the_peer_is_there_whichever_task_r
 def count_sends(monkeypatch: pytest.MonkeyPatch, connection: Connection) -> list[int]:
     """How many bytes leave at once; to be called where sockets are used."""
     sizes: list[int] = []
-    ours = connection._opened.transport
-    send_now = DirectStream.send_now
+    ours = connection._stream
+    send_now = SocketStream.send_nowait
 
-    def spy(stream: DirectStream, data: bytes) -> int:
+    def spy(stream: SocketStream, data: bytes) -> int:
         if stream is ours:
             sizes.append(len(data))
         return send_now(stream, data)
 
-    monkeypatch.setattr(DirectStream, "send_now", spy)
+    monkeypatch.setattr(SocketStream, "send_nowait", spy)
     return sizes
 
 

@@ -40,8 +40,8 @@ from bokbok_trio._stream.establish import (
     open_as_server,
 )
 from bokbok_trio._stream.secretbox import HEADER_SIZE, MAX_PLAINTEXT_SIZE, SecretboxStream
-from bokbok_trio._stream.socket import DirectStream
 from bokbok_trio._trio_util import MAX_CAUSES, describe_error
+from tests.support.inside import take_few
 
 Mode = Literal["sealed", "plain"]
 Side = Literal["client", "server"]
@@ -925,13 +925,8 @@ async def open_sockets() -> AsyncGenerator[tuple[trio.SocketStream, trio.SocketS
 async def test_what_a_socket_does_not_take_at_once_follows(
     mode: Mode, most: int, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send_now = DirectStream.send_now
-
-    def take_few(self: DirectStream, data: bytes) -> int:
-        return send_now(self, data[:most])
-
     with monkeypatch.context() as patch:
-        patch.setattr(DirectStream, "send_now", take_few)
+        take_few(patch, most)
         async with open_sockets() as sockets:
             client, server = await meet(sockets, mode)
             await check_both_ways(client.opened, server.opened)
@@ -957,10 +952,10 @@ async def test_a_message_in_pieces_is_read_no_further_than_its_end(
                 return
             stream = over(theirs, handshake)
             handshake.receive_open(await stream.receive_some())
-            accepted = stream.seal(handshake.accept([K]))
+            accepted = stream._seal(handshake.accept([K]))
             assert handshake.final_keys is not None
             stream.rekey(**handshake.final_keys.for_side("server"))
-            await theirs.send_all(accepted + stream.seal(b"more"))
+            await theirs.send_all(accepted + stream._seal(b"more"))
 
         nursery.start_soon(serve)
         opened = await as_client(ours, mode)

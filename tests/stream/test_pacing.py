@@ -12,17 +12,15 @@ from trio.testing import MockClock
 
 from bokbok_trio import Connection, ConnectionLost, Key, Settings, open_connection, open_server
 from bokbok_trio._protocol.outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
+from bokbok_trio._stream.fast import Load
 from bokbok_trio._stream.pacing import (
     LEAST_BOUND,
     MAX_WAIT,
     PAUSE,
     QUEUE_TIME,
-    Load,
     Pacer,
-    is_drained,
-    read_load,
 )
-from bokbok_trio._stream.socket import DirectStream
+from bokbok_trio._stream.socket import SocketStream, make_fast
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.support.helpers import echo
 
@@ -154,37 +152,37 @@ async def test_the_load_of_a_tcp_socket() -> None:
             received = 0
             while received < 50_000:
                 received += len(await theirs.receive_some())
-            load = read_load(DirectStream(ours))
+            load = SocketStream(ours).load()
             assert load is not None
             assert load.queued == load.unsent == 0
             assert load.acknowledged in (50_000, 50_001), "some systems count the opening"
             assert 0 < load.least_round_trip <= load.round_trip < 10
             with trio.move_on_after(0.1):
                 await ours.send_all(bytes(64 * MIB))  # it is not read
-            direct = DirectStream(ours)
-            load = read_load(direct)
+            direct = SocketStream(ours)
+            load = make_fast(direct).load()
             assert load is not None
             assert load.queued >= load.unsent > 0
             assert load.acknowledged + load.queued >= 50_000 + load.unsent
-    assert read_load(direct) is None, "it is closed"
+    assert make_fast(direct).load() is None, "it is closed"
 
 
 async def test_other_streams_have_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = socket.socketpair()
     with other:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(one)) as stream:
-            assert read_load(DirectStream(stream)) is None
-            assert read_load(stream) is None
+            assert SocketStream(stream).load() is None
+            assert make_fast(stream).load() is None
     memory, _ = trio.testing.memory_stream_pair()
-    assert read_load(memory) is None
-    tcp = DirectStream(trio.SocketStream(trio.socket.socket()))
-    assert read_load(tcp) is not None
+    assert make_fast(memory).load() is None
+    tcp = SocketStream(trio.SocketStream(trio.socket.socket()))
+    assert make_fast(tcp).load() is not None
     with monkeypatch.context() as patch:
         patch.setattr(tcp.socket, "getsockopt", lambda *_: bytes(100))
-        assert read_load(tcp) is None, "an older system"
+        assert make_fast(tcp).load() is None, "an older system"
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "darwin")
-        assert read_load(tcp) is None
+        assert make_fast(tcp).load() is None
     tcp.socket.close()
 
 
@@ -193,16 +191,15 @@ async def test_whether_a_socket_has_drained() -> None:
     port: int = listener.socket.getsockname()[1]
     async with listener, await trio.open_tcp_stream("127.0.0.1", port) as ours:
         async with await listener.accept():
-            assert is_drained(DirectStream(ours))
-            assert not is_drained(ours)
+            assert SocketStream(ours).is_drained()
             with trio.move_on_after(0.1):
                 await ours.send_all(bytes(64 * MIB))  # it is not read
-            direct = DirectStream(ours)
-            assert not is_drained(direct)
-    assert not is_drained(direct), "it is closed"
+            direct = SocketStream(ours)
+            assert not make_fast(direct).is_drained()
+    assert not make_fast(direct).is_drained(), "it is closed"
     one, other = map(trio.SocketStream, trio.socket.socketpair())
     async with one, other:
-        assert not is_drained(DirectStream(one)), "it is not told of other sockets"
+        assert not SocketStream(one).is_drained(), "it is not told of other sockets"
 
 
 def test_what_has_drained_is_not_asked_for_its_load_each_time() -> None:

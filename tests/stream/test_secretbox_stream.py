@@ -761,11 +761,11 @@ async def test_aclose_closes_the_transport_whatever_the_end_record_raises() -> N
 async def test_all_records_that_are_here_come_together() -> None:
     transport = Transport(seal(IN, 0, b"one") + seal(IN, 1, b"two") + seal(IN, 2, b"three")[:9])
     stream = over(transport)
-    assert await stream.receive_available() == b"onetwo"
+    assert await stream.receive_view() == b"onetwo"
     transport.incoming += seal(IN, 2, b"three")[9:] + seal(IN, 3, b"")
-    assert await stream.receive_available() == b"three"
+    assert await stream.receive_view() == b"three"
     for _ in range(2):
-        assert await stream.receive_available() == b""
+        assert await stream.receive_view() == b""
 
 
 @pytest.mark.parametrize("count", [3 * MAX_AT_ONCE, 3 * MAX_AT_ONCE + 1])
@@ -782,7 +782,7 @@ async def test_tiny_records_come_some_at_a_time_and_others_have_their_turn_betwe
     async with trio.open_nursery() as nursery:
         nursery.start_soon(take_turns)
         batches: list[bytes] = []
-        while received := await stream.receive_available():
+        while received := await stream.receive_view():
             assert turns > len(batches)
             batches.append(received)
         nursery.cancel_scope.cancel()
@@ -793,29 +793,29 @@ async def test_tiny_records_come_some_at_a_time_and_others_have_their_turn_betwe
 async def test_records_come_byte_by_byte() -> None:
     transport = Transport(seal(IN, 0, b"one") + seal(IN, 1, b"two") + seal(IN, 2, b""), most=1)
     stream = over(transport)
-    assert [await stream.receive_available() for _ in range(3)] == [b"one", b"two", b""]
+    assert [await stream.receive_view() for _ in range(3)] == [b"one", b"two", b""]
 
 
 async def test_what_was_read_before_comes_first() -> None:
     stream = over(Transport(seal(IN, 0, b"first") + seal(IN, 1, b"then") + seal(IN, 2, b"and then")))
     assert await stream.receive_some(2) == b"fi"
-    assert await stream.receive_available() == b"rst"
-    assert await stream.receive_available() == b"thenand then"
+    assert await stream.receive_view() == b"rst"
+    assert await stream.receive_view() == b"thenand then"
 
 
 async def test_a_record_that_does_not_open_is_told_after_those_before_it() -> None:
     stream = over(Transport(seal(IN, 0, b"good") + seal(IN, 7, b"bad") + seal(IN, 2, b"never seen")))
-    assert await stream.receive_available() == b"good"
+    assert await stream.receive_view() == b"good"
     for _ in range(2):
         with pytest.raises(trio.BrokenResourceError, match="did not open"):
-            await stream.receive_available()
+            await stream.receive_view()
 
 
 async def test_the_end_of_the_transport_is_no_end_of_the_records() -> None:
     stream = over(Transport(seal(IN, 0, b"good")))
-    assert await stream.receive_available() == b"good"
+    assert await stream.receive_view() == b"good"
     with pytest.raises(trio.BrokenResourceError, match="cut short"):
-        await stream.receive_available()
+        await stream.receive_view()
 
 
 # ---- new keys ----

@@ -14,22 +14,23 @@ import trio
 import trio.testing
 
 import bokbok_trio._stream.socket
-from bokbok_trio._stream.socket import RECEIVE_SIZE, DirectStream, make_direct
+from bokbok_trio._stream.fast import PlainStream
+from bokbok_trio._stream.socket import RECEIVE_SIZE, SocketStream, make_fast
 
 
-def pair() -> tuple[DirectStream, DirectStream]:
+def pair() -> tuple[SocketStream, SocketStream]:
     ours, theirs = trio.socket.socketpair()
-    return DirectStream(trio.SocketStream(ours)), DirectStream(trio.SocketStream(theirs))
+    return SocketStream(trio.SocketStream(ours)), SocketStream(trio.SocketStream(theirs))
 
 
-async def make_pair() -> tuple[DirectStream, DirectStream]:
+async def make_pair() -> tuple[SocketStream, SocketStream]:
     return pair()
 
 
-async def make_clogged_pair() -> tuple[DirectStream, DirectStream]:
+async def make_clogged_pair() -> tuple[SocketStream, SocketStream]:
     ours, theirs = pair()
     for stream in (ours, theirs):
-        while stream.send_now(bytes(2**16)):
+        while stream.send_nowait(bytes(2**16)):
             pass
     return ours, theirs
 
@@ -39,31 +40,49 @@ async def test_it_is_a_stream() -> None:
     await trio.testing.check_two_way_stream(make_pair, make_clogged_pair)
 
 
-async def test_what_the_socket_takes_leaves_at_once() -> None:
+async def test_what_the_socket_takes_leaves_at_once_and_the_rest_first() -> None:
     ours, theirs = pair()
-    async with ours, theirs:
-        assert ours.send_now(b"hello") == 5
+    async with ours, theirs, trio.open_nursery() as nursery:
+        assert ours.send_nowait(b"hello")
         assert await theirs.receive_some() == b"hello"
         sent = 0
-        while taken := ours.send_now(bytes(10**6)):
-            sent += taken
-        assert sent % 10**6, "only a part of the last was taken"
-        received = 0
-        while received < sent:
-            received += len(await theirs.receive_view())
-        assert received == sent
+        while ours.send_nowait(bytes(10**6)):
+            sent += 10**6
+        assert ours.has_rest
+        assert not ours.can_send_nowait
+        assert not ours.send_nowait(b"more"), "it is kept too"
+        nursery.start_soon(ours.send_all, b"last")
+        received = bytearray()
+        while len(received) < sent + 10**6 + 8:
+            received += await theirs.receive_view()
+        assert received.endswith(b"\0morelast")
+    assert not ours.has_rest
 
 
 async def test_a_broken_socket_takes_nothing_and_tells_who_waits() -> None:
     ours, theirs = pair()
     async with ours:
         await theirs.aclose()
-        assert ours.send_now(b"x") == 0
+        assert not ours.send_nowait(b"x")
         with pytest.raises(trio.BrokenResourceError):
-            await ours.send_all(b"x")
-    assert ours.send_now(b"x") == 0
+            await ours.send_all(b"")
+    assert not ours.send_nowait(b"x")
+    assert ours.receive_nowait(1) == b""
+    assert ours.has_hung_up()
     with pytest.raises(trio.ClosedResourceError):
         await ours.receive_some()
+
+
+async def test_what_is_there_is_received_without_waiting() -> None:
+    ours, theirs = pair()
+    async with ours:
+        assert ours.receive_nowait(3) == b""
+        await theirs.send_all(b"four")
+        assert ours.receive_nowait(3) == b"fou"
+        assert not ours.has_hung_up()
+        await theirs.aclose()
+        assert ours.has_hung_up()
+        assert ours.receive_nowait(3) == b"r"
 
 
 async def test_a_reset_breaks_receiving() -> None:
@@ -71,7 +90,7 @@ async def test_a_reset_breaks_receiving() -> None:
     async with listener:
         client = await trio.open_tcp_stream(*listener.socket.getsockname())
         accepted = await listener.accept()
-        stream = make_direct(accepted)
+        stream = make_fast(accepted)
         async with stream:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             await client.aclose()
@@ -107,23 +126,28 @@ async def test_a_view_is_of_what_all_streams_of_the_thread_share() -> None:
     ours, theirs = pair()
     async with ours, theirs:
         await ours.send_all(b"first")
-        view = await theirs.receive_view(5)
+        view = await theirs.receive_view()
         assert bytes(view) == b"first"
         await ours.send_all(b"later")
         copy = await theirs.receive_some(RECEIVE_SIZE)
         assert copy == bytes(view) == b"later"
 
 
-def test_only_a_sockets_stream_is_made_direct() -> None:
+def test_any_other_stream_waits_for_everything() -> None:
     stream, _ = trio.testing.memory_stream_pair()
-    assert make_direct(stream) is stream
+    fast = make_fast(stream)
+    assert isinstance(fast, PlainStream)
+    assert not fast.can_send_nowait
+    with pytest.raises(AssertionError):
+        fast.send_nowait(b"x")
+    assert make_fast(fast) is fast
 
 
 async def test_elsewhere_no_stream_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "win32")
     ours, theirs = trio.socket.socketpair()
-    stream = trio.SocketStream(ours)
-    assert make_direct(stream) is stream
+    stream = make_fast(trio.SocketStream(ours))
+    assert isinstance(stream, PlainStream)
     theirs.close()
     await stream.aclose()
 
@@ -138,10 +162,10 @@ async def test_it_closes_at_once_under_whoever_waits() -> None:
                 await ours.receive_some()
 
         await trio.testing.wait_all_tasks_blocked()
-        ours.close_now()
-        ours.close_now()
+        ours.close_nowait()
+        ours.close_nowait()
         assert await theirs.receive_some() == b""
-        assert ours.send_now(b"x") == 0
+        assert ours.send_nowait(b"x") == 0
         with pytest.raises(trio.ClosedResourceError):
             await ours.send_all(b"x")
         await ours.aclose()
@@ -150,19 +174,19 @@ async def test_it_closes_at_once_under_whoever_waits() -> None:
 # ---- sending ----
 
 
-@pytest.mark.parametrize("how", ["send_now", "send_all"])
+@pytest.mark.parametrize("how", ["send_nowait", "send_all"])
 def test_a_peer_that_is_gone_is_no_signal(how: str) -> None:
     """With SIGPIPE at its default, which many programs of a pipeline want, the process would end."""
     program = f"""
 import signal, trio
-from bokbok_trio._stream.socket import DirectStream
+from bokbok_trio._stream.socket import SocketStream
 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 async def main():
     ours, theirs = trio.socket.socketpair()
-    stream = DirectStream(trio.SocketStream(ours))
+    stream = SocketStream(trio.SocketStream(ours))
     theirs.close()
-    if {how!r} == "send_now":
-        print(stream.send_now(b"x"))
+    if {how!r} == "send_nowait":
+        print(stream.send_nowait(b"x"))
     else:
         try:
             await stream.send_all(b"x")
@@ -172,7 +196,7 @@ trio.run(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == {"send_now": "0\n", "send_all": "[Errno 32] Broken pipe\n"}[how]
+    assert done.stdout == {"send_nowait": "False\n", "send_all": "[Errno 32] Broken pipe\n"}[how]
 
 
 async def test_macos_has_an_option_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +204,7 @@ async def test_macos_has_an_option_for_that(monkeypatch: pytest.MonkeyPatch) -> 
         patch.setattr(bokbok_trio._stream.socket, "SO_NOSIGPIPE", socket.SO_KEEPALIVE)
         patch.setattr(sys, "platform", "darwin")
         ours, theirs = pair()
-        assert ours.count_queued() is None
+        assert ours._count_queued() is None
     async with ours, theirs:
         assert ours.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
@@ -193,7 +217,7 @@ async def test_a_default_timeout_of_sockets_makes_nothing_wait() -> None:
         socket.setdefaulttimeout(None)
     async with ours, theirs:
         began = time.monotonic()
-        while ours.send_now(bytes(2**16)):
+        while ours.send_nowait(bytes(2**16)):
             pass
         assert time.monotonic() - began < 4
 
@@ -212,16 +236,16 @@ async def test_what_was_sent_arrives_before_the_end() -> None:
     ours, theirs = pair()
     async with ours, theirs:
         await ours.send_all(b"last")
-        ours.shutdown_send()
-        ours.shutdown_send()
+        ours.send_end_nowait()
+        ours.send_end_nowait()
         assert await theirs.receive_some() == b"last"
         assert await theirs.receive_some() == b""
-        assert ours.send_now(b"x") == 0
+        assert not ours.send_nowait(b"x")
         with pytest.raises(trio.ClosedResourceError, match="shut down"):
             await ours.send_all(b"x")
         await theirs.send_all(b"the other way goes on")
         assert await ours.receive_some() == b"the other way goes on"
-    ours.shutdown_send()
+    ours.send_end_nowait()
 
 
 async def test_a_send_that_waits_when_the_stream_breaks() -> None:
@@ -234,26 +258,27 @@ async def test_a_send_that_waits_when_the_stream_breaks() -> None:
                 await ours.send_all(b"x")
 
         await trio.testing.wait_all_tasks_blocked()
-        theirs.close_now()
+        theirs.close_nowait()
 
 
 async def test_what_the_peer_has_not_acknowledged_is_counted() -> None:
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     client = await trio.open_tcp_stream(*listener.socket.getsockname())
-    async with listener, DirectStream(client) as ours, await listener.accept() as theirs:
-        assert ours.count_queued() == 0
+    async with listener, SocketStream(client) as ours, await listener.accept() as theirs:
+        assert ours._count_queued() == 0
         sent = 0
-        while taken := ours.send_now(bytes(2**16)):
-            sent += taken
-        queued = ours.count_queued()
+        while ours.send_nowait(bytes(2**16)):
+            sent += 2**16
+        sent += 2**16 - len(ours._rest)
+        queued = ours._count_queued()
         assert queued is not None
         assert 0 < queued <= sent
         while sent > 0:
             sent -= len(await theirs.receive_some())
         with trio.fail_after(5):
-            while ours.count_queued():
+            while ours._count_queued():
                 await trio.sleep(0.01)
-    assert ours.count_queued() is None, "it is closed"
+    assert ours._count_queued() is None, "it is closed"
 
 
 # ---- a socket that somebody else closes ----
@@ -264,7 +289,7 @@ async def test_a_closed_stream_is_none() -> None:
     stream = trio.SocketStream(ours)
     await stream.aclose()
     with pytest.raises(trio.ClosedResourceError):
-        DirectStream(stream)
+        SocketStream(stream)
     theirs.close()
 
 
@@ -275,7 +300,7 @@ async def test_nothing_goes_into_a_file_that_has_the_number_of_a_socket_that_was
     """And nothing comes from it: the application has closed the stream that it had given away."""
     ours, theirs = trio.socket.socketpair()
     inner = trio.SocketStream(ours)
-    stream = DirectStream(inner)
+    stream = SocketStream(inner)
     number = ours.fileno()
     if how == "stream":
         await inner.aclose()
@@ -286,13 +311,13 @@ async def test_nothing_goes_into_a_file_that_has_the_number_of_a_socket_that_was
     os.lseek(other, 0, os.SEEK_SET)
     if other != number:
         os.dup2(other, number)
-    assert stream.send_now(b"x") == 0
+    assert not stream.send_nowait(b"x")
     for use in (stream.send_all(b"x"), stream.wait_send_all_might_not_block(), stream.receive_some()):
         with pytest.raises(trio.ClosedResourceError):
             await use
-    assert stream.count_queued() is None
+    assert stream._count_queued() is None
     await stream.aclose()
-    stream.close_now()
+    stream.close_nowait()
     assert os.read(number, 10) == b"other's", "it is open, and as it was"
     for fd in {number, other}:
         os.close(fd)
@@ -333,7 +358,7 @@ async def test_a_stream_that_is_dropped_closes_nothing() -> None:
     ours, theirs = trio.socket.socketpair()
     inner = trio.SocketStream(ours)
     for in_cycle in (False, True):
-        kept: list[object] = [DirectStream(inner)]
+        kept: list[object] = [SocketStream(inner)]
         if in_cycle:
             kept.append(kept)
         del kept

@@ -241,8 +241,8 @@ MUTATIONS: Final = [
     Mutation(
         "open-in-the-clear",
         "_stream/establish.py",
-        "                await _send(transport, stream, handshake.open())\n",
-        "                await _send(transport, transport, handshake.open())\n",
+        "                await _send(stream, handshake.open())\n",
+        "                await _send(fast, handshake.open())\n",
         "stream/test_establish.py::test_a_listener_sees_neither_the_user_name_nor_its_length",
     ),
     # ---- an unknown user and a wrong key look the same ----
@@ -279,8 +279,8 @@ MUTATIONS: Final = [
     Mutation(
         "reads-all",
         "_stream/secretbox.py",
-        "await receive(HEADER_SIZE + self._max_record_size)",
-        "await receive(2**20)",
+        "await self._transport.receive_some(HEADER_SIZE + self._max_record_size)",
+        "await self._transport.receive_some(2**20)",
         "stream/test_secretbox_stream.py::test_reads_ask_for_no_more_than_a_record_of_the_limit",
     ),
     Mutation(
