@@ -340,7 +340,7 @@ class ReconnectingConnection:
         self._connections.add(connection)
         nursery.start_soon(self._live, connection)
         with trio.CancelScope() as self._holding:
-            await connection._stream_closed.wait()
+            await connection._ending.stream_closed.wait()
         level = logging.INFO if connection._is_ended_on_purpose else logging.WARNING
         logger.log(level, "%r: done with the connection with %s: %s", self, address, end_reason(connection))
         lasted = trio.current_time() - opened_at

@@ -1,44 +1,102 @@
-"""Tasks that wait for something of a connection, and what they are woken with."""
+"""`Calls`: the requests of this side that are in flight, and the tasks that wait for their answers."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar, final
+import logging
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, final
 
 import trio
 
-from .._errors import BokbokError
+from .._errors import BokbokError, RemoteError
+from .._protocol.session import Session
+from .._types import Context, Fields
+from .ending import Ending
 
-_Outcome = TypeVar("_Outcome")
+if TYPE_CHECKING:
+    from .._types import Connection
+    from .observer import Observer
+
+CLOCK_DRIFT: Final = 0.05
+"""Seconds by which the peer's clock may be ahead of ours at the end of a deadline, besides a thousandth of
+its span: the peer counts the same span from later on, so only drift makes it run out there first."""
+
+SLOT_PATIENCE: Final = 1.0
+"""Seconds that a request waits for a slot before the log says so, once for each connection."""
+
+logger = logging.getLogger("bokbok_trio")
+
+
+def is_own_timeout(error: BaseException, deadline: float, asked_at: float) -> bool:
+    """Whether an error says that our own deadline, as good as reached, ran out over there first.
+
+    The asker should see its own cancellation then. Where the deadline is farther off, the handler chose the
+    code ``"timeout"`` for an error of its own.
+
+    Arguments:
+        error: the answer.
+        deadline, asked_at: until when we want the answer and since when, by Trio's clock.
+    """
+    return (
+        isinstance(error, RemoteError)
+        and error.code == "timeout"
+        and deadline - trio.current_time() < CLOCK_DRIFT + (deadline - asked_at) / 1000
+    )
 
 
 @final
-class Waiter(Generic[_Outcome]):
-    """A task that waits, and what it is woken with.
+class Call:
+    """A request of this side, until its answer comes or nobody wants that any more.
 
     Attributes:
-        outcome: what that was; None before.
+        id: of the request.
+        outcome: the fields of the answer, or the error that came in its place; None before.
+        embargo: the moment, by Trio's clock, before which nobody may see the outcome: it is the peer's
+            ``timeout``, and our own deadline has not quite passed. None: it may be seen at once.
+        on_settled: called once there is an outcome.
     """
 
-    __slots__ = ("_sleeper", "outcome")
+    __slots__ = ("_asked_at", "_deadline", "_sleeper", "embargo", "id", "on_settled", "outcome")
 
-    def __init__(self) -> None:
-        self.outcome: _Outcome | None = None
+    def __init__(self, id: int, deadline: float, asked_at: float) -> None:
+        self.id = id
+        self._deadline = deadline
+        self._asked_at = asked_at
         self._sleeper: trio.lowlevel.Task | None = None
+        self.outcome: list[bytes] | BokbokError | None = None
+        self.embargo: float | None = None
+        self.on_settled: Callable[[], object] | None = None
 
-    def _wake(self, outcome: _Outcome) -> None:
-        """Let the task go on with that; where it does not wait any more, nothing happens."""
+    def settle(self, outcome: list[bytes] | BokbokError) -> None:
+        """Let whoever waits go on with the outcome."""
         self.outcome = outcome
+        if not isinstance(outcome, list) and is_own_timeout(outcome, self._deadline, self._asked_at):
+            self.embargo = self._deadline
+        if self.on_settled is not None:
+            self.on_settled()
         sleeper, self._sleeper = self._sleeper, None
         if sleeper is not None:
             trio.lowlevel.reschedule(sleeper)
 
-    def wait(self) -> Awaitable[object]:
-        """Return what to await until woken; then there is an `outcome`."""
-        if self.outcome is not None:
-            return trio.lowlevel.checkpoint()  # noqa: ASYNC105  (the caller awaits it)
-        self._sleeper = trio.lowlevel.current_task()
-        return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105  (as above)
+    async def wait(self) -> list[bytes]:
+        """Wait for the outcome, for one task, once. Return the fields, or raise the error."""
+        if self.outcome is None:
+            self._sleeper = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+        else:
+            await trio.lowlevel.checkpoint()
+        outcome = self.outcome
+        assert outcome is not None
+        if isinstance(outcome, list):
+            return outcome
+        if self.embargo is not None:
+            await trio.sleep_until(self.embargo)
+        try:
+            raise outcome
+        finally:
+            self.outcome = None  # or this frame and the error would keep each other alive
+            del outcome
 
     def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
         self._sleeper = None
@@ -46,52 +104,104 @@ class Waiter(Generic[_Outcome]):
 
 
 @final
-class Pings:
-    """The tasks that wait for a pong.
+class Calls:
+    """The requests of this side that are in flight.
 
-    Pongs have no ids, and a peer may answer several pings by one, so one is out at a time. (The watchdog's go
-    nevertheless, after long silence; then a figure may come out too small.)
-
-    Attributes:
-        is_out: whether a ping is out.
+    Arguments:
+        session: it has their packets and slots.
+        wake_sender: called where a packet was queued.
+        observer: is told of them; None where nobody is.
     """
 
-    __slots__ = ("_began_at", "_next", "_now", "is_out")
+    __slots__ = ("_calls", "_has_warned", "_observer", "_session", "_slot_watch", "_wake_sender")
 
-    def __init__(self) -> None:
-        self._now: list[Waiter[float | BokbokError]] = []  # for the ping that is out
-        self._next: list[Waiter[float | BokbokError]] = []  # for the one after it
-        self._began_at = 0.0
-        self.is_out = False
+    def __init__(
+        self, session: Session, wake_sender: Callable[[], object], observer: Observer | None
+    ) -> None:
+        self._session = session
+        self._wake_sender = wake_sender
+        self._observer = observer
+        self._calls: dict[int, Call] = {}
+        self._slot_watch: trio.CancelScope | None = None  # while a task watches those that wait for slots
+        self._has_warned = False
 
-    def add(self) -> Waiter[float | BokbokError]:
-        """Wait for the answer to a ping that is still to be sent."""
-        waiter: Waiter[float | BokbokError] = Waiter()
-        self._next.append(waiter)
-        return waiter
+    def ask(
+        self,
+        fields: Fields,
+        deadline: float,
+        *,
+        depth: int,
+        context: Context | None,
+        has_channel: bool = False,
+    ) -> Call:
+        """Queue a request.
 
-    def remove(self, waiter: Waiter[float | BokbokError]) -> None:
-        """Wait no more."""
-        for waiters in (self._now, self._next):
-            if waiter in waiters:
-                waiters.remove(waiter)
+        Raises:
+            TypeError, ValueError, MessageTooLarge: as `Session.request` does.
+        """
+        queue = self._session.open_channel if has_channel else self._session.request
+        if self._observer is None:
+            id = queue(fields, deadline, depth=depth, context=context)
+        else:
+            id = self._observer.ask(
+                queue, fields, deadline, depth=depth, context=context, has_channel=has_channel
+            )
+        asked_at = trio.current_time() if deadline < math.inf else 0.0
+        call = self._calls[id] = Call(id, deadline, asked_at)
+        return call
 
-    def start_round(self) -> None:
-        """A ping is queued."""
-        self.is_out = True
-        self._began_at = trio.current_time()
-        self._now, self._next = self._next, []
+    def settle(self, id: int, outcome: list[bytes] | BokbokError) -> None:
+        """Give a request its outcome, if anybody still wants it."""
+        call = self._calls.pop(id, None)
+        if call is not None:
+            if self._observer is not None:
+                self._observer.tell_answered(id, outcome)
+            call.settle(outcome)
 
-    def on_pong(self) -> bool:
-        """A pong has come. Returns whether another ping is wanted."""
-        if self.is_out:
-            self.is_out = False
-            answered, self._now = self._now, []  # or an end that follows would take their answer away
-            for waiter in answered:
-                waiter._wake(trio.current_time() - self._began_at)
-        return bool(self._next)
+    def cancel(self, call: Call) -> None:
+        """Nobody wants the outcome any more, if there is none yet."""
+        if self._calls.pop(call.id, None) is not None:
+            call.on_settled = None
+            if self._observer is not None:
+                self._observer.tell_cancelled(call.id)
+            self._session.cancel(call.id)
+            self._wake_sender()
 
-    def end(self, make_error: Callable[[], BokbokError]) -> None:
-        """The connection is over; `make_error` makes what each task sees."""
-        for waiter in (*self._now, *self._next):
-            waiter._wake(make_error())
+    def lose_all(self, ending: Ending) -> None:
+        """The connection is over."""
+        if self._slot_watch is not None:
+            self._slot_watch.cancel()
+        for id in list(self._calls):
+            self.settle(id, ending.make_error(may_have_run=not self._session.is_unsent(id)))
+
+    def forget(self) -> None:
+        """There will be no more of them: forget whom to wake and to tell."""
+        del self._wake_sender, self._observer
+
+    # ---- slots ----
+
+    def watch_slots(self, nursery: trio.Nursery, connection: Connection) -> None:
+        """See to it that the log says, once, that requests wait for slots for long."""
+        if self._slot_watch is None and not self._has_warned:
+            self._slot_watch = trio.CancelScope()
+            nursery.start_soon(self._warn_of_waiting, connection, self._slot_watch)
+
+    @trio.lowlevel.enable_ki_protection
+    async def _warn_of_waiting(self, connection: Connection, scope: trio.CancelScope) -> None:
+        with scope:
+            while (oldest := self._session.oldest_waiting()) is not None:
+                await trio.sleep(SLOT_PATIENCE)
+                if self._session.is_waiting(oldest):
+                    self._has_warned = True
+                    statistics = connection.statistics()
+                    logger.warning(
+                        "%r: a request has waited for a slot for over %g s: the peer takes %d of a kind at "
+                        "once (its max_requests), %d wait, and of those with a slot %d were cancelled",
+                        connection,
+                        SLOT_PATIENCE,
+                        statistics.total_slots,
+                        statistics.requests_waiting,
+                        statistics.requests_cancelled,
+                    )
+                    break
+        self._slot_watch = None

@@ -14,19 +14,19 @@ multiple of the window.
 from __future__ import annotations
 
 import copy
-import math
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias, final
 
 import trio
 
-from .._errors import BokbokError, RemoteError
+from .._errors import RemoteError
 from .._protocol.events import End, Item
 from .._protocol.flow_control import Flows
 from .._protocol.packets import Chunks, decode_body
 from .._trio_util import check_cancelled, check_run
 from .._types import Fields
+from .calls import Call
 
 if TYPE_CHECKING:
     from ..instruments import Direction
@@ -34,33 +34,10 @@ if TYPE_CHECKING:
 OnItem: TypeAlias = "Callable[[int, Direction, int], object]"
 """Told of an item: the id of its channel, its direction, its size in bytes."""
 
-CLOCK_DRIFT: Final = 0.05
-"""Seconds by which the peer's clock may be ahead of ours at the end of a deadline, besides a thousandth of
-its span: the peer counts the same span from later on, so only drift makes it run out there first."""
-
-
 OVER_BUDGET: Final = (
     "items that nobody received take up too many bytes of this connection; receive them faster, take more of "
     "them at once, or raise Settings.budget"
 )
-
-
-def is_own_timeout(error: BaseException, deadline: float, span: float) -> bool:
-    """Whether an error says that our own deadline, as good as reached, ran out over there first.
-
-    The asker should see its own cancellation then. Where the deadline is farther off, the handler chose the
-    code ``"timeout"`` for an error of its own.
-
-    Arguments:
-        error: the answer.
-        deadline: ours, by Trio's clock.
-        span: the seconds from asking to that deadline.
-    """
-    return (
-        isinstance(error, RemoteError)
-        and error.code == "timeout"
-        and deadline - trio.current_time() < CLOCK_DRIFT + span / 1000
-    )
 
 
 @final
@@ -120,18 +97,17 @@ class Channel(trio.abc.Channel[list[bytes]]):
         wake_sender: Callable[[], object],
         home: trio.lowlevel.TrioToken,
         *,
+        call: Call | None = None,
         cancel: Callable[[], object] | None = None,
-        deadline: float = math.inf,
         on_item: OnItem | None = None,
     ) -> None:
         self._flows = flows
         self._id = id
         self._wake_sender = wake_sender
         self._home = home
-        self._cancel = cancel  # None on the handler's side
-        self._deadline = deadline
+        self._call = call  # None on the handler's side, and so is what cancels it
+        self._cancel = cancel
         self._on_item_passed = on_item
-        self._span = deadline - trio.current_time() if deadline < math.inf else math.inf
         self._senders: dict[_Waiter, None] = {}
         self._receivers: dict[_Waiter, None] = {}
         self._askers: dict[_Waiter, None] = {}
@@ -141,10 +117,10 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._peer_has_ended = False
         self._broken: Exception | None = None  # why nothing can be sent any more, and no more comes
         self._lost: Exception | None = None  # why an item was dropped
-        self._outcome: list[bytes] | BokbokError | None = None
         self._answer_told = False
         self._has_given_up = False  # on the answer
-        self._held_until: float | None = None  # the error that came is not to be seen before
+        if call is not None:
+            call.on_settled = self._on_settled
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open" if self._broken is None else "broken"
@@ -234,15 +210,16 @@ class Channel(trio.abc.Channel[list[bytes]]):
             RuntimeError: called on the handler's side, which gives the answer, or from another Trio run.
         """
         check_run(self._home, self)
-        if self._cancel is None:
+        call = self._call
+        if call is None:
             raise RuntimeError("a handler gives the answer, and does not wait for it")
-        if isinstance(self._outcome, list):
+        if isinstance(call.outcome, list):
             await trio.lowlevel.checkpoint()
         else:
             await self._wait(self._askers, _Waiter(), self._answer_error)
         self._answer_told = True
-        assert isinstance(self._outcome, list)
-        return list(self._outcome)
+        assert isinstance(call.outcome, list)
+        return list(call.outcome)
 
     @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
@@ -263,7 +240,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
     def _send_error(self) -> Exception | None:
         if self._has_ended:
             return trio.ClosedResourceError("this side ended or closed the channel")
-        return self._shown(self._broken)
+        return self._unless_embargoed(self._broken)
 
     def _receive_error(self) -> Exception | None:
         """Why nothing can be received, where nothing is buffered."""
@@ -273,18 +250,23 @@ class Channel(trio.abc.Channel[list[bytes]]):
             return self._lost
         if self._peer_has_ended:
             return trio.EndOfChannel()
-        return self._shown(self._broken)
+        return self._unless_embargoed(self._broken)
 
     def _answer_error(self) -> Exception | None:
-        assert not isinstance(self._outcome, list)
-        error = self._shown(self._outcome)
+        assert self._call is not None
+        outcome = self._call.outcome
+        assert not isinstance(outcome, list)
+        error = self._unless_embargoed(outcome)
         if error is None and self._has_given_up:
             return trio.ClosedResourceError("this side closed the channel before its answer came")
         return error
 
-    def _shown(self, error: Exception | None) -> Exception | None:
-        """Hide the peer's `timeout` until our own deadline has passed: then our own `Cancelled` shows."""
-        return None if self._held_until is not None and trio.current_time() < self._held_until else error
+    @property
+    def _embargo(self) -> float | None:
+        return None if self._call is None else self._call.embargo
+
+    def _unless_embargoed(self, error: Exception | None) -> Exception | None:
+        return None if self._embargo is not None and trio.current_time() < self._embargo else error
 
     async def _wait(
         self, waiters: dict[_Waiter, None], waiter: _Waiter, find_error: Callable[[], Exception | None]
@@ -300,25 +282,26 @@ class Channel(trio.abc.Channel[list[bytes]]):
                     raise copy.copy(error) from error.__cause__
                 finally:
                     del error  # or this frame and its traceback would keep each other alive
-            if self._held_until is None:
+            if self._embargo is None:
                 await _sleep(waiters, waiter)
             else:
-                with trio.move_on_at(self._held_until):
+                with trio.move_on_at(self._embargo):
                     await _sleep(waiters, waiter)
 
     # ---- for the connection ----
 
-    def _wake(self, outcome: list[bytes] | BokbokError) -> None:
+    def _on_settled(self) -> None:
         """The answer came, or none will."""
-        self._outcome = outcome
+        assert self._call is not None
+        self._call.on_settled = None
+        outcome = self._call.outcome
+        assert outcome is not None
         if isinstance(outcome, list):
             self._peer_has_ended = True
             for asker in self._askers:
                 asker.done = True
             self._break(trio.BrokenResourceError("the handler over there has answered"))
         elif isinstance(outcome, RemoteError):
-            if is_own_timeout(outcome, self._deadline, self._span):
-                self._held_until = self._deadline
             error = trio.BrokenResourceError(f"the handler over there has answered with an error: {outcome}")
             error.__cause__ = outcome
             self._break(error)
@@ -440,15 +423,15 @@ class Channels:
     def __len__(self) -> int:
         return len(self._channels)
 
-    def open(self, id: int, cancel: Callable[[], object], deadline: float) -> Channel:
-        """One of ours: `cancel` is called when nobody wants its answer; somebody does until `deadline`."""
-        channel = self._channels[id] = Channel(
+    def open(self, call: Call, cancel: Callable[[], object]) -> Channel:
+        """One of ours: `cancel` is called when nobody wants its answer any more."""
+        channel = self._channels[call.id] = Channel(
             self._flows,
-            id,
+            call.id,
             self._wake_sender,
             self._home,
+            call=call,
             cancel=cancel,
-            deadline=deadline,
             on_item=self._on_item,
         )
         return channel

@@ -38,15 +38,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, final
+from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import trio
 
 from .._errors import (
     BokbokError,
-    ConnectionClosed,
     ConnectionLost,
     ProtocolError,
     RemoteError,
@@ -58,7 +56,6 @@ from .._protocol.options import find_room
 from .._protocol.session import Session
 from .._statistics import ConnectionStatistics
 from .._trio_util import (
-    LazyEvent,
     bare_nursery,
     block,
     call_user,
@@ -71,11 +68,14 @@ from .._trio_util import (
     split_exception,
 )
 from .._types import ChannelHandler, ConnectionHandler, RequestHandler
-from .calls import Pings, Waiter
-from .channel import Channel, Channels, is_own_timeout
+from .calls import Calls
+from .channel import Channel, Channels
+from .closing import CLOSE_TIMEOUT, Closing
 from .current import next_depth
+from .ending import Ending
 from .handlers import DRAINING_MESSAGE, Handlers
 from .observer import Observer
+from .pings import Pings
 from .reader import STREAM_ERRORS, Reader
 from .sender import Sender
 from .watchdog import Watchdog
@@ -87,36 +87,7 @@ if TYPE_CHECKING:
     from .._stream.establish import Opened
     from .._types import Context, Fields, Server, Side
 
-SLOT_PATIENCE: Final = 1.0
-"""Seconds that a request waits for a slot before the log says so, once for each connection."""
-
-CLOSE_TIMEOUT: Final = 1.0
-"""Seconds that a send under way and the end record may take when the connection is closed, and
-that a connection which can no longer send goes on receiving."""
-
 logger = logging.getLogger("bokbok_trio")
-
-
-class _Ending(NamedTuple):
-    """How a connection ended.
-
-    Attributes:
-        reason: in words.
-        is_ours: whether this side closed it; else it was lost.
-        cause: the error that it was lost by.
-    """
-
-    reason: str
-    is_ours: bool
-    cause: BaseException | None = None
-
-    def make_error(self, *, may_have_run: bool) -> BokbokError:
-        """Make what a waiter sees, given whether its request may have run."""
-        if self.is_ours:
-            return ConnectionClosed(self.reason, may_have_run)
-        error = ConnectionLost(self.reason, may_have_run)
-        error.__cause__ = self.cause
-        return error
 
 
 @final
@@ -133,21 +104,18 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_address",
+        "_calls",
         "_channels",
         "_close_handler",
-        "_done",
+        "_closing",
         "_draining",
         "_ending",
         "_handlers",
-        "_has_warned",
         "_home",
-        "_is_hastened",
-        "_linger",
         "_nursery",
         "_observer",
         "_opened",
         "_opening",
-        "_over",
         "_pings",
         "_reader",
         "_sender",
@@ -155,11 +123,8 @@ class Connection:
         "_session",
         "_settings",
         "_side",
-        "_slot_watch",
         "_stream",
-        "_stream_closed",
         "_task",
-        "_waiters",
         "_watchdog",
         "data",
     )
@@ -196,9 +161,7 @@ class Connection:
         watching = settings._instruments
         self._observer = None if watching is None else Observer(watching, self, self._session)
         on_item = None if self._observer is None else self._observer.tell_item
-        self._waiters: dict[
-            int, Waiter[list[bytes] | BokbokError] | Channel
-        ] = {}  # for the answers to what this side asked
+        self._ending = Ending()
         self._watchdog = Watchdog(
             settings.ping_after,
             settings.ping_timeout,
@@ -216,6 +179,7 @@ class Connection:
             on_defect=self._on_defect,
         )
         self._channels = Channels(self._session.channels, self._sender.wake, on_item)
+        self._calls = Calls(self._session, self._sender.wake, self._observer)
         self._handlers = Handlers(
             self,
             self._session,
@@ -236,17 +200,10 @@ class Connection:
             on_protocol_error=self._on_protocol_error,
             lose=self._lose,
         )
+        self._closing = Closing(self._stream, self._session, self._reader.ended, self._ending)
         self._pings = Pings()
-        self._ending: _Ending | None = None  # set: it is over
-        self._over = LazyEvent()
         self._draining: trio.Event | None = None  # made for whoever asks first
         self._opening: trio.CancelScope | None = None  # while the open handler runs
-        self._linger: trio.CancelScope | None = None  # while this waits for the peer's end
-        self._is_hastened = False  # it was closed while it waited for that
-        self._slot_watch: trio.CancelScope | None = None  # while a task watches those who wait for slots
-        self._has_warned = False
-        self._stream_closed = LazyEvent()
-        self._done = LazyEvent()
         self._nursery: trio.Nursery | None = None
         self._task: trio.lowlevel.Task | None = None
         if self._observer is not None:
@@ -304,18 +261,18 @@ class Connection:
     @property
     def closed(self) -> bool:
         """Whether it is over: no request can be made any more. `wait_closed` waits for the rest."""
-        return self._ending is not None
+        return self._ending.is_over
 
     @property
     def _is_ended_on_purpose(self) -> bool:
         """Whether it has ended, or is about to, because one of the sides wanted so."""
         drains = self._session.is_draining or self._session.peer_drains
-        return drains or (self._ending is not None and self._ending.is_ours)
+        return drains or self._ending.is_ours
 
     @property
     def reason(self) -> str | None:
         """Why the connection is over, in words; None while it is open."""
-        return None if self._ending is None else self._ending.reason
+        return self._ending.reason
 
     @property
     def draining(self) -> trio.Event:
@@ -326,7 +283,7 @@ class Connection:
         """
         if self._draining is None:
             self._draining = trio.Event()
-            if self._ending is not None or self._session.is_draining or self._session.peer_drains:
+            if self._ending.is_over or self._session.is_draining or self._session.peer_drains:
                 self._draining.set()
         return self._draining
 
@@ -381,39 +338,20 @@ class Connection:
         """
         check_run(self._home, self)
         deadline = trio.current_effective_deadline()
-        asked_at = 0.0
-        if deadline < math.inf:
-            asked_at = trio.current_time()
-            if deadline <= asked_at:
-                await trio.lowlevel.checkpoint()
+        if deadline < math.inf and deadline <= trio.current_time():
+            await trio.lowlevel.checkpoint()
         depth = next_depth()
-        session = self._session
-        if self._ending is not None or (session.peer_drains and not depth):
+        if not self._may_ask(depth):
             await self._refuse()
-        if self._observer is None:
-            id = session.request(fields, deadline, depth=depth, context=context)
-        else:
-            id = self._observer.ask(session.request, fields, deadline, depth=depth, context=context)
-        waiter: Waiter[list[bytes] | BokbokError] = Waiter()
-        self._waiters[id] = waiter
+        call = self._calls.ask(fields, deadline, depth=depth, context=context)
         try:
             self._sender.flush()
-            if session.has_waiting and not self._has_warned:
+            if self._session.has_waiting:
                 self._watch_slots()
-            await waiter.wait()
+            return await call.wait()
         except BaseException:
-            self._cancel(id)
+            self._calls.cancel(call)
             raise
-        outcome = waiter.outcome
-        assert outcome is not None
-        if isinstance(outcome, list):
-            return outcome
-        if is_own_timeout(outcome, deadline, deadline - asked_at):
-            await trio.sleep_until(deadline)
-        try:
-            raise outcome
-        finally:
-            del outcome, waiter  # or this frame and the error would keep each other alive
 
     @block
     async def open_channel(
@@ -456,67 +394,32 @@ class Connection:
         if not self._may_ask(depth):
             await self._refuse()
         deadline = trio.current_effective_deadline()
-        session = self._session
-        if self._observer is None:
-            id = session.open_channel(fields, deadline, depth=depth, context=context)
-        else:
-            id = self._observer.ask(
-                session.open_channel, fields, deadline, depth=depth, context=context, has_channel=True
-            )
-        channel = self._waiters[id] = self._channels.open(id, partial(self._cancel, id), deadline)
+        call = self._calls.ask(fields, deadline, depth=depth, context=context, has_channel=True)
+        channel = self._channels.open(call, partial(self._calls.cancel, call))
         try:
             self._sender.wake()
-            if session.has_waiting and not self._has_warned:
+            if self._session.has_waiting:
                 self._watch_slots()
             yield channel
             await channel._finish()
         finally:
             channel._close()
-            self._channels.remove(id)
+            self._channels.remove(call.id)
 
     def _may_ask(self, depth: int = 0) -> bool:
         """Whether the peer takes a request of that depth, as far as is known."""
-        return self._ending is None and (depth > 0 or not self._session.peer_drains)
+        return not self._ending.is_over and (depth > 0 or not self._session.peer_drains)
 
     async def _refuse(self) -> NoReturn:
         """Raise why nothing can be asked any more."""
         await trio.lowlevel.checkpoint()
-        if self._ending is not None:
+        if self._ending.is_over:
             raise self._ending.make_error(may_have_run=False)
         raise ConnectionLost(DRAINING_MESSAGE, may_have_run=False)
 
-    def _cancel(self, id: int) -> None:
-        """Nobody wants the answer any more, if it has not come."""
-        if self._waiters.pop(id, None) is not None:
-            if self._observer is not None:
-                self._observer.tell_cancelled(id)
-            self._session.cancel(id)
-            self._sender.wake()
-
     def _watch_slots(self) -> None:
-        """See to it that the log says, once, that requests of ours wait for slots for long."""
-        if self._slot_watch is None and self._nursery is not None:
-            self._slot_watch = trio.CancelScope()
-            self._nursery.start_soon(self._warn_of_waiting, self._slot_watch)
-
-    @trio.lowlevel.enable_ki_protection
-    async def _warn_of_waiting(self, scope: trio.CancelScope) -> None:
-        with scope:
-            while (oldest := self._session.oldest_waiting()) is not None:
-                await trio.sleep(SLOT_PATIENCE)
-                if self._session.is_waiting(oldest):
-                    self._has_warned = True
-                    logger.warning(
-                        "%r: a request has waited for a slot for over %g s: the peer takes %d of a kind at "
-                        "once (its max_requests), %d wait, and of those with a slot %d were cancelled",
-                        self,
-                        SLOT_PATIENCE,
-                        self._opened.peer_max_requests,
-                        self._session.waiting,
-                        self._session.cancelled,
-                    )
-                    break
-        self._slot_watch = None
+        if self._nursery is not None:
+            self._calls.watch_slots(self._nursery, self)
 
     @trio.lowlevel.enable_ki_protection
     async def ping(self) -> float:
@@ -531,7 +434,7 @@ class Connection:
         """
         check_run(self._home, self)
         await check_cancelled()
-        if self._ending is not None:
+        if self._ending.is_over:
             await self._refuse()
         asker = self._pings.add()
         if not self._pings.is_out:
@@ -560,7 +463,7 @@ class Connection:
         """
         check_run(self._home, self)
         self._close("this side closed the connection")
-        await self._stream_closed.wait()
+        await self._ending.stream_closed.wait()
 
     @trio.lowlevel.enable_ki_protection
     def drain(self) -> None:
@@ -574,7 +477,7 @@ class Connection:
             RuntimeError: called from another Trio run.
         """
         check_run(self._home, self)
-        if self._ending is None:
+        if not self._ending.is_over:
             self._session.drain()
             self._note_draining()
             self._sender.wake()
@@ -593,7 +496,7 @@ class Connection:
         check_run(self._home, self)
         if is_within(self._task):
             raise RuntimeError("a task of the connection cannot wait until it has ended")
-        await self._done.wait()
+        await self._ending.ended.wait()
 
     # ---- its life ----
 
@@ -626,7 +529,7 @@ class Connection:
         except trio.Cancelled as exc:
             ended_by = ended_by or exc  # it must not replace what ends the program
         finally:
-            self._done.set()
+            self._ending.ended.set()
             if self._observer is not None:
                 self._observer.tell_ended()
             self._let_go()
@@ -641,6 +544,7 @@ class Connection:
         del self._sender, self._reader
         self._handlers.forget()
         self._channels.forget()
+        self._calls.forget()
         self._task = self._nursery = self._observer = None
 
     @trio.lowlevel.enable_ki_protection
@@ -681,17 +585,12 @@ class Connection:
 
     def _close(self, reason: str) -> None:
         """Close from this side; `aclose` without the waiting."""
-        self._end(_Ending(reason, is_ours=True), graceful=True)
-        if self._linger is not None:
-            self._is_hastened = True
-            self._linger.deadline = min(self._linger.deadline, trio.current_time() + CLOSE_TIMEOUT)
+        self._end(reason, is_ours=True, graceful=True)
+        self._closing.hasten()
 
     def _lose(self, reason: str, cause: BaseException | None = None, *, graceful: bool = False) -> None:
-        if self._ending is not None:
-            return
         peer = self._describe_peer()
-        where = f" ({peer})" if peer else ""
-        self._end(_Ending(reason + where, is_ours=False, cause=cause), graceful=graceful)
+        self._end(f"{reason} ({peer})" if peer else reason, is_ours=False, cause=cause, graceful=graceful)
 
     def _describe_peer(self) -> str:
         user = f"user {self.user!r}" if self.user is not None and self._side == "server" else ""
@@ -707,25 +606,22 @@ class Connection:
         self._session.abort(str(error))
         self._lose(f"the peer broke the protocol: {error}", error, graceful=True)
 
-    def _end(self, ending: _Ending, *, graceful: bool) -> None:
-        """It is over. `graceful`: say so to the peer, and send what is queued, within `CLOSE_TIMEOUT`."""
-        if self._ending is not None:
+    def _end(self, reason: str, *, is_ours: bool, graceful: bool, cause: BaseException | None = None) -> None:
+        """It is over. `graceful`: send what is queued, and say so to the peer, within `CLOSE_TIMEOUT`."""
+        until = trio.current_time() + CLOSE_TIMEOUT if graceful else -math.inf
+        if not self._ending.begin(reason, is_ours=is_ours, until=until, cause=cause):
             return
-        self._ending = ending
-        self._over.set()
         self._note_draining()
-        self._sender.stop(trio.current_time() + CLOSE_TIMEOUT if graceful else -math.inf)
+        self._sender.stop(until)
         self._reader.discard()
         self._watchdog.stop()
-        for scope in (self._opening, self._slot_watch):
-            if scope is not None:
-                scope.cancel()
+        if self._opening is not None:
+            self._opening.cancel()
         # Handlers first: one that waits for an answer here must end by its cancellation.
         self._handlers.cancel_all()
-        for id in list(self._waiters):
-            self._settle(id, ending.make_error(may_have_run=not self._session.is_unsent(id)))
-        self._pings.end(partial(ending.make_error, may_have_run=True))
-        self._channels.break_all(ending.make_error(may_have_run=True))
+        self._calls.lose_all(self._ending)
+        self._pings.end(partial(self._ending.make_error, may_have_run=True))
+        self._channels.break_all(self._ending.make_error(may_have_run=True))
         self._session.close()
 
     # ---- the sender ----
@@ -746,11 +642,11 @@ class Connection:
                     finally:
                         del error, rest  # or this frame and the traceback would keep each other alive
             else:
-                await self._say_end()
+                await self._closing.say_end()
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
             keep(exc, self._log_closing)
         finally:
-            self._end(_Ending("the connection was cancelled", is_ours=True), graceful=False)
+            self._end("the connection was cancelled", is_ours=True, graceful=False)
             self._reader.stop()
             try:
                 if not self._stream.close_nowait():
@@ -758,7 +654,7 @@ class Connection:
             except BaseException as exc:  # noqa: BLE001  (as above)
                 keep(exc, self._log_closing)
             finally:
-                self._stream_closed.set()
+                self._ending.stream_closed.set()
 
     def _part(self) -> None:
         """Cancelled from outside, let the peer know: else this looks like a stream that somebody cut."""
@@ -771,34 +667,11 @@ class Connection:
         if not self._sender.is_in_stream:
             self._on_defect(error)
             return
-        if not isinstance(error, STREAM_ERRORS) and self._ending is None:
+        if not isinstance(error, STREAM_ERRORS) and not self._ending.is_over:
             logger.error("%r: a stream raised an error that streams do not raise", self, exc_info=error)
         with trio.move_on_after(CLOSE_TIMEOUT):
-            await self._over.wait()
+            await self._ending.over.wait()
         self._lose(f"sending failed: {describe_error(error)}", error)
-
-    async def _say_end(self) -> None:
-        """Say to the peer that nothing follows, and wait until it has said so too, a second at most.
-
-        What a drained connection has sent may still be on its way: as long as the peer acknowledges some of
-        it, another second is granted. On a stream that cannot say the end, such as TLS, it goes on receiving
-        for that second, for what the peer still sends.
-        """
-        until = self._sender.until
-        if trio.current_time() >= until:
-            self._stream.send_end_nowait()
-            return
-        with suppress(*STREAM_ERRORS), trio.CancelScope(deadline=until) as self._linger:
-            if not await self._stream.send_end() and not self._session.is_draining:
-                return  # the peer would not learn of it, so there is nothing to wait for
-            unacknowledged = math.inf
-            while not self._reader.ended.is_set():
-                with trio.move_on_after(CLOSE_TIMEOUT / 2):
-                    await self._reader.ended.wait()
-                remaining = self._stream.count_unacknowledged()
-                if self._session.is_draining and not self._is_hastened and 0 < remaining < unacknowledged:
-                    unacknowledged = remaining
-                    self._linger.deadline = trio.current_time() + CLOSE_TIMEOUT
 
     def _log_closing(self, error: BaseException) -> None:
         self._log("closing the stream failed", error)
@@ -808,9 +681,9 @@ class Connection:
     def _on_event(self, event: Event) -> None:
         """Do what an event says. A request may have been cancelled since its answer was decoded."""
         if isinstance(event, Answer):
-            self._settle(event.id, event.fields)
+            self._calls.settle(event.id, event.fields)
         elif isinstance(event, Failure):
-            self._settle(event.id, _as_error(event))
+            self._calls.settle(event.id, _as_error(event))
         elif isinstance(event, Item | End):
             self._channels.on_event(event)
         elif isinstance(event, Cancel):
@@ -829,15 +702,7 @@ class Connection:
     def _on_bye(self, bye: Bye) -> None:
         self._note_draining()
         for id in bye.ids:
-            self._settle(id, ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
-
-    def _settle(self, id: int, outcome: list[bytes] | BokbokError) -> None:
-        """Wake who waits for an answer, if anybody still does."""
-        waiter = self._waiters.pop(id, None)
-        if waiter is not None:
-            if self._observer is not None:
-                self._observer.tell_answered(id, outcome)
-            waiter._wake(outcome)
+            self._calls.settle(id, ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
 
 
 def _as_error(failure: Failure) -> BokbokError:

@@ -28,7 +28,7 @@ from ..instruments import (
     RequestOutcome,
     RequestStarted,
 )
-from .channel import is_own_timeout
+from .calls import is_own_timeout
 
 if TYPE_CHECKING:
     from .._types import Connection
@@ -153,8 +153,7 @@ class Observer:
             self._end(id, "ok", size=size_of(outcome))
         elif isinstance(outcome, RemoteError):
             in_flight = self._in_flight[id]
-            deadline = in_flight.request.deadline
-            if is_own_timeout(outcome, deadline, deadline - in_flight.began):
+            if is_own_timeout(outcome, in_flight.request.deadline, in_flight.began):
                 self._end(id, "timeout")
             else:
                 self._end(id, "error", outcome.code)

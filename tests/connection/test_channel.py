@@ -79,7 +79,7 @@ def assert_nothing_is_left(*connections: Connection) -> None:
     for connection in connections:
         session = connection._session
         assert not connection._channels
-        assert not connection._waiters
+        assert not connection._calls._calls
         assert not connection._handlers
         if not connection.closed:
             assert not len(session.channels)

@@ -23,7 +23,7 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._connection.connection import CLOSE_TIMEOUT
+from bokbok_trio._connection.closing import CLOSE_TIMEOUT
 from bokbok_trio._connection.handlers import Handlers
 from bokbok_trio._connection.sender import BUNCH
 from bokbok_trio._protocol.outbox import HEAD_ROOM

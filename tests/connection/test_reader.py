@@ -27,7 +27,7 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._connection.connection import CLOSE_TIMEOUT
+from bokbok_trio._connection.closing import CLOSE_TIMEOUT
 from bokbok_trio._connection.handlers import LEFT_OPEN
 from bokbok_trio._connection.sender import BUNCH, LONE_STREAK
 from bokbok_trio._protocol.packets import LARGE, LARGE_BATCH, MAX_AT_ONCE

@@ -803,7 +803,7 @@ async def test_a_request_cancelled_at_any_step_disturbs_nobody(
                 assert ran.count(b"mine") <= 1
                 assert len(client._changed) == 0
                 assert client.connection
-                assert client.connection._waiters == {}
+                assert client.connection._calls._calls == {}
     assert (0 < cancelled < rounds) if connected else (cancelled == rounds)
 
 
@@ -1349,7 +1349,7 @@ async def test_aclose_waits_for_the_transport_and_the_block_for_the_handlers(
         async with open_reconnecting(A, user="u", key=KEY, close_handler=on_close) as client:
             assert client.connection
             network.streams[-1].sending.stall()
-            stream_closed = client.connection._stream_closed
+            stream_closed = client.connection._ending.stream_closed
             started = trio.current_time()
             await client.aclose()
             assert stream_closed.is_set()
