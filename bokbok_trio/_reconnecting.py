@@ -320,8 +320,8 @@ class ReconnectingConnection:
                     is_crowded = is_crowded or outcome == "crowded"
                     if failures % len(self._addresses) == 0:
                         backoff = min(2 * backoff, MAX_BACKOFF)
-                        # Of this wait alone: were `backoff` raised, it would double from there, and two handshakes
-                        # that a link broke would have the third failure, whatever it is, wait for eight seconds.
+                        # Of this wait alone: were `backoff` raised, it would double from there, and the failure
+                        # after two handshakes that a link broke would cost eight seconds, of whatever kind.
                         longest = max(backoff, CROWDED_BACKOFF) if is_crowded else backoff
                         await trio.sleep(_jitter(longest / 2, longest))
                         is_crowded = False
@@ -503,9 +503,9 @@ async def open_reconnecting(
     once if the peer had asked or answered anything on that one, or if it had lasted for ten seconds. After as
     many tries in a row as there are addresses, a random time passes, from half of a limit to all of it; the
     limit doubles with each round from 0.2 s to 30 s. Where a server refused, or a handshake broke off, it is
-    2 s at least that time. ``docs/running.rst`` says how long a request may wait by all that. What failed is reported to the ``bokbok_trio`` logger as a warning, and an orderly end (the server
-    stops, or this side closed or drained the connection) as information. A name is looked up when it is its
-    turn.
+    2 s at least that time. ``docs/running.rst`` says how long a request may wait by all that. What failed is
+    reported to the ``bokbok_trio`` logger as a warning, and an orderly end (the server stops, or this side
+    closed or drained the connection) as information. A name is looked up when it is its turn.
 
     What the block raises comes out as itself. Leaving it closes everything, and waits for the
     handlers and close handlers.
