@@ -320,8 +320,8 @@ class ReconnectingConnection:
                     is_crowded = is_crowded or outcome == "crowded"
                     if failures % len(self._addresses) == 0:
                         backoff = min(2 * backoff, MAX_BACKOFF)
-                        # Of this wait alone: were `backoff` raised, it would double from there, and the failure
-                        # after two handshakes that a link broke would cost eight seconds, of whatever kind.
+                        # Of this wait alone: were `backoff` raised, it would double from there, and the next
+                        # failure after two handshakes that a link broke would cost eight seconds.
                         longest = max(backoff, CROWDED_BACKOFF) if is_crowded else backoff
                         await trio.sleep(_jitter(longest / 2, longest))
                         is_crowded = False
