@@ -36,7 +36,7 @@ from bokbok_trio import (
 from bokbok_trio._unix_listener import listen_unix
 from bokbok_trio.files import CHUNK_SIZE, receive_file, send_file
 from bokbok_trio.testing import open_connection_pair
-from tests.helpers import check_holds_no_secret, echo
+from tests.support.helpers import check_holds_no_secret, echo
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its disks have other errors")
 

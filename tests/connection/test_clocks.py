@@ -20,15 +20,15 @@ from bokbok_trio import (
     Connection,
     HandshakeError,
     Key,
+    Keyring,
     Settings,
     UnixAddress,
     open_connection,
     open_reconnecting,
     open_server,
 )
-from bokbok_trio._keyring import Keyring
 from bokbok_trio.testing import MemoryListener, open_connection_pair
-from tests.helpers import echo, packet, raw_peer, settle
+from tests.support.helpers import echo, packet, raw_peer, settle
 
 KEY = Key(bytes(range(32)))
 HOUR = 3600.0
