@@ -5,9 +5,10 @@
 
 A server, and two processes that ask it, by `open_connection` and `open_reconnecting`, over TCP and UNIX
 sockets: directly, and through a proxy that is a bad link (see `bad_link`). Meanwhile the server is killed,
-stopped in good order, and started again at the same addresses; it is suspended; and it and those who ask have
-no descriptors left for a while. Handlers ask back. Who asks and who runs a request each write a line at once
-into a file, so a killed server has written what it ran.
+stopped in good order, and started again at the same addresses; it is suspended; it and those who ask have no
+descriptors left for a while; and their clocks leap by up to an hour, and the time of day by a day either way.
+Handlers ask back. Who asks and who runs a request each write a line at once into a file, so a killed server
+has written what it ran.
 
 At the end the two are compared. It ends with 1, and says why, if
 
@@ -82,6 +83,10 @@ KINDS: Final = {"echo": 70, "sleep": 10, "back": 8, "fail": 4, "crash": 1, "chan
 """What is asked, and how often."""
 ITEMS: Final = 5
 """Items each way on a channel."""
+LEAPS: Final = (1.5, 30.0, 3600.0)
+"""Seconds by which Trio's clock leaps, as where a machine was suspended and the clock went on."""
+DAY: Final = 86_400.0
+"""Seconds by which the wall clock jumps at most, back or forth."""
 PHASES: Final = {"restarts": 0.5, "warm-up": 0.1, "faults": 0.4}
 """What part of the requests is asked in each. The server is killed in the first only, so that it lives
 through the other two, and can be compared."""
@@ -99,6 +104,38 @@ SLACK: Final = 24 * 2**20
 
 class Crash(Exception):  # noqa: N818
     """What a handler raises that is asked to."""
+
+
+class LeapingClock(trio.abc.Clock):
+    """A clock for `trio.run`, which leaps at a signal, and the wall clock with it."""
+
+    def __init__(self) -> None:
+        self.leaps = 0
+        self._ahead = 0.0
+
+    def start_clock(self) -> None:
+        """Do nothing, as it runs."""
+
+    def current_time(self) -> float:
+        return time.perf_counter() + self._ahead
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        return deadline - self.current_time()
+
+    async def leap_often(self, rng: random.Random) -> None:
+        """Leap at each SIGUSR2."""
+        now = time.time
+        wrong = 0.0
+        time.time = lambda: now() + wrong
+        with trio.open_signal_receiver(signal.SIGUSR2) as signals:
+            async for _ in signals:
+                self.leaps += 1
+                self._ahead += rng.choice(LEAPS)
+                wrong = rng.uniform(-DAY, DAY)
+
+
+CLOCK: Final = LeapingClock()
+"""Of this process."""
 
 
 # ---- what both sides do ----
@@ -145,11 +182,12 @@ class Side:
         self.write("asked", token, int(idempotent))
         outcome = "cancelled"  # where something else comes out, a cancellation most likely
         began = time.monotonic()
+        leaps = CLOCK.leaps
         try:
             with trio.move_on_after(bound) as scope:
                 outcome = "answer" if (await call(token.encode()))[0] == token.encode() else "wrong"
             if scope.cancelled_caught and bound == BOUND:
-                outcome = "waited" if may_wait else "hung"
+                outcome = "leapt" if CLOCK.leaps > leaps else "waited" if may_wait else "hung"
         except RemoteError as exc:
             outcome = "busy" if exc.code == "busy" else "error"
         except (ConnectionLost, ConnectionClosed) as exc:
@@ -266,6 +304,7 @@ async def serve(given: argparse.Namespace) -> None:
     ):
         nursery.start_soon(stop_at_sigterm)
         nursery.start_soon(side.exhaust_descriptors)
+        nursery.start_soon(CLOCK.leap_often, side.rng)
         say("ready")
         await server.wait_stopped()
         nursery.cancel_scope.cancel()
@@ -296,6 +335,7 @@ class Client(Side):
         """Ask so many things as the driver says; again and again, until it is gone."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.exhaust_descriptors)
+            nursery.start_soon(CLOCK.leap_often, self.rng)
             while line := await trio.to_thread.run_sync(sys.stdin.readline):
                 self._left = int(line)
                 async with trio.open_nursery() as askers:
@@ -406,6 +446,7 @@ class Client(Side):
 
     async def _rest(self, connection: Connection) -> None:
         """Wait until nothing is in flight on a connection that nobody asks anything."""
+        leaps = CLOCK.leaps
         with trio.move_on_after(BOUND) as scope:
             while not connection.closed:
                 found = connection.statistics()
@@ -414,7 +455,7 @@ class Client(Side):
                 ):
                     break
                 await trio.sleep(0.02)
-        if scope.cancelled_caught:
+        if scope.cancelled_caught and CLOCK.leaps == leaps:
             self.write("fault", f"a connection that nobody asks is not idle: {found}")
 
     # ---- by open_reconnecting ----
@@ -445,6 +486,10 @@ class Client(Side):
 
 
 # ---- the driver ----
+
+
+SIGNALS: Final = {"files": signal.SIGUSR1, "leap": signal.SIGUSR2}
+"""What has a process do that to itself."""
 
 
 class Driver:
@@ -577,7 +622,9 @@ class Driver:
         while True:
             await trio.sleep(self._rng.expovariate(0.5 / self._given.calm))
             assert self._server
-            fault = self._rng.choice(["suspend", "files", "files of a client", *more])
+            fault = self._rng.choice(
+                ["suspend", "files", "files of a client", "leap", "leap of a client", *more]
+            )
             self._done[fault] += 1
             match fault:
                 case "kill":
@@ -589,10 +636,10 @@ class Driver:
                     with trio.CancelScope(shield=True, deadline=trio.current_time() + 10):
                         await trio.sleep(self._rng.choice((0.1, 0.5, 1.5, 4.0)) * self._given.calm)
                     self._server.send_signal(signal.SIGCONT)
-                case "files":
-                    self._server.send_signal(signal.SIGUSR1)
+                case "files" | "leap":
+                    self._server.send_signal(SIGNALS[fault])
                 case _:
-                    self._rng.choice(self._clients).send_signal(signal.SIGUSR1)
+                    self._rng.choice(self._clients).send_signal(SIGNALS[fault.partition(" ")[0]])
 
     def _compare_levels(self, before: list[dict[str, int]], after: list[dict[str, int]]) -> None:
         names = [*(f"client{number}" for number in range(CLIENTS)), "server"]
@@ -721,7 +768,8 @@ def main() -> int:
         given = argparse.Namespace(**json.loads(sys.argv[2]))
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
-        trio.run(serve, given) if given.role == "server" else trio.run(Client(given).live)
+        main = partial(serve, given) if given.role == "server" else Client(given).live
+        trio.run(main, clock=CLOCK)
         return 0
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=100_000)

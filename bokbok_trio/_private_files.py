@@ -11,8 +11,8 @@ import os
 import secrets
 import shlex
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from typing import Final, TypeAlias
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
@@ -27,24 +27,25 @@ def read_private(path: StrPath, max_size: int) -> tuple[bytes, os.stat_result]:
     Raises:
         PermissionError: the file's mode lets group or others do something with it, or does not let us read
             it.
-        OSError: it is not there, or no regular file.
+        OSError: it is not there, or no regular file, or cannot be read. It names the path.
         ValueError: it has more than `max_size` bytes.
     """
-    # A pipe would be waited for, without the flag.
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-        if os.name != "nt" and status.st_mode & 0o077:  # Windows has no such bits
-            problem = f"others can read or change it: chmod 600 {shlex.quote(os.fspath(path))}"
-            raise PermissionError(errno.EACCES, problem, os.fspath(path))
-        if status.st_size > max_size:
-            raise ValueError(f"{os.fspath(path)} has more than {max_size} bytes")
-        with open(fd, "rb", closefd=False) as file:
-            return file.read(), status
-    finally:
-        os.close(fd)
+    with _naming(os.fspath(path)):
+        # A pipe would be waited for, without the flag.
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            if os.name != "nt" and status.st_mode & 0o077:  # Windows has no such bits
+                problem = f"others can read or change it: chmod 600 {shlex.quote(os.fspath(path))}"
+                raise PermissionError(errno.EACCES, problem)
+            if status.st_size > max_size:
+                raise ValueError(f"{os.fspath(path)} has more than {max_size} bytes")
+            with open(fd, "rb", closefd=False) as file:
+                return file.read(), status
+        finally:
+            os.close(fd)
 
 
 def create_private(path: StrPath, content: bytes, prepare: Callable[[int], object] = lambda _: None) -> None:
@@ -57,19 +58,20 @@ def create_private(path: StrPath, content: bytes, prepare: Callable[[int], objec
 
     Raises:
         FileExistsError: something is there.
-        OSError: it cannot be written; then nothing is left of it.
+        OSError: it cannot be written; then nothing is left of it. It names the path.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, MODE)
-    try:
-        with open(fd, "wb") as file:
-            prepare(fd)
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(path)
-        raise
+    with _naming(os.fspath(path)):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, MODE)
+        try:
+            with open(fd, "wb") as file:
+                prepare(fd)
+                file.write(content)
+                file.flush()
+                os.fsync(fd)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(path)
+            raise
     _sync_directory(path)
 
 
@@ -82,7 +84,7 @@ def replace_private(path: str, content: bytes, status: os.stat_result) -> None:
         status: the old one's.
 
     Raises:
-        OSError: it cannot be written; then the old file is as it was.
+        OSError: it cannot be written; then the old file is as it was. It names the path.
     """
 
     def take_after(fd: int) -> None:
@@ -91,14 +93,24 @@ def replace_private(path: str, content: bytes, status: os.stat_result) -> None:
         os.fchmod(fd, stat.S_IMODE(status.st_mode))
 
     temporary = os.path.join(os.path.dirname(path), f".bokbok-{secrets.token_hex(8)}")
-    create_private(temporary, content, take_after)
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with _naming(path):
+        create_private(temporary, content, take_after)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
     _sync_directory(path)
+
+
+@contextmanager
+def _naming(path: str) -> Generator[None]:
+    """Have the system's errors name that path: reading and writing name none, or that of a temporary file."""
+    try:
+        yield
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror, path) from exc
 
 
 def _sync_directory(path: StrPath) -> None:

@@ -27,8 +27,9 @@ Invariants
 - Every try that comes to nothing (no connection, or one that did not work) counts, and after as many in a
   row as there are addresses the dialler waits. And it never dials more often than every `MIN_BACKOFF`
   seconds because of connections that worked. So nothing a peer does makes it busy.
-- It waits longer where a server was there that had no room (or was no server of ours) than where nobody was:
-  coming back soon is what a crowded server can bear least.
+- It waits longer where a handshake broke off than where nobody was: the server may have no room, and coming
+  back soon is what it can bear least. But a server that was killed, or a link that failed, looks the same. So
+  this makes one wait longer, and none after it.
 - The dialler fails only before the first connection is open, and then into who opens it.
 """
 
@@ -77,7 +78,7 @@ MAX_BACKOFF: Final = 30.0
 back after a long time."""
 
 CROWDED_BACKOFF: Final = 2.0
-"""Seconds: the least limit of the wait where a server had no room. Then half of a limit is the least wait.
+"""Seconds: the least limit of the wait where a server may have no room. Half of a limit is the least wait.
 A look-up takes about so long on a server that is crowded because its look-ups are slow."""
 
 REPEAT_PAUSE: Final = 0.2
@@ -319,9 +320,10 @@ class ReconnectingConnection:
                     is_crowded = is_crowded or outcome == "crowded"
                     if failures % len(self._addresses) == 0:
                         backoff = min(2 * backoff, MAX_BACKOFF)
-                        if is_crowded:
-                            backoff = max(backoff, CROWDED_BACKOFF)
-                        await trio.sleep(_jitter(backoff / 2, backoff))
+                        # Of this wait alone: were `backoff` raised, it would double from there, and the next
+                        # failure after two handshakes that a link broke would cost eight seconds.
+                        longest = max(backoff, CROWDED_BACKOFF) if is_crowded else backoff
+                        await trio.sleep(_jitter(longest / 2, longest))
                         is_crowded = False
         finally:
             # Again, for a connection that was opened in the very step of closing; and if this was
@@ -500,10 +502,10 @@ async def open_reconnecting(
     around it. The addresses are tried in turn, also after a connection was lost: the first try is made at
     once if the peer had asked or answered anything on that one, or if it had lasted for ten seconds. After as
     many tries in a row as there are addresses, a random time passes, from half of a limit to all of it; the
-    limit doubles with each round from 0.2 s to 30 s. Where a server was there that had no room, it is 2 s at
-    least. What failed is reported to the ``bokbok_trio`` logger as a warning, and an orderly end (the server
-    stops, or this side closed or drained the connection) as information. A name is looked up when it is its
-    turn.
+    limit doubles with each round from 0.2 s to 30 s. Where a server refused, or a handshake broke off, it is
+    2 s at least that time. ``docs/running.rst`` says how long a request may wait by all that. What failed is
+    reported to the ``bokbok_trio`` logger as a warning, and an orderly end (the server stops, or this side
+    closed or drained the connection) as information. A name is looked up when it is its turn.
 
     What the block raises comes out as itself. Leaving it closes everything, and waits for the
     handlers and close handlers.

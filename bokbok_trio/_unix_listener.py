@@ -213,7 +213,8 @@ def _bind(path: str, backlog: int, mode: int) -> tuple[socket.socket, tuple[int,
         assert inode is not None
     except BaseException:
         if inode is not None:
-            _unlink(path, inode)
+            with suppress(OSError):
+                _unlink(path, inode)
         sock.close()
         raise
     return sock, inode
@@ -254,7 +255,7 @@ def _unlink(path: str, inode: tuple[int, int]) -> None:
     """Remove a file, if it is still that one."""
     try:
         status = os.lstat(path)
-    except OSError:
+    except FileNotFoundError:
         return
     if (status.st_dev, status.st_ino) == inode:
         os.unlink(path)

@@ -168,7 +168,8 @@ async def receive_file(
 
     It is at `path` when this returns, and replaces what was there in one step. If it raises, or is
     cancelled, `path` is as before, and what was received stays in ``path + ".part"``, where the next call
-    goes on; unless all that is missing is to tell the other side.
+    goes on; unless all that is missing is to tell the other side, or to write the name to the disk. A part
+    that the disk took and then failed to keep is dropped.
 
     Arguments:
         channel: to the other side.
@@ -350,9 +351,15 @@ def _check_regular(fd: int, path: str) -> None:
 
 def _put_in_place(fd: int, path: str) -> None:
     """Give a part its name, once it is on disk; and then the name, too."""
-    os.fsync(fd)
-    os.replace(_part_of(path), path)
     with _closing(os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)) as folder:
+        try:
+            os.fsync(fd)
+        except OSError:
+            # What is on disk is not known any more, and to sync once more would tell of no error.
+            # https://wiki.postgresql.org/wiki/Fsync_Errors
+            os.unlink(_part_of(path))
+            raise
+        os.replace(_part_of(path), path)
         os.fsync(folder)
 
 

@@ -8,8 +8,10 @@ leaves more slowly than the least rate, over as long: it reads, but only to hold
 False accusations that this avoids:
 
 - a long upload: its pings wait behind what is being sent, so their time begins when they are written;
-- a blocked event loop, a suspended machine: whoever wakes late has not yet read what the peer sent
-  meanwhile, so one more ``ping_timeout`` is granted.
+- a blocked event loop, a suspended machine, a clock that leaps: whoever wakes late has not yet read what
+  the peer sent meanwhile. So what has arrived is read first. And where it is late by more than `LATENESS`,
+  one more ``ping_timeout`` is granted, as the network may need time too; and again where that was slept
+  through, but not otherwise, or a program that blocks again and again would never lose anybody.
 
 The pings follow websockets' keepalive; the rest is learned from its issues.
 
@@ -202,7 +204,7 @@ class Watchdog:
         due = min(stuck_at, silent_at)
         if now < due:
             return min(due, self._next_look(now)) if is_asked else due
-        if now > due + LATENESS and due >= self._forgiven_until:
+        if now > due + LATENESS and (due >= self._forgiven_until or self._has_slept_through_grace(now)):
             self._forgiven_until = now + self._ping_timeout
             return self._forgiven_until
         if now >= stuck_at or is_asked:
@@ -211,6 +213,10 @@ class Watchdog:
             return None
         self._ask(now + patience + self._ping_timeout)
         return None if self.has_stopped else min(stuck_at, self._next_look(now))
+
+    def _has_slept_through_grace(self, now: float) -> bool:
+        """Whether this wakes later after the end of what was granted than that lasted."""
+        return now > self._forgiven_until + max(LATENESS, self._ping_timeout)
 
     def _next_look(self, now: float) -> float:
         """When to look again while a ping is out."""
@@ -280,6 +286,7 @@ class _Rounds:
             with self._scope:
                 await trio.sleep_forever()
             self._scope = trio.CancelScope()
+            await trio.lowlevel.checkpoint()  # who wakes with this task reads first, what came before it
             self._serve(trio.current_time())
             self._set_deadline()
 

@@ -241,7 +241,8 @@ class Model:
         stuck_at = self.send_began + self.patience
         silent_at = self.answer_due if self.waits_for_answer else self.heard_at + self.ping_after
         due = min(stuck_at, silent_at)
-        if due < now - LATENESS and due >= self.grace_ends:
+        slept_through = now > self.grace_ends + max(LATENESS, self.ping_timeout)
+        if due < now - LATENESS and (due >= self.grace_ends or slept_through):
             self.grace_ends = now + self.ping_timeout
         elif stuck_at <= now:
             self.lose(now, "not read")
@@ -369,9 +370,41 @@ async def test_what_is_late_twice_is_granted_more_time_once(autojump_clock: trio
     autojump_clock.jump(100)
     await trio.sleep(5)
     assert not diary.events
-    autojump_clock.jump(100)
+    autojump_clock.jump(25)
     await settle()
-    assert diary.events == [(205, "the peer has not read for 40 seconds")]
+    assert diary.events == [(130, "the peer has not read for 40 seconds")]
+
+
+async def test_a_grace_that_was_slept_through_is_granted_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A suspended machine may wake for some seconds only, and sleep on."""
+    diary = Diary()
+    watchdog = diary.watchdog()
+    watchdog.start()
+    await trio.sleep(20)
+    await settle()
+    watchdog.send_ended(ping_left=True)
+    for _ in range(3):
+        autojump_clock.jump(3600)
+        await trio.sleep(5)
+    assert diary.events == [(20, "ping")]
+    await trio.sleep(100)
+    woke = 20 + 3 * 3600 + 2 * 5
+    assert diary.events[1:] == [(woke + 20, "the peer has not been heard of for 40 seconds")]
+
+
+async def test_what_has_arrived_is_read_before_a_peer_is_called_silent(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A second of lateness is granted nothing, and need not: who wakes late reads first."""
+    async with raw_peer() as (connection, peer):
+        for _ in range(20):
+            assert await peer.receive() == [b"ping"]
+            await peer.send(b"pong")  # nothing else runs from here to the leap
+            autojump_clock.jump(20 + LATENESS / 2)
+            await settle()
+            assert not connection.closed
 
 
 async def test_a_watchdog_stopped_before_does_not_start(autojump_clock: trio.testing.MockClock) -> None:

@@ -370,8 +370,7 @@ async def test_a_client_of_a_busy_server_waits_longer_than_one_whose_server_is_g
     if gone:
         assert waits[0] <= 0.2
     else:
-        assert 1 <= waits[0] <= 2
-        assert 2 <= waits[1] <= 4
+        assert all(1 <= wait <= 2 for wait in waits[:3])
     assert max(waits) <= 30
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections import Counter
 
 import pytest
@@ -142,6 +143,30 @@ async def test_room_is_made_within_the_source_that_has_most_of_those_who_may_be_
         (honest,) = take(places, "d")
         assert displaced(held) in ([1], [2])
         honest.leave()
+
+
+@pytest.mark.parametrize("one_source", [False, True])
+async def test_to_make_room_takes_as_many_steps_however_many_places_there_are(one_source: bool) -> None:
+    """A server does it when it is busiest. The steps are calls, also of generators and of what is in C."""
+
+    def count_steps(most: int) -> int:
+        places = Places(most, 1)
+        for number in range(most):
+            places.take(0 if one_source else number)
+        steps: list[int] = []
+
+        def note(*_: object) -> None:
+            steps[-1] += 1
+
+        for number in range(most, most + 20):
+            steps.append(0)
+            sys.setprofile(note)
+            newcomer = places.take(0 if one_source else number)
+            sys.setprofile(None)
+            assert newcomer is not None
+        return min(steps)  # dice may be thrown more than once for a draw
+
+    assert count_steps(4096) == count_steps(64)
 
 
 async def test_strangers_of_one_source_displace_only_each_other() -> None:

@@ -342,6 +342,25 @@ async def test_waits_double_to_a_limit_and_never_overflow(
     assert len(gaps) > 1100  # 2.0 ** 1100 is too much for a float
 
 
+async def test_a_handshake_that_broke_off_makes_one_wait_longer_and_none_after_it(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    """By a bad link, or as the server was killed: then it is back sooner than one that has no room."""
+    listener = network.listen()
+
+    async def break_off() -> None:
+        for _ in range(2):
+            await trio.aclose_forcefully(await listener.accept())
+        del network.listeners[A]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(break_off)
+        with trio.move_on_after(7):
+            async with open_reconnecting(A):
+                raise AssertionError
+    assert network.times == [0, 2, 4, 4.8, 6.4]
+
+
 async def test_several_addresses_are_tried_in_turn_and_then_waited_for(
     network: Network, autojump_clock: trio.testing.MockClock
 ) -> None:
