@@ -1,0 +1,123 @@
+"""From the options of a command to a connection, within a time."""
+
+from __future__ import annotations
+
+import math
+import os
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Final, NamedTuple, TypeVar
+
+import trio
+
+from bokbok_trio import AddressError, Connection, Key, open_connection
+
+from ._exits import CommandError, Exit, describe_os_error
+
+DEFAULT_TIMEOUT: Final = 60.0
+"""Seconds that a command may take that is no stream, with dialling and all."""
+
+KEY_FILE: Final = "BOKBOK_KEY_FILE"
+
+_T = TypeVar("_T")
+
+
+class Session(NamedTuple):
+    """What a command works with.
+
+    Attributes:
+        connection: the connection.
+        options: of the command.
+        scope: whose deadline is the end of all.
+    """
+
+    connection: Connection
+    options: Namespace
+    scope: trio.CancelScope
+
+    def allow_any_time(self) -> None:
+        """Have no deadline, unless one was given: this is a stream."""
+        if self.options.timeout is None:
+            self.scope.deadline = math.inf
+
+
+def load_key(path: str) -> Key:
+    """Load a key from a file.
+
+    Raises:
+        CommandError: it cannot be read, or holds none.
+    """
+    try:
+        return Key.load(path)
+    except OSError as exc:
+        raise CommandError(f"cannot use the key file {describe_os_error(exc)}") from exc
+    except ValueError as exc:
+        raise CommandError(str(exc)) from exc
+
+
+def find_key(options: Namespace) -> Key | None:
+    """The key to use, or None for a plain connection.
+
+    Raises:
+        CommandError: what is given does not go together, or the key cannot be loaded.
+    """
+    if options.plain:
+        if options.user is not None or options.key_file is not None:
+            raise CommandError("--plain is without --user and --key-file", Exit.USAGE)
+        return None
+    path: str | None = options.key_file or os.environ.get(KEY_FILE)
+    if path is None and options.user is None:
+        return None
+    if path is None:
+        raise CommandError(f"--user needs a key: give --key-file FILE, or set {KEY_FILE}", Exit.USAGE)
+    if options.user is None:
+        source = "--key-file is given" if options.key_file else f"{KEY_FILE} is set"
+        raise CommandError(f"{source}, so give --user NAME, or --plain to use no key", Exit.USAGE)
+    return load_key(path)
+
+
+def run_connected(options: Namespace, work: Callable[[Session], Awaitable[_T]], *, is_stream: bool = False) -> _T:
+    """Open a connection, do some work with it, and return what came of it.
+
+    Arguments:
+        options: the address, and what `find_key` needs.
+        work: what to do.
+        is_stream: it may take any time, unless a time is given.
+
+    Raises:
+        CommandError: there is no connection, or the time is over.
+        BaseException: what the work raises.
+    """
+    key = find_key(options)
+    limit = options.timeout
+    if limit is None:
+        limit = math.inf if is_stream else DEFAULT_TIMEOUT
+
+    async def run() -> _T:
+        with trio.move_on_after(limit) as scope:
+            async with AsyncExitStack() as stack:
+                connection = await _open(stack, options, key)
+                return await work(Session(connection, options, scope))
+        raise CommandError(f"no answer within {limit:g} s", Exit.TIME_OUT)
+
+    return trio.run(run)
+
+
+async def _open(stack: AsyncExitStack, options: Namespace, key: Key | None) -> Connection:
+    try:
+        return await stack.enter_async_context(
+            open_connection(
+                options.address,
+                user=options.user,
+                key=key,
+                service=options.service,
+                insecure=options.insecure,
+            )
+        )
+    except OSError as exc:
+        raise CommandError(describe_os_error(exc), Exit.NO_CONNECTION) from exc
+    except AddressError:
+        raise
+    except ValueError as exc:
+        raise CommandError(str(exc), Exit.USAGE) from exc

@@ -1,0 +1,151 @@
+"""What a command ends with: its exit codes, and what it says of an error."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+from typing import Any, Final, NamedTuple, cast
+
+from bokbok_trio import (
+    AddressError,
+    AuthenticationError,
+    ConnectionClosed,
+    ConnectionLost,
+    ConnectionRefused,
+    HandshakeError,
+    MessageTooLarge,
+    ProtocolError,
+    RemoteError,
+)
+from bokbok_trio._errors import escape
+
+from ._values import as_text
+
+RAISED: Final = "%"
+"""Before the name of a declared exception, in the code of an error; see ``docs/interfaces.rst``."""
+
+
+class Exit(enum.IntEnum):
+    """Exit codes; ``docs/cli.rst`` has the table."""
+
+    DONE = 0
+    OURS = 1
+    USAGE = 2
+    NO_CONNECTION = 3
+    REFUSED = 4
+    HANDLER_SAID_NO = 5
+    BAD_ARGUMENTS = 6
+    LOST = 7
+    LOST_NOT_RUN = 8
+    TIME_OUT = 124
+    INTERRUPTED = 130
+    NO_READER = 141
+
+
+FORGIVABLE: Final = frozenset({*range(Exit.NO_CONNECTION, Exit.LOST_NOT_RUN + 1), Exit.TIME_OUT})
+"""What ``--graceful`` takes by its number."""
+
+
+class CommandError(Exception):
+    """What a command finds wrong itself.
+
+    Arguments:
+        message: one line.
+        exit: the code to end with.
+        code: of the error, for programs, where it has one.
+    """
+
+    def __init__(self, message: str, exit: Exit = Exit.OURS, code: str = "") -> None:
+        super().__init__(message)
+        self.exit = exit
+        self.code = code
+
+
+class OutputError(Exception):
+    """The output cannot be written."""
+
+
+class ReaderGone(Exception):  # noqa: N818  (what happened; it is no fault)
+    """Nobody reads the output any more."""
+
+
+class Failure(NamedTuple):
+    """What is said of an error.
+
+    Attributes:
+        exit: the code to end with.
+        message: one line; nothing is said where it is empty.
+        code: of the error, for programs; mostly empty.
+        details: what else was answered, for JSON.
+    """
+
+    exit: Exit
+    message: str
+    code: str = ""
+    details: Any = None
+
+    def as_object(self) -> dict[str, Any]:
+        """The same, as an object of JSON."""
+        shown = {"error": self.message, "exit": int(self.exit), "code": self.code, "details": self.details}
+        return {name: value for name, value in shown.items() if value not in {"", None}}
+
+
+def find_leaf(error: BaseException) -> BaseException:
+    """The error that counts, where a nursery put several together: Ctrl-C before all others."""
+    while isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        interrupts = group.subgroup(KeyboardInterrupt)
+        error = (interrupts or group).exceptions[0]
+    return error
+
+
+def explain(error: BaseException) -> Failure:
+    """Say what an error means to who ran the command."""
+    message = escape(str(error))
+    match error:
+        case CommandError():
+            return Failure(error.exit, message, error.code)
+        case KeyboardInterrupt():
+            return Failure(Exit.INTERRUPTED, "interrupted")
+        case ReaderGone():
+            return Failure(Exit.NO_READER, "")
+        case RemoteError():
+            return _explain_answer(error)
+        case MessageTooLarge():
+            return Failure(Exit.BAD_ARGUMENTS, message)
+        case ConnectionLost() | ConnectionClosed():
+            if error.may_have_run:
+                return Failure(Exit.LOST, f"the connection was lost, and it may have run: {message}")
+            return Failure(Exit.LOST_NOT_RUN, f"the connection was lost, and it did not run: {message}")
+        case AuthenticationError() | ConnectionRefused():
+            return Failure(Exit.REFUSED, message)
+        case AddressError():
+            return Failure(Exit.USAGE, message.replace("insecure=True (or a key)", "--insecure (or a key)"))
+        case HandshakeError():
+            return Failure(Exit.NO_CONNECTION, message)
+        case OutputError() | ProtocolError():
+            return Failure(Exit.OURS, message)
+        case _:
+            name = type(error).__name__
+            return Failure(Exit.OURS, f"{name}: {message} (this is a defect; --verbose shows where)")
+
+
+def _explain_answer(error: RemoteError) -> Failure:
+    exit = Exit.BAD_ARGUMENTS if error.code == "bad-arguments" else Exit.HANDLER_SAID_NO
+    code = escape(error.code.removeprefix(RAISED))
+    details = as_text(error.details) if error.details else None
+    return Failure(exit, f"{escape(error.message)} [{code}]", code, details)
+
+
+def describe_os_error(error: OSError) -> str:
+    """An error of the system's in a line, without its number."""
+    text = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {text}"
+    return text
+
+
+def is_broken_pipe(error: OSError) -> bool:
+    """Whether nobody reads what is written any more."""
+    return error.errno in {errno.EPIPE, errno.ECONNRESET}

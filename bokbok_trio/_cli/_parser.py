@@ -1,0 +1,215 @@
+"""The command line: which commands there are, and what each takes."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import IO, Any, Final, NoReturn
+
+import bokbok_trio
+
+from . import _keys, _requests
+from ._connecting import DEFAULT_TIMEOUT
+from ._exits import FORGIVABLE, CommandError, Exit
+from ._output import OUT, write_all
+
+Run = Callable[[argparse.Namespace, Any], None]
+
+ADDRESS: Final = "HOST:PORT, [IPV6]:PORT, or the path of a UNIX socket with a slash in it"
+FIELD: Final = "a text, @FILE, or - for the standard input; after a backslash all is text"
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses the command line as GNU programs do: options may stand anywhere, and none is abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse a command's own arguments; argparse itself gives up where positional ones are not in a row."""
+        assert args is not None
+        if self._subparsers is None:
+            args = self._sort(list(args))
+        return super().parse_known_args(args, namespace)
+
+    def _sort(self, args: list[str]) -> list[str]:
+        """Put options first."""
+        options: list[str] = []
+        rest: list[str] = []
+        while args:
+            arg = args.pop(0)
+            if arg == "--":
+                break
+            if not arg.startswith("-") or arg == "-" or arg[1].isdigit():
+                rest.append(arg)
+                continue
+            options.append(arg)
+            action = self._option_string_actions.get(arg)
+            if action is not None and action.nargs != 0:
+                options += args[:1]
+                del args[:1]
+        return [*options, "--", *rest, *args] if rest or args else options
+
+    def error(self, message: str) -> NoReturn:
+        """Say in one line what is wrong."""
+        raise CommandError(f"{message} (see {self.prog} --help)", Exit.USAGE)
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        """Write the help or the version."""
+        write_all(OUT, message.encode())
+
+
+def make_parser() -> Parser:
+    """Make the parser of the whole command line; `Namespace.run` is then what does it."""
+    parser = Parser(prog="bokbok", description="Requests, typed calls and keys of bokbok_trio, from a shell.")
+    parser.add_argument("--version", action="version", version=f"bokbok {bokbok_trio.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    _add_request(commands)
+    _add_ping(commands)
+    _add_key(commands)
+    _add_users(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, run: Run, help: str, description: str = "") -> Parser:
+    """Add a command."""
+    text = description or f"{help[0].upper()}{help[1:]}."
+    parser: Parser = commands.add_parser(name, help=help, description=text)
+    parser.set_defaults(run=run, raw=False, graceful=[], verbose=False)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="JSON for programs, also of an error")
+    output.add_argument("--seq", action="store_true", help="JSON as records of RFC 7464")
+    return parser
+
+
+def _add_connected(commands: Any, name: str, run: Run, help: str, description: str = "") -> Parser:
+    """Add a command that needs a connection."""
+    parser = _add(commands, name, run, help, description)
+    parser.add_argument("address", metavar="ADDRESS", help=ADDRESS)
+    access = parser.add_argument_group("connection")
+    access.add_argument("--user", metavar="NAME", help="who to be; needs a key")
+    key_file = access.add_argument(
+        "--key-file", metavar="FILE", help="where the user's key is; BOKBOK_KEY_FILE if not given"
+    )
+    complete_files(key_file)
+    access.add_argument("--plain", action="store_true", help="use no key, even if BOKBOK_KEY_FILE is set")
+    access.add_argument("--service", metavar="NAME", default="", help="what is meant to be reached")
+    access.add_argument("--insecure", action="store_true", help="allow plain TCP to another machine")
+    access.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=parse_seconds,
+        help=f"for all of it, 0 for no limit; {DEFAULT_TIMEOUT:g} if not given, and none for streams",
+    )
+    access.add_argument(
+        "--graceful",
+        metavar="CODE",
+        action="append",
+        type=parse_graceful,
+        help="end with 0 on this error: the code of one that is answered, or an exit code",
+    )
+    access.add_argument("-v", "--verbose", action="store_true", help="show the log, and tracebacks")
+    return parser
+
+
+def complete_files(action: argparse.Action) -> None:
+    """Have the shell complete the names of files here."""
+    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]
+
+
+def parse_seconds(text: str) -> float:
+    """A time limit; 0 for none."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds or math.inf
+
+
+def parse_count(text: str) -> int:
+    """How often."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def parse_graceful(text: str) -> str | Exit:
+    """Which error is none."""
+    if text.isascii() and text.isdigit() and int(text) in FORGIVABLE:
+        return Exit(int(text))
+    return text
+
+
+# ---- the commands ----
+
+
+def _add_raw(parser: Parser, what: str) -> None:
+    parser.add_argument("--raw", action="store_true", help=f"write {what} as they are, with nothing added")
+
+
+def _add_request(commands: Any) -> None:
+    parser = _add_connected(commands, "request", _requests.request, "make a request of fields of bytes")
+    parser.add_argument("field", metavar="FIELD", nargs="+", help=FIELD)
+    parser.add_argument("--channel", action="store_true", help="with a channel, and write its items, a line each")
+    _add_raw(parser, "fields")
+
+
+def _add_ping(commands: Any) -> None:
+    parser = _add_connected(commands, "ping", _requests.ping, "measure the way there and back")
+    parser.add_argument(
+        "-c", "--count", metavar="N", type=parse_count, default=math.inf, help="how often; for ever if not given"
+    )
+    parser.add_argument(
+        "-i", "--interval", metavar="SECONDS", type=parse_seconds, default=1.0, help="between two; 1 if not given"
+    )
+
+
+def _add_group(commands: Any, name: str, help: str) -> Any:
+    parser: Parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    return parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+
+def _add_file(parser: Parser, help: str, name: str = "file", **options: Any) -> None:
+    complete_files(parser.add_argument(name, metavar=name.upper(), help=help, **options))
+
+
+def _add_key(commands: Any) -> None:
+    keys = _add_group(commands, "key", "make, show and check keys")
+    new = _add(keys, "new", _keys.new, "make a key, and write its fingerprint")
+    _add_file(new, "the new file, or - for the standard output")
+    show = _add(keys, "show", _keys.show, "write the fingerprint of a key")
+    _add_file(show, "the key file")
+    show.add_argument("--secret", action="store_true", help="write the key itself, which nobody else should see")
+    check = _add(keys, "check", _keys.check, "check that something is a key, and write its fingerprint")
+    _add_file(check, "the key file; or -, to type the key or to read it from the standard input", nargs="?", default="-")
+    derive = _add(
+        keys,
+        "from-passphrase",
+        _keys.from_passphrase,
+        "derive a key from a passphrase",
+        "Derive a key from a passphrase, which is asked for, or read from the standard input. "
+        "A generated key is better.",
+    )
+    derive.add_argument("user", metavar="USER", help="whose key it is; it depends on the name")
+    _add_file(derive, "the new file, or - for the standard output")
+
+
+def _add_users(commands: Any) -> None:
+    users = _add_group(commands, "users", "change and list the users of a server")
+    add = _add(users, "add", _keys.add_user, "add a key of a user; makes the file if it is not there")
+    _add_file(add, "the server's file of users")
+    add.add_argument("user", metavar="USER", help="the user's name")
+    _add_file(add, "the key file; or -, to type the key or to read it from the standard input", "key")
+    remove = _add(users, "remove", _keys.remove_user, "take a user out, or one of the user's keys")
+    _add_file(remove, "the server's file of users")
+    remove.add_argument("user", metavar="USER", help="the user's name")
+    remove.add_argument(
+        "fingerprint", metavar="FINGERPRINT", nargs="?", help="of the key to take out; all if not given"
+    )
+    list = _add(users, "list", _keys.list_users, "list users, with the fingerprints of their keys")
+    _add_file(list, "the server's file of users")
