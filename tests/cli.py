@@ -46,6 +46,7 @@ class Files(Protocol):
 
     async def upload(self, name: str, chunks: AsyncIterable[bytes]) -> int: ...
     async def total(self, numbers: AsyncIterable[int]) -> int: ...
+    async def joined(self, words: AsyncIterable[str]) -> str: ...
     async def read(self, path: str) -> bytes: ...
     async def echo(
         self,
@@ -80,6 +81,9 @@ class FilesInMemory:
 
     async def total(self, numbers: AsyncIterable[int]) -> int:
         return sum([number async for number in numbers])
+
+    async def joined(self, words: AsyncIterable[str]) -> str:
+        return ",".join([word async for word in words])
 
     async def read(self, path: str) -> bytes:
         return b"\x00content\n"

@@ -54,12 +54,14 @@ class CommandError(Exception):
         message: one line.
         exit: the code to end with.
         code: of the error, for programs, where it has one.
+        details: what else was answered, for programs.
     """
 
-    def __init__(self, message: str, exit: Exit = Exit.OURS, code: str = "") -> None:
+    def __init__(self, message: str, exit: Exit = Exit.OURS, code: str = "", details: Any = None) -> None:
         super().__init__(message)
         self.exit = exit
         self.code = code
+        self.details = details
 
 
 class OutputError(Exception):
@@ -88,7 +90,7 @@ class Failure(NamedTuple):
     def as_object(self) -> dict[str, Any]:
         """The same, as an object of JSON."""
         shown = {"error": self.message, "exit": int(self.exit), "code": self.code, "details": self.details}
-        return {name: value for name, value in shown.items() if value not in {"", None}}
+        return {name: value for name, value in shown.items() if value is not None and value != ""}
 
 
 def find_leaf(error: BaseException) -> BaseException:
@@ -105,7 +107,7 @@ def explain(error: BaseException) -> Failure:
     message = escape(str(error))
     match error:
         case CommandError():
-            return Failure(error.exit, message, error.code)
+            return Failure(error.exit, message, error.code, error.details)
         case KeyboardInterrupt():
             return Failure(Exit.INTERRUPTED, "interrupted")
         case ReaderGone():

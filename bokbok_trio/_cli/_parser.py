@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import IO, Any, Final, NoReturn
@@ -18,6 +19,8 @@ Run = Callable[[argparse.Namespace, Any], None]
 
 ADDRESS: Final = "HOST:PORT, [IPV6]:PORT, or the path of a UNIX socket with a slash in it"
 FIELD: Final = "a text, @FILE, or - for the standard input; after a backslash all is text"
+
+ARGUMENT: Final = "NAME=TEXT, NAME:=JSON, NAME=@FILE; or one JSON object, or - for one on the standard input"
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,6 +71,8 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"bokbok {bokbok_trio.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     _add_request(commands)
+    _add_call(commands)
+    _add_listing(commands)
     _add_ping(commands)
     _add_key(commands)
     _add_users(commands)
@@ -157,6 +162,43 @@ def _add_request(commands: Any) -> None:
     parser.add_argument("field", metavar="FIELD", nargs="+", help=FIELD)
     parser.add_argument("--channel", action="store_true", help="with a channel, and write its items, a line each")
     _add_raw(parser, "fields")
+
+
+def _add_call(commands: Any) -> None:
+    for name, help, description in (
+        ("call", "call a method", "Call a method, and write what it returns as JSON."),
+        ("follow", "write the items of a method that streams", "Call a method that streams, and write its items."),
+    ):
+        parser = _add_connected(commands, name, _typed("_calls", name), help, description)
+        parser.add_argument("method", metavar="METHOD", help="as in Files.stat")
+        parser.add_argument("argument", metavar="ARGUMENT", nargs="*", help=ARGUMENT)
+        _add_raw(parser, "texts and bytes")
+
+
+def _add_listing(commands: Any) -> None:
+    parser = _add_connected(commands, "list", _typed("_listing", "list_all"), "list what can be called")
+    parser.add_argument("--markdown", action="store_true", help="as a text in Markdown")
+    parser = _add_connected(
+        commands,
+        "describe",
+        _typed("_listing", "describe"),
+        "describe a method",
+        "Describe a method, and write a call of it to be filled in.",
+    )
+    parser.add_argument("method", metavar="METHOD", help="as in Files.stat")
+
+
+def _typed(module: str, name: str) -> Run:
+    """A command that needs the extra ``interface``, which is not loaded for others."""
+
+    def run(options: argparse.Namespace, out: Any) -> None:
+        try:
+            found = importlib.import_module(f".{module}", __package__)
+        except ImportError as exc:
+            raise CommandError(str(exc)) from exc
+        getattr(found, name)(options, out)
+
+    return run
 
 
 def _add_ping(commands: Any) -> None:

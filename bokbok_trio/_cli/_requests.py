@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import trio
 
-from bokbok_trio import BokbokError, RemoteError
+from bokbok_trio import BokbokError
 
 from ._connecting import Session, run_connected
-from ._exits import CommandError, Exit, explain
+from ._exits import CommandError, Exit
 from ._fields import parse_fields
 from ._output import Output, wait_reader_gone
+from ._streams import write_items
 from ._values import as_text
 
 MS: Final = 1000
@@ -25,7 +26,11 @@ def request(options: Namespace, out: Output) -> None:
     """Make a request and write its answer, or the items of its channel."""
     fields = parse_fields(options.field)
     if options.channel:
-        run_connected(options, lambda session: _follow(session, fields, out), is_stream=True)
+
+        def encode(item: list[bytes]) -> bytes:
+            return b"".join(item) if out.raw else out.encode([as_text(each) for each in item], is_item=True)
+
+        run_connected(options, lambda session: write_items(session, fields, encode, out), is_stream=True)
         return
 
     async def ask(session: Session) -> list[bytes]:
@@ -43,25 +48,6 @@ def write_fields(fields: list[bytes], out: Output) -> None:
     else:
         for field in fields:
             out.bytes(field if out.is_terminal else field + b"\n")
-
-
-async def _follow(session: Session, fields: list[bytes], out: Output) -> None:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(wait_reader_gone)
-        async with session.connection.open_channel(fields) as channel:
-            await channel.end()
-            try:
-                async for item in channel:
-                    await out.item(b"".join(item) if out.raw else out.encode([as_text(each) for each in item], is_item=True))
-            except trio.BrokenResourceError as exc:
-                raise find_answer(exc) from None
-            await channel.answer()
-        nursery.cancel_scope.cancel()
-
-
-def find_answer(error: trio.BrokenResourceError) -> Exception:
-    """What a channel broke by: the error that was answered, if that is it."""
-    return error.__cause__ if isinstance(error.__cause__, RemoteError) else error
 
 
 # ---- ping ----
