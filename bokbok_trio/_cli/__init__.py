@@ -60,7 +60,7 @@ def _fail(error: BaseException, options: Namespace, out: Output) -> int:
 @contextmanager
 def _logging(options: Namespace) -> Generator[None]:
     """Show what the library logs, or nothing of it: what matters comes as an error too."""
-    handler = logging.StreamHandler() if options.verbose else logging.NullHandler()
+    handler = logging.StreamHandler() if options.verbose or options.shows_log else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     before = logger.level
     logger.addHandler(handler)

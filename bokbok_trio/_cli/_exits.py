@@ -25,6 +25,9 @@ from ._values import as_text
 RAISED: Final = "%"
 """Before the name of a declared exception, in the code of an error; see ``docs/interfaces.rst``."""
 
+INSECURE: Final = "insecure=True (or a key)"
+"""What the library says to pass for plain TCP, which is an option of ours."""
+
 
 class Exit(enum.IntEnum):
     """Exit codes; ``docs/cli.rst`` has the table."""
@@ -104,7 +107,7 @@ def find_leaf(error: BaseException) -> BaseException:
 
 def explain(error: BaseException) -> Failure:
     """Say what an error means to who ran the command."""
-    message = escape(str(error))
+    message = escape(str(error)).replace(INSECURE, "--insecure (or a key)")
     match error:
         case CommandError():
             return Failure(error.exit, message, error.code, error.details)
@@ -123,7 +126,7 @@ def explain(error: BaseException) -> Failure:
         case AuthenticationError() | ConnectionRefused():
             return Failure(Exit.REFUSED, message)
         case AddressError():
-            return Failure(Exit.USAGE, message.replace("insecure=True (or a key)", "--insecure (or a key)"))
+            return Failure(Exit.USAGE, message)
         case HandshakeError():
             return Failure(Exit.NO_CONNECTION, message)
         case OutputError() | ProtocolError():

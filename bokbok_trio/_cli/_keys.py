@@ -24,7 +24,7 @@ def new(options: Namespace, out: Output) -> None:
 def from_passphrase(options: Namespace, out: Output) -> None:
     """Derive a key from a passphrase, into a new file."""
     passphrase = ask_secret("Passphrase", twice=True)
-    with _explained():
+    with explained():
         key = trio.run(passphrase_to_key, passphrase, options.user)
     _save(key, options.file, out)
 
@@ -46,7 +46,7 @@ def check(options: Namespace, out: Output) -> None:
 def add_user(options: Namespace, out: Output) -> None:
     """Add a key of a user to a file, which is made if it is not there."""
     key = _read(options.key)
-    with _explained():
+    with explained():
         with suppress(FileExistsError):
             Keyring.create(options.file)
             out.note(f"made {options.file}")
@@ -57,7 +57,7 @@ def add_user(options: Namespace, out: Output) -> None:
 
 def remove_user(options: Namespace, out: Output) -> None:
     """Take a user, or one of the user's keys, out of a file."""
-    with _explained():
+    with explained():
         users = Keyring.load(options.file)
         try:
             users.remove(options.user, options.fingerprint)
@@ -67,7 +67,7 @@ def remove_user(options: Namespace, out: Output) -> None:
 
 def list_users(options: Namespace, out: Output) -> None:
     """Write the users of a file, with the fingerprints of their keys."""
-    with _explained():
+    with explained():
         users = Keyring.load(options.file)
     found = {user: [key.fingerprint for key in keys] for user, keys in users.items()}
     if out.is_for_programs:
@@ -81,7 +81,7 @@ def list_users(options: Namespace, out: Output) -> None:
 def _read(path: str) -> Key:
     if path != STDIN:
         return load_key(path)
-    with _explained():
+    with explained():
         return Key.from_text(ask_secret("Key"))
 
 
@@ -89,7 +89,7 @@ def _save(key: Key, path: str, out: Output) -> None:
     if path == STDIN:
         out.line(key.to_text())
         return
-    with _explained():
+    with explained():
         key.save(path)
     _write(out, path, "fingerprint", key.fingerprint)
 
@@ -103,7 +103,7 @@ def _write(out: Output, name: str, what: str, value: str) -> None:
 
 
 @contextmanager
-def _explained() -> Generator[None]:
+def explained() -> Generator[None]:
     """What is wrong with a file, a name or a key is said in one line."""
     try:
         yield

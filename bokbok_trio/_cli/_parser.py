@@ -10,13 +10,15 @@ from typing import IO, Any, Final, NoReturn
 
 import bokbok_trio
 
-from . import _keys, _requests
+from . import _keys, _requests, _serving
 from ._connecting import DEFAULT_TIMEOUT
 from ._exits import FORGIVABLE, CommandError, Exit
-from ._output import OUT, write_all
+from ._output import OUT, Output, write_all
 
-Run = Callable[[argparse.Namespace, Any], None]
+Run = Callable[[argparse.Namespace, Output], None]
 
+DEFAULT_ADDRESS: Final = "localhost:12345"
+SHELLS: Final = ("bash", "zsh", "fish", "tcsh")
 ADDRESS: Final = "HOST:PORT, [IPV6]:PORT, or the path of a UNIX socket with a slash in it"
 FIELD: Final = "a text, @FILE, or - for the standard input; after a backslash all is text"
 
@@ -74,8 +76,10 @@ def make_parser() -> Parser:
     _add_call(commands)
     _add_listing(commands)
     _add_ping(commands)
+    _add_serve(commands)
     _add_key(commands)
     _add_users(commands)
+    _add_completion(commands)
     return parser
 
 
@@ -83,7 +87,7 @@ def _add(commands: Any, name: str, run: Run, help: str, description: str = "") -
     """Add a command."""
     text = description or f"{help[0].upper()}{help[1:]}."
     parser: Parser = commands.add_parser(name, help=help, description=text)
-    parser.set_defaults(run=run, raw=False, graceful=[], verbose=False)
+    parser.set_defaults(run=run, raw=False, graceful=[], verbose=False, shows_log=False)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="JSON for programs, also of an error")
     output.add_argument("--seq", action="store_true", help="JSON as records of RFC 7464")
@@ -191,7 +195,7 @@ def _add_listing(commands: Any) -> None:
 def _typed(module: str, name: str) -> Run:
     """A command that needs the extra ``interface``, which is not loaded for others."""
 
-    def run(options: argparse.Namespace, out: Any) -> None:
+    def run(options: argparse.Namespace, out: Output) -> None:
         try:
             found = importlib.import_module(f".{module}", __package__)
         except ImportError as exc:
@@ -255,3 +259,44 @@ def _add_users(commands: Any) -> None:
     )
     list = _add(users, "list", _keys.list_users, "list users, with the fingerprints of their keys")
     _add_file(list, "the server's file of users")
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "serve",
+        _serving.serve,
+        "serve an object of a module, for development",
+        "Serve a handler, or what expose() returns, and begin anew when the code changes.",
+    )
+    parser.set_defaults(shows_log=True)
+    parser.add_argument("object", metavar="MODULE:OBJECT", help="as in app:handler")
+    parser.add_argument("address", metavar="ADDRESS", nargs="?", default=DEFAULT_ADDRESS, help=f"{ADDRESS}; {DEFAULT_ADDRESS} if not given")
+    users = parser.add_argument("--users", metavar="FILE", help="the users to let in, and their keys; plain if not given")
+    complete_files(users)
+    parser.add_argument("--service", metavar="NAME", default="", help="what this is, for clients that say it too")
+    parser.add_argument("--insecure", action="store_true", help="allow plain TCP with other machines")
+    parser.add_argument("--no-reload", action="store_true", help="leave the code as it is")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors of the command")
+
+
+def _add_completion(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "completion",
+        _complete,
+        "write what a shell needs to complete this command",
+        "Write what a shell needs to complete this command, as for bash: "
+        "bokbok completion bash > ~/.local/share/bash-completion/completions/bokbok",
+    )
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
+
+
+def _complete(options: argparse.Namespace, out: Output) -> None:
+    try:
+        import shtab  # noqa: PLC0415  (an extra)
+    except ImportError:
+        raise CommandError("this needs shtab: install bokbok-trio[completion]") from None
+    if options.shell not in shtab.SUPPORTED_SHELLS:
+        raise CommandError(f"this version of shtab does not know {options.shell}")
+    out.bytes(shtab.complete(make_parser(), options.shell).encode())
