@@ -199,7 +199,7 @@ Run = Callable[..., Ran]
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command in this process."""
-    for name in ("BOKBOK_KEY_FILE", "NO_COLOR"):
+    for name in ("BOKBOK_KEY_FILE", "BOKBOK_USER", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
 

@@ -116,10 +116,8 @@ def _decode_one(fields: list[bytes]) -> Any:
 
 def _show(value: Any, out: Output, *, is_item: bool = False) -> bytes:
     """A value as it is written: as JSON, or as it is."""
-    if out.raw and isinstance(value, bytes):
-        return value
-    if out.raw and isinstance(value, str):
-        return f"{value}\n".encode(errors="backslashreplace")
+    if out.raw and isinstance(value, bytes | str):
+        return out.encode_raw(value)
     return out.encode(as_json(value), is_item=is_item)
 
 

@@ -18,6 +18,7 @@ from ._exits import CommandError, Exit, describe_os_error
 DEFAULT_TIMEOUT: Final = 60.0
 """Seconds that a command may take that is no stream, with dialling and all."""
 
+USER: Final = "BOKBOK_USER"
 KEY_FILE: Final = "BOKBOK_KEY_FILE"
 
 _T = TypeVar("_T")
@@ -57,23 +58,25 @@ def load_key(path: str) -> Key:
 
 
 def find_key(options: Namespace) -> Key | None:
-    """The key to use, or None for a plain connection.
+    """The key to use, or None for a plain connection; its user becomes that of the options.
 
     Raises:
         CommandError: what is given does not go together, or the key cannot be loaded.
     """
     if options.plain:
-        if options.user is not None or options.key_file is not None:
+        if options.user or options.key_file:
             raise CommandError("--plain is without --user and --key-file", Exit.USAGE)
         return None
-    path: str | None = options.key_file or os.environ.get(KEY_FILE)
-    if path is None and options.user is None:
+    path = options.key_file or os.environ.get(KEY_FILE)
+    options.user = options.user or os.environ.get(USER)
+    if not path and not options.user:
         return None
-    if path is None:
-        raise CommandError(f"--user needs a key: give --key-file FILE, or set {KEY_FILE}", Exit.USAGE)
-    if options.user is None:
-        source = "--key-file is given" if options.key_file else f"{KEY_FILE} is set"
-        raise CommandError(f"{source}, so give --user NAME, or --plain to use no key", Exit.USAGE)
+    if not path:
+        raise CommandError(
+            f"a user needs a key: give --key-file FILE, or set {KEY_FILE}; or use none by --plain", Exit.USAGE
+        )
+    if not options.user:
+        raise CommandError(f"a key needs a user: give --user NAME, or set {USER}; or use none by --plain", Exit.USAGE)
     return load_key(path)
 
 

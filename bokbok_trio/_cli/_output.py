@@ -85,14 +85,19 @@ class Output:
 
     def line(self, text: str) -> None:
         """Write a line of text, which cannot steer a terminal."""
-        write_all(OUT, f"{self._tame(text)}\n".encode(errors="backslashreplace"))
+        write_all(OUT, self.encode_raw(text))
 
     def bytes(self, data: bytes) -> None:
-        """Write bytes as they are; but on a terminal as text, in lines, that does not steer it."""
-        if self.is_terminal:
-            self.line(data.decode(errors="backslashreplace"))
-        else:
-            write_all(OUT, data)
+        """Write bytes as they are; but on a terminal as a line of text that does not steer it."""
+        write_all(OUT, self.encode_raw(data))
+
+    def encode_raw(self, value: bytes | str) -> bytes:
+        """What `line` writes of a text, and `bytes` of bytes."""
+        if isinstance(value, bytes):
+            if not self.is_terminal:
+                return value
+            value = value.decode(errors="backslashreplace")
+        return f"{self._tame(value)}\n".encode(errors="backslashreplace")
 
     def value(self, value: Any, *, is_item: bool = False) -> None:
         """Write a JSON text: indented where people read it, unless it is one of many."""

@@ -99,12 +99,12 @@ def _add_connected(commands: Any, name: str, run: Run, help: str, description: s
     parser = _add(commands, name, run, help, description)
     parser.add_argument("address", metavar="ADDRESS", help=ADDRESS)
     access = parser.add_argument_group("connection")
-    access.add_argument("--user", metavar="NAME", help="who to be; needs a key")
+    access.add_argument("--user", metavar="NAME", help="who to be; BOKBOK_USER if not given")
     key_file = access.add_argument(
         "--key-file", metavar="FILE", help="where the user's key is; BOKBOK_KEY_FILE if not given"
     )
     complete_files(key_file)
-    access.add_argument("--plain", action="store_true", help="use no key, even if BOKBOK_KEY_FILE is set")
+    access.add_argument("--plain", action="store_true", help="use no key, whatever the environment says")
     access.add_argument("--service", metavar="NAME", default="", help="what is meant to be reached")
     access.add_argument("--insecure", action="store_true", help="allow plain TCP to another machine")
     access.add_argument(
@@ -126,7 +126,12 @@ def _add_connected(commands: Any, name: str, run: Run, help: str, description: s
 
 def complete_files(action: argparse.Action) -> None:
     """Have the shell complete the names of files here."""
-    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]
+    action.complete = {  # type: ignore[attr-defined]
+        "bash": "_shtab_compgen_files",
+        "zsh": "_files",
+        "tcsh": "f",
+        "fish": "(__fish_complete_path (commandline -ct))",
+    }
 
 
 def parse_seconds(text: str) -> float:
