@@ -70,6 +70,15 @@ class Files(Protocol):
     async def copy(self, source: str, *, progress: Callable[[float], Awaitable[None]]) -> None: ...
 
 
+class Bare(Protocol):
+    async def clear(self) -> None: ...
+
+
+class BareInMemory:
+    async def clear(self) -> None:
+        pass
+
+
 class FilesInMemory:
     async def stat(self, path: str, *, follow: bool = True) -> Stat:
         if path == "/gone":
@@ -94,6 +103,8 @@ class FilesInMemory:
     async def lines(self, path: str, *, count: int = 3) -> Any:
         for n in range(count):
             yield f"{path}:{n}"
+        if path == "/slow":
+            await trio.sleep(0.2)
         if path == "/breaks":
             raise RequestError("it broke", code="broken")
         if path == "/endless":
@@ -142,7 +153,8 @@ class PlainHandlers:
 
 
 def make_handler(*, listed: bool = True) -> Any:
-    return expose(Files, FilesInMemory(), listed=listed) | PlainHandlers()  # type: ignore[arg-type]
+    bare = expose(Bare, BareInMemory(), listed=listed)
+    return expose(Files, FilesInMemory(), listed=listed) | bare | PlainHandlers()
 
 
 @contextmanager
@@ -214,22 +226,29 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
 
 
 @contextmanager
+def replaced(fd: int, other: int) -> Iterator[None]:
+    """Have something else at a descriptor."""
+    kept = os.dup(fd)
+    os.dup2(other, fd)
+    try:
+        yield
+    finally:
+        os.dup2(kept, fd)
+        os.close(kept)
+
+
+@contextmanager
 def feeding(data: bytes | None) -> Iterator[None]:
     """Have some bytes on the standard input."""
     if data is None:
         yield
         return
-    kept = os.dup(0)
     reader, writer = os.pipe()
     with open(writer, "wb") as file:
         file.write(data)
-    os.dup2(reader, 0)
-    os.close(reader)
-    try:
+    with replaced(0, reader):
+        os.close(reader)
         yield
-    finally:
-        os.dup2(kept, 0)
-        os.close(kept)
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from bokbok_trio import Connection
-from tests.cli import Run, address, make_handler, run, serving
+from bokbok_trio import Connection, RequestError
+from bokbok_trio._cli import _connecting
+from bokbok_trio._cli._schemas import MAX_DEPTH, Schemas
+from tests.cli import Run, address, handler, make_handler, run, serving
 
 __all__ = ["address", "run"]
 
@@ -121,7 +121,16 @@ def test_arguments_in_files(run: Run, address: str, tmp_path: Path) -> None:
     text.write_bytes(b"\xfftext\n")
     number.write_text("17\n")
     tags.write_text('["a"]\n')
-    ran = run("call", address, "Files.echo", f"data=@{text}", f"number=@{number}", f"tags:=@{tags}", "text=@-", stdin=b"x\n")
+    ran = run(
+        "call",
+        address,
+        "Files.echo",
+        f"data=@{text}",
+        f"number=@{number}",
+        f"tags:=@{tags}",
+        "text=@-",
+        stdin=b"x\n",
+    )
     assert ran.json == {"data": "b'\\xfftext\\n'", "number": "17", "tags": "['a']", "text": "'x\\n'"}
     ran = run("call", address, "Files.echo", f"text=@{text}")
     assert (ran.code, ran.error) == (6, "text: expected text in UTF-8")
@@ -133,7 +142,11 @@ def test_arguments_in_files(run: Run, address: str, tmp_path: Path) -> None:
 
 
 def test_bytes_of_a_result_are_base64_or_as_they_are(run: Run, address: str) -> None:
-    assert run("call", address, "Files.stat", "path=/etc").json == {"size": 4, "owner": "root", "digest": "/wA="}
+    assert run("call", address, "Files.stat", "path=/etc").json == {
+        "size": 4,
+        "owner": "root",
+        "digest": "/wA=",
+    }
     assert run("call", address, "Files.read", "path=x").out == '"AGNvbnRlbnQK"\n'
     assert run("call", address, "Files.read", "path=x", "--raw").out == "\0content\n"
     assert run("call", address, "Files.stat", "path=x", "--raw").json["size"] == 1
@@ -190,6 +203,15 @@ def test_streams_that_are_sent(run: Run, address: str, tmp_path: Path) -> None:
     assert run("call", address, "Files.total", '{"numbers": [1, 2]}').out == "3\n"
     assert run("call", address, "Files.joined", "words=@-", stdin=b"1\ntwo\n").out == '"1,two"\n'
     assert run("follow", address, "Files.doubled", f"numbers=@{path}").out == "2\n4\n78\n"
+    assert run("call", "--timeout", 10, address, "Files.doubled", "numbers:=1").out == "2\n"
+
+
+def test_a_stream_has_no_time_limit_unless_one_is_given(
+    run: Run, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_connecting, "DEFAULT_TIMEOUT", 0.1)
+    assert run("call", address, "Files.lines", "path=/slow").out.count("\n") == 3
+    assert run("call", "--timeout=0.1", address, "Files.lines", "path=/slow").code == 124
 
 
 @pytest.mark.parametrize(
@@ -200,7 +222,11 @@ def test_streams_that_are_sent(run: Run, address: str, tmp_path: Path) -> None:
         (["numbers=@-"], 6, "numbers: expected JSON: Expecting value: line 1 column 1 (char 0)"),
         (["numbers=x"], 6, "numbers: expected integer, and got 'x'"),
         (["numbers:=x"], 6, "numbers: expected JSON: Expecting value: line 1 column 1 (char 0)"),
-        ([], 6, "numbers: Files.total takes a stream of items here: give numbers=@FILE, or @- for the standard input"),
+        (
+            [],
+            6,
+            "numbers: Files.total takes a stream of items here: numbers=@FILE, or @- for the standard input",
+        ),
         (['{"numbers": 1}'], 6, "numbers: Files.total takes a stream of items here: "),
         (['numbers:=["x"]'], 6, "Files.total was sent what its interface does not allow: "),
     ],
@@ -225,32 +251,44 @@ def test_a_side_that_lists_nothing_is_called_all_the_same(run: Run, unlisted: st
     ran = run("call", unlisted, "Files.echo", "number=5")
     assert ran.code == 6
     assert ran.error.startswith(
-        "Files.echo: $.number: expected int, got str; the other side lists no interfaces to us, so texts were "
-        "sent as texts: write NAME:=JSON"
+        "Files.echo: $.number: expected int, got str; the other side lists no interfaces to us, so texts "
+        "were sent as texts: write NAME:=JSON"
     )
     assert run("call", unlisted, "Files.stat", "path=/gone").error == "NoSuchFile: /gone"
     ran = run("list", unlisted)
     assert (ran.code, ran.out) == (5, "")
     assert ran.error == (
-        "the other side lists no interfaces, or tells it only to users: give --user and --key-file [no-method]"
+        "the other side lists no interfaces, or tells it only to users: give --user and --key-file "
+        "[no-method]"
     )
 
 
-@pytest.mark.parametrize(
-    ("answer", "error"),
-    [
-        ([], "what was answered is no value: "),
-        ([b"\xc1"], "what was answered is no value: "),
-    ],
-)
-def test_an_answer_that_is_none(run: Run, tmp_path: Path, answer: list[bytes], error: str) -> None:
+def test_an_answer_that_is_none(run: Run, tmp_path: Path) -> None:
     async def lie(connection: Connection, request: list[bytes]) -> list[bytes]:
-        return answer if request[0] == b"%call" else [msgspec.msgpack.encode([])] if answer else [b"x"]
+        match request:
+            case [b"%call", b"Files.stat", _]:
+                return [b"\xc1"]
+            case [b"%call", b"Files.fail", _]:
+                raise RequestError("it failed", code="%Failure", details=b"\xc1")
+            case [b"%call", *_]:
+                return []
+        raise RequestError("no")
 
     with serving(str(tmp_path / "sock"), lie) as address:
-        ran = run("list", address)
-        ran = run("call", address, "Files.stat")
-    assert ran.code in {1, 5}
+        for method in ("Files.stat", "Files.other"):
+            ran = run("call", address, method)
+            assert (ran.code, ran.out) == (1, "")
+            assert ran.error.startswith("what was answered is no value: ")
+        ran = run("call", address, "Files.fail")
+        assert (ran.code, ran.error) == (5, "it failed [Failure]")
+
+
+def test_a_listing_that_is_none(run: Run, tmp_path: Path) -> None:
+    with serving(str(tmp_path / "sock"), handler) as address:
+        for command in (["list"], ["call", "x"]):
+            ran = run(command[0], address, *command[1:])
+            assert (ran.code, ran.out) == (1, "")
+            assert ran.error.startswith("what was answered is no listing: ")
 
 
 # ---- list and describe ----
@@ -266,10 +304,11 @@ def test_the_listing_for_people(run: Run, address: str) -> None:
         "        Look at a file.",
     ]
     assert "Not at what it links to" not in ran.out
+    assert lines[-3:] == ["", "Bare", "    clear() -> None"]
 
 
 def test_the_listing_for_programs(run: Run, address: str) -> None:
-    [files] = run("list", "--json", address).json
+    files, _ = run("list", "--json", address).json
     assert files["name"] == "Files"
     [stat] = [each for each in files["methods"] if each["name"] == "stat"]
     assert stat["is_idempotent"]
@@ -279,8 +318,10 @@ def test_the_listing_for_programs(run: Run, address: str) -> None:
 def test_the_listing_as_markdown(run: Run, address: str) -> None:
     ran = run("list", "--markdown", address)
     assert ran.out.startswith(
-        "# Files\n\nA file store.\n\n## Files.stat\n\n```python\nstat(path: str, *, follow: bool = True) -> Stat\n```\n\n"
-        "Look at a file.\n\nNot at what it links to.\n\nIt may run twice.\n\nRaises `NoSuchFile` with path (text).\n\n"
+        "# Files\n\nA file store.\n\n## Files.stat\n\n"
+        "```python\nstat(path: str, *, follow: bool = True) -> Stat\n```\n\n"
+        "Look at a file.\n\nNot at what it links to.\n\nIt may run twice.\n\n"
+        "Raises `NoSuchFile` with path (text).\n\n"
     )
 
 
@@ -297,7 +338,7 @@ def test_the_description_of_a_method_has_calls_to_fill_in(run: Run, address: str
         "    It raises NoSuchFile with path (text)\n"
         "\n"
         f"bokbok call {address} Files.stat path=TEXT [follow=true|false]\n"
-        f"bokbok call {address} Files.stat '{{\"path\": \"\", \"follow\": true}}'\n"
+        f'bokbok call {address} Files.stat \'{{"path": "", "follow": true}}\'\n'
     )
     ran = run("describe", address, "Files.echo")
     assert (
@@ -309,6 +350,18 @@ def test_the_description_of_a_method_has_calls_to_fill_in(run: Run, address: str
     assert f"bokbok call {address} Files.doubled numbers=@FILE\n" in ran.out
 
 
+def test_an_interface_without_a_word_about_it(run: Run, address: str) -> None:
+    assert run("list", "--markdown", address).out.endswith(
+        "\n\n# Bare\n\n## Bare.clear\n\n```python\nclear() -> None\n```\n"
+    )
+    assert run("describe", address, "Bare.clear").out == (
+        f"clear() -> None\n\nbokbok call {address} Bare.clear\n"
+    )
+    assert run("call", address, "Bare.clear").out == "null\n"
+    ran = run("call", address, "Bare.clear", "x=1")
+    assert (ran.code, ran.error) == (6, "x: Bare.clear has no such argument; it takes none")
+
+
 def test_the_template_that_is_described_can_be_sent(run: Run, address: str) -> None:
     template = run("describe", "--json", address, "Files.echo").json["template"]
     assert template["mode"] == "r"
@@ -316,3 +369,68 @@ def test_the_template_that_is_described_can_be_sent(run: Run, address: str) -> N
     assert ran.json.keys() == template.keys()
     template = run("describe", "--json", address, "Files.total").json["template"]
     assert run("call", address, "Files.total", json.dumps(template)).out == "0\n"
+
+
+# ---- schemas, which the other side may make up ----
+
+
+def names_of(*schemas: Any) -> list[str]:
+    return [Schemas({}).name(each) for each in schemas]
+
+
+def test_the_names_of_types() -> None:
+    assert names_of(
+        {"type": "string", "format": "uuid"}, {"type": "array"}, {"type": "object"}, {}, None, {"type": 3}
+    ) == ["uuid", "a list", "an object", "anything", "anything", "3"]
+
+
+def test_references_that_lead_nowhere_or_in_circles_allow_everything() -> None:
+    schemas = Schemas({"A": {"$ref": "#/$defs/A"}, "B": 3})
+    for name in "ABC":
+        assert schemas.resolve({"$ref": f"#/$defs/{name}"}) == {}
+    assert schemas.from_text({"$ref": "#/$defs/A"}, "5") == "5"
+    assert schemas.properties({"properties": 3}) == {}
+    assert schemas.from_json({"type": "array", "items": 3, "prefixItems": None}, [1]) == [1]
+
+
+def test_a_template_of_what_holds_itself_ends() -> None:
+    tree = {"type": "object", "properties": {"left": {"$ref": "#/$defs/Tree"}, "size": {"default": 7}}}
+    schemas = Schemas({"Tree": tree})
+    template = schemas.template({"$ref": "#/$defs/Tree"})
+    depth = 0
+    while template is not None:
+        assert template["size"] == 7
+        template, depth = template["left"], depth + 1
+    assert depth == MAX_DEPTH + 1
+    assert schemas.template({"anyOf": [{"type": "integer"}, {"type": "string"}]}) == 0
+    assert schemas.template({"enum": ["x", "y"]}) == "x"
+    assert schemas.template({"type": "array", "prefixItems": [{"type": "number"}, {}]}) == [0.0, None]
+    deep: Any = "AA=="
+    for _ in range(MAX_DEPTH + 2):
+        deep = {"left": deep}
+    assert schemas.from_json({"$ref": "#/$defs/Tree"}, deep) == deep
+
+
+def test_the_alternative_that_fits_is_taken() -> None:
+    """Of several classes the one whose tag and fields are there; of other types the one of that kind."""
+    data = {"type": "string", "contentEncoding": "base64"}
+    first = {"type": "object", "properties": {"kind": {"enum": ["a"]}, "data": data}, "required": ["kind"]}
+    second = {"type": "object", "properties": {"kind": {"enum": ["b"]}, "data": {"type": "string"}}}
+    either = {
+        "anyOf": [{"type": "null"}, {"type": "integer"}, first, second, {"type": "array", "items": data}]
+    }
+    schemas = Schemas({})
+    assert schemas.from_json(either, {"kind": "a", "data": "AA=="}) == {"kind": "a", "data": b"\0"}
+    assert schemas.from_json(either, {"kind": "b", "data": "AA=="}) == {"kind": "b", "data": "AA=="}
+    assert schemas.from_json(either, {"data": "AA=="}) == {"data": "AA=="}
+    assert schemas.from_json(either, ["AA=="]) == [b"\0"]
+    assert schemas.from_json({"anyOf": [{"enum": ["AA=="]}, data]}, "AA==") == "AA=="
+    assert schemas.from_json({"anyOf": [{"enum": ["x"]}, {}]}, "AA==") == "AA=="
+    assert schemas.from_json({"anyOf": [{"type": "integer"}, {"type": "boolean"}]}, True) is True
+    assert schemas.from_json(either, 1.5) == 1.5
+
+
+def test_placeholders() -> None:
+    schemas = Schemas({})
+    assert schemas.placeholder("x", {"type": "string", "format": "uuid"}) == "x=UUID"
+    assert schemas.placeholder("x", {"enum": [1, "a"]}) == "x=1|a"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
 import re
+import runpy
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +20,11 @@ from bokbok_trio import (
     ConnectionLost,
     ConnectionRefused,
     HandshakeError,
-    Key,
     MessageTooLarge,
     ProtocolError,
     RemoteError,
-    Settings,
 )
-from bokbok_trio._cli import _output, main
+from bokbok_trio._cli import main
 from bokbok_trio._cli._exits import CommandError, Exit, OutputError, ReaderGone, explain, find_leaf
 from tests.cli import Run, address, make_handler, run, serving
 
@@ -203,7 +198,10 @@ def test_a_message_that_is_too_large(run: Run, address: str, tmp_path: Path) -> 
     path.write_bytes(bytes(5 * 2**20))
     ran = run("request", address, f"@{path}")
     assert ran.code == 6
-    assert ran.error == "the message takes 5242900 bytes, and this connection allows 4194304" or "message" in ran.error
+    assert (
+        ran.error == "the message takes 5242900 bytes, and this connection allows 4194304"
+        or "message" in ran.error
+    )
 
 
 # ---- --graceful, --json, --verbose ----
@@ -211,7 +209,15 @@ def test_a_message_that_is_too_large(run: Run, address: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("graceful", "code"),
-    [(["why"], 0), (["5"], 0), (["other", "why"], 0), (["other"], 5), (["4", "05", "7"], 0), (["1"], 5), (["¹"], 5)],
+    [
+        (["why"], 0),
+        (["5"], 0),
+        (["other", "why"], 0),
+        (["other"], 5),
+        (["4", "05", "7"], 0),
+        (["1"], 5),
+        (["¹"], 5),
+    ],
 )
 def test_graceful_makes_one_error_none(run: Run, address: str, graceful: list[str], code: int) -> None:
     ran = run("request", address, "no", "why", *[f"--graceful={each}" for each in graceful])
@@ -251,11 +257,20 @@ def test_verbose_shows_where(run: Run, address: str) -> None:
         (["request", "a:1", "x", "--timeout=-1"], "argument --timeout: '-1' is no number of seconds (see "),
         (["request", "a:1", "x", "--timeout"], "argument --timeout: expected one argument (see "),
         (["ping", "a:1", "-c", "0"], "argument -c/--count: '0' is no number from 1 on (see "),
-        (["request", "a:1", "x", "--user", "ann"], "a user needs a key: give --key-file FILE, or set BOKBOK_KEY_FILE; or use none by --plain"),
-        (["request", "a:1", "x", "--key-file", "f"], "a key needs a user: give --user NAME, or set BOKBOK_USER; or use none by --plain"),
+        (
+            ["request", "a:1", "x", "--user", "ann"],
+            "a user needs a key: give --key-file FILE, or set BOKBOK_KEY_FILE; or use none by --plain",
+        ),
+        (
+            ["request", "a:1", "x", "--key-file", "f"],
+            "a key needs a user: give --user NAME, or set BOKBOK_USER; or use none by --plain",
+        ),
         (["request", "a:1", "x", "--plain", "--user", "ann"], "--plain is without --user and --key-file"),
         (["request", "localhost:1", "x", "--service", "s"], "a service needs a key: "),
-        (["request", "192.0.2.1:1", "x"], "plain TCP with 192.0.2.1, which is not loopback, needs --insecure (or a key)"),
+        (
+            ["request", "192.0.2.1:1", "x"],
+            "plain TCP with 192.0.2.1, which is not loopback, needs --insecure (or a key)",
+        ),
     ],
 )
 def test_a_wrong_use_is_one_line(run: Run, args: list[str], error: str) -> None:
@@ -267,7 +282,10 @@ def test_a_wrong_use_is_one_line(run: Run, args: list[str], error: str) -> None:
 def test_a_key_in_the_environment_wants_a_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOKBOK_KEY_FILE", "/nowhere")
     ran = run("request", "a:1", "x")
-    assert (ran.code, ran.error) == (2, "a key needs a user: give --user NAME, or set BOKBOK_USER; or use none by --plain")
+    assert (ran.code, ran.error) == (
+        2,
+        "a key needs a user: give --user NAME, or set BOKBOK_USER; or use none by --plain",
+    )
     monkeypatch.setenv("BOKBOK_USER", "ann")
     ran = run("request", "a:1", "x")
     assert (ran.code, ran.error) == (1, "cannot use the key file /nowhere: No such file or directory")
@@ -288,9 +306,22 @@ def test_the_arguments_of_the_process_are_those_of_main(
     assert capfd.readouterr().out.startswith("bokbok ")
 
 
+def test_the_package_is_the_command(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bokbok", "--version"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("bokbok_trio", run_name="__main__")
+    assert caught.value.code == 0
+    assert capfd.readouterr().out.startswith("bokbok ")
+    assert runpy.run_module("bokbok_trio.__main__")["main"] is main
+
+
 def test_without_msgspec_it_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
-        if name.startswith(("bokbok_trio.interface", "bokbok_trio._cli._calls", "bokbok_trio._cli._listing", "msgspec")):
+        if name.startswith(
+            ("bokbok_trio.interface", "bokbok_trio._cli._calls", "bokbok_trio._cli._listing", "msgspec")
+        ):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "msgspec", None)
     for command in ("call", "follow", "describe"):

@@ -12,7 +12,6 @@ import pytest
 import trio
 
 from bokbok_trio import Key, Keyring, passphrase_to_key
-from bokbok_trio._cli import _fields
 from tests.cli import Run, run
 
 __all__ = ["run"]
@@ -56,7 +55,9 @@ def test_a_key_is_shown_where_that_is_asked_for(run: Run, key: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("key", "check"), ("key", "show")])
-def test_what_is_no_key_is_said_and_not_shown(run: Run, command: tuple[str, str], tmp_path: Path, key: Path) -> None:
+def test_what_is_no_key_is_said_and_not_shown(
+    run: Run, command: tuple[str, str], tmp_path: Path, key: Path
+) -> None:
     text = swap_end(key.read_text().strip())
     wrong = tmp_path / "wrong.key"
     wrong.write_text(text)
@@ -108,7 +109,7 @@ def test_a_passphrase_is_asked_for_twice(run: Run, tmp_path: Path, monkeypatch: 
             raise EOFError
         return typed.pop(0)
 
-    monkeypatch.setattr(_fields.os, "isatty", lambda fd: fd == 0)
+    monkeypatch.setattr(os, "isatty", lambda fd: fd == 0)
     monkeypatch.setattr(getpass, "getpass", ask)
     ran = run("key", "from-passphrase", "ann", tmp_path / "a.key")
     assert (ran.code, ran.error) == (1, "nothing was typed")
@@ -148,7 +149,10 @@ def test_users_that_cannot_be(run: Run, tmp_path: Path, key: Path) -> None:
     ran = run("users", "list", tmp_path / "none")
     assert (ran.code, ran.error) == (1, f"{tmp_path}/none: No such file or directory")
     ran = run("users", "add", tmp_path / "users.keys", "", key)
-    assert (ran.code, ran.err.splitlines()[-1]) == (1, "bokbok: a user name is 1 to 255 bytes of UTF-8, and not 0")
+    assert (ran.code, ran.err.splitlines()[-1]) == (
+        1,
+        "bokbok: a user name is 1 to 255 bytes of UTF-8, and not 0",
+    )
 
 
 # ---- secrets ----

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import json
+import datetime as dt
 import math
 import os
 import pty
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,27 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
-from bokbok_trio._cli import _output, _progress, main
-from bokbok_trio._cli._exits import Failure, Exit, OutputError, ReaderGone
+from bokbok_trio._cli import _progress, main
+from bokbok_trio._cli._exits import OutputError, ReaderGone
 from bokbok_trio._cli._output import Output, colour, open_missing_descriptors, write_all
 from bokbok_trio._cli._values import as_json, dump
-from tests.cli import Run, address, run
+from tests.cli import Run, address, replaced, run
 
 __all__ = ["address", "run"]
-
-
-@contextmanager
-def replaced(fd: int, other: int) -> Iterator[None]:
-    """Have something else at a descriptor."""
-    kept = os.dup(fd)
-    os.dup2(other, fd)
-    try:
-        yield
-    finally:
-        os.dup2(kept, fd)
-        os.close(kept)
 
 
 @contextmanager
@@ -71,7 +58,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- terminals ----
 
 
-def test_a_result_is_pretty_on_a_terminal_only(run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_pretty_on_a_terminal_only(
+    run: Run, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = ["call", address, "Files.stat", "path=/etc", "follow=false"]
     assert run(*args).out == '{"size": 4, "owner": null, "digest": "/wA="}\n'
     with on_terminal(1) as read:
@@ -115,9 +104,7 @@ def test_nothing_that_comes_steers_a_terminal(address: str) -> None:
         assert read() == "\n"
 
 
-def test_bytes_are_written_as_they_are_unless_on_a_terminal(
-    run: Run, address: str, tmp_path: Path
-) -> None:
+def test_bytes_are_written_as_they_are_unless_on_a_terminal(run: Run, address: str, tmp_path: Path) -> None:
     path = tmp_path / "bytes"
     path.write_bytes(b"\xff\x1b")
     with on_terminal(1) as read:
@@ -244,10 +231,6 @@ def test_a_pipe_that_nobody_reads_ends_a_command_quietly(
         assert capfd.readouterr().err == ""
 
 
-def test_a_reader_who_waits_does_not_break_the_connection(address: str) -> None:
-    """Who reads nothing for a while makes a command wait, and its connection still answers pings."""
-
-
 def test_what_is_written_waits_where_a_pipe_does_not(capfd: pytest.CaptureFixture[str]) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -297,7 +280,7 @@ def test_descriptors_that_are_missing_are_not_given_to_sockets() -> None:
         (2**70, "1180591620717411303424"),
         (b"\xff", '"/w=="'),
         ({1: 2, b"\xff": 3, None: 4, (1, 2): 5}, '{"1": 2, "/w==": 3, "null": 4, "[1, 2]": 5}'),
-        ([True, None, (1,), {3}], "[true, null, [1], [3]]"),
+        ([True, None, [1]], "[true, null, [1]]"),
         ("grüße", '"grüße"'),
         ("\ud800", '"\\ud800"'),
     ],
@@ -307,15 +290,11 @@ def test_a_value_as_json(value: Any, shown: str) -> None:
 
 
 def test_times_and_what_else_travels_are_texts() -> None:
-    import datetime
-
-    assert as_json(datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC)) == "2020-01-02T00:00:00+00:00"
+    assert as_json(dt.datetime(2020, 1, 2, tzinfo=dt.UTC)) == "2020-01-02T00:00:00+00:00"
     assert as_json(Path("/x")) == "/x"
 
 
 def test_colours_leave_the_text_as_it_is() -> None:
     text = dump({"a": [1, -2.5e3, True, None, 'x"y: 3 true'], "b\\": {}}, indent=2)
-    import re
-
     assert re.sub(r"\x1b\[\d+m", "", colour(text)) == text
     assert colour('"a": "b"') == '\x1b[34m"a"\x1b[0m: \x1b[32m"b"\x1b[0m'

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from bokbok_trio import Key
-from tests.cli import Run, address, make_handler, run, serving
+from tests.cli import Run, address, make_handler, replaced, run, serving
 
 __all__ = ["address", "run"]
 
@@ -44,6 +45,11 @@ def test_what_cannot_be_read_is_said(run: Run, address: str, tmp_path: Path) -> 
     assert ran.error == f"cannot read '{tmp_path}/none': No such file or directory"
     ran = run("request", address, "-", "@-")
     assert (ran.code, ran.error) == (2, "the standard input can be one field only")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with replaced(0, folder):
+        ran = run("request", address, "-")
+    os.close(folder)
+    assert (ran.code, ran.error) == (1, "cannot read the standard input: Is a directory")
     ran = run("request", address, "@a\0b")
     assert (ran.code, ran.error) == (1, r"cannot read 'a\x00b': embedded null byte")
 
@@ -78,6 +84,11 @@ def test_ping_writes_a_line_each_and_a_summary(run: Run, address: str) -> None:
     assert [part.split()[0] for part in times.split(", ")] == ["min", "median", "p99"]
 
 
+def test_a_ping_that_does_not_come_to_pass_has_no_summary(run: Run) -> None:
+    ran = run("ping", "./none")
+    assert (ran.code, ran.out) == (3, "")
+
+
 def test_ping_for_programs(run: Run, address: str) -> None:
     ran = run("ping", "--seq", "-c", 1, address)
     assert ran.out.count("\x1e") == 2
@@ -85,8 +96,6 @@ def test_ping_for_programs(run: Run, address: str) -> None:
 
 
 # ---- users, keys and time ----
-
-
 
 
 def test_a_key(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

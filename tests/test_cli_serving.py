@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from bokbok_trio import Key, Keyring, PeerCredentials, open_connection
+from bokbok_trio import ConnectionLost, Key, Keyring, PeerCredentials, open_connection
 from bokbok_trio._cli import _serving
 from tests.cli import Run, run
 
@@ -25,11 +25,15 @@ __all__ = ["run"]
 WAIT = 20.0
 
 APP = """
-import os, signal
+import os, signal, trio
 from bokbok_trio import RequestError
 async def handler(connection, request):
-    if request == [b"stop"]:
+    if request[0] == b"stop":
         os.kill(os.getpid(), signal.SIGTERM)
+    if request == [b"stop", b"twice"]:
+        await connection.draining.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        await trio.sleep_forever()
     if request == [b"change"]:
         os.utime(__file__, (1, 1))
     return ["first", connection.user or "nobody"]
@@ -71,6 +75,8 @@ class Asked(threading.Thread):
                     async with open_connection(self._address, **self._options) as connection:
                         self.answer = await connection.request(self._fields)
                         return
+                except ConnectionLost:
+                    return
                 except OSError:
                     await trio.sleep(0.01)
 
@@ -89,9 +95,14 @@ def test_a_handler_is_served_until_a_signal_comes(run: Run, app: str) -> None:
     assert asked.answer[0] == b"first"
     assert ran.err.startswith(f"bokbok: serving {app}:Box.handler plain on ")
     if sys.platform == "linux":
-        import pwd
-
         assert asked.answer[1].decode() == pwd.getpwuid(os.getuid()).pw_name
+
+
+def test_a_second_signal_stops_it_at_once(run: Run, app: str) -> None:
+    asked = Asked("./sock", "stop", "twice")
+    ran = run("serve", f"{app}:handler", "./sock")
+    asked.join()
+    assert (ran.code, asked.answer) == (0, [])
 
 
 def test_users_are_let_in_by_their_keys(run: Run, app: str, tmp_path: Path) -> None:
@@ -141,22 +152,41 @@ def test_code_that_cannot_be_loaded_is_waited_for(
     [
         ("nothing", "./sock", 2, "'nothing' is no MODULE:OBJECT, as in app:handler"),
         ("APP:", "./sock", 2, "'APP:' is no MODULE:OBJECT, as in app:handler"),
-        ("APP:nothing", "./sock", 1, "cannot load APP:nothing: AttributeError: module 'APP' has no attribute 'nothing'"),
-        ("no_such_module:x", "./sock", 1, "cannot load no_such_module:x: ModuleNotFoundError: No module named"),
+        (
+            "APP:nothing",
+            "./sock",
+            1,
+            "cannot load APP:nothing: AttributeError: module 'APP' has no attribute 'nothing'",
+        ),
+        (
+            "no_such_module:x",
+            "./sock",
+            1,
+            "cannot load no_such_module:x: ModuleNotFoundError: No module named",
+        ),
         ("APP:number", "./sock", 2, "request_handler must be an async function, not 3"),
         ("APP:handler", "nonsense", 2, "invalid address: 'nonsense'"),
-        ("APP:handler", ":0", 2, "plain TCP with all interfaces, which is not loopback, needs --insecure (or a key)"),
+        (
+            "APP:handler",
+            ":0",
+            2,
+            "plain TCP with all interfaces, which is not loopback, needs --insecure (or a key)",
+        ),
         ("APP:handler", "./taken", 1, "CWD/taken is in use"),
         ("APP:handler", "./none/sock", 1, ""),
     ],
 )
-def test_what_cannot_be_served(run: Run, app: str, object: str, address: str, code: int, error: str) -> None:
+def test_what_cannot_be_served(  # noqa: PLR0917  (parameters)
+    run: Run, app: str, object: str, address: str, code: int, error: str
+) -> None:
     with socket.socket(socket.AF_UNIX) as taken:
         taken.bind("taken")
         taken.listen()
         ran = run("serve", object.replace("APP", app), address, "--no-reload")
     assert (ran.code, ran.out) == (code, "")
-    assert ran.err.splitlines()[-1].startswith("bokbok: " + error.replace("APP", app).replace("CWD", os.getcwd()))
+    assert ran.err.splitlines()[-1].startswith(
+        "bokbok: " + error.replace("APP", app).replace("CWD", os.getcwd())
+    )
 
 
 def test_a_file_of_users_that_is_not_there(run: Run, app: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from bokbok_trio._cli._parser import make_parser
 from tests.cli import Run, address, run
 
 __all__ = ["address", "run"]
@@ -58,7 +59,7 @@ def read_until(fd: int, words: str, *, without_colours: bool = True) -> str:
 
 def in_shell(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script, in which bokbok is the command."""
-    command = f"bokbok() {{ {shlex.join(BOKBOK)} \"$@\"; }}\n{script}"
+    command = f'bokbok() {{ {shlex.join(BOKBOK)} "$@"; }}\n{script}'
     return subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=WAIT, check=False,
         env={**os.environ, **environment},
@@ -123,7 +124,9 @@ def test_a_key_is_typed_in_tmux(tmp_path: Path) -> None:
     def wait_for(words: str) -> str:
         end = time.monotonic() + WAIT
         while True:
-            shown = subprocess.run([*session, "capture-pane", "-p"], capture_output=True, text=True, check=True).stdout
+            shown = subprocess.run(
+                [*session, "capture-pane", "-p"], capture_output=True, text=True, check=True
+            ).stdout
             if words in shown:
                 return shown
             assert time.monotonic() < end, shown
@@ -145,10 +148,10 @@ def test_a_key_is_typed_in_tmux(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The completions for all shells, made by one process each call would take long."""
-    from bokbok_trio._cli._parser import make_parser
-
-    shtab = pytest.importorskip("shtab", reason="shtab is not installed: pip install 'bokbok-trio[completion]'")
+    """The completions for all shells, as the command writes them."""
+    shtab = pytest.importorskip(
+        "shtab", reason="shtab is not installed: pip install 'bokbok-trio[completion]'"
+    )
     folder = tmp_path_factory.mktemp("completion")
     for shell in ("bash", "zsh"):
         (folder / shell).write_text(shtab.complete(make_parser(), shell))
@@ -167,7 +170,8 @@ def test_a_completion_is_written(run: Run, shell: str) -> None:
 def test_bash_completes(scripts: Path) -> None:
     script = (
         f". {scripts}/bash\n"
-        "try() { COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _shtab_bokbok; echo ${COMPREPLY[@]}; }\n"
+        'try() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _shtab_bokbok\n'
+        "echo ${COMPREPLY[@]}; }\n"
         "try bokbok re\ntry bokbok key n\ntry bokbok call --key\ntry bokbok completion z\n"
     )
     ran = in_shell(script)
@@ -183,7 +187,9 @@ def test_zsh_completes(scripts: Path, tmp_path: Path) -> None:
         os.chdir(tmp_path)
         os.execvp("zsh", ["zsh", "-f", "-i"])
     try:
-        os.write(fd, b"PS1='ready> '; fpath=($PWD $fpath); autoload -U compinit; compinit -u -D; echo x$((1))y\n")
+        os.write(
+            fd, b"PS1='ready> '; fpath=($PWD $fpath); autoload -U compinit; compinit -u -D; echo x$((1))y\n"
+        )
         read_until(fd, "x1y")
         os.write(fd, b"bokbok describ\t")
         read_until(fd, "describe ")
@@ -202,7 +208,9 @@ def test_without_shtab_it_says_what_to_install(run: Run, monkeypatch: pytest.Mon
 
 
 def test_an_older_shtab_knows_fewer_shells(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    shtab = pytest.importorskip("shtab", reason="shtab is not installed: pip install 'bokbok-trio[completion]'")
+    shtab = pytest.importorskip(
+        "shtab", reason="shtab is not installed: pip install 'bokbok-trio[completion]'"
+    )
     monkeypatch.setattr(shtab, "SUPPORTED_SHELLS", ["bash"])
     ran = run("completion", "zsh")
     assert (ran.code, ran.error) == (1, "this version of shtab does not know zsh")

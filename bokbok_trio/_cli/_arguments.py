@@ -1,8 +1,8 @@
 r"""The arguments of a call as HTTPie writes them, or as a JSON object.
 
 ``name=text`` is a text, or what the listing says that it stands for; ``name:=json`` is a value of JSON;
-``name=@file`` and ``name:=@file`` have the same in a file, ``@-`` in the standard input. ``name=\@text`` is a text
-that begins with ``@``. One argument alone may be a JSON object, ``@file`` with one, or ``-``.
+``name=@file`` and ``name:=@file`` have the same in a file, ``@-`` in the standard input. ``name=\@text`` is a
+text that begins with ``@``. One argument alone may be a JSON object, ``@file`` with one, or ``-``.
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ def check_names(names: Sequence[str], known: Sequence[str], path: str) -> None:
     for name in names:
         if name not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise CommandError(f"{name}: {path} has no such argument; {takes}", Exit.BAD_ARGUMENTS, "bad-arguments")
+            raise CommandError(
+                f"{name}: {path} has no such argument; {takes}", Exit.BAD_ARGUMENTS, "bad-arguments"
+            )
 
 
 def show_object(value: Any) -> str:

@@ -27,15 +27,15 @@ from ._exits import RAISED, CommandError, Exit
 from ._listing import Listed, find_method
 from ._output import Output
 from ._schemas import Schemas, is_bytes, parse_json
-from ._streams import give, read_chunks, split_lines, write_items
-from ._values import as_json
+from ._streams import give, read_chunks, send_nothing, split_lines, write_items
+from ._values import as_json, is_list
 
 _decode = make_decoder(Any)
 _encode = make_encoder()
 
 UNLISTED = (
-    "; the other side lists no interfaces to us, so texts were sent as texts: write NAME:=JSON for all else, and "
-    "bokbok follow for a method that streams"
+    "; the other side lists no interfaces to us, so texts were sent as texts: write NAME:=JSON for all else, "
+    "and bokbok follow for a method that streams"
 )
 
 
@@ -91,17 +91,19 @@ async def _find(session: Session, path: str) -> Listed | None:
 async def _make(session: Session, prepared: _Prepared, out: Output, *, is_stream: bool) -> None:
     """Make the call, and write what comes of it."""
     source = prepared.source
-    coder = ValueCoder("the command line gave", Any, Hooks())
+    if source is None:
+        sending = send_nothing
+    else:
+        sending = partial(pump, source, coder=ValueCoder("the command line gave", Any, Hooks()))
     if is_stream:
         session.allow_any_time()
-        sending = None if source is None else lambda channel: pump(source, channel, coder)
-        await write_items(session, prepared.fields, lambda item: _show(_decode_one(item), out, is_item=True), out, sending)
+        await write_items(session, prepared.fields, partial(_show_item, out), out, sending)
         return
     if source is None:
         answer = await session.connection.request(prepared.fields)
     else:
         session.allow_any_time()
-        async with session.connection.open_channel(prepared.fields) as channel, pump(source, channel, coder):
+        async with session.connection.open_channel(prepared.fields) as channel, sending(channel):
             answer = await channel.answer()
     await out.item(_show(_decode_one(answer), out))
 
@@ -119,6 +121,10 @@ def _show(value: Any, out: Output, *, is_item: bool = False) -> bytes:
     if out.raw and isinstance(value, bytes | str):
         return out.encode_raw(value)
     return out.encode(as_json(value), is_item=is_item)
+
+
+def _show_item(out: Output, fields: list[bytes]) -> bytes:
+    return _show(_decode_one(fields), out, is_item=True)
 
 
 # ---- arguments ----
@@ -153,14 +159,14 @@ def _take_source(method: Listed, arguments: Arguments, out: Output) -> tuple[Arg
     name = method.stream
     if isinstance(arguments, dict):
         items = arguments.get(name)
-        if isinstance(items, list):
+        if is_list(items):
             return {key: value for key, value in arguments.items() if key != name}, _give(method, items)
     else:
         for given in arguments:
             if given.name == name:
                 return [each for each in arguments if each is not given], _open_source(method, given, out)
     raise CommandError(
-        f"{name}: {method.path} takes a stream of items here: give {name}=@FILE, or @- for the standard input",
+        f"{name}: {method.path} takes a stream of items here: {name}=@FILE, or @- for the standard input",
         Exit.BAD_ARGUMENTS,
         BAD_ARGUMENTS,
     )
@@ -174,7 +180,7 @@ def _open_source(method: Listed, given: Given, out: Output) -> AsyncIterable[Any
             if not given.is_json:
                 return give([method.schemas.from_text(schema, given.read().decode())])
             items = parse_json(given.read())
-        return _give(method, items if isinstance(items, list) else [items])
+        return _give(method, items if is_list(items) else [items])
     chunks = read_chunks(given.file, out)
     if is_bytes(schema) and not given.is_json:
         return chunks

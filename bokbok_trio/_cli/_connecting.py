@@ -76,11 +76,15 @@ def find_key(options: Namespace) -> Key | None:
             f"a user needs a key: give --key-file FILE, or set {KEY_FILE}; or use none by --plain", Exit.USAGE
         )
     if not options.user:
-        raise CommandError(f"a key needs a user: give --user NAME, or set {USER}; or use none by --plain", Exit.USAGE)
+        raise CommandError(
+            f"a key needs a user: give --user NAME, or set {USER}; or use none by --plain", Exit.USAGE
+        )
     return load_key(path)
 
 
-def run_connected(options: Namespace, work: Callable[[Session], Awaitable[_T]], *, is_stream: bool = False) -> _T:
+def run_connected(
+    options: Namespace, work: Callable[[Session], Awaitable[_T]], *, is_stream: bool = False
+) -> _T:
     """Open a connection, do some work with it, and return what came of it.
 
     Arguments:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, cast
 
 from bokbok_trio import (
@@ -108,32 +109,31 @@ def find_leaf(error: BaseException) -> BaseException:
 def explain(error: BaseException) -> Failure:
     """Say what an error means to who ran the command."""
     message = escape(str(error)).replace(INSECURE, "--insecure (or a key)")
-    match error:
-        case CommandError():
-            return Failure(error.exit, message, error.code, error.details)
-        case KeyboardInterrupt():
-            return Failure(Exit.INTERRUPTED, "interrupted")
-        case ReaderGone():
-            return Failure(Exit.NO_READER, "")
-        case RemoteError():
-            return _explain_answer(error)
-        case MessageTooLarge():
-            return Failure(Exit.BAD_ARGUMENTS, message)
-        case ConnectionLost() | ConnectionClosed():
-            if error.may_have_run:
-                return Failure(Exit.LOST, f"the connection was lost, and it may have run: {message}")
-            return Failure(Exit.LOST_NOT_RUN, f"the connection was lost, and it did not run: {message}")
-        case AuthenticationError() | ConnectionRefused():
-            return Failure(Exit.REFUSED, message)
-        case AddressError():
-            return Failure(Exit.USAGE, message)
-        case HandshakeError():
-            return Failure(Exit.NO_CONNECTION, message)
-        case OutputError() | ProtocolError():
-            return Failure(Exit.OURS, message)
-        case _:
-            name = type(error).__name__
-            return Failure(Exit.OURS, f"{name}: {message} (this is a defect; --verbose shows where)")
+    if isinstance(error, CommandError):
+        return Failure(error.exit, message, error.code, error.details)
+    if isinstance(error, RemoteError):
+        return _explain_answer(error)
+    if isinstance(error, ConnectionLost | ConnectionClosed):
+        exit, what = (Exit.LOST, "may have run") if error.may_have_run else (Exit.LOST_NOT_RUN, "did not run")
+        return Failure(exit, f"the connection was lost, and it {what}: {message}")
+    if isinstance(error, KeyboardInterrupt):
+        return Failure(Exit.INTERRUPTED, "interrupted")
+    for cls, exit in _EXITS.items():
+        if isinstance(error, cls):
+            return Failure(exit, message)
+    return Failure(Exit.OURS, f"{type(error).__name__}: {message} (this is a defect; --verbose shows where)")
+
+
+_EXITS: Final[Mapping[type[BaseException], Exit]] = {
+    OutputError: Exit.OURS,
+    ProtocolError: Exit.OURS,
+    AddressError: Exit.USAGE,
+    AuthenticationError: Exit.REFUSED,
+    ConnectionRefused: Exit.REFUSED,
+    HandshakeError: Exit.NO_CONNECTION,
+    MessageTooLarge: Exit.BAD_ARGUMENTS,
+    ReaderGone: Exit.NO_READER,
+}
 
 
 def _explain_answer(error: RemoteError) -> Failure:

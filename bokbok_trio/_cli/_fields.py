@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Final, NoReturn
 
-from ._exits import CommandError, Exit, describe_os_error
+from ._exits import CommandError, Exit
 
 STDIN: Final = "-"
 FILE: Final = "@"
@@ -20,8 +20,8 @@ KEY_TEXT: Final = "bokbok-key-1"
 SECRET_OPTIONS: Final = ("--key", "--passphrase", "--password")
 
 WHY_NOT: Final = (
-    "no key and no passphrase is taken from the command line, where every process of this machine can read it "
-    "and the shell keeps it in its history; use --key-file FILE or the variable BOKBOK_KEY_FILE"
+    "no key and no passphrase is taken from the command line, where every process of this machine can read "
+    "it and the shell keeps it in its history; use --key-file FILE or the variable BOKBOK_KEY_FILE"
 )
 
 
@@ -94,7 +94,7 @@ def _parse_field(text: str, read: Callable[[str], bytes]) -> bytes:
 
 
 def ask_secret(prompt: str, *, twice: bool = False) -> str:
-    """Ask for a secret where nobody can read along; or read a line of the standard input, if that is no terminal.
+    """Ask for a secret where nobody can read along; or read a line of an input that is no terminal.
 
     Raises:
         CommandError: it cannot be read, or was not typed twice alike.

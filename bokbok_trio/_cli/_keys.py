@@ -55,7 +55,7 @@ def add_user(options: Namespace, out: Output) -> None:
     _write(out, options.user, "fingerprint", key.fingerprint)
 
 
-def remove_user(options: Namespace, out: Output) -> None:
+def remove_user(options: Namespace, _out: Output) -> None:
     """Take a user, or one of the user's keys, out of a file."""
     with explained():
         users = Keyring.load(options.file)

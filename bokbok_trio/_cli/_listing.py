@@ -41,7 +41,9 @@ class Listed(NamedTuple):
         signature = self.info.signature
         return sorted(
             self.schemas.properties(self.info.arguments),
-            key=lambda name: found.start() if (found := re.search(rf"\b{name}: ", signature)) else len(signature),
+            key=lambda name: (
+                found.start() if (found := re.search(rf"\b{name}: ", signature)) else len(signature)
+            ),
         )
 
     @property
@@ -51,7 +53,7 @@ class Listed(NamedTuple):
         return found[1] if found else "a stream"
 
     def template(self, name: str) -> Any:
-        """A value for an argument, to be filled in: its default, as far as the signature has that in literals."""
+        """A value for an argument, to be filled in: its default, if the signature has that in literals."""
         found = re.search(rf"\b{name}: .*? = (.*?)(?:, \w+: |, \*, |\)(?: -> |$))", self.info.signature)
         if found and name not in self.schemas.required(self.info.arguments):
             with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -68,7 +70,11 @@ async def ask_listing(session: Session) -> list[InterfaceInfo]:
     try:
         return await list_interfaces(session.connection)
     except RemoteError as exc:
-        why = "" if session.options.user is not None else ", or tells it only to users: give --user and --key-file"
+        why = (
+            ""
+            if session.options.user is not None
+            else ", or tells it only to users: give --user and --key-file"
+        )
         raise CommandError(
             f"the other side lists no interfaces{why} [{exc.code}]", Exit.HANDLER_SAID_NO, exc.code
         ) from exc

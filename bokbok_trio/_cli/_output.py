@@ -10,6 +10,8 @@ import os
 import re
 import select
 import stat
+import sys
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
@@ -87,12 +89,12 @@ class Output:
         """Write a line of text, which cannot steer a terminal."""
         write_all(OUT, self.encode_raw(text))
 
-    def bytes(self, data: bytes) -> None:
+    def data(self, data: bytes) -> None:
         """Write bytes as they are; but on a terminal as a line of text that does not steer it."""
         write_all(OUT, self.encode_raw(data))
 
     def encode_raw(self, value: bytes | str) -> bytes:
-        """What `line` writes of a text, and `bytes` of bytes."""
+        """What `line` writes of a text, and `data` of bytes."""
         if isinstance(value, bytes):
             if not self.is_terminal:
                 return value
@@ -117,22 +119,16 @@ class Output:
 
     def note(self, text: str) -> None:
         """Write a line about what goes on; whether anyone sees it does not matter."""
-        try:
+        with suppress(OutputError, ReaderGone):
             write_all(ERR, f"bokbok: {escape(text)}\n".encode(errors="backslashreplace"))
-        except (OutputError, ReaderGone):
-            pass
 
     def failure(self, failure: Failure) -> None:
         """Write why a command failed: a line, or an object of JSON."""
-        if not failure.message:
-            return
-        if not self.json:
+        if failure.message and not self.json:
             self.note(failure.message)
-            return
-        try:
-            write_all(ERR, f"{dump(failure.as_object())}\n".encode())
-        except (OutputError, ReaderGone):
-            pass
+        elif failure.message:
+            with suppress(OutputError, ReaderGone):
+                write_all(ERR, f"{dump(failure.as_object())}\n".encode())
 
     def _tame(self, text: str) -> str:
         if not self.is_terminal:
@@ -160,10 +156,10 @@ def colour(text: str) -> str:
 async def wait_reader_gone() -> None:
     """Raise `ReaderGone` when nobody reads the output any more, also while nothing is written.
 
-    Where the output is no pipe, this waits for ever.
+    Where the output is no pipe, or on another system than Linux, this waits for ever.
     """
-    if stat.S_ISFIFO(os.fstat(OUT).st_mode):
-        # The end to write to is never readable; the system wakes who waits for it when the other is closed.
+    if sys.platform == "linux" and stat.S_ISFIFO(os.fstat(OUT).st_mode):
+        # This end is never readable, and Linux wakes who waits for that when the other one is closed.
         await trio.lowlevel.wait_readable(OUT)
         raise ReaderGone
     await trio.sleep_forever()

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import IO, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import bokbok_trio
 
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse a command's own arguments; argparse itself gives up where positional ones are not in a row."""
+        """Parse a command's own arguments; argparse gives up where positional ones are not in a row."""
         assert args is not None
         if self._subparsers is None:
             args = self._sort(list(args))
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         """Say in one line what is wrong."""
         raise CommandError(f"{message} (see {self.prog} --help)", Exit.USAGE)
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ARG002  (argparse)
         """Write the help or the version."""
         write_all(OUT, message.encode())
 
@@ -169,14 +169,20 @@ def _add_raw(parser: Parser, what: str) -> None:
 def _add_request(commands: Any) -> None:
     parser = _add_connected(commands, "request", _requests.request, "make a request of fields of bytes")
     parser.add_argument("field", metavar="FIELD", nargs="+", help=FIELD)
-    parser.add_argument("--channel", action="store_true", help="with a channel, and write its items, a line each")
+    parser.add_argument(
+        "--channel", action="store_true", help="with a channel, and write its items, a line each"
+    )
     _add_raw(parser, "fields")
 
 
 def _add_call(commands: Any) -> None:
     for name, help, description in (
         ("call", "call a method", "Call a method, and write what it returns as JSON."),
-        ("follow", "write the items of a method that streams", "Call a method that streams, and write its items."),
+        (
+            "follow",
+            "write the items of a method that streams",
+            "Call a method that streams, and write its items.",
+        ),
     ):
         parser = _add_connected(commands, name, _typed("_calls", name), help, description)
         parser.add_argument("method", metavar="METHOD", help="as in Files.stat")
@@ -213,10 +219,20 @@ def _typed(module: str, name: str) -> Run:
 def _add_ping(commands: Any) -> None:
     parser = _add_connected(commands, "ping", _requests.ping, "measure the way there and back")
     parser.add_argument(
-        "-c", "--count", metavar="N", type=parse_count, default=math.inf, help="how often; for ever if not given"
+        "-c",
+        "--count",
+        metavar="N",
+        type=parse_count,
+        default=math.inf,
+        help="how often; for ever if not given",
     )
     parser.add_argument(
-        "-i", "--interval", metavar="SECONDS", type=parse_seconds, default=1.0, help="between two; 1 if not given"
+        "-i",
+        "--interval",
+        metavar="SECONDS",
+        type=parse_seconds,
+        default=1.0,
+        help="between two; 1 if not given",
     )
 
 
@@ -235,9 +251,16 @@ def _add_key(commands: Any) -> None:
     _add_file(new, "the new file, or - for the standard output")
     show = _add(keys, "show", _keys.show, "write the fingerprint of a key")
     _add_file(show, "the key file")
-    show.add_argument("--secret", action="store_true", help="write the key itself, which nobody else should see")
+    show.add_argument(
+        "--secret", action="store_true", help="write the key itself, which nobody else should see"
+    )
     check = _add(keys, "check", _keys.check, "check that something is a key, and write its fingerprint")
-    _add_file(check, "the key file; or -, to type the key or to read it from the standard input", nargs="?", default="-")
+    _add_file(
+        check,
+        "the key file; or -, to type the key or to read it from the standard input",
+        nargs="?",
+        default="-",
+    )
     derive = _add(
         keys,
         "from-passphrase",
@@ -276,13 +299,25 @@ def _add_serve(commands: Any) -> None:
     )
     parser.set_defaults(shows_log=True)
     parser.add_argument("object", metavar="MODULE:OBJECT", help="as in app:handler")
-    parser.add_argument("address", metavar="ADDRESS", nargs="?", default=DEFAULT_ADDRESS, help=f"{ADDRESS}; {DEFAULT_ADDRESS} if not given")
-    users = parser.add_argument("--users", metavar="FILE", help="the users to let in, and their keys; plain if not given")
+    parser.add_argument(
+        "address",
+        metavar="ADDRESS",
+        nargs="?",
+        default=DEFAULT_ADDRESS,
+        help=f"{ADDRESS}; {DEFAULT_ADDRESS} if not given",
+    )
+    users = parser.add_argument(
+        "--users", metavar="FILE", help="the users to let in, and their keys; plain if not given"
+    )
     complete_files(users)
-    parser.add_argument("--service", metavar="NAME", default="", help="what this is, for clients that say it too")
+    parser.add_argument(
+        "--service", metavar="NAME", default="", help="what this is, for clients that say it too"
+    )
     parser.add_argument("--insecure", action="store_true", help="allow plain TCP with other machines")
     parser.add_argument("--no-reload", action="store_true", help="leave the code as it is")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors of the command")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show tracebacks of errors of the command"
+    )
 
 
 def _add_completion(commands: Any) -> None:
@@ -304,4 +339,4 @@ def _complete(options: argparse.Namespace, out: Output) -> None:
         raise CommandError("this needs shtab: install bokbok-trio[completion]") from None
     if options.shell not in shtab.SUPPORTED_SHELLS:
         raise CommandError(f"this version of shtab does not know {options.shell}")
-    out.bytes(shtab.complete(make_parser(), options.shell).encode())
+    out.data(shtab.complete(make_parser(), options.shell).encode())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Final
 
-from ._output import ERR, Output, OutputError, ReaderGone, write_all
+from ._exits import OutputError, ReaderGone
+from ._output import ERR, Output, write_all
 
 SHOW_AFTER: Final = 1.0
 """Seconds that a transfer takes before anything is shown of it."""
@@ -23,14 +25,15 @@ class Progress:
     Arguments:
         out: whether anybody would see it.
         total: bytes there are in all, or None where that is not known.
+        is_seen: what is transferred is shown itself.
     """
 
-    def __init__(self, out: Output, total: int | None = None) -> None:
+    def __init__(self, out: Output, total: int | None = None, *, is_seen: bool = False) -> None:
         self._total = total
         self._count = 0
         self._is_shown = False
         self._begun = time.monotonic()
-        self._due = self._begun + SHOW_AFTER if out.may_show_progress else float("inf")
+        self._due = self._begun + SHOW_AFTER if out.may_show_progress and not is_seen else math.inf
 
     def add(self, size: int) -> None:
         """So many bytes more are through."""
@@ -52,7 +55,7 @@ class Progress:
         try:
             write_all(ERR, text.encode())
         except (OutputError, ReaderGone):  # the terminal is gone, and the transfer goes on
-            self._due = float("inf")
+            self._due = math.inf
 
 
 def show_size(size: float) -> str:

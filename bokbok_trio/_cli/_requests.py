@@ -15,7 +15,7 @@ from ._connecting import Session, run_connected
 from ._exits import CommandError, Exit
 from ._fields import parse_fields
 from ._output import Output, wait_reader_gone
-from ._streams import write_items
+from ._streams import send_nothing, write_items
 from ._values import as_text
 
 MS: Final = 1000
@@ -30,7 +30,9 @@ def request(options: Namespace, out: Output) -> None:
         def encode(item: list[bytes]) -> bytes:
             return b"".join(item) if out.raw else out.encode([as_text(each) for each in item], is_item=True)
 
-        run_connected(options, lambda session: write_items(session, fields, encode, out), is_stream=True)
+        run_connected(
+            options, lambda session: write_items(session, fields, encode, out, send_nothing), is_stream=True
+        )
         return
 
     async def ask(session: Session) -> list[bytes]:
@@ -42,12 +44,12 @@ def request(options: Namespace, out: Output) -> None:
 def write_fields(fields: list[bytes], out: Output) -> None:
     """Write the fields of an answer: a line each, or as a JSON text, or as they are."""
     if out.raw:
-        out.bytes(b"".join(fields))
+        out.data(b"".join(fields))
     elif out.is_for_programs:
         out.value([as_text(field) for field in fields])
     else:
         for field in fields:
-            out.bytes(field if out.is_terminal else field + b"\n")
+            out.data(field if out.is_terminal else field + b"\n")
 
 
 # ---- ping ----
@@ -70,7 +72,11 @@ def ping(options: Namespace, out: Output) -> None:
                 sent += 1
                 times.append(await _ping(session))
                 line = f"pong from {place}: seq={sent} time={times[-1] * MS:.3f} ms\n".encode()
-                await out.item(out.encode({"seq": sent, "seconds": times[-1]}, is_item=True) if out.is_for_programs else line)
+                await out.item(
+                    out.encode({"seq": sent, "seconds": times[-1]}, is_item=True)
+                    if out.is_for_programs
+                    else line
+                )
             nursery.cancel_scope.cancel()
 
     try:
@@ -89,7 +95,9 @@ async def _ping(session: Session) -> float:
     try:
         return await session.connection.ping()
     except BokbokError as exc:
-        raise CommandError(f"the connection was lost: {exc}", Exit.LOST_NOT_RUN) from exc  # a ping runs nothing
+        raise CommandError(
+            f"the connection was lost: {exc}", Exit.LOST_NOT_RUN
+        ) from exc  # a ping runs nothing
 
 
 def summarize(sent: int, times: list[float]) -> dict[str, Any]:

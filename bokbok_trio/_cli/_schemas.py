@@ -1,7 +1,7 @@
 """JSON Schemas of a listing: from what is typed to values that travel, and to templates.
 
-A listing comes from the other side, so whatever is no schema there is taken for one that allows everything: the
-other side checks the arguments anyway.
+A listing comes from the other side, so whatever is no schema there is taken for one that allows everything:
+the other side checks the arguments anyway.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn
 
-from ._values import dump
+from ._values import dump, is_list, is_object
 
 Schema = Mapping[str, Any]
 
@@ -63,12 +63,11 @@ class Schemas:
     def resolve(self, schema: Any) -> Schema:
         """The schema itself, where this is a reference to one."""
         for _ in range(MAX_DEPTH):
-            if not isinstance(schema, dict):
+            if not is_object(schema):
                 return {}
-            found = cast("dict[str, Any]", schema)
-            if "$ref" not in found:
-                return found
-            schema = self._definitions.get(str(found["$ref"]).removeprefix("#/$defs/"))
+            if "$ref" not in schema:
+                return schema
+            schema = self._definitions.get(str(schema["$ref"]).removeprefix("#/$defs/"))
         return {}
 
     def properties(self, schema: Any) -> dict[str, Any]:
@@ -77,7 +76,9 @@ class Schemas:
 
     def required(self, schema: Any) -> frozenset[str]:
         """The members that an object must have."""
-        return frozenset(filter(lambda each: isinstance(each, str), _get_list(self.resolve(schema), "required")))
+        return frozenset(
+            filter(lambda each: isinstance(each, str), _get_list(self.resolve(schema), "required"))
+        )
 
     def _alternatives(self, schema: Schema) -> list[Schema]:
         return [self.resolve(each) for each in _get_list(schema, "anyOf")]
@@ -92,7 +93,9 @@ class Schemas:
         """
         schema = self.resolve(schema)
         if "enum" in schema:
-            choices = {each if isinstance(each, str) else dump(each): each for each in _get_list(schema, "enum")}
+            choices = {
+                each if isinstance(each, str) else dump(each): each for each in _get_list(schema, "enum")
+            }
             if text not in choices:
                 raise Mismatch(f"expected {self.name(schema)}, and got {text!r}")
             return choices[text]
@@ -133,18 +136,17 @@ class Schemas:
                 return base64.b64decode(value, validate=True)
             except ValueError:
                 raise Mismatch(f"{path}: expected base64, and got {value!r}") from None
-        if isinstance(value, dict):
-            members = cast("dict[str, Any]", value)
+        if is_object(value):
             known, others = self.properties(schema), schema.get("additionalProperties")
             return {
                 name: self.from_json(known.get(name, others), each, f"{path}.{name}", depth + 1)
-                for name, each in members.items()
+                for name, each in value.items()
             }
-        if isinstance(value, list):
+        if is_list(value):
             first, rest = _get_list(schema, "prefixItems"), schema.get("items")
             return [
                 self.from_json(first[n] if n < len(first) else rest, each, f"{path}[{n}]", depth + 1)
-                for n, each in enumerate(cast("list[Any]", value))
+                for n, each in enumerate(value)
             ]
         return value
 
@@ -155,14 +157,15 @@ class Schemas:
         kind = schema.get("type")
         if kind is None:
             return True
-        if not isinstance(value, _KINDS.get(str(kind), object)) or (isinstance(value, bool) and kind != "boolean"):
+        if not isinstance(value, _KINDS.get(str(kind), object)) or (
+            isinstance(value, bool) and kind != "boolean"
+        ):
             return False
-        if isinstance(value, dict):
-            members = cast("dict[str, Any]", value)
+        if is_object(value):
             known = self.properties(schema)
-            return self.required(schema) <= members.keys() and all(
+            return self.required(schema) <= value.keys() and all(
                 self._may_be(self.resolve(known[name]), each)
-                for name, each in members.items()
+                for name, each in value.items()
                 if "enum" in self.resolve(known.get(name))  # a tag that tells classes apart
             )
         return True
@@ -187,29 +190,33 @@ class Schemas:
     def template(self, schema: Any, depth: int = 0) -> Any:
         """A value of JSON to be filled in: all members of objects, with what is empty or nothing."""
         schema = self.resolve(schema)
-        if "default" in schema:
-            return schema["default"]
-        if choices := _get_list(schema, "enum"):
-            return choices[0]
-        if depth > MAX_DEPTH:
-            return None
-        if alternatives := self._alternatives(schema):
-            is_optional = any(each.get("type") == "null" for each in alternatives)
-            return None if is_optional else self.template(alternatives[0], depth + 1)
+        alternatives = self._alternatives(schema)
         kind = schema.get("type")
+        if depth > MAX_DEPTH or any(each.get("type") == "null" for each in alternatives):
+            return None
+        if alternatives:
+            return self.template(alternatives[0], depth + 1)
         if kind == "object":
             members = self.properties(schema)
-            return {name: self.template(each, depth + 1) for name, each in members.items()}
+            return {name: self._template_of(each, depth + 1) for name, each in members.items()}
         if kind == "array":
             return [self.template(each, depth + 1) for each in _get_list(schema, "prefixItems")]
-        return _EMPTY.get(str(kind))
+        return next(iter(_get_list(schema, "enum")), _EMPTY.get(str(kind)))
+
+    def _template_of(self, schema: Any, depth: int) -> Any:
+        """That of a member, which may have a default."""
+        if is_object(schema) and "default" in schema:
+            return schema["default"]
+        return self.template(schema, depth)
 
     def placeholder(self, name: str, schema: Any) -> str:
         """What to write for an argument on the command line."""
         schema = self.resolve(schema)
         names = [self.name(each) for each in self._alternatives(schema)] or [self.name(schema)]
         if "enum" in schema:
-            return f"{name}={'|'.join(each if isinstance(each, str) else dump(each) for each in schema['enum'])}"
+            return (
+                f"{name}={'|'.join(each if isinstance(each, str) else dump(each) for each in schema['enum'])}"
+            )
         if "bytes" in names:
             return f"{name}=@FILE"
         if "boolean" in names:
@@ -222,12 +229,12 @@ class Schemas:
 
 def _get_dict(schema: Schema, name: str) -> dict[str, Any]:
     found = schema.get(name)
-    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+    return found if is_object(found) else {}
 
 
 def _get_list(schema: Schema, name: str) -> list[Any]:
     found = schema.get(name)
-    return cast("list[Any]", found) if isinstance(found, list) else []
+    return found if is_list(found) else []
 
 
 def _parse_integer(text: str) -> int:

@@ -1,7 +1,7 @@
 """`bokbok serve`: a server for development, which begins anew when its code has changed.
 
-It replaces its process by another one with the same command line, so nothing of the old code is left. Where the
-new code cannot be loaded it says so, and waits for the next change.
+It replaces its process by another one with the same command line, so nothing of the old code is left. Where
+the new code cannot be loaded it says so, and waits for the next change.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def serve(options: Namespace, out: Output) -> None:
             return
     out.note("the code has changed")
     os.environ[RELOADED] = "1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  (no shell is wanted)
 
 
 def load_object(place: str) -> Any:
@@ -106,13 +106,16 @@ class Files:
 
     async def wait_for_change(self) -> None:
         """Return when a file has changed, come or gone."""
-        while not self.have_changed():
+        while not self.have_changed():  # noqa: ASYNC110  (nobody tells of it)
             await trio.sleep(POLL)
 
     def have_changed(self) -> bool:
         """Whether a file has changed since it was looked at first."""
         found = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-        for path in [*self._more, *(each for each in found if isinstance(each, str) and each.endswith(".py"))]:
+        for path in [
+            *self._more,
+            *(each for each in found if isinstance(each, str) and each.endswith(".py")),
+        ]:
             self._times.setdefault(path, _time_of(path))
         return any(_time_of(path) != before for path, before in self._times.items())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, Final
 
 import trio
@@ -12,7 +12,7 @@ import trio
 from bokbok_trio import Channel, RemoteError
 
 from ._connecting import Session
-from ._exits import CommandError, describe_os_error
+from ._exits import CommandError
 from ._fields import STDIN
 from ._output import Output, wait_reader_gone
 from ._progress import Progress
@@ -26,7 +26,7 @@ async def write_items(
     fields: list[bytes],
     encode: Callable[[list[bytes]], bytes],
     out: Output,
-    sending: Callable[[Channel], AbstractAsyncContextManager[object]] | None = None,
+    sending: Callable[[Channel], AbstractAsyncContextManager[None]],
 ) -> list[bytes]:
     """Make a request with a channel, write its items as they come, and return its answer.
 
@@ -35,29 +35,31 @@ async def write_items(
         fields: of the request.
         encode: an item, as it is written.
         out: where.
-        sending: a block that sends items meanwhile; without one, this side ends its direction at once.
+        sending: a block that sends items meanwhile.
     """
-    progress = Progress(out) if not out.is_terminal else None
+    progress = Progress(out, is_seen=out.is_terminal)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wait_reader_gone)
-        async with session.connection.open_channel(fields) as channel:
-            if sending is None:
-                await channel.end()
-            async with nullcontext() if sending is None else sending(channel):
-                try:
-                    async for item in channel:
-                        data = encode(item)
-                        await out.item(data)
-                        if progress is not None:
-                            progress.add(len(data))
-                except trio.BrokenResourceError as exc:
-                    raise find_answer(exc) from None
-                finally:
-                    if progress is not None:
-                        progress.end()
-                answer = await channel.answer()
+        async with session.connection.open_channel(fields) as channel, sending(channel):
+            try:
+                async for item in channel:
+                    data = encode(item)
+                    await out.item(data)
+                    progress.add(len(data))
+            except trio.BrokenResourceError as exc:
+                raise find_answer(exc) from None
+            finally:
+                progress.end()
+            answer = await channel.answer()
         nursery.cancel_scope.cancel()
     return answer
+
+
+@asynccontextmanager
+async def send_nothing(channel: Channel) -> AsyncGenerator[None]:
+    """End the direction of this side at once."""
+    await channel.end()
+    yield
 
 
 def find_answer(error: trio.BrokenResourceError) -> Exception:

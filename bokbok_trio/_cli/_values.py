@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import datetime
+import datetime as dt
 import json
 import math
-from collections.abc import Mapping, Sequence, Set as AbstractSet
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 
 def encode_base64(data: bytes) -> str:
@@ -23,27 +22,32 @@ def as_text(field: bytes) -> Any:
         return {"base64": encode_base64(field)}
 
 
+def is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a value of JSON is an object."""
+    return isinstance(value, dict)
+
+
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    """Whether a value of JSON is a list, or a tuple, which a literal of Python may be."""
+    return isinstance(value, list | tuple)
+
+
 def as_json(value: Any) -> Any:
     """A value that travelled, in the types of JSON; what these cannot tell becomes text.
 
     Bytes are base64, as the schemas of a listing have it, and numbers that are not finite are null.
     """
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-        case bytes() | bytearray():
-            return encode_base64(bytes(value))
-        case datetime.datetime():
-            return value.isoformat()
-        case Mapping():
-            pairs = cast("Mapping[Any, Any]", value)
-            return {_as_name(name): as_json(each) for name, each in pairs.items()}
-        case Sequence() | AbstractSet():
-            return [as_json(each) for each in cast("Sequence[Any]", value)]
-        case _:
-            return str(value)
+    if is_object(value):
+        return {_as_name(name): as_json(each) for name, each in value.items()}
+    if is_list(value):
+        return list(map(as_json, value))
+    if isinstance(value, bytes):
+        return encode_base64(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dt.datetime):
+        return value.isoformat()
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _as_name(key: Any) -> str:
