@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bokbok_trio import Key
-from tests.cli import Run, address, make_handler, replaced, run, serving
+from tests.support.cli import Run, address, make_handler, replaced, run, serving
 
 __all__ = ["address", "run"]
 

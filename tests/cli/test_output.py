@@ -20,7 +20,7 @@ from bokbok_trio._cli import _progress, main
 from bokbok_trio._cli._exits import OutputError, ReaderGone
 from bokbok_trio._cli._output import Output, colour, open_missing_descriptors, write_all
 from bokbok_trio._cli._values import as_json, dump
-from tests.cli import Run, address, replaced, run
+from tests.support.cli import Run, address, replaced, run
 
 __all__ = ["address", "run"]
 

@@ -12,7 +12,7 @@ import pytest
 from bokbok_trio import Connection, RequestError
 from bokbok_trio._cli import _connecting
 from bokbok_trio._cli._schemas import MAX_DEPTH, Schemas
-from tests.cli import Run, address, handler, make_handler, run, serving
+from tests.support.cli import Run, address, handler, make_handler, run, serving
 
 __all__ = ["address", "run"]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from bokbok_trio import Keyring
-from tests.cli import Run, run, serving
-from tests.helpers import documented_code
+from tests.support.cli import Run, run, serving
+from tests.support.helpers import documented_code
 
 __all__ = ["run"]
 
-TEXT = (Path(__file__).parent.parent / "docs" / "cli.rst").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "cli.rst").read_text()
 
 
 def sessions() -> list[tuple[str, str]]:

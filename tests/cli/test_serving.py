@@ -18,7 +18,7 @@ import trio
 
 from bokbok_trio import ConnectionLost, Key, Keyring, PeerCredentials, open_connection
 from bokbok_trio._cli import _serving
-from tests.cli import Run, run
+from tests.support.cli import Run, run
 
 __all__ = ["run"]
 

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from bokbok_trio import Key, Keyring, passphrase_to_key
-from tests.cli import Run, run
+from tests.support.cli import Run, run
 
 __all__ = ["run"]
 

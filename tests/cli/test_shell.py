@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from bokbok_trio._cli._parser import make_parser
-from tests.cli import Run, address, run
+from tests.support.cli import Run, address, run
 
 __all__ = ["address", "run"]
 

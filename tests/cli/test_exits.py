@@ -26,11 +26,11 @@ from bokbok_trio import (
 )
 from bokbok_trio._cli import main
 from bokbok_trio._cli._exits import CommandError, Exit, OutputError, ReaderGone, explain, find_leaf
-from tests.cli import Run, address, make_handler, run, serving
+from tests.support.cli import Run, address, make_handler, run, serving
 
 __all__ = ["address", "run"]
 
-DOCS = (Path(__file__).parent.parent / "docs" / "cli.rst").read_text()
+DOCS = (Path(__file__).parents[2] / "docs" / "cli.rst").read_text()
 
 
 @pytest.mark.parametrize(
