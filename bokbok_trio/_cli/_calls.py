@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import trio
 
-from bokbok_trio import ProtocolError, RemoteError
-from bokbok_trio.interface import list_interfaces
-from bokbok_trio.interface._codec import make_decoder, make_encoder
-from bokbok_trio.interface._coding import BAD_ARGUMENTS, Hooks, ValueCoder
-from bokbok_trio.interface._exposing import CALL
-from bokbok_trio.interface._streams import pump
-
+from .. import ProtocolError, RemoteError
+from ..interface import list_interfaces
+from ..interface._codec import make_decoder, make_encoder
+from ..interface._coding import BAD_ARGUMENTS, Hooks, ValueCoder
+from ..interface._exposing import CALL
+from ..interface._streams import pump
 from ._arguments import Arguments, Given, check_names, decode_text, naming, parse_arguments, to_values
 from ._connecting import Session, run_connected
 from ._exits import RAISED, CommandError, Exit

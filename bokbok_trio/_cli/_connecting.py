@@ -11,8 +11,7 @@ from typing import Final, NamedTuple, TypeVar
 
 import trio
 
-from bokbok_trio import AddressError, Connection, Key, open_connection
-
+from .. import AddressError, Connection, Key, open_connection
 from ._exits import CommandError, Exit, describe_os_error
 
 DEFAULT_TIMEOUT: Final = 60.0

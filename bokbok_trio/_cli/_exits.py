@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, cast
 
-from bokbok_trio import (
+from .. import (
     AddressError,
     AuthenticationError,
     ConnectionClosed,
@@ -19,8 +19,7 @@ from bokbok_trio import (
     ProtocolError,
     RemoteError,
 )
-from bokbok_trio._errors import escape
-
+from .._errors import escape
 from ._values import as_text
 
 RAISED: Final = "%"

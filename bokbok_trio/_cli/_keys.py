@@ -8,8 +8,7 @@ from contextlib import contextmanager, suppress
 
 import trio
 
-from bokbok_trio import Key, Keyring, passphrase_to_key
-
+from .. import Key, Keyring, passphrase_to_key
 from ._connecting import load_key
 from ._exits import CommandError, describe_os_error
 from ._fields import STDIN, ask_secret

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from bokbok_trio import RemoteError
-from bokbok_trio.interface import InterfaceInfo, MethodInfo, list_interfaces
-
+from .. import RemoteError
+from ..interface import InterfaceInfo, MethodInfo, list_interfaces
 from ._arguments import show_object
 from ._connecting import Session, run_connected
 from ._exits import CommandError, Exit

@@ -16,8 +16,7 @@ from typing import Any, Final
 
 import trio
 
-from bokbok_trio._errors import escape
-
+from .._errors import escape
 from ._exits import Failure, OutputError, ReaderGone, describe_os_error, is_broken_pipe
 from ._values import dump
 

@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-import bokbok_trio
-
+from .. import __version__
 from . import _keys, _requests, _serving
 from ._connecting import DEFAULT_TIMEOUT
 from ._exits import FORGIVABLE, CommandError, Exit
@@ -70,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     """Make the parser of the whole command line; `Namespace.run` is then what does it."""
     parser = Parser(prog="bokbok", description="Requests, typed calls and keys of bokbok_trio, from a shell.")
-    parser.add_argument("--version", action="version", version=f"bokbok {bokbok_trio.__version__}")
+    parser.add_argument("--version", action="version", version=f"bokbok {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     _add_request(commands)
     _add_call(commands)

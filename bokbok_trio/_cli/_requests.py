@@ -9,8 +9,7 @@ from typing import Any, Final
 
 import trio
 
-from bokbok_trio import BokbokError
-
+from .. import BokbokError
 from ._connecting import Session, run_connected
 from ._exits import CommandError, Exit
 from ._fields import parse_fields

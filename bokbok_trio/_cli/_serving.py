@@ -18,9 +18,8 @@ from typing import Any, Final
 
 import trio
 
-from bokbok_trio import AddressError, Keyring, PeerCredentials, Server, UnixAddress, open_server
-from bokbok_trio._addresses import as_address
-
+from .. import AddressError, Keyring, PeerCredentials, Server, UnixAddress, open_server
+from .._addresses import as_address
 from ._exits import INSECURE, CommandError, Exit, describe_os_error
 from ._keys import explained
 from ._output import Output

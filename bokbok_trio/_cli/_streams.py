@@ -9,8 +9,7 @@ from typing import Any, Final
 
 import trio
 
-from bokbok_trio import Channel, RemoteError
-
+from .. import Channel, RemoteError
 from ._connecting import Session
 from ._exits import CommandError
 from ._fields import STDIN
