@@ -6,17 +6,21 @@ A backslash before the first character takes what follows as it is: ``\@home`` i
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Final, NoReturn
 
+from .._keys import KEY_PREFIX
 from ._exits import CommandError, Exit
 
 STDIN: Final = "-"
 FILE: Final = "@"
 ESCAPE: Final = "\\"
 
-KEY_TEXT: Final = "bokbok-key-1"
+KEY_TEXT: Final = re.compile(f"{KEY_PREFIX}1[0-9a-z]{{40}}", re.IGNORECASE)
+"""What is a key, or was meant to be one."""
+
 SECRET_OPTIONS: Final = ("--key", "--passphrase", "--password")
 
 WHY_NOT: Final = (
@@ -33,7 +37,7 @@ def refuse_secrets(argv: list[str]) -> None:
     """
     options = argv[: argv.index("--")] if "--" in argv else argv
     names = {each.partition("=")[0] for each in options}
-    if not names.isdisjoint(SECRET_OPTIONS) or any(KEY_TEXT in each.lower() for each in argv):
+    if not names.isdisjoint(SECRET_OPTIONS) or any(map(KEY_TEXT.search, argv)):
         raise CommandError(WHY_NOT, Exit.USAGE)
 
 

@@ -12,6 +12,7 @@ from .. import __version__
 from . import _keys, _requests, _serving
 from ._connecting import DEFAULT_TIMEOUT
 from ._exits import FORGIVABLE, CommandError, Exit
+from ._fields import ESCAPE
 from ._output import OUT, Output, write_all
 
 Run = Callable[[argparse.Namespace, Output], None]
@@ -55,7 +56,9 @@ class Parser(argparse.ArgumentParser):
             if action is not None and action.nargs != 0:
                 options += args[:1]
                 del args[:1]
-        return [*options, "--", *rest, *args] if rest or args else options
+        # argparse takes another "--" away, wherever it stands; behind a backslash it is a field.
+        rest += [f"{ESCAPE}--" if arg == "--" else arg for arg in args]
+        return [*options, "--", *rest] if rest else options
 
     def error(self, message: str) -> NoReturn:
         """Say in one line what is wrong."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bokbok_trio import Keyring
+from bokbok_trio._cli._parser import make_parser
 from tests.support.cli import Run, run, serving
 from tests.support.helpers import documented_code
 
@@ -66,6 +67,14 @@ def test_the_examples_do_what_they_show(
             assert matches(written.rstrip("\n"), shown), f"{command}\n{written}"
     sys.modules.pop("notes")
     assert len(rest) > 20
+
+
+def test_the_commands_of_the_readme_are_right() -> None:
+    readme = (Path(__file__).parents[2] / "README.rst").read_text()
+    commands = re.findall(r"(?m)^    bokbok (.*)", readme)
+    for command in commands:
+        assert make_parser().parse_args(shlex.split(command, comments=True)).address == "localhost:12345"
+    assert len(commands) == 5
 
 
 def test_all_commands_are_in_the_text(run: Run) -> None:

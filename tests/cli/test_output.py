@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from bokbok_trio import Settings
 from bokbok_trio._cli import _progress, main
 from bokbok_trio._cli._exits import OutputError, ReaderGone
 from bokbok_trio._cli._output import Output, colour, open_missing_descriptors, write_all
 from bokbok_trio._cli._values import as_json, dump
-from tests.support.cli import Run, address, replaced, run
+from tests.support.cli import Run, address, make_handler, replaced, run, serving
 
 __all__ = ["address", "run"]
 
@@ -229,6 +230,31 @@ def test_a_pipe_that_nobody_reads_ends_a_command_quietly(
         os.close(writer)
         assert code == 141
         assert capfd.readouterr().err == ""
+
+
+def test_a_reader_who_waits_does_not_break_the_connection(tmp_path: Path) -> None:
+    """More than a pipe holds is not read for several times as long as the server waits for a sign of life."""
+    settings = Settings(ping_after=0.1, ping_timeout=0.1)
+    path = "x" * 1000
+    with serving(str(tmp_path / "sock"), make_handler(), settings=settings) as address:
+        reader, writer = os.pipe()
+        data = b""
+
+        def read() -> None:
+            nonlocal data
+            time.sleep(0.8)
+            while chunk := os.read(reader, 65536):
+                data += chunk
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        with replaced(1, writer):
+            os.close(writer)
+            code = main(["follow", address, "Files.lines", f"path={path}", "count:=200"])
+        thread.join()
+        os.close(reader)
+    assert code == 0
+    assert data.count(path.encode()) == 200
 
 
 def test_what_is_written_waits_where_a_pipe_does_not(capfd: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ def test_options_may_stand_anywhere(run: Run, address: str) -> None:
     ):
         assert run("request", *args).json == ["a", "b"]
     assert run("request", address, "--", "-x", "--json").out == "-x\n--json\n"
+    assert run("request", address, "--", "a", "--", "b").out == "a\n--\nb\n"
     assert run("request", address, "-1").out == "-1\n"
 
 
