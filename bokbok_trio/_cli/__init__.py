@@ -37,12 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Output(json="--json" in args)
     try:
         refuse_secrets(args)
-        options = make_parser().parse_args(args)
+        try:
+            options = make_parser().parse_args(args)
+        except SystemExit:  # after the help
+            return Exit.DONE
         out = Output(json=options.json, seq=options.seq, raw=options.raw)
         with _logging(options):
             options.run(options, out)
-    except SystemExit:  # after the help
-        pass
     except BaseException as exc:  # noqa: BLE001  (said below)
         return _fail(find_leaf(exc), options, out)
     return Exit.DONE

@@ -7,7 +7,6 @@ text that begins with ``@``. One argument alone may be a JSON object, ``@file`` 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -169,9 +168,3 @@ def check_names(names: Sequence[str], known: Sequence[str], path: str) -> None:
             raise CommandError(
                 f"{name}: {path} has no such argument; {takes}", Exit.BAD_ARGUMENTS, "bad-arguments"
             )
-
-
-def show_object(value: Any) -> str:
-    """A JSON object as an argument of a POSIX shell."""
-    quoted = json.dumps(value, ensure_ascii=False).replace("'", r"'\''")
-    return f"'{quoted}'"

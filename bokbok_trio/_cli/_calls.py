@@ -69,7 +69,8 @@ async def _call(session: Session, *, arguments: Arguments, out: Output, must_str
     method = await _find(session, path)
     if must_stream and method is not None and method.info.items_out is None:
         raise CommandError(f"{path} gives no stream: use bokbok call", Exit.USAGE)
-    # Files are read, and one may be a pipe.
+    # Files are read, and one may be a pipe or a terminal.
+    session.allow_any_time()
     prepare = partial(_prepare, path, method, arguments, out)
     prepared = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)
     try:
@@ -95,13 +96,12 @@ async def _make(session: Session, prepared: _Prepared, out: Output, *, is_stream
     else:
         sending = partial(pump, source, coder=ValueCoder("the command line gave", Any, Hooks()))
     if is_stream:
-        session.allow_any_time()
         await write_items(session, prepared.fields, partial(_show_item, out), out, sending)
         return
     if source is None:
+        session.allow_usual_time()
         answer = await session.connection.request(prepared.fields)
     else:
-        session.allow_any_time()
         async with session.connection.open_channel(prepared.fields) as channel, sending(channel):
             answer = await channel.answer()
     await out.item(_show(_decode_one(answer), out))

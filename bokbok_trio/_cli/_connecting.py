@@ -37,9 +37,14 @@ class Session(NamedTuple):
     scope: trio.CancelScope
 
     def allow_any_time(self) -> None:
-        """Have no deadline, unless one was given: this is a stream."""
+        """Have no deadline, unless one was given: what comes may take as long as it likes."""
         if self.options.timeout is None:
             self.scope.deadline = math.inf
+
+    def allow_usual_time(self) -> None:
+        """Have the usual deadline from now on, unless one was given."""
+        if self.options.timeout is None:
+            self.scope.deadline = trio.current_time() + DEFAULT_TIMEOUT
 
 
 def load_key(path: str) -> Key:
@@ -96,9 +101,8 @@ def run_connected(
         BaseException: what the work raises.
     """
     key = find_key(options)
-    limit = options.timeout
-    if limit is None:
-        limit = math.inf if is_stream else DEFAULT_TIMEOUT
+    limit = (None if is_stream else DEFAULT_TIMEOUT) if options.timeout is None else options.timeout
+    limit = limit or math.inf
 
     async def run() -> _T:
         with trio.move_on_after(limit) as scope:

@@ -9,16 +9,16 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from shlex import quote
 from typing import Any, NamedTuple
 
 from .. import RemoteError
 from ..interface import InterfaceInfo, MethodInfo, list_interfaces
-from ._arguments import show_object
 from ._connecting import Session, run_connected
 from ._exits import CommandError, Exit
 from ._output import Output
 from ._schemas import Schemas
-from ._values import as_json
+from ._values import as_json, dump
 
 
 class Listed(NamedTuple):
@@ -176,11 +176,12 @@ def show_method(method: Listed, address: str, template: dict[str, Any]) -> Itera
         for word in [schemas.placeholder(name, properties[name])]
     ]
     if info.items_in is not None:
-        words.append(f"{method.stream}=@FILE")
+        words.append(f"{quote(method.stream)}=@FILE")
     yield ""
-    yield " ".join(["bokbok", "call", address, method.path, *words])
+    command = f"bokbok call {quote(address)} {quote(method.path)}"
+    yield " ".join([command, *words])
     if template:
-        yield " ".join(["bokbok", "call", address, method.path, show_object(template)])
+        yield f"{command} {quote(dump(template))}"
 
 
 def show_members(schemas: Schemas, schema: Any) -> str:

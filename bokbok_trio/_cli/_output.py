@@ -11,12 +11,14 @@ import re
 import select
 import stat
 import sys
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import trio
 
 from .._errors import escape
+from .._trio_util import bare_nursery
 from ._exits import Failure, OutputError, ReaderGone, describe_os_error, is_broken_pipe
 from ._values import dump
 
@@ -152,13 +154,26 @@ def colour(text: str) -> str:
     return _TOKENS.sub(paint, text)
 
 
-async def wait_reader_gone() -> None:
-    """Raise `ReaderGone` when nobody reads the output any more, also while nothing is written.
+@asynccontextmanager
+async def while_read() -> AsyncGenerator[None]:
+    """A block that ends by `ReaderGone` when nobody reads the output any more, also while nothing is written.
 
-    Where the output is no pipe, or on another system than Linux, this waits for ever.
+    Where the output is no pipe, or on another system than Linux, only writing tells.
     """
+    async with bare_nursery() as nursery:
+        nursery.start_soon(_wait_reader_gone)
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+async def _wait_reader_gone() -> None:
     if sys.platform == "linux" and stat.S_ISFIFO(os.fstat(OUT).st_mode):
         # This end is never readable, and Linux wakes who waits for that when the other one is closed.
         await trio.lowlevel.wait_readable(OUT)
-        raise ReaderGone
-    await trio.sleep_forever()
+        poll = select.poll()
+        poll.register(OUT, 0)
+        if poll.poll(0):
+            raise ReaderGone
+    await trio.sleep_forever()  # also where this is both ends of a pipe

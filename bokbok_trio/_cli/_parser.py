@@ -137,14 +137,14 @@ def complete_files(action: argparse.Action) -> None:
 
 
 def parse_seconds(text: str) -> float:
-    """A time limit; 0 for none."""
+    """A time."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not seconds >= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
-    return seconds or math.inf
+    return seconds
 
 
 def parse_count(text: str) -> int:
@@ -164,8 +164,8 @@ def parse_graceful(text: str) -> str | Exit:
 # ---- the commands ----
 
 
-def _add_raw(parser: Parser, what: str) -> None:
-    parser.add_argument("--raw", action="store_true", help=f"write {what} as they are, with nothing added")
+def _add_raw(parser: Parser, help: str) -> None:
+    parser.add_argument("--raw", action="store_true", help=help)
 
 
 def _add_request(commands: Any) -> None:
@@ -174,7 +174,7 @@ def _add_request(commands: Any) -> None:
     parser.add_argument(
         "--channel", action="store_true", help="with a channel, and write its items, a line each"
     )
-    _add_raw(parser, "fields")
+    _add_raw(parser, "write fields as they are, with nothing added")
 
 
 def _add_call(commands: Any) -> None:
@@ -189,7 +189,7 @@ def _add_call(commands: Any) -> None:
         parser = _add_connected(commands, name, _typed("_calls", name), help, description)
         parser.add_argument("method", metavar="METHOD", help="as in Files.stat")
         parser.add_argument("argument", metavar="ARGUMENT", nargs="*", help=ARGUMENT)
-        _add_raw(parser, "texts and bytes")
+        _add_raw(parser, "write texts and bytes as they are, and not as JSON")
 
 
 def _add_listing(commands: Any) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from shlex import quote
 from typing import Any, Final, NoReturn
 
 from ._values import dump, is_list, is_object
@@ -19,6 +20,8 @@ Schema = Mapping[str, Any]
 
 MAX_DEPTH: Final = 64
 """Schemas within each other, and references in a row, that are followed. What is deeper is left as it is."""
+
+_WORD: Final = re.compile(r"[\w.-]+")
 
 _INTEGER: Final = re.compile(r"[+-]?[0-9]+", re.ASCII)
 
@@ -210,19 +213,19 @@ class Schemas:
         return self.template(schema, depth)
 
     def placeholder(self, name: str, schema: Any) -> str:
-        """What to write for an argument on the command line."""
+        """What to write for an argument in a shell, where nothing that the other side named does harm."""
         schema = self.resolve(schema)
+        name = quote(name)
         names = [self.name(each) for each in self._alternatives(schema)] or [self.name(schema)]
-        if "enum" in schema:
-            return (
-                f"{name}={'|'.join(each if isinstance(each, str) else dump(each) for each in schema['enum'])}"
-            )
+        choices = [each if isinstance(each, str) else dump(each) for each in _get_list(schema, "enum")]
+        if choices and all(map(_WORD.fullmatch, choices)):
+            return f"{name}={'|'.join(choices)}"
         if "bytes" in names:
             return f"{name}=@FILE"
         if "boolean" in names:
             return f"{name}=true|false"
         plain = {"text", "integer", "number", "null"}
-        if schema.get("type") == "string" or plain.issuperset(names):
+        if (schema.get("type") == "string" and _WORD.fullmatch(names[0])) or plain.issuperset(names):
             return f"{name}={'|'.join(each.upper() for each in names if each != 'null')}"
         return f"{name}:=JSON"
 

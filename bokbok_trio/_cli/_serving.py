@@ -81,7 +81,7 @@ def load_object(place: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise _CannotLoad(f"cannot load {place}: {type(exc).__name__}: {exc}") from exc
     return found
 

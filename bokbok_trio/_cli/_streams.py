@@ -13,7 +13,7 @@ from .. import Channel, RemoteError
 from ._connecting import Session
 from ._exits import CommandError
 from ._fields import STDIN
-from ._output import Output, wait_reader_gone
+from ._output import Output, while_read
 from ._progress import Progress
 
 CHUNK: Final = 2**16
@@ -37,21 +37,17 @@ async def write_items(
         sending: a block that sends items meanwhile.
     """
     progress = Progress(out, is_seen=out.is_terminal)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(wait_reader_gone)
-        async with session.connection.open_channel(fields) as channel, sending(channel):
-            try:
-                async for item in channel:
-                    data = encode(item)
-                    await out.item(data)
-                    progress.add(len(data))
-            except trio.BrokenResourceError as exc:
-                raise find_answer(exc) from None
-            finally:
-                progress.end()
-            answer = await channel.answer()
-        nursery.cancel_scope.cancel()
-    return answer
+    async with while_read(), session.connection.open_channel(fields) as channel, sending(channel):
+        try:
+            async for item in channel:
+                data = encode(item)
+                await out.item(data)
+                progress.add(len(data))
+        except trio.BrokenResourceError as exc:
+            raise find_answer(exc) from None
+        finally:
+            progress.end()
+        return await channel.answer()
 
 
 @asynccontextmanager

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 from bokbok_trio import Connection, RequestError
 from bokbok_trio._cli import _connecting
 from bokbok_trio._cli._schemas import MAX_DEPTH, Schemas
-from tests.support.cli import Run, address, handler, make_handler, run, serving
+from tests.support.cli import Run, address, handler, make_handler, replaced, run, serving
 
 __all__ = ["address", "run"]
 
@@ -163,6 +166,8 @@ def test_a_declared_error_has_its_fields(run: Run, address: str) -> None:
         "code": "NoSuchFile",
         "details": {"path": "/gone"},
     }
+    ran = run("follow", "--json", address, "Files.lines", "path=/gone", "count=0")
+    assert json.loads(ran.err)["details"] == {"path": "/gone"}
     assert run("call", "--graceful=NoSuchFile", address, "Files.stat", "path=/gone").code == 0
 
 
@@ -212,6 +217,27 @@ def test_a_stream_has_no_time_limit_unless_one_is_given(
     monkeypatch.setattr(_connecting, "DEFAULT_TIMEOUT", 0.1)
     assert run("call", address, "Files.lines", "path=/slow").out.count("\n") == 3
     assert run("call", "--timeout=0.1", address, "Files.lines", "path=/slow").code == 124
+    assert run("call", "--timeout=0", address, "Files.lines", "path=/slow").code == 0
+    assert run("call", "--timeout=0.1", address, "Files.sleep").code == 124
+    assert run("call", address, "Files.sleep").code == 124
+
+
+def test_what_is_typed_may_take_any_time(run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_connecting, "DEFAULT_TIMEOUT", 0.2)
+    reader, writer = os.pipe()
+
+    def type_slowly() -> None:
+        time.sleep(0.4)
+        os.write(writer, b"slow")
+        os.close(writer)
+
+    thread = threading.Thread(target=type_slowly)
+    thread.start()
+    with replaced(0, reader):
+        ran = run("call", address, "Files.echo", "text=@-")
+    thread.join()
+    os.close(reader)
+    assert ran.json == {"text": "'slow'"}
 
 
 @pytest.mark.parametrize(
@@ -434,3 +460,5 @@ def test_placeholders() -> None:
     schemas = Schemas({})
     assert schemas.placeholder("x", {"type": "string", "format": "uuid"}) == "x=UUID"
     assert schemas.placeholder("x", {"enum": [1, "a"]}) == "x=1|a"
+    assert schemas.placeholder("$(rm)", {"enum": [1, "$(rm)"]}) == "'$(rm)':=JSON"
+    assert schemas.placeholder("x", {"type": "string", "format": "$(rm)"}) == "x:=JSON"

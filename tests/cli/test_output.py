@@ -232,6 +232,17 @@ def test_a_pipe_that_nobody_reads_ends_a_command_quietly(
         assert capfd.readouterr().err == ""
 
 
+def test_both_ends_of_a_pipe_are_still_read(address: str, tmp_path: Path) -> None:
+    """Where a shell has a pipe open for reading and writing, what waits in it says nothing."""
+    os.mkfifo(tmp_path / "pipe")
+    both = os.open(tmp_path / "pipe", os.O_RDWR)
+    os.write(both, b"x")
+    with replaced(1, both):
+        assert main(["follow", address, "Files.lines", "path=/slow"]) == 0
+    assert os.read(both, 100) == b'x"/slow:0"\n"/slow:1"\n"/slow:2"\n'
+    os.close(both)
+
+
 def test_a_reader_who_waits_does_not_break_the_connection(tmp_path: Path) -> None:
     """More than a pipe holds is not read for several times as long as the server waits for a sign of life."""
     settings = Settings(ping_after=0.1, ping_timeout=0.1)

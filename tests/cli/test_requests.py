@@ -91,7 +91,7 @@ def test_a_ping_that_does_not_come_to_pass_has_no_summary(run: Run) -> None:
 
 
 def test_ping_for_programs(run: Run, address: str) -> None:
-    ran = run("ping", "--seq", "-c", 1, address)
+    ran = run("ping", "--seq", "-c", 1, "-i", 0, address)
     assert ran.out.count("\x1e") == 2
     assert '"median"' in ran.out
 

@@ -132,6 +132,8 @@ def test_code_that_cannot_be_loaded_is_waited_for(
     run: Run, app: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / f"{app}.py"
+    path.write_text("raise SystemExit(3)")
+    assert run("serve", f"{app}:handler", "./sock").code == 1
     path.write_text("(")
     ran = run("serve", f"{app}:handler", "./sock")
     assert ran.code == 1

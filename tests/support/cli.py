@@ -65,6 +65,9 @@ class Files(Protocol):
         anything: Any = None,
     ) -> dict[str, Any]: ...
 
+    async def sleep(self) -> None: ...
+
+    @raises(NoSuchFile)
     def lines(self, path: str, *, count: int = 3) -> AbstractAsyncContextManager[ReceiveChannel[str]]: ...
     def doubled(self, numbers: AsyncIterable[int]) -> AbstractAsyncContextManager[ReceiveChannel[int]]: ...
     async def copy(self, source: str, *, progress: Callable[[float], Awaitable[None]]) -> None: ...
@@ -100,7 +103,12 @@ class FilesInMemory:
     async def echo(self, **values: Any) -> dict[str, Any]:
         return {name: repr(value) for name, value in values.items()}
 
+    async def sleep(self) -> None:
+        await trio.sleep_forever()
+
     async def lines(self, path: str, *, count: int = 3) -> Any:
+        if path == "/gone":
+            raise NoSuchFile(path)
         for n in range(count):
             yield f"{path}:{n}"
         if path == "/slow":
