@@ -75,6 +75,7 @@ def docs(session: nox.Session) -> None:
         "docs/patterns.rst",
         "docs/watching.rst",
         "docs/interfaces.rst",
+        "docs/cli.rst",
         "docs/tutorial.rst",
         "benchmarks/README.rst",
         "fuzz/README.rst",
@@ -161,3 +162,4 @@ def build(session: nox.Session) -> None:
     session.install("trio", "pynacl")
     session.chdir(wheels)
     session.run("python", "-c", "import bokbok_trio.testing; print(bokbok_trio.__version__)")
+    session.run("bokbok", "key", "new", "-", silent=True)

@@ -4,7 +4,7 @@ Annotations are no strings here: the classes look as if they were of the package
 names there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -93,8 +93,14 @@ def describe(interface: Interface) -> InterfaceInfo:
     Raises:
         TypeError: one of its types has no JSON Schema.
     """
+    # One type for each exception, however many methods declare it.
+    errors = {
+        error: error_type(error) for each in interface.methods.values() for error in each.errors.values()
+    }
     types = {
-        (name, part): type for name, method in interface.methods.items() for part, type in _types_of(method)
+        (name, part): type
+        for name, method in interface.methods.items()
+        for part, type in _types_of(method, errors)
     }
     made, definitions = make_schemas(list(types.values()))
     schemas = dict(zip(types, made, strict=True))
@@ -115,7 +121,7 @@ def describe(interface: Interface) -> InterfaceInfo:
     return InterfaceInfo(interface.name, interface.doc, methods, definitions)
 
 
-def _types_of(method: Method) -> Iterator[tuple[str, Any]]:
+def _types_of(method: Method, errors: Mapping[type[Exception], Any]) -> Iterator[tuple[str, Any]]:
     yield "arguments", arguments_type(method, values_only=True)
     yield "result", method.result
     if method.stream is not None:
@@ -123,7 +129,7 @@ def _types_of(method: Method) -> Iterator[tuple[str, Any]]:
     if method.items is not NO_STREAM:
         yield "items out", method.items
     for name, error in method.errors.items():
-        yield f"error {name}", error_type(error)
+        yield f"error {name}", errors[error]
 
 
 class _Text:

@@ -113,6 +113,34 @@ async def test_a_listing_says_all_that_a_caller_needs() -> None:
     assert "progress: Callable[[float], Awaitable[None]]" in copy.signature
 
 
+def make_error(place: str) -> type[Exception]:
+    @dataclass
+    class Busy(Exception):
+        wait: int
+
+    Busy.__qualname__ = f"{place}.Busy"
+    return Busy
+
+
+BUSY, ALSO_BUSY = make_error("a"), make_error("b")
+
+
+class Queues(Protocol):
+    @raises(BUSY)
+    async def stat(self) -> None: ...
+    @raises(BUSY)
+    async def copy(self) -> None: ...
+    @raises(ALSO_BUSY)
+    async def secret(self) -> None: ...
+
+
+async def test_methods_may_declare_the_same_exception_and_others_of_its_name() -> None:
+    async with open_connection_pair(server_handler=served(Queues, listed=True)) as (client, _):
+        [queues] = await list_interfaces(client)
+    assert [resolve(queues, each.errors["Busy"])["required"] for each in queues.methods] == [["wait"]] * 3
+    assert queues.methods[0].errors == queues.methods[1].errors != queues.methods[2].errors
+
+
 def resolve(info: InterfaceInfo, schema: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = info.definitions[schema["$ref"].removeprefix("#/$defs/")]
     return found

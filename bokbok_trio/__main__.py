@@ -1,0 +1,8 @@
+"""`python -m bokbok_trio` is the command `bokbok`."""
+
+import sys
+
+from ._cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

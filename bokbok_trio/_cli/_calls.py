@@ -1,0 +1,223 @@
+"""`bokbok call` and `bokbok follow`: typed calls, for which the listing says what texts stand for.
+
+A side that lists nothing, to us at least, is called all the same: texts are texts then. This needs the extra
+``interface``.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import AsyncGenerator, AsyncIterable
+from contextlib import aclosing
+from functools import partial
+from typing import Any, NamedTuple
+
+import trio
+
+from .. import ProtocolError, RemoteError
+from ..interface import list_interfaces
+from ..interface._codec import make_decoder, make_encoder
+from ..interface._coding import BAD_ARGUMENTS, Hooks, ValueCoder
+from ..interface._exposing import CALL
+from ..interface._streams import pump
+from ._arguments import Arguments, Given, check_names, decode_text, naming, parse_arguments, to_values
+from ._connecting import Session, run_connected
+from ._exits import RAISED, CommandError, Exit
+from ._listing import Listed, find_method
+from ._output import Output
+from ._schemas import Schemas, is_bytes, parse_json
+from ._streams import give, read_chunks, send_nothing, split_lines, write_items
+from ._values import as_json, is_list
+
+_decode = make_decoder(Any)
+_encode = make_encoder()
+
+UNLISTED = (
+    "; the other side lists no interfaces to us, so texts were sent as texts: write NAME:=JSON for all else, "
+    "and bokbok follow for a method that streams"
+)
+
+
+class _Prepared(NamedTuple):
+    """A call, ready to be made.
+
+    Attributes:
+        fields: of its request.
+        source: of the items that it sends; None where there are none.
+        is_stream: items come back.
+    """
+
+    fields: list[bytes]
+    source: AsyncIterable[Any] | None
+    is_stream: bool
+
+
+def call(options: Namespace, out: Output) -> None:
+    """Call a method, and write what it returns, or the items that come."""
+    arguments = parse_arguments(options.argument)
+    run_connected(options, partial(_call, arguments=arguments, out=out, must_stream=False))
+
+
+def follow(options: Namespace, out: Output) -> None:
+    """Call a method that streams, and write the items as they come."""
+    arguments = parse_arguments(options.argument)
+    run_connected(options, partial(_call, arguments=arguments, out=out, must_stream=True), is_stream=True)
+
+
+async def _call(session: Session, *, arguments: Arguments, out: Output, must_stream: bool) -> None:
+    path: str = session.options.method
+    method = await _find(session, path)
+    if must_stream and method is not None and method.info.items_out is None:
+        raise CommandError(f"{path} gives no stream: use bokbok call", Exit.USAGE)
+    # Files are read, and one may be a pipe or a terminal.
+    session.allow_any_time()
+    prepare = partial(_prepare, path, method, arguments, out)
+    prepared = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)
+    try:
+        await _make(session, prepared, out, is_stream=must_stream or prepared.is_stream)
+    except RemoteError as exc:
+        raise _explain(exc, is_listed=method is not None) from exc
+
+
+async def _find(session: Session, path: str) -> Listed | None:
+    """The method, as it is listed; None where nothing is listed to us."""
+    try:
+        interfaces = await list_interfaces(session.connection)
+    except RemoteError:
+        return None
+    return find_method(interfaces, path)
+
+
+async def _make(session: Session, prepared: _Prepared, out: Output, *, is_stream: bool) -> None:
+    """Make the call, and write what comes of it."""
+    source = prepared.source
+    if source is None:
+        sending = send_nothing
+    else:
+        sending = partial(pump, source, coder=ValueCoder("the command line gave", Any, Hooks()))
+    if is_stream:
+        await write_items(session, prepared.fields, partial(_show_item, out), out, sending)
+        return
+    if source is None:
+        session.allow_usual_time()
+        answer = await session.connection.request(prepared.fields)
+    else:
+        async with session.connection.open_channel(prepared.fields) as channel, sending(channel):
+            answer = await channel.answer()
+    await out.item(_show(_decode_one(answer), out))
+
+
+def _decode_one(fields: list[bytes]) -> Any:
+    try:
+        [data] = fields
+        return _decode(data)
+    except ValueError as exc:
+        raise ProtocolError(f"what was answered is no value: {exc}") from exc
+
+
+def _show(value: Any, out: Output, *, is_item: bool = False) -> bytes:
+    """A value as it is written: as JSON, or as it is."""
+    if out.raw and isinstance(value, bytes | str):
+        return out.encode_raw(value)
+    return out.encode(as_json(value), is_item=is_item)
+
+
+def _show_item(out: Output, fields: list[bytes]) -> bytes:
+    return _show(_decode_one(fields), out, is_item=True)
+
+
+# ---- arguments ----
+
+
+def _prepare(path: str, method: Listed | None, arguments: Arguments, out: Output) -> _Prepared:
+    """Make the request of a call.
+
+    Raises:
+        CommandError: an argument is wrong, or cannot be read.
+    """
+    source = None
+    if method is None:
+        values = to_values(arguments, Schemas({}), {})
+    else:
+        if method.info.items_in is not None:
+            arguments, source = _take_source(method, arguments, out)
+        names = list(arguments) if isinstance(arguments, dict) else [each.name for each in arguments]
+        check_names(names, method.names, path)
+        values = to_values(arguments, method.schemas, method.info.arguments)
+    for name, value in values.items():
+        try:
+            _encode(value)
+        except ValueError as exc:
+            raise CommandError(f"{name}: {exc}", Exit.BAD_ARGUMENTS, BAD_ARGUMENTS) from exc
+    is_stream = method is not None and method.info.items_out is not None
+    return _Prepared([CALL, path.encode(errors="surrogateescape"), _encode(values)], source, is_stream)
+
+
+def _take_source(method: Listed, arguments: Arguments, out: Output) -> tuple[Arguments, AsyncIterable[Any]]:
+    """Take the stream out of the arguments, of which it is the one that is no value."""
+    name = method.stream
+    if isinstance(arguments, dict):
+        items = arguments.get(name)
+        if is_list(items):
+            return {key: value for key, value in arguments.items() if key != name}, _give(method, items)
+    else:
+        for given in arguments:
+            if given.name == name:
+                return [each for each in arguments if each is not given], _open_source(method, given, out)
+    raise CommandError(
+        f"{name}: {method.path} takes a stream of items here: {name}=@FILE, or @- for the standard input",
+        Exit.BAD_ARGUMENTS,
+        BAD_ARGUMENTS,
+    )
+
+
+def _open_source(method: Listed, given: Given, out: Output) -> AsyncIterable[Any]:
+    """The items of a stream: of a file chunks of bytes, or lines, which are texts or JSON."""
+    schema = method.schemas.resolve(method.info.items_in)
+    if given.file is None:
+        with naming(given.name):
+            if not given.is_json:
+                return give([method.schemas.from_text(schema, given.read().decode())])
+            items = parse_json(given.read())
+        return _give(method, items if is_list(items) else [items])
+    chunks = read_chunks(given.file, out)
+    if is_bytes(schema) and not given.is_json:
+        return chunks
+    return _read_items(method, chunks, is_text=schema.get("type") == "string" and not given.is_json)
+
+
+async def _read_items(method: Listed, chunks: AsyncGenerator[bytes], *, is_text: bool) -> AsyncGenerator[Any]:
+    """The items of lines: texts, or JSON, where empty lines do not count."""
+    async with aclosing(split_lines(chunks)) as lines:
+        async for line in lines:
+            if is_text or line.strip():
+                with naming(method.stream):
+                    item = decode_text(line) if is_text else _parse_item(method, line)
+                yield item
+
+
+def _parse_item(method: Listed, line: bytes) -> Any:
+    return method.schemas.from_json(method.info.items_in, parse_json(line))
+
+
+def _give(method: Listed, items: list[Any]) -> AsyncIterable[Any]:
+    """Items of JSON."""
+    with naming(method.stream):
+        return give([method.schemas.from_json(method.info.items_in, each) for each in items])
+
+
+# ---- errors ----
+
+
+def _explain(error: RemoteError, *, is_listed: bool) -> Exception:
+    """Say of an error that was answered what it says: a declared one has its fields."""
+    if error.code.startswith(RAISED):
+        try:
+            details = as_json(_decode(error.details))
+        except ValueError:
+            return error
+        code = error.code.removeprefix(RAISED)
+        return CommandError(error.message, Exit.HANDLER_SAID_NO, code, details)
+    if error.code == BAD_ARGUMENTS and not is_listed:
+        return RemoteError(error.message + UNLISTED, error.code, error.details)
+    return error

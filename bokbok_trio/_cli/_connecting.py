@@ -1,0 +1,133 @@
+"""From the options of a command to a connection, within a time."""
+
+from __future__ import annotations
+
+import math
+import os
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Final, NamedTuple, TypeVar
+
+import trio
+
+from .. import AddressError, Connection, Key, open_connection
+from ._exits import CommandError, Exit, describe_os_error
+
+DEFAULT_TIMEOUT: Final = 60.0
+"""Seconds that a command may take that is no stream, with dialling and all."""
+
+USER: Final = "BOKBOK_USER"
+KEY_FILE: Final = "BOKBOK_KEY_FILE"
+
+_T = TypeVar("_T")
+
+
+class Session(NamedTuple):
+    """What a command works with.
+
+    Attributes:
+        connection: the connection.
+        options: of the command.
+        scope: whose deadline is the end of all.
+    """
+
+    connection: Connection
+    options: Namespace
+    scope: trio.CancelScope
+
+    def allow_any_time(self) -> None:
+        """Have no deadline, unless one was given: what comes may take as long as it likes."""
+        if self.options.timeout is None:
+            self.scope.deadline = math.inf
+
+    def allow_usual_time(self) -> None:
+        """Have the usual deadline from now on, unless one was given."""
+        if self.options.timeout is None:
+            self.scope.deadline = trio.current_time() + DEFAULT_TIMEOUT
+
+
+def load_key(path: str) -> Key:
+    """Load a key from a file.
+
+    Raises:
+        CommandError: it cannot be read, or holds none.
+    """
+    try:
+        return Key.load(path)
+    except OSError as exc:
+        raise CommandError(f"cannot use the key file {describe_os_error(exc)}") from exc
+    except ValueError as exc:
+        raise CommandError(str(exc)) from exc
+
+
+def find_key(options: Namespace) -> Key | None:
+    """The key to use, or None for a plain connection; its user becomes that of the options.
+
+    Raises:
+        CommandError: what is given does not go together, or the key cannot be loaded.
+    """
+    if options.plain:
+        if options.user or options.key_file:
+            raise CommandError("--plain is without --user and --key-file", Exit.USAGE)
+        return None
+    path = options.key_file or os.environ.get(KEY_FILE)
+    options.user = options.user or os.environ.get(USER)
+    if not path and not options.user:
+        return None
+    if not path:
+        raise CommandError(
+            f"a user needs a key: give --key-file FILE, or set {KEY_FILE}; or use none by --plain", Exit.USAGE
+        )
+    if not options.user:
+        raise CommandError(
+            f"a key needs a user: give --user NAME, or set {USER}; or use none by --plain", Exit.USAGE
+        )
+    return load_key(path)
+
+
+def run_connected(
+    options: Namespace, work: Callable[[Session], Awaitable[_T]], *, is_stream: bool = False
+) -> _T:
+    """Open a connection, do some work with it, and return what came of it.
+
+    Arguments:
+        options: the address, and what `find_key` needs.
+        work: what to do.
+        is_stream: it may take any time, unless a time is given.
+
+    Raises:
+        CommandError: there is no connection, or the time is over.
+        BaseException: what the work raises.
+    """
+    key = find_key(options)
+    limit = (None if is_stream else DEFAULT_TIMEOUT) if options.timeout is None else options.timeout
+    limit = limit or math.inf
+
+    async def run() -> _T:
+        with trio.move_on_after(limit) as scope:
+            async with AsyncExitStack() as stack:
+                connection = await _open(stack, options, key)
+                return await work(Session(connection, options, scope))
+        raise CommandError(f"no answer within {limit:g} s", Exit.TIME_OUT)
+
+    return trio.run(run)
+
+
+async def _open(stack: AsyncExitStack, options: Namespace, key: Key | None) -> Connection:
+    try:
+        return await stack.enter_async_context(
+            open_connection(
+                options.address,
+                user=options.user,
+                key=key,
+                service=options.service,
+                insecure=options.insecure,
+            )
+        )
+    except OSError as exc:
+        raise CommandError(describe_os_error(exc), Exit.NO_CONNECTION) from exc
+    except AddressError:
+        raise
+    except ValueError as exc:
+        raise CommandError(str(exc), Exit.USAGE) from exc

@@ -1,0 +1,196 @@
+"""`bokbok list` and `bokbok describe`: what the other side serves; it needs the extra ``interface``."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from shlex import quote
+from typing import Any, NamedTuple
+
+from .. import RemoteError
+from ..interface import InterfaceInfo, MethodInfo, list_interfaces
+from ._connecting import Session, run_connected
+from ._exits import CommandError, Exit
+from ._output import Output
+from ._schemas import Schemas
+from ._values import as_json, dump
+
+
+class Listed(NamedTuple):
+    """A method that is listed.
+
+    Attributes:
+        path: its name on the wire, as in ``Files.stat``.
+        info: what is told of it.
+        schemas: what its schemas refer to.
+    """
+
+    path: str
+    info: MethodInfo
+    schemas: Schemas
+
+    @property
+    def names(self) -> list[str]:
+        """Its arguments that are values, in the order of its signature, which schemas do not keep."""
+        signature = self.info.signature
+        return sorted(
+            self.schemas.properties(self.info.arguments),
+            key=lambda name: (
+                found.start() if (found := re.search(rf"\b{name}: ", signature)) else len(signature)
+            ),
+        )
+
+    @property
+    def stream(self) -> str:
+        """Its argument that is a stream of items."""
+        found = re.search(r"(\w+): (?:AsyncItera|ReceiveChannel)", self.info.signature)
+        return found[1] if found else "a stream"
+
+    def template(self, name: str) -> Any:
+        """A value for an argument, to be filled in: its default, if the signature has that in literals."""
+        found = re.search(rf"\b{name}: .*? = (.*?)(?:, \w+: |, \*, |\)(?: -> |$))", self.info.signature)
+        if found and name not in self.schemas.required(self.info.arguments):
+            with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                return as_json(ast.literal_eval(found[1]))
+        return self.schemas.template(self.schemas.properties(self.info.arguments)[name])
+
+
+async def ask_listing(session: Session) -> list[InterfaceInfo]:
+    """Ask for the listing.
+
+    Raises:
+        CommandError: there is none for us.
+    """
+    try:
+        return await list_interfaces(session.connection)
+    except RemoteError as exc:
+        why = (
+            ""
+            if session.options.user is not None
+            else ", or tells it only to users: give --user and --key-file"
+        )
+        raise CommandError(
+            f"the other side lists no interfaces{why} [{exc.code}]", Exit.HANDLER_SAID_NO, exc.code
+        ) from exc
+
+
+def find_method(interfaces: Sequence[InterfaceInfo], path: str) -> Listed:
+    """Find a method by its name on the wire.
+
+    Raises:
+        CommandError: there is none; the message has one of a similar name.
+    """
+    paths = {f"{each.name}.{method.name}": (each, method) for each in interfaces for method in each.methods}
+    if path not in paths:
+        similar = difflib.get_close_matches(path, paths, 1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        raise CommandError(f"no such method: {path}{hint} [no-method]", Exit.HANDLER_SAID_NO, "no-method")
+    interface, method = paths[path]
+    return Listed(path, method, Schemas(interface.definitions))
+
+
+# ---- the commands ----
+
+
+def list_all(options: Namespace, out: Output) -> None:
+    """Write what the other side serves."""
+    interfaces = run_connected(options, ask_listing)
+    if out.is_for_programs:
+        out.value([dataclasses.asdict(each) for each in interfaces])
+        return
+    show = show_markdown if options.markdown else show_text
+    for n, each in enumerate(interfaces):
+        for line in ([""] if n else []) + list(show(each)):
+            out.line(line.rstrip())
+
+
+def describe(options: Namespace, out: Output) -> None:
+    """Write what there is to know of a method, and a call of it to be filled in."""
+    method = find_method(run_connected(options, ask_listing), options.method)
+    template = make_template(method)
+    if out.is_for_programs:
+        out.value({**dataclasses.asdict(method.info), "template": template})
+        return
+    for line in show_method(method, options.address, template):
+        out.line(line)
+
+
+def make_template(method: Listed) -> dict[str, Any]:
+    """The arguments of a method, to be filled in; where it has a default, with that."""
+    template = {name: method.template(name) for name in method.names}
+    return template if method.info.items_in is None else {**template, method.stream: []}
+
+
+# ---- for people ----
+
+
+def show_text(interface: InterfaceInfo) -> Iterator[str]:
+    """An interface, in lines."""
+    yield interface.name
+    yield from indent(interface.doc, 4)
+    for method in interface.methods:
+        yield f"    {method.signature}"
+        yield from indent(method.doc.partition("\n")[0], 8)
+
+
+def show_markdown(interface: InterfaceInfo) -> Iterator[str]:
+    """An interface, as a chapter of Markdown."""
+    yield f"# {interface.name}"
+    if interface.doc:
+        yield from ("", *interface.doc.splitlines())
+    schemas = Schemas(interface.definitions)
+    for method in interface.methods:
+        yield from ("", f"## {interface.name}.{method.name}", "", "```python", method.signature, "```")
+        if method.doc:
+            yield from ("", *method.doc.splitlines())
+        if method.is_idempotent:
+            yield from ("", "It may run twice.")
+        for name, schema in method.errors.items():
+            yield from ("", f"Raises `{name}` with {show_members(schemas, schema)}.")
+
+
+def show_method(method: Listed, address: str, template: dict[str, Any]) -> Iterator[str]:
+    """A method, in lines, with a call of it to be filled in."""
+    info, schemas = method.info, method.schemas
+    yield info.signature
+    yield from indent(info.doc, 4)
+    if info.is_idempotent:
+        yield "    It may run twice."
+    properties, required = schemas.properties(info.arguments), schemas.required(info.arguments)
+    for name in method.names:
+        may_be_left_out = "" if name in required else ", may be left out"
+        yield f"    {name}: {schemas.name(properties[name])}{may_be_left_out}"
+    for what, schema in (("takes", info.items_in), ("gives", info.items_out)):
+        if schema is not None:
+            yield f"    It {what} a stream of items: {schemas.name(schema)}"
+    for error, schema in info.errors.items():
+        yield f"    It raises {error} with {show_members(schemas, schema)}"
+    words = [
+        word if name in required else f"[{word}]"
+        for name in method.names
+        for word in [schemas.placeholder(name, properties[name])]
+    ]
+    if info.items_in is not None:
+        words.append(f"{quote(method.stream)}=@FILE")
+    yield ""
+    command = f"bokbok call {quote(address)} {quote(method.path)}"
+    yield " ".join([command, *words])
+    if template:
+        yield f"{command} {quote(dump(template))}"
+
+
+def show_members(schemas: Schemas, schema: Any) -> str:
+    """The fields of an error."""
+    members = schemas.properties(schema)
+    return ", ".join(f"{name} ({schemas.name(each)})" for name, each in members.items()) or "nothing"
+
+
+def indent(text: str, width: int) -> Iterator[str]:
+    """The lines of a text, indented."""
+    for line in text.splitlines():
+        yield f"{' ' * width}{line}".rstrip()

@@ -1,0 +1,282 @@
+"""JSON Schemas of a listing: from what is typed to values that travel, and to templates.
+
+A listing comes from the other side, so whatever is no schema there is taken for one that allows everything:
+the other side checks the arguments anyway.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from shlex import quote
+from typing import Any, Final, NoReturn
+
+from ._values import dump, is_list, is_object
+
+Schema = Mapping[str, Any]
+
+MAX_DEPTH: Final = 64
+"""Schemas within each other, and references in a row, that are followed. What is deeper is left as it is."""
+
+_WORD: Final = re.compile(r"[\w.-]+")
+
+_INTEGER: Final = re.compile(r"[+-]?[0-9]+", re.ASCII)
+
+
+class Mismatch(ValueError):  # noqa: N818  (what it is)
+    """A value is not what its schema says; the text says what it should be."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON text, and nothing that only Python takes for one.
+
+    Raises:
+        Mismatch: it is none.
+    """
+
+    def refuse(name: str) -> NoReturn:
+        raise Mismatch(f"JSON has no {name}")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except Mismatch:
+        raise
+    except (ValueError, RecursionError) as exc:
+        raise Mismatch(f"expected JSON: {exc}") from None
+
+
+def is_bytes(schema: Schema) -> bool:
+    """Whether the values are bytes."""
+    return schema.get("type") == "string" and schema.get("contentEncoding") == "base64"
+
+
+class Schemas:
+    """The schemas of an interface.
+
+    Arguments:
+        definitions: those that others refer to, by name.
+    """
+
+    def __init__(self, definitions: Mapping[str, Any]) -> None:
+        self._definitions = definitions
+
+    def resolve(self, schema: Any) -> Schema:
+        """The schema itself, where this is a reference to one."""
+        for _ in range(MAX_DEPTH):
+            if not is_object(schema):
+                return {}
+            if "$ref" not in schema:
+                return schema
+            schema = self._definitions.get(str(schema["$ref"]).removeprefix("#/$defs/"))
+        return {}
+
+    def properties(self, schema: Any) -> dict[str, Any]:
+        """The schemas of the members of an object."""
+        return _get_dict(self.resolve(schema), "properties")
+
+    def required(self, schema: Any) -> frozenset[str]:
+        """The members that an object must have."""
+        return frozenset(
+            filter(lambda each: isinstance(each, str), _get_list(self.resolve(schema), "required"))
+        )
+
+    def _alternatives(self, schema: Schema) -> list[Schema]:
+        return [self.resolve(each) for each in _get_list(schema, "anyOf")]
+
+    # ---- from what is typed ----
+
+    def from_text(self, schema: Any, text: str) -> Any:
+        """The value that a text stands for. Where a text is allowed it is that text.
+
+        Raises:
+            Mismatch: it is none of the schema's.
+        """
+        schema = self.resolve(schema)
+        if "enum" in schema:
+            choices = {
+                each if isinstance(each, str) else dump(each): each for each in _get_list(schema, "enum")
+            }
+            if text not in choices:
+                raise Mismatch(f"expected {self.name(schema)}, and got {text!r}")
+            return choices[text]
+        if alternatives := self._alternatives(schema):
+            return self._from_text_of_any(schema, alternatives, text)
+        if is_bytes(schema):
+            return text.encode(errors="surrogateescape")
+        parse = _PARSERS.get(str(schema.get("type")))
+        if parse is None:
+            return text
+        try:
+            return parse(text)
+        except (KeyError, ValueError):
+            raise Mismatch(f"expected {self.name(schema)}, and got {text!r}") from None
+
+    def _from_text_of_any(self, schema: Schema, alternatives: list[Schema], text: str) -> Any:
+        for each in sorted(alternatives, key=lambda each: each.get("type") != "string"):
+            try:
+                return self.from_text(each, text)
+            except Mismatch:
+                continue
+        raise Mismatch(f"expected {self.name(schema)}, and got {text!r}")
+
+    def from_json(self, schema: Any, value: Any, path: str = "$", depth: int = 0) -> Any:
+        """The value that one of JSON stands for: bytes of base64, where the schema has bytes.
+
+        Raises:
+            Mismatch: something is no base64 that should be; the text begins with the path to it.
+        """
+        schema = self.resolve(schema)
+        if depth > MAX_DEPTH:
+            return value
+        for each in self._alternatives(schema):
+            if self._may_be(each, value):
+                return self.from_json(each, value, path, depth + 1)
+        if isinstance(value, str) and is_bytes(schema):
+            try:
+                return base64.b64decode(value, validate=True)
+            except ValueError:
+                raise Mismatch(f"{path}: expected base64, and got {value!r}") from None
+        if is_object(value):
+            known, others = self.properties(schema), schema.get("additionalProperties")
+            return {
+                name: self.from_json(known.get(name, others), each, f"{path}.{name}", depth + 1)
+                for name, each in value.items()
+            }
+        if is_list(value):
+            first, rest = _get_list(schema, "prefixItems"), schema.get("items")
+            return [
+                self.from_json(first[n] if n < len(first) else rest, each, f"{path}[{n}]", depth + 1)
+                for n, each in enumerate(value)
+            ]
+        return value
+
+    def _may_be(self, schema: Schema, value: Any) -> bool:
+        """Whether a value of JSON has the kind that a schema says: enough to choose between several."""
+        if "enum" in schema:
+            return value in _get_list(schema, "enum")
+        kind = schema.get("type")
+        if kind is None:
+            return True
+        if not isinstance(value, _KINDS.get(str(kind), object)) or (
+            isinstance(value, bool) and kind != "boolean"
+        ):
+            return False
+        if is_object(value):
+            known = self.properties(schema)
+            return self.required(schema) <= value.keys() and all(
+                self._may_be(self.resolve(known[name]), each)
+                for name, each in value.items()
+                if "enum" in self.resolve(known.get(name))  # a tag that tells classes apart
+            )
+        return True
+
+    # ---- for people ----
+
+    def name(self, schema: Any) -> str:
+        """What a schema allows, in words."""
+        schema = self.resolve(schema)
+        if "enum" in schema:
+            return " or ".join(map(dump, _get_list(schema, "enum")))
+        if alternatives := self._alternatives(schema):
+            return " or ".join(dict.fromkeys(self.name(each) for each in alternatives))
+        if is_bytes(schema):
+            return "bytes"
+        title, format = schema.get("title"), schema.get("format")
+        kind = str(schema.get("type", "anything"))
+        if kind == "object" and isinstance(title, str):
+            return title
+        return f"{format}" if kind == "string" and isinstance(format, str) else _NAMES.get(kind, kind)
+
+    def template(self, schema: Any, depth: int = 0) -> Any:
+        """A value of JSON to be filled in: all members of objects, with what is empty or nothing."""
+        schema = self.resolve(schema)
+        alternatives = self._alternatives(schema)
+        kind = schema.get("type")
+        if depth > MAX_DEPTH or any(each.get("type") == "null" for each in alternatives):
+            return None
+        if alternatives:
+            return self.template(alternatives[0], depth + 1)
+        if kind == "object":
+            members = self.properties(schema)
+            return {name: self._template_of(each, depth + 1) for name, each in members.items()}
+        if kind == "array":
+            return [self.template(each, depth + 1) for each in _get_list(schema, "prefixItems")]
+        return next(iter(_get_list(schema, "enum")), _EMPTY.get(str(kind)))
+
+    def _template_of(self, schema: Any, depth: int) -> Any:
+        """That of a member, which may have a default."""
+        if is_object(schema) and "default" in schema:
+            return schema["default"]
+        return self.template(schema, depth)
+
+    def placeholder(self, name: str, schema: Any) -> str:
+        """What to write for an argument in a shell, where nothing that the other side named does harm."""
+        schema = self.resolve(schema)
+        name = quote(name)
+        names = [self.name(each) for each in self._alternatives(schema)] or [self.name(schema)]
+        choices = [each if isinstance(each, str) else dump(each) for each in _get_list(schema, "enum")]
+        if choices and all(map(_WORD.fullmatch, choices)):
+            return f"{name}={'|'.join(choices)}"
+        if "bytes" in names:
+            return f"{name}=@FILE"
+        if "boolean" in names:
+            return f"{name}=true|false"
+        plain = {"text", "integer", "number", "null"}
+        if (schema.get("type") == "string" and _WORD.fullmatch(names[0])) or plain.issuperset(names):
+            return f"{name}={'|'.join(each.upper() for each in names if each != 'null')}"
+        return f"{name}:=JSON"
+
+
+def _get_dict(schema: Schema, name: str) -> dict[str, Any]:
+    found = schema.get(name)
+    return found if is_object(found) else {}
+
+
+def _get_list(schema: Schema, name: str) -> list[Any]:
+    found = schema.get(name)
+    return found if is_list(found) else []
+
+
+def _parse_integer(text: str) -> int:
+    if _INTEGER.fullmatch(text) is None:
+        raise ValueError(text)
+    return int(text)
+
+
+def _parse_number(text: str) -> int | float:
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    number = float(text.replace("_", "?"))  # which only Python takes
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def _parse_container(text: str) -> Any:
+    raise ValueError(text)
+
+
+_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "integer": _parse_integer,
+    "number": _parse_number,
+    "boolean": {"true": True, "false": False}.__getitem__,
+    "null": {"null": None}.__getitem__,
+    "array": _parse_container,
+    "object": _parse_container,
+}
+
+_KINDS: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+    "array": list,
+    "object": dict,
+}
+
+_NAMES: Final = {"string": "text", "array": "a list", "object": "an object"}
+_EMPTY: Final[Mapping[str, Any]] = {"string": "", "integer": 0, "number": 0.0, "boolean": False}

@@ -1,0 +1,109 @@
+"""Streams: the items of a channel, written as they come; and those that are sent over one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import Any, Final
+
+import trio
+
+from .. import Channel, RemoteError
+from ._connecting import Session
+from ._exits import CommandError
+from ._fields import STDIN
+from ._output import Output, while_read
+from ._progress import Progress
+
+CHUNK: Final = 2**16
+"""Bytes read at once, and of an item of bytes: a field of this size travels whole."""
+
+
+async def write_items(
+    session: Session,
+    fields: list[bytes],
+    encode: Callable[[list[bytes]], bytes],
+    out: Output,
+    sending: Callable[[Channel], AbstractAsyncContextManager[None]],
+) -> list[bytes]:
+    """Make a request with a channel, write its items as they come, and return its answer.
+
+    Arguments:
+        session: where to.
+        fields: of the request.
+        encode: an item, as it is written.
+        out: where.
+        sending: a block that sends items meanwhile.
+    """
+    progress = Progress(out, is_seen=out.is_terminal)
+    async with while_read(), session.connection.open_channel(fields) as channel, sending(channel):
+        try:
+            async for item in channel:
+                data = encode(item)
+                await out.item(data)
+                progress.add(len(data))
+        except trio.BrokenResourceError as exc:
+            raise find_answer(exc) from None
+        finally:
+            progress.end()
+        return await channel.answer()
+
+
+@asynccontextmanager
+async def send_nothing(channel: Channel) -> AsyncGenerator[None]:
+    """End the direction of this side at once."""
+    await channel.end()
+    yield
+
+
+def find_answer(error: trio.BrokenResourceError) -> Exception:
+    """What a channel broke by: the error that was answered, if that is it."""
+    return error.__cause__ if isinstance(error.__cause__, RemoteError) else error
+
+
+async def read_chunks(path: str, out: Output) -> AsyncGenerator[bytes]:
+    """The bytes of a file, or of the standard input if it is ``-``, as they come.
+
+    Raises:
+        CommandError: it cannot be read.
+    """
+    what = "the standard input" if path == STDIN else repr(path)
+    try:
+        fd = 0 if path == STDIN else os.open(path, os.O_RDONLY)
+    except (OSError, ValueError) as exc:
+        raise CommandError(f"cannot read {what}: {_reason(exc)}") from exc
+    progress = Progress(out, os.fstat(fd).st_size)
+    try:
+        # A pipe or a terminal may be silent for as long as it likes.
+        while chunk := await trio.to_thread.run_sync(os.read, fd, CHUNK, abandon_on_cancel=True):
+            yield chunk
+            progress.add(len(chunk))
+    except OSError as exc:
+        raise CommandError(f"cannot read {what}: {_reason(exc)}") from exc
+    finally:
+        progress.end()
+        if fd:
+            os.close(fd)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+async def split_lines(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """The lines of what comes in chunks, without their ends; the last one may have none."""
+    rest = b""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                yield line
+    if rest:
+        yield rest
+
+
+async def give(items: list[Any]) -> AsyncGenerator[Any]:
+    """Items that are there."""
+    for item in items:
+        yield item
