@@ -24,7 +24,11 @@ from ._addresses import (
 )
 from ._channel import Channel as Channel
 from ._client import open_connection as open_connection
-from ._combined import CombinedHandler as CombinedHandler, add_handler as add_handler
+from ._combined import (
+    CombinedHandler as CombinedHandler,
+    add_handler as add_handler,
+    find_handler as find_handler,
+)
 from ._connection import (
     Connection as Connection,
     ConnectionHandler as ConnectionHandler,

@@ -35,6 +35,7 @@ from ._packets import Fields
 from ._session import Session
 
 if TYPE_CHECKING:
+    from ._combined import CombinedHandler
     from ._connection import Connection
 
 RequestHandler: TypeAlias = "Callable[[Connection, list[bytes]], Awaitable[Fields | None]]"
@@ -50,7 +51,7 @@ ChannelHandler: TypeAlias = "Callable[[Connection, list[bytes], Channel], Awaita
 
 _AnyHandler: TypeAlias = Callable[..., Awaitable["Fields | None"]]
 
-AddedHandlers: TypeAlias = "dict[bytes, tuple[RequestHandler | None, ChannelHandler | None]]"
+AddedHandlers: TypeAlias = "dict[bytes, CombinedHandler]"
 """Those that `add_handler` has added, by the first field of their requests."""
 
 DRAINING_MESSAGE: Final = "the peer takes no new request"
@@ -183,7 +184,8 @@ class Handlers:
         """
         handler: _AnyHandler | None = self._channel_handler if request.has_channel else self._request_handler
         if self.added and request.fields and request.fields[0] in self.added:
-            handler = self.added[request.fields[0]][request.has_channel]
+            added = self.added[request.fields[0]]
+            handler = added.handle_channel if request.has_channel else added.handle_request
         if self._session.is_draining and not request.depth:
             self._session.fail(request.id, "closing", DRAINING_MESSAGE)
         elif handler is None:
