@@ -268,7 +268,7 @@ def error_type(error: type[Exception]) -> Any:
             for each in _error_fields(error)
         },
     )
-    # By these the codec tells exceptions of the same name apart.
+    # By these a listing tells it from others of the same name.
     made.__module__, made.__qualname__ = error.__module__, error.__qualname__
     return made
 

@@ -4,7 +4,7 @@ Annotations are no strings here: the classes look as if they were of the package
 names there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, final
 
@@ -91,12 +91,9 @@ def describe(interface: Interface) -> InterfaceInfo:
     """Describe an interface.
 
     Raises:
-        TypeError: one of its types has no JSON Schema.
+        TypeError: two of its types have the same name.
     """
-    # One type for each exception, however many methods declare it.
-    errors = {
-        error: error_type(error) for each in interface.methods.values() for error in each.errors.values()
-    }
+    errors: dict[type[Exception], Any] = {}  # the types of their fields, of which there is one for each
     types = {
         (name, part): type
         for name, method in interface.methods.items()
@@ -121,7 +118,7 @@ def describe(interface: Interface) -> InterfaceInfo:
     return InterfaceInfo(interface.name, interface.doc, methods, definitions)
 
 
-def _types_of(method: Method, errors: Mapping[type[Exception], Any]) -> Iterator[tuple[str, Any]]:
+def _types_of(method: Method, errors: dict[type[Exception], Any]) -> Iterator[tuple[str, Any]]:
     yield "arguments", arguments_type(method, values_only=True)
     yield "result", method.result
     if method.stream is not None:
@@ -129,6 +126,8 @@ def _types_of(method: Method, errors: Mapping[type[Exception], Any]) -> Iterator
     if method.items is not NO_STREAM:
         yield "items out", method.items
     for name, error in method.errors.items():
+        if error not in errors:
+            errors[error] = error_type(error)
         yield f"error {name}", errors[error]
 
 

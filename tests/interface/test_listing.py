@@ -113,34 +113,6 @@ async def test_a_listing_says_all_that_a_caller_needs() -> None:
     assert "progress: Callable[[float], Awaitable[None]]" in copy.signature
 
 
-def make_error(place: str) -> type[Exception]:
-    @dataclass
-    class Busy(Exception):
-        wait: int
-
-    Busy.__qualname__ = f"{place}.Busy"
-    return Busy
-
-
-BUSY, ALSO_BUSY = make_error("a"), make_error("b")
-
-
-class Queues(Protocol):
-    @raises(BUSY)
-    async def stat(self) -> None: ...
-    @raises(BUSY)
-    async def copy(self) -> None: ...
-    @raises(ALSO_BUSY)
-    async def secret(self) -> None: ...
-
-
-async def test_methods_may_declare_the_same_exception_and_others_of_its_name() -> None:
-    async with open_connection_pair(server_handler=served(Queues, listed=True)) as (client, _):
-        [queues] = await list_interfaces(client)
-    assert [resolve(queues, each.errors["Busy"])["required"] for each in queues.methods] == [["wait"]] * 3
-    assert queues.methods[0].errors == queues.methods[1].errors != queues.methods[2].errors
-
-
 def resolve(info: InterfaceInfo, schema: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = info.definitions[schema["$ref"].removeprefix("#/$defs/")]
     return found
@@ -187,6 +159,56 @@ async def test_a_listing_that_is_none_is_a_protocol_error(answer: list[bytes]) -
     async with open_connection_pair(server_handler=lie) as (client, _):
         with pytest.raises(ProtocolError, match="what was answered is no listing"):
             await list_interfaces(client)
+
+
+def make_error(module: str) -> type[Exception]:
+    @dataclass
+    class NotFound(Exception):
+        where: str
+
+    NotFound.__module__ = module
+    return NotFound
+
+
+HERE, THERE = make_error("here"), make_error("there")
+
+
+async def test_what_has_the_same_name_is_listed_nevertheless() -> None:
+    class Finder(Protocol):
+        @raises(HERE)
+        async def stat(self) -> None: ...
+        @raises(HERE)
+        async def copy(self) -> None: ...
+        @raises(THERE)
+        async def use(self) -> None: ...
+
+    async with open_connection_pair(server_handler=served(Finder, listed=True)) as (client, _):
+        [finder] = await list_interfaces(client)
+    assert all(set(each.errors) == {"NotFound"} for each in finder.methods)
+    stat, copy, use = (each.errors["NotFound"] for each in finder.methods)
+    assert stat == copy != use
+    for each in (stat, use):
+        assert resolve(finder, each)["properties"] == {"where": {"type": "string"}}
+
+
+def test_types_that_nothing_tells_apart_are_not_listed() -> None:
+    class Finder(Protocol):
+        async def stat(self, one: ONE) -> TWIN: ...  # type: ignore[valid-type]
+
+    assert served(Finder)
+    with pytest.raises(TypeError, match=r"two types named make_place.<locals>.Place; rename one"):
+        served(Finder, listed=True)
+
+
+def make_place() -> type:
+    @dataclass
+    class Place:
+        where: str
+
+    return Place
+
+
+ONE, TWIN = make_place(), make_place()
 
 
 async def test_types_with_hooks_are_listed_by_their_names() -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import msgspec
@@ -260,9 +261,23 @@ async def test_all_kinds_of_async_callables_do() -> None:
         return a
 
     async with open_work() as (work, _, _):
-        callables: list[tuple[Note, int]] = [(Caller(), 2), (Caller().method, 4), (partial(add, 3), 6)]
+
+        def add_four(value: float) -> Awaitable[int]:
+            return add(4, value)
+
+        callables: list[tuple[Note, int]] = [
+            (Caller(), 2),
+            (Caller().method, 4),
+            (partial(add, 3), 6),
+            (add_four, 8),
+            (lambda value: add(5, value), 10),
+        ]
         for each, result in callables:
             assert await work.run(each) == result
+
+
+def sync_note(value: float) -> int:
+    return 1
 
 
 class SyncCaller:
@@ -276,7 +291,7 @@ class SyncCaller:
         (3, "int does not implement progress\n  __call__: it is 3, and no method"),
         (TERMINAL, "Terminal does not implement progress\n  __call__: it is <.*>, and no method"),
         (len, "len does not implement progress\n  __call__: it is not async; write 'async def'"),
-        (lambda value: value, "<lambda> does not implement progress\n  __call__: it is not async"),
+        (sync_note, "sync_note does not implement progress\n  __call__: it is not async"),
         (SyncCaller(), "SyncCaller does not implement progress\n  __call__: it is not async"),
         (rows, "rows does not implement progress\n  __call__: it is an async generator"),
         (Terminal, "Terminal is a class, and what serves progress is an object"),
@@ -292,6 +307,19 @@ async def test_what_is_no_async_callable_is_a_type_error_here(wrong: Any, text: 
 class Half:
     async def show(self, text: str) -> int:
         return 0
+
+
+async def test_what_only_its_call_shows_to_be_sync_fails_then(caplog: pytest.LogCaptureFixture) -> None:
+    def unknown(value: NoSuchType) -> None:  # type: ignore[name-defined]  # noqa: F821
+        pass
+
+    async with open_work() as (work, _, client):
+        wrong: list[Any] = [lambda _value: 1, unknown]
+        for each in wrong:
+            with pytest.raises(RemoteError, match="can't be used in 'await' expression"):
+                await work.run(each)
+        assert caplog.text.count("Traceback") == 4  # of the callback, and of the method, each time
+        await check_usable(work, client)
 
 
 async def test_an_object_without_its_interface_is_a_type_error_here() -> None:
@@ -755,3 +783,60 @@ async def test_a_closed_connection_lends_nothing() -> None:
         await client.aclose()
         with pytest.raises(trio.ClosedResourceError):
             await work.run(note)
+
+
+async def test_a_reconnecting_client_lends_and_borrows_by_one_table() -> None:
+    """What it lends, and what its own interfaces lend in turn, are called over the same connection."""
+
+    class Both(Worker):
+        async def run(self, progress: Note) -> int:
+            back = consume(current_request().connection, Work)
+            return await back.pass_on(lambda_of(progress))
+
+    def lambda_of(progress: Note) -> Callable[[Note], Awaitable[int]]:
+        async def take(double: Note) -> int:
+            return await double(3) + await progress(1)
+
+        return take
+
+    worker: Any = Both()
+    for first in ("lend", "borrow"):
+        async with (
+            open_server("127.0.0.1:0", expose(Work, worker)) as server,
+            open_reconnecting(server.addresses, request_handler=expose(Work, worker)) as client,
+        ):
+            if first == "borrow":
+                [connection] = server.connections
+                assert await consume(connection, Work).pass_on(lambda_of(note)) == 16
+            work = consume(client, Work)
+            assert await work.run(note) == 16
+            assert await work.pass_on(lambda_of(note)) == 16
+
+
+async def test_a_call_that_lends_what_cannot_be_lent_lends_nothing_at_all() -> None:
+    class Prober(Worker):
+        async def run(self, progress: Any) -> int:
+            last = int(progress._bokbok_options.head[1])
+            for number in range(1, last):
+                connection = current_request().connection
+                assert await code_of(connection, b"%back", b"%d" % number, b"", encode([1])) == "no-reference"
+            return last
+
+    prober: Any = Prober()
+    async with consume_local(Work, prober) as work:
+        with pytest.raises(TypeError):
+            await work.keep(note, Half())  # type: ignore[arg-type]
+        await work.keep(note, Terminal())  # type: ignore[arg-type]
+        assert await work.run(note) > 1
+
+
+async def test_of_objects_that_have_methods_of_their_own_each_is_looked_at() -> None:
+    terminal = Terminal()
+    whole: Any = SimpleNamespace(
+        **{name: getattr(terminal, name) for name in ("show", "keys", "paint", "twice")}
+    )
+    async with open_work() as (work, _, _client):
+        assert await work.use(whole) == 5
+        half: Any = SimpleNamespace(show=terminal.show)
+        with pytest.raises(TypeError, match="SimpleNamespace does not implement Screen"):
+            await work.use(half)
