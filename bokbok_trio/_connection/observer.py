@@ -28,7 +28,7 @@ from ..instruments import (
     RequestOutcome,
     RequestStarted,
 )
-from .calls import is_own_timeout
+from .timeouts import is_own_timeout
 
 if TYPE_CHECKING:
     from .._types import Connection
