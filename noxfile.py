@@ -75,6 +75,7 @@ def docs(session: nox.Session) -> None:
         "docs/patterns.rst",
         "docs/watching.rst",
         "docs/interfaces.rst",
+        "docs/architecture.rst",
         "docs/cli.rst",
         "docs/tutorial.rst",
         "benchmarks/README.rst",
