@@ -244,6 +244,8 @@ def test_what_is_typed_may_take_any_time(run: Run, address: str, monkeypatch: py
     ("arguments", "code", "error"),
     [
         (["numbers=@/nowhere"], 1, "cannot read '/nowhere': No such file or directory"),
+        (["numbers=@/dev/zero"], 6, "a line has more than 16777216 bytes"),
+        (["{}", "numbers=@/"], 2, "'{}' is no argument"),
         (["numbers=@/"], 1, "cannot read '/': Is a directory"),
         (["numbers=@-"], 6, "numbers: expected JSON: Expecting value: line 1 column 1 (char 0)"),
         (["numbers=x"], 6, "numbers: expected integer, and got 'x'"),
