@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
-import time
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from bokbok_trio import Connection, RequestError
-from bokbok_trio._cli import _connecting
+from bokbok_trio._cli import _calls
 from bokbok_trio._cli._schemas import MAX_DEPTH, Schemas
-from tests.support.cli import Run, address, handler, make_handler, replaced, run, serving
+from tests.support.cli import Run, address, handler, make_handler, run, serving
 
 __all__ = ["address", "run"]
 
@@ -211,33 +210,36 @@ def test_streams_that_are_sent(run: Run, address: str, tmp_path: Path) -> None:
     assert run("call", "--timeout", 10, address, "Files.doubled", "numbers:=1").out == "2\n"
 
 
-def test_a_stream_has_no_time_limit_unless_one_is_given(
-    run: Run, address: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("given", "limit"), [([], 60), (["--timeout=20"], 20), (["--timeout=0"], None)])
+def test_a_method_has_the_time_that_the_command_has(
+    run: Run, address: str, given: list[str], limit: float | None
 ) -> None:
-    monkeypatch.setattr(_connecting, "DEFAULT_TIMEOUT", 0.1)
-    assert run("call", address, "Files.lines", "path=/slow").out.count("\n") == 3
-    assert run("call", "--timeout=0.1", address, "Files.lines", "path=/slow").code == 124
-    assert run("call", "--timeout=0", address, "Files.lines", "path=/slow").code == 0
-    assert run("call", "--timeout=0.1", address, "Files.sleep").code == 124
-    assert run("call", address, "Files.sleep").code == 124
+    left = run("call", *given, address, "Files.time_left").json
+    assert left is None if limit is None else 0 < left <= limit
 
 
-def test_what_is_typed_may_take_any_time(run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_connecting, "DEFAULT_TIMEOUT", 0.2)
-    reader, writer = os.pipe()
+def test_a_stream_has_no_time_limit_unless_one_is_given(run: Run, address: str) -> None:
+    for command in ("call", "follow"):
+        assert run(command, address, "Files.times_left").json is None
+        assert 0 < run(command, "--timeout=20", address, "Files.times_left").json <= 20
 
-    def type_slowly() -> None:
-        time.sleep(0.4)
-        os.write(writer, b"slow")
-        os.close(writer)
 
-    thread = threading.Thread(target=type_slowly)
-    thread.start()
-    with replaced(0, reader):
-        ran = run("call", address, "Files.echo", "text=@-")
-    thread.join()
-    os.close(reader)
-    assert ran.json == {"text": "'slow'"}
+def test_what_is_read_may_take_any_time(run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time begins anew when somebody has typed what the standard input was to give."""
+    limits: list[float] = []
+    run_sync = trio.to_thread.run_sync
+
+    async def spy(function: Any, *args: Any, **options: Any) -> Any:
+        if getattr(function, "func", None) is _calls._prepare:
+            limits.append(trio.current_effective_deadline() - trio.current_time())
+        return await run_sync(function, *args, **options)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", spy)
+    for given in ([], ["--timeout=20"]):
+        assert run("call", *given, address, "Files.echo", "text=@-", stdin=b"x").json == {"text": "'x'"}
+    usual, limited = limits
+    assert usual == math.inf
+    assert 0 < limited <= 20
 
 
 @pytest.mark.parametrize(
