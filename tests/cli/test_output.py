@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -270,23 +271,36 @@ def test_a_reader_who_waits_does_not_break_the_connection(tmp_path: Path) -> Non
     assert data.count(path.encode()) == 200
 
 
-def test_what_is_written_waits_where_a_pipe_does_not(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written_waits_where_a_pipe_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    size = 2**20
-    got: list[int] = []
+    waits = threading.Event()
+    original = select.select
+
+    def spy(*args: Any) -> Any:
+        waits.set()
+        return original(*args)
+
+    monkeypatch.setattr(select, "select", spy)
+    data = b""
 
     def read() -> None:
-        count = 0
-        while count < size:
-            count += len(os.read(reader, 65536))
-        got.append(count)
+        nonlocal data
+        waits.wait()
+        while chunk := os.read(reader, 65536):
+            data += chunk
 
     thread = threading.Thread(target=read)
     thread.start()
-    write_all(writer, bytes(size))
+    write_all(writer, bytes(2**20))
+    os.close(writer)
     thread.join()
-    assert got == [size]
+    assert data == bytes(2**20)
+    os.close(reader)
+
+
+def test_what_cannot_be_written_is_told_apart() -> None:
+    reader, writer = os.pipe()
     os.close(reader)
     with pytest.raises(ReaderGone):
         write_all(writer, b"x")
