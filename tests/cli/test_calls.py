@@ -13,7 +13,7 @@ import trio
 
 from bokbok_trio import Connection, RequestError
 from bokbok_trio._cli import _calls
-from bokbok_trio._cli._schemas import MAX_DEPTH, Schemas
+from bokbok_trio._cli._schemas import MAX_DEPTH, TEMPLATE_DEPTH, Schemas
 from tests.support.cli import Run, address, handler, make_handler, run, serving
 
 __all__ = ["address", "run"]
@@ -415,7 +415,9 @@ def test_the_names_of_types() -> None:
 
 
 def test_references_that_lead_nowhere_or_in_circles_allow_everything() -> None:
-    schemas = Schemas({"A": {"$ref": "#/$defs/A"}, "B": 3})
+    schemas = Schemas({"A": {"$ref": "#/$defs/A"}, "B": 3, "D": {"anyOf": [{"$ref": "#/$defs/D"}]}})
+    assert schemas.name({"$ref": "#/$defs/D"}) == "anything"
+    assert schemas.from_text({"$ref": "#/$defs/D"}, "x") == "x"
     for name in "ABC":
         assert schemas.resolve({"$ref": f"#/$defs/{name}"}) == {}
     assert schemas.from_text({"$ref": "#/$defs/A"}, "5") == "5"
@@ -431,7 +433,7 @@ def test_a_template_of_what_holds_itself_ends() -> None:
     while template is not None:
         assert template["size"] == 7
         template, depth = template["left"], depth + 1
-    assert depth == MAX_DEPTH + 1
+    assert depth == TEMPLATE_DEPTH + 1
     assert schemas.template({"anyOf": [{"type": "integer"}, {"type": "string"}]}) == 0
     assert schemas.template({"enum": ["x", "y"]}) == "x"
     assert schemas.template({"type": "array", "prefixItems": [{"type": "number"}, {}]}) == [0.0, None]
