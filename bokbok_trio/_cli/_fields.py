@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Final
 
 from .._keys import KEY_PREFIX
 from ._exits import CommandError, Exit
@@ -17,6 +16,9 @@ from ._exits import CommandError, Exit
 STDIN: Final = "-"
 FILE: Final = "@"
 ESCAPE: Final = "\\"
+
+MAX_SIZE: Final = 2**24
+"""Bytes of what is read at once, and of a line: more than a message may have, also in base64."""
 
 KEY_TEXT: Final = re.compile(f"{KEY_PREFIX}1[0-9a-z]{{40}}", re.IGNORECASE)
 """What is a key, or was meant to be one."""
@@ -41,44 +43,34 @@ def refuse_secrets(argv: list[str]) -> None:
         raise CommandError(WHY_NOT, Exit.USAGE)
 
 
-def read_stdin() -> bytes:
-    """All of the standard input.
-
-    Raises:
-        CommandError: it cannot be read.
-    """
-    try:
-        return _read_all(0)
-    except OSError as exc:
-        _fail("the standard input", exc)
-
-
 def read_file(path: str) -> bytes:
     """All of a file, or of the standard input if it is ``-``.
 
     Raises:
-        CommandError: it cannot be read.
+        CommandError: it cannot be read, or is too large for any message.
     """
-    if path == STDIN:
-        return read_stdin()
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        with open(0 if path == STDIN else path, "rb", closefd=path != STDIN) as file:
+            data = file.read(MAX_SIZE + 1)
     except (OSError, ValueError) as exc:
-        _fail(repr(path), exc)
+        raise cannot_read(path, exc) from exc
+    if len(data) > MAX_SIZE:
+        raise CommandError(f"{name_file(path)} has more than {MAX_SIZE} bytes", Exit.BAD_ARGUMENTS)
+    return data
 
 
-def _read_all(fd: int) -> bytes:
-    with open(fd, "rb", closefd=False) as file:
-        return file.read()
+def name_file(path: str) -> str:
+    """A file, or the standard input, as errors call it."""
+    return "the standard input" if path == STDIN else repr(path)
 
 
-def _fail(what: str, error: OSError | ValueError) -> NoReturn:
+def cannot_read(path: str, error: OSError | ValueError) -> CommandError:
+    """The error to raise where a file cannot be read."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    raise CommandError(f"cannot read {what}: {reason}") from error
+    return CommandError(f"cannot read {name_file(path)}: {reason}")
 
 
-def parse_fields(texts: list[str], read: Callable[[str], bytes] = read_file) -> list[bytes]:
+def parse_fields(texts: list[str]) -> list[bytes]:
     """The fields of a request, as they stand on the command line.
 
     Raises:
@@ -86,14 +78,12 @@ def parse_fields(texts: list[str], read: Callable[[str], bytes] = read_file) -> 
     """
     if texts.count(STDIN) + texts.count(FILE + STDIN) > 1:
         raise CommandError("the standard input can be one field only", Exit.USAGE)
-    return [_parse_field(text, read) for text in texts]
+    return [_parse_field(text) for text in texts]
 
 
-def _parse_field(text: str, read: Callable[[str], bytes]) -> bytes:
-    if text == STDIN:
-        return read(STDIN)
-    if text.startswith(FILE):
-        return read(text.removeprefix(FILE))
+def _parse_field(text: str) -> bytes:
+    if text == STDIN or text.startswith(FILE):
+        return read_file(text.removeprefix(FILE))
     return os.fsencode(text.removeprefix(ESCAPE))  # the bytes that were typed, whatever they are
 
 
@@ -105,7 +95,7 @@ def ask_secret(prompt: str, *, twice: bool = False) -> str:
     """
     if not os.isatty(0):
         try:
-            return read_stdin().decode().split("\n")[0].removesuffix("\r")
+            return read_file(STDIN).decode().split("\n")[0].removesuffix("\r")
         except UnicodeDecodeError:
             raise CommandError("the standard input is not text in UTF-8") from None
     from getpass import getpass  # noqa: PLC0415  (seldom needed)

@@ -21,6 +21,9 @@ Schema = Mapping[str, Any]
 MAX_DEPTH: Final = 64
 """Schemas within each other, and references in a row, that are followed. What is deeper is left as it is."""
 
+TEMPLATE_DEPTH: Final = 8
+"""Objects within each other of a template, as a type may hold itself."""
+
 _WORD: Final = re.compile(r"[\w.-]+")
 
 _INTEGER: Final = re.compile(r"[+-]?[0-9]+", re.ASCII)
@@ -84,7 +87,9 @@ class Schemas:
         )
 
     def _alternatives(self, schema: Schema) -> list[Schema]:
-        return [self.resolve(each) for each in _get_list(schema, "anyOf")]
+        """The schemas of a union, of which none is one itself."""
+        found = map(self.resolve, _get_list(schema, "anyOf"))
+        return [{} if "anyOf" in each else each for each in found]
 
     # ---- from what is typed ----
 
@@ -195,7 +200,7 @@ class Schemas:
         schema = self.resolve(schema)
         alternatives = self._alternatives(schema)
         kind = schema.get("type")
-        if depth > MAX_DEPTH or any(each.get("type") == "null" for each in alternatives):
+        if depth > TEMPLATE_DEPTH or any(each.get("type") == "null" for each in alternatives):
             return None
         if alternatives:
             return self.template(alternatives[0], depth + 1)

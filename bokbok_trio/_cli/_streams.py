@@ -11,8 +11,8 @@ import trio
 
 from .. import Channel, RemoteError
 from ._connecting import Session
-from ._exits import CommandError
-from ._fields import STDIN
+from ._exits import CommandError, Exit
+from ._fields import MAX_SIZE, STDIN, cannot_read
 from ._output import Output, while_read
 from ._progress import Progress
 
@@ -68,11 +68,10 @@ async def read_chunks(path: str, out: Output) -> AsyncGenerator[bytes]:
     Raises:
         CommandError: it cannot be read.
     """
-    what = "the standard input" if path == STDIN else repr(path)
     try:
         fd = 0 if path == STDIN else os.open(path, os.O_RDONLY)
     except (OSError, ValueError) as exc:
-        raise CommandError(f"cannot read {what}: {_reason(exc)}") from exc
+        raise cannot_read(path, exc) from exc
     progress = Progress(out, os.fstat(fd).st_size)
     try:
         # A pipe or a terminal may be silent for as long as it likes.
@@ -80,27 +79,34 @@ async def read_chunks(path: str, out: Output) -> AsyncGenerator[bytes]:
             yield chunk
             progress.add(len(chunk))
     except OSError as exc:
-        raise CommandError(f"cannot read {what}: {_reason(exc)}") from exc
+        raise cannot_read(path, exc) from exc
     finally:
         progress.end()
         if fd:
             os.close(fd)
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
 async def split_lines(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """The lines of what comes in chunks, without their ends; the last one may have none."""
-    rest = b""
+    """The lines of what comes in chunks, without their ends; the last one may have none.
+
+    Raises:
+        CommandError: a line is too large for any message.
+    """
+    pieces: list[bytes] = []  # of a line that has not ended
+    size = 0
     async with aclosing(chunks):
         async for chunk in chunks:
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                yield line
-    if rest:
-        yield rest
+            pieces.append(chunk)
+            size += len(chunk)
+            if b"\n" in chunk:
+                *lines, rest = b"".join(pieces).split(b"\n")
+                for line in lines:
+                    yield line
+                pieces, size = [rest], len(rest)
+            elif size > MAX_SIZE:
+                raise CommandError(f"a line has more than {MAX_SIZE} bytes", Exit.BAD_ARGUMENTS)
+    if size:
+        yield b"".join(pieces)
 
 
 async def give(items: list[Any]) -> AsyncGenerator[Any]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
-import time
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from bokbok_trio import Connection, RequestError
-from bokbok_trio._cli import _connecting
-from bokbok_trio._cli._schemas import MAX_DEPTH, Schemas
-from tests.support.cli import Run, address, handler, make_handler, replaced, run, serving
+from bokbok_trio._cli import _calls
+from bokbok_trio._cli._schemas import MAX_DEPTH, TEMPLATE_DEPTH, Schemas
+from tests.support.cli import Run, address, handler, make_handler, run, serving
 
 __all__ = ["address", "run"]
 
@@ -211,39 +210,44 @@ def test_streams_that_are_sent(run: Run, address: str, tmp_path: Path) -> None:
     assert run("call", "--timeout", 10, address, "Files.doubled", "numbers:=1").out == "2\n"
 
 
-def test_a_stream_has_no_time_limit_unless_one_is_given(
-    run: Run, address: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("given", "limit"), [([], 60), (["--timeout=20"], 20), (["--timeout=0"], None)])
+def test_a_method_has_the_time_that_the_command_has(
+    run: Run, address: str, given: list[str], limit: float | None
 ) -> None:
-    monkeypatch.setattr(_connecting, "DEFAULT_TIMEOUT", 0.1)
-    assert run("call", address, "Files.lines", "path=/slow").out.count("\n") == 3
-    assert run("call", "--timeout=0.1", address, "Files.lines", "path=/slow").code == 124
-    assert run("call", "--timeout=0", address, "Files.lines", "path=/slow").code == 0
-    assert run("call", "--timeout=0.1", address, "Files.sleep").code == 124
-    assert run("call", address, "Files.sleep").code == 124
+    left = run("call", *given, address, "Files.time_left").json
+    assert left is None if limit is None else 0 < left <= limit
 
 
-def test_what_is_typed_may_take_any_time(run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_connecting, "DEFAULT_TIMEOUT", 0.2)
-    reader, writer = os.pipe()
+def test_a_stream_has_no_time_limit_unless_one_is_given(run: Run, address: str) -> None:
+    for command in ("call", "follow"):
+        assert run(command, address, "Files.times_left").json is None
+        assert 0 < run(command, "--timeout=20", address, "Files.times_left").json <= 20
 
-    def type_slowly() -> None:
-        time.sleep(0.4)
-        os.write(writer, b"slow")
-        os.close(writer)
 
-    thread = threading.Thread(target=type_slowly)
-    thread.start()
-    with replaced(0, reader):
-        ran = run("call", address, "Files.echo", "text=@-")
-    thread.join()
-    os.close(reader)
-    assert ran.json == {"text": "'slow'"}
+def test_what_is_read_may_take_any_time(run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time begins anew when somebody has typed what the standard input was to give."""
+    limits: list[float] = []
+    run_sync = trio.to_thread.run_sync
+
+    async def spy(function: Any, *args: Any, **options: Any) -> Any:
+        if getattr(function, "func", None) is _calls._prepare:
+            limits.append(trio.current_effective_deadline() - trio.current_time())
+        return await run_sync(function, *args, **options)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", spy)
+    for given in ([], ["--timeout=20"]):
+        assert run("call", *given, address, "Files.echo", "text=@-", stdin=b"x").json == {"text": "'x'"}
+    usual, limited = limits
+    assert usual == math.inf
+    assert 0 < limited <= 20
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "error"),
     [
         (["numbers=@/nowhere"], 1, "cannot read '/nowhere': No such file or directory"),
+        (["numbers=@/dev/zero"], 6, "a line has more than 16777216 bytes"),
+        (["{}", "numbers=@/"], 2, "'{}' is no argument"),
         (["numbers=@/"], 1, "cannot read '/': Is a directory"),
         (["numbers=@-"], 6, "numbers: expected JSON: Expecting value: line 1 column 1 (char 0)"),
         (["numbers=x"], 6, "numbers: expected integer, and got 'x'"),
@@ -411,7 +415,9 @@ def test_the_names_of_types() -> None:
 
 
 def test_references_that_lead_nowhere_or_in_circles_allow_everything() -> None:
-    schemas = Schemas({"A": {"$ref": "#/$defs/A"}, "B": 3})
+    schemas = Schemas({"A": {"$ref": "#/$defs/A"}, "B": 3, "D": {"anyOf": [{"$ref": "#/$defs/D"}]}})
+    assert schemas.name({"$ref": "#/$defs/D"}) == "anything"
+    assert schemas.from_text({"$ref": "#/$defs/D"}, "x") == "x"
     for name in "ABC":
         assert schemas.resolve({"$ref": f"#/$defs/{name}"}) == {}
     assert schemas.from_text({"$ref": "#/$defs/A"}, "5") == "5"
@@ -427,7 +433,7 @@ def test_a_template_of_what_holds_itself_ends() -> None:
     while template is not None:
         assert template["size"] == 7
         template, depth = template["left"], depth + 1
-    assert depth == MAX_DEPTH + 1
+    assert depth == TEMPLATE_DEPTH + 1
     assert schemas.template({"anyOf": [{"type": "integer"}, {"type": "string"}]}) == 0
     assert schemas.template({"enum": ["x", "y"]}) == "x"
     assert schemas.template({"type": "array", "prefixItems": [{"type": "number"}, {}]}) == [0.0, None]

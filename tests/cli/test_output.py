@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -215,18 +216,20 @@ def test_a_full_disk_is_said(address: str, capfd: pytest.CaptureFixture[str]) ->
 def test_a_pipe_that_nobody_reads_ends_a_command_quietly(
     address: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for args in (
-        ["request", address, "x"],
-        ["follow", address, "Files.lines", "path=/endless", "count=0"],  # which writes nothing
-        ["request", "--channel", address, "endless"],
-        ["ping", address, "-i", "3600"],
+    for args, closes_later in (
+        (["request", address, "x"], False),
+        (["ping", address, "-i", "3600"], True),
+        (["request", "--channel", address, "endless"], True),
+        (["follow", address, "Files.lines", "path=/endless", "count=0"], True),  # which writes nothing
     ):
         reader, writer = os.pipe()
-        threading.Timer(0.1, os.close, [reader]).start()
+        closing = threading.Timer(0.1 if closes_later else 0, os.close, [reader])
+        closing.start()
+        if not closes_later:
+            closing.join()
         with replaced(1, writer):
-            if args[0] == "request" and len(args) == 3:
-                time.sleep(0.2)
             code = main(args)
+        closing.join()
         os.close(writer)
         assert code == 141
         assert capfd.readouterr().err == ""
@@ -244,8 +247,8 @@ def test_both_ends_of_a_pipe_are_still_read(address: str, tmp_path: Path) -> Non
 
 
 def test_a_reader_who_waits_does_not_break_the_connection(tmp_path: Path) -> None:
-    """More than a pipe holds is not read for several times as long as the server waits for a sign of life."""
-    settings = Settings(ping_after=0.1, ping_timeout=0.1)
+    """More than a pipe holds is not read for longer than the server waits for a sign of life."""
+    settings = Settings(ping_after=0.2, ping_timeout=0.4)
     path = "x" * 1000
     with serving(str(tmp_path / "sock"), make_handler(), settings=settings) as address:
         reader, writer = os.pipe()
@@ -253,7 +256,7 @@ def test_a_reader_who_waits_does_not_break_the_connection(tmp_path: Path) -> Non
 
         def read() -> None:
             nonlocal data
-            time.sleep(0.8)
+            time.sleep(1)
             while chunk := os.read(reader, 65536):
                 data += chunk
 
@@ -268,23 +271,36 @@ def test_a_reader_who_waits_does_not_break_the_connection(tmp_path: Path) -> Non
     assert data.count(path.encode()) == 200
 
 
-def test_what_is_written_waits_where_a_pipe_does_not(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written_waits_where_a_pipe_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    size = 2**20
-    got: list[int] = []
+    waits = threading.Event()
+    original = select.select
+
+    def spy(*args: Any) -> Any:
+        waits.set()
+        return original(*args)
+
+    monkeypatch.setattr(select, "select", spy)
+    data = b""
 
     def read() -> None:
-        count = 0
-        while count < size:
-            count += len(os.read(reader, 65536))
-        got.append(count)
+        nonlocal data
+        waits.wait()
+        while chunk := os.read(reader, 65536):
+            data += chunk
 
     thread = threading.Thread(target=read)
     thread.start()
-    write_all(writer, bytes(size))
+    write_all(writer, bytes(2**20))
+    os.close(writer)
     thread.join()
-    assert got == [size]
+    assert data == bytes(2**20)
+    os.close(reader)
+
+
+def test_what_cannot_be_written_is_told_apart() -> None:
+    reader, writer = os.pipe()
     os.close(reader)
     with pytest.raises(ReaderGone):
         write_all(writer, b"x")

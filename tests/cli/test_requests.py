@@ -44,6 +44,8 @@ def test_what_cannot_be_read_is_said(run: Run, address: str, tmp_path: Path) -> 
     ran = run("request", address, f"@{tmp_path}/none")
     assert (ran.code, ran.out) == (1, "")
     assert ran.error == f"cannot read '{tmp_path}/none': No such file or directory"
+    ran = run("request", address, "@/dev/zero")
+    assert (ran.code, ran.error) == (6, "'/dev/zero' has more than 16777216 bytes")
     ran = run("request", address, "-", "@-")
     assert (ran.code, ran.error) == (2, "the standard input can be one field only")
     folder = os.open(tmp_path, os.O_RDONLY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 import trio
 from trio.abc import ReceiveChannel
 
-from bokbok_trio import Channel, Connection, RequestError, open_server
+from bokbok_trio import Channel, Connection, RequestError, current_request, open_server
 from bokbok_trio._cli import main
 from bokbok_trio.interface import expose, idempotent, raises
 
@@ -65,7 +66,8 @@ class Files(Protocol):
         anything: Any = None,
     ) -> dict[str, Any]: ...
 
-    async def sleep(self) -> None: ...
+    async def time_left(self) -> float | None: ...
+    def times_left(self) -> AbstractAsyncContextManager[ReceiveChannel[float | None]]: ...
 
     @raises(NoSuchFile)
     def lines(self, path: str, *, count: int = 3) -> AbstractAsyncContextManager[ReceiveChannel[str]]: ...
@@ -103,8 +105,12 @@ class FilesInMemory:
     async def echo(self, **values: Any) -> dict[str, Any]:
         return {name: repr(value) for name, value in values.items()}
 
-    async def sleep(self) -> None:
-        await trio.sleep_forever()
+    async def time_left(self) -> float | None:
+        left = current_request().deadline - trio.current_time()
+        return left if math.isfinite(left) else None
+
+    async def times_left(self) -> Any:
+        yield await self.time_left()
 
     async def lines(self, path: str, *, count: int = 3) -> Any:
         if path == "/gone":
