@@ -23,7 +23,11 @@ from ._addresses import (
     UnixAddress as UnixAddress,
 )
 from ._client import open_connection as open_connection
-from ._combined import CombinedHandler as CombinedHandler, add_handler as add_handler
+from ._combined import (
+    CombinedHandler as CombinedHandler,
+    add_handler as add_handler,
+    find_handler as find_handler,
+)
 from ._connection.channel import Channel as Channel
 from ._connection.connection import Connection as Connection
 from ._connection.current import CurrentRequest as CurrentRequest, current_request as current_request

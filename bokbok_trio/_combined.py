@@ -10,6 +10,7 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ._connection.connection import Connection
+from ._connection.handlers import AddedHandlers
 from ._types import ChannelHandler, RequestHandler
 
 if TYPE_CHECKING:
@@ -76,9 +77,21 @@ def add_handler(
         raise TypeError(f"a handler to be added has handle_request and handle_channel; {handler!r} has not")
     if not isinstance(first_field, bytes):
         raise TypeError(f"the first field of requests is bytes, not {first_field!r}")
-    handlers = (
-        connection._handlers.added if isinstance(connection, Connection) else connection._added_handlers
-    )
+    handlers = _added_handlers(connection)
     if first_field in handlers:
         raise ValueError(f"requests with the first field {first_field!r} have a handler already")
-    handlers[first_field] = split_handler(handler, None)
+    handlers[first_field] = handler
+
+
+def find_handler(
+    connection: Connection | ReconnectingConnection, first_field: bytes
+) -> CombinedHandler | None:
+    """Return what `add_handler` has added for the requests with a certain first field; None if nothing.
+
+    A `ReconnectingConnection` and its connections have the same.
+    """
+    return _added_handlers(connection).get(first_field)
+
+
+def _added_handlers(connection: Connection | ReconnectingConnection) -> AddedHandlers:
+    return connection._handlers.added if isinstance(connection, Connection) else connection._added_handlers

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar, overloa
 from ._keys import Key
 
 if TYPE_CHECKING:
+    from ._combined import CombinedHandler as CombinedHandler
     from ._connection.channel import Channel as Channel
     from ._connection.connection import Connection as Connection
     from ._reconnecting import ReconnectingConnection as ReconnectingConnection

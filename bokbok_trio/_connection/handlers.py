@@ -35,13 +35,13 @@ from .channel import Channel, Channels
 from .current import CURRENT, CurrentRequest
 
 if TYPE_CHECKING:
-    from .._types import Connection
+    from .._types import CombinedHandler, Connection
     from ..instruments import RequestOutcome
     from .observer import Observer
 
 _AnyHandler: TypeAlias = Callable[..., Awaitable["Fields | None"]]
 
-AddedHandlers: TypeAlias = "dict[bytes, tuple[RequestHandler | None, ChannelHandler | None]]"
+AddedHandlers: TypeAlias = "dict[bytes, CombinedHandler]"
 """Those that `add_handler` has added, by the first field of their requests."""
 
 DRAINING_MESSAGE: Final = "the peer takes no new request"
@@ -178,7 +178,8 @@ class Handlers:
         """
         handler: _AnyHandler | None = self._channel_handler if request.has_channel else self._request_handler
         if self.added and request.fields and request.fields[0] in self.added:
-            handler = self.added[request.fields[0]][request.has_channel]
+            added = self.added[request.fields[0]]
+            handler = added.handle_channel if request.has_channel else added.handle_request
         if self._session.is_draining and not request.depth:
             self._session.fail(request.id, "closing", DRAINING_MESSAGE)
         elif handler is None:

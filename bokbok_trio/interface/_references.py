@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Final, cast, final
+from typing import Any, Final, final
 
 import trio
 
@@ -43,20 +43,18 @@ class Lender:
         Raises:
             TypeError: one cannot be called, or does not have its interface.
         """
+        given = {
+            key: value
+            for key in references
+            if (value := arguments.get(key) if isinstance(arguments, dict) else arguments[key]) is not None
+        }
+        for key, value in given.items():  # all of them, before any is lent
+            _check(references[key], value)
         loan = Loan(self._lent)
-        for key, coder in references.items():
-            if isinstance(arguments, dict) and key not in arguments:
-                continue
-            value = arguments[key]
-            if value is None:
-                continue
-            if type(value) not in coder.fitting:
-                check_fit(coder.interface, value)
-                if "" not in coder.methods:
-                    coder.fitting.add(cast("type[object]", type(value)))
+        for key, value in given.items():
             self._count += 1
             arguments[key] = self._count
-            loan.add(b"%d" % self._count, Lent(coder, value, loan))
+            loan.add(b"%d" % self._count, Lent(references[key], value, loan))
         return loan
 
     def find(self, number: bytes) -> Lent:
@@ -69,6 +67,16 @@ class Lender:
             return self._lent[number]
         except KeyError:
             raise RequestError("nothing is lent by this number, or no longer", NO_REFERENCE) from None
+
+
+def _check(coder: InterfaceCoder, value: object) -> None:
+    """Check that something can be lent, and remember a class whose objects all can."""
+    cls = type(value)
+    if cls not in coder.fitting:
+        check_fit(coder.interface, value)
+        names = (each.method.name for each in coder.methods.values())
+        if "" not in coder.methods and all(hasattr(cls, each) for each in names):
+            coder.fitting.add(cls)
 
 
 @final

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast, final
-from weakref import WeakKeyDictionary
 
-from bokbok_trio import RequestError, add_handler, current_request
+from bokbok_trio import RequestError, add_handler, current_request, find_handler
 
 from ._calls import Call, Middleware, run_middleware
 from ._codec import BadValue
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 BACK: Final = b"%back"
 """The first field of a call of what was lent; the number, the method's name and the arguments follow."""
-
-_lenders: Final[WeakKeyDictionary[Connection | ReconnectingConnection, Lender]] = WeakKeyDictionary()
 
 
 async def serve(
@@ -122,19 +119,19 @@ def raise_declared(coder: MethodCoder, error: BaseException) -> None:
 
 def find_lender(connection: Connection | ReconnectingConnection) -> Lender:
     """The one lender of a connection, whose calls back are handled from now on."""
-    lender = _lenders.get(connection)
-    if lender is None:
-        lender = _lenders[connection] = Lender()
-        add_handler(connection, BACK, _BackHandler(lender))
-    return lender
+    handler = find_handler(connection, BACK)
+    if handler is None:
+        handler = _BackHandler()
+        add_handler(connection, BACK, handler)
+    return cast("_BackHandler", handler).lender
 
 
 @final
 class _BackHandler:
     """Handles calls of what is lent."""
 
-    def __init__(self, lender: Lender) -> None:
-        self._lender = lender
+    def __init__(self) -> None:
+        self.lender = Lender()
 
     async def handle_request(self, connection: Connection, request: list[bytes]) -> Fields:
         return await self._handle(connection, request, None)
@@ -147,7 +144,7 @@ class _BackHandler:
             _, number, name, arguments = request
         except ValueError:
             raise RequestError("a call back is a number, a method and arguments", BAD_ARGUMENTS) from None
-        lent = self._lender.find(number)
+        lent = self.lender.find(number)
         coder, function = lent.find(name)
         with lent.loan.use():
             return await serve(coder, function, connection, arguments, channel)

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import msgspec
@@ -755,3 +756,60 @@ async def test_a_closed_connection_lends_nothing() -> None:
         await client.aclose()
         with pytest.raises(trio.ClosedResourceError):
             await work.run(note)
+
+
+async def test_a_reconnecting_client_lends_and_borrows_by_one_table() -> None:
+    """What its own interfaces lend on, and what it lends, goes over one connection, and so has one handler."""
+
+    class Both(Worker):
+        async def run(self, progress: Note) -> int:
+            back = consume(current_request().connection, Work)
+            return await back.pass_on(lambda_of(progress))
+
+    def lambda_of(progress: Note) -> Callable[[Note], Awaitable[int]]:
+        async def take(double: Note) -> int:
+            return await double(3) + await progress(1)
+
+        return take
+
+    worker: Any = Both()
+    for first in ("lend", "borrow"):
+        async with (
+            open_server("127.0.0.1:0", expose(Work, worker)) as server,
+            open_reconnecting(server.addresses, request_handler=expose(Work, worker)) as client,
+        ):
+            if first == "borrow":
+                [connection] = server.connections
+                assert await consume(connection, Work).pass_on(lambda_of(note)) == 16
+            work = consume(client, Work)
+            assert await work.run(note) == 16
+            assert await work.pass_on(lambda_of(note)) == 16
+
+
+async def test_a_call_that_lends_what_cannot_be_lent_lends_nothing_at_all() -> None:
+    class Prober(Worker):
+        async def run(self, progress: Any) -> int:
+            last = int(progress._bokbok_options.head[1])
+            for number in range(1, last):
+                connection = current_request().connection
+                assert await code_of(connection, b"%back", b"%d" % number, b"", encode([1])) == "no-reference"
+            return last
+
+    prober: Any = Prober()
+    async with consume_local(Work, prober) as work:
+        with pytest.raises(TypeError):
+            await work.keep(note, Half())  # type: ignore[arg-type]
+        await work.keep(note, Terminal())  # type: ignore[arg-type]
+        assert await work.run(note) > 1
+
+
+async def test_of_objects_that_have_methods_of_their_own_each_is_looked_at() -> None:
+    terminal = Terminal()
+    whole: Any = SimpleNamespace(
+        **{name: getattr(terminal, name) for name in ("show", "keys", "paint", "twice")}
+    )
+    async with open_work() as (work, _, _client):
+        assert await work.use(whole) == 5
+        half: Any = SimpleNamespace(show=terminal.show)
+        with pytest.raises(TypeError, match="SimpleNamespace does not implement Screen"):
+            await work.use(half)

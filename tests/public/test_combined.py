@@ -14,6 +14,7 @@ from bokbok_trio import (
     Connection,
     RemoteError,
     add_handler,
+    find_handler,
     open_connection,
     open_reconnecting,
     open_server,
@@ -150,6 +151,21 @@ async def test_two_with_one_first_field_are_refused() -> None:
         with pytest.raises(ValueError, match="first field b'a' have a handler already"):
             add_handler(client, b"a", Both("second"))
         assert await server.request(["a"]) == [b"first", b"a"]
+
+
+async def test_what_was_added_is_found() -> None:
+    added = Both()
+    async with (
+        open_server("127.0.0.1:0", echo) as server,
+        open_reconnecting(server.addresses) as client,
+    ):
+        await client.request(["1"])
+        assert client.connection is not None
+        assert find_handler(client, b"a") is None
+        add_handler(client.connection, b"a", added)
+        assert find_handler(client, b"a") is find_handler(client.connection, b"a") is added
+        [connection] = server.connections
+        assert find_handler(connection, b"a") is None
 
 
 async def test_only_combined_handlers_can_be_added() -> None:

@@ -21,7 +21,7 @@ import bokbok_trio
 PUBLIC = {
     "bokbok_trio": {
         *("open_connection", "open_reconnecting", "open_server", "serve", "passphrase_to_key"),
-        *("CombinedHandler", "add_handler"),
+        *("CombinedHandler", "add_handler", "find_handler"),
         *("Channel", "Connection", "ReconnectingConnection", "Server", "Settings", "Key", "Keyring"),
         *("ConnectionStatistics", "ServerStatistics"),
         *("Address", "TCPAddress", "UnixAddress", "PeerCredentials"),
