@@ -25,6 +25,9 @@ STREAMS: Final = (AsyncIterable, AsyncIterator, trio.abc.ReceiveChannel)
 STREAM_LIKE: Final = (*STREAMS, AsyncGenerator, AbstractAsyncContextManager, trio.MemoryReceiveChannel)
 """What is meant for a stream, in the wrong place or form."""
 
+SENDING: Final = (trio.abc.SendChannel, trio.MemorySendChannel)
+"""What a method would send items to, which cannot be passed."""
+
 ROOTS: Final = frozenset({object, Protocol, Generic, ABC})
 """Base classes that are no part of an interface."""
 
@@ -115,8 +118,21 @@ def split_none(hint: Any) -> tuple[Any, bool]:
 
 
 def strip(hint: Any) -> Any:
-    """Take ``Annotated`` from around a stream or a callback, whose own annotations mean nothing here."""
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    """Take ``Annotated`` and names by ``type NAME = ...`` from around a stream, a callback or an object.
+
+    Their own annotations mean nothing here. Of values they do, and the codec knows these names.
+    """
+    while True:
+        if get_origin(hint) is Annotated:
+            hint = get_args(hint)[0]
+        elif type(alias := find_origin(hint)).__name__ == "TypeAliasType":  # new in Python 3.12
+            try:
+                value = alias.__value__
+            except Exception as exc:  # noqa: BLE001  (it may be anything)
+                raise Wrong(f"is {alias}, which cannot be evaluated: {exc}; import it at run time") from None
+            hint = fill_in(value, dict(zip(alias.__type_params__, get_args(hint), strict=False)))
+        else:
+            return hint
 
 
 def item_type(hint: Any) -> Any:
@@ -131,9 +147,10 @@ def result_items(hint: Any) -> Any:
     """The type of the items of a stream of results."""
     args = get_args(hint)
     if get_origin(hint) is AbstractAsyncContextManager and args:
-        if get_origin(args[0]) is trio.abc.ReceiveChannel:
-            return item_type(args[0])
-        if args[0] is trio.abc.ReceiveChannel:
+        channel = strip(args[0])
+        if get_origin(channel) is trio.abc.ReceiveChannel:
+            return item_type(channel)
+        if channel is trio.abc.ReceiveChannel:
             raise Wrong(f"it returns a stream of unknown items; write {stream_form('int')}, say")
     raise Wrong(f"it returns {show(hint)}; write {stream_form()}")
 
@@ -149,6 +166,7 @@ def split_callback(hint: Any) -> tuple[list[Any], Any]:
     if not args or not isinstance(args[0], list):
         raise Wrong(f"is {show(hint)}, which says nothing of its arguments; {CALLBACK_HELP}")
     given, result = cast("tuple[list[Any], Any]", args)
+    result = strip(result)
     if get_origin(result) is Awaitable:
         return given, get_args(result)[0]
     if get_origin(result) is Coroutine:

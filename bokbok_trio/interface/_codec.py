@@ -110,10 +110,18 @@ def find_unsupported(type: Any) -> list[Any]:
 
 
 def make_schemas(types: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return a JSON Schema for each type, and what these refer to as ``#/$defs/NAME``, by name."""
-    schemas, definitions = msgspec.json.schema_components(
-        types, schema_hook=lambda cls: {"title": cls.__name__}, ref_template="#/$defs/{name}"
-    )
+    """Return a JSON Schema for each type, and what these refer to as ``#/$defs/NAME``, by name.
+
+    Raises:
+        TypeError: two types have the same name, even with those of their modules.
+    """
+    try:
+        schemas, definitions = msgspec.json.schema_components(
+            types, schema_hook=lambda cls: {"title": cls.__name__}, ref_template="#/$defs/{name}"
+        )
+    except KeyError as exc:
+        name = getattr(exc.args[0], "__qualname__", exc.args[0])
+        raise TypeError(f"there are two types named {name}; rename one, or do not list them") from exc
     return list(schemas), definitions
 
 

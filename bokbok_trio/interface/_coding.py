@@ -258,7 +258,7 @@ def error_type(error: type[Exception]) -> Any:
     """The type of the fields of an exception: a map."""
     hints = get_type_hints(error, include_extras=True)
     missing = dataclasses.MISSING
-    return _map_type(
+    made = _map_type(
         error.__name__,
         {
             each.name: (
@@ -268,6 +268,9 @@ def error_type(error: type[Exception]) -> Any:
             for each in _error_fields(error)
         },
     )
+    # Definitions of a listing are told apart by it, where others have the same name.
+    made.__module__, made.__qualname__ = error.__module__, f"{error.__qualname__}.fields"
+    return made
 
 
 def _error_fields(error: type[Exception]) -> list[dataclasses.Field[Any]]:

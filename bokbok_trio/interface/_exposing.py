@@ -110,7 +110,9 @@ class Exposed:
             if self._rest_request is None:
                 raise RequestError("this side handles calls of interfaces only", "no-handler")
             return await self._rest_request(connection, request)
-        if request == [LIST] and self._listed and connection.user is not None:
+        if request == [LIST]:
+            if not self._listed or connection.user is None:
+                raise RequestError("this side lists nothing to you", "no-method")
             return [encode_listing(self._listed)]
         return await self._serve(connection, request, None)
 

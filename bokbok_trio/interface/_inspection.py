@@ -6,10 +6,11 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, Final, cast, get_type_hints
+from typing import Any, Final, Required, cast, get_type_hints
 
 from ._annotations import (
     ROOTS,
+    SENDING,
     STREAM_LIKE,
     STREAMS,
     Wrong,
@@ -184,6 +185,8 @@ class _Inspection:
             items = item_type(inner)
             self._check_type(items, f"{where} has items")
             return dataclasses.replace(parameter, items=items)
+        if origin in SENDING:
+            raise Wrong(f"is {show(inner)}; write a callback to be given each item, or a stream of results")
         reference: Interface | None = None
         if is_callback(inner):
             reference = self._look_at_callback(inner, where)
@@ -255,6 +258,7 @@ class _Inspection:
             self.note(f"{where}: {names} is open; write a type")
             return
         try:
+            Required[hint]  # which refuses ClassVar and the like
             found = find_unsupported(hint)
         except Exception as exc:  # noqa: BLE001  (whatever the codec says)
             self.note(f"{where}: {exc}")

@@ -91,10 +91,13 @@ def describe(interface: Interface) -> InterfaceInfo:
     """Describe an interface.
 
     Raises:
-        TypeError: one of its types has no JSON Schema.
+        TypeError: two of its types have the same name.
     """
+    errors: dict[type[Exception], Any] = {}  # the types of their fields, of which there is one for each
     types = {
-        (name, part): type for name, method in interface.methods.items() for part, type in _types_of(method)
+        (name, part): type
+        for name, method in interface.methods.items()
+        for part, type in _types_of(method, errors)
     }
     made, definitions = make_schemas(list(types.values()))
     schemas = dict(zip(types, made, strict=True))
@@ -115,7 +118,7 @@ def describe(interface: Interface) -> InterfaceInfo:
     return InterfaceInfo(interface.name, interface.doc, methods, definitions)
 
 
-def _types_of(method: Method) -> Iterator[tuple[str, Any]]:
+def _types_of(method: Method, errors: dict[type[Exception], Any]) -> Iterator[tuple[str, Any]]:
     yield "arguments", arguments_type(method, values_only=True)
     yield "result", method.result
     if method.stream is not None:
@@ -123,7 +126,9 @@ def _types_of(method: Method) -> Iterator[tuple[str, Any]]:
     if method.items is not NO_STREAM:
         yield "items out", method.items
     for name, error in method.errors.items():
-        yield f"error {name}", error_type(error)
+        if error not in errors:
+            errors[error] = error_type(error)
+        yield f"error {name}", errors[error]
 
 
 class _Text:

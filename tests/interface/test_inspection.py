@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import abc
+import sys
 import typing
 from abc import ABC
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from types import GenericAlias
 from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
     ClassVar,
+    Final,
     Generic,
     ParamSpec,
     Protocol,
@@ -185,6 +188,71 @@ def test_an_interface_may_refer_to_itself() -> None:
     assert interface.methods["visit"].references[0].reference is interface
 
 
+class TypeAliasType:
+    """What ``type NAME[T] = ...`` makes, which is new in Python 3.12."""
+
+    def __init__(self, name: str, value: Callable[[], Any], parameters: tuple[Any, ...] = ()) -> None:
+        self.__name__ = name
+        self.__type_params__ = self.__parameters__ = parameters
+        self._value = value
+
+    @property
+    def __value__(self) -> Any:
+        return self._value()
+
+    def __call__(self) -> None:
+        """`typing` takes for a type what can be called."""
+
+    def __getitem__(self, types: Any) -> Any:
+        return GenericAlias(self, types)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+
+NOTE: Any = TypeAliasType("Note", lambda: Callable[[T], DONE[U]], (U, T))
+DONE: Any = TypeAliasType("Done", lambda: Awaitable[T], (T,))
+ITEMS: Any = TypeAliasType("Items", lambda: ReceiveChannel[int])
+MAYBE: Any = TypeAliasType("Maybe", lambda: Annotated[NOTE[str, int], "x"] | None)
+
+
+def test_names_of_types_mean_what_they_stand_for() -> None:
+    class Named(Protocol):
+        async def upload(self, a: ITEMS) -> None: ...
+        def follow(self) -> AbstractAsyncContextManager[ITEMS]: ...
+        async def call(self, a: NOTE[str, int], b: MAYBE = None) -> None: ...
+
+    found = inspect_interface(Named).methods
+    stream = found["upload"].stream
+    assert stream is not None
+    assert stream.items is found["follow"].items is int
+    assert [each.may_be_none for each in found["call"].references] == [False, True]
+    for each in found["call"].references:
+        assert each.reference is not None
+        [method] = each.reference.methods.values()
+        assert ([each.type for each in method.parameters], method.result) == ([int], str)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the statement is new in Python 3.12")
+def test_the_type_statement_makes_such_names() -> None:
+    names: dict[str, Any] = {"__name__": __name__, **globals()}
+    exec(
+        """
+type Note[U, T] = Callable[[T], Awaitable[U]]
+type Sizes = list[int]
+
+class Named(Protocol):
+    async def call(self, a: Note[str, int] | None, b: Sizes) -> Sizes: ...
+""",
+        names,
+    )
+    [note, sizes] = inspect_interface(names["Named"]).methods["call"].parameters
+    assert note.reference is not None
+    assert note.may_be_none
+    assert note.reference.methods["__call__"].parameters[0].type is int
+    assert sizes.type is names["Sizes"]
+
+
 def test_marks_are_seen() -> None:
     class Files(Protocol):
         @idempotent
@@ -233,6 +301,11 @@ def same_name() -> type[Exception]:
     return NoSuchFile
 
 
+def lose() -> None:
+    raise NameError("lost")
+
+
+LOST: Any = TypeAliasType("Lost", lose)
 LONG: type[Exception] = dataclass(type("L" * 64, (Exception,), {}))
 
 
@@ -429,6 +502,18 @@ class Wrong(Protocol):
     @raises(HasDecimal)
     async def unknown_field(self) -> None:
         """HasDecimal: its annotations cannot be evaluated: name 'Decimal' is not defined"""
+
+    async def class_variable(self, a: ClassVar[int]) -> None:  # type: ignore[valid-type]
+        """ClassVar[int]"""
+
+    async def final(self, a: Final[int]) -> None:  # type: ignore[valid-type]
+        """Final[int] is not valid"""
+
+    async def sends(self, a: trio.abc.SendChannel[int]) -> None:
+        """parameter a is SendChannel[int]; write a callback to be given each item, or a stream of results"""
+
+    async def unknown_alias(self, a: LOST) -> None:  # type: ignore[valid-type]
+        """parameter a is Lost, which cannot be evaluated: lost; import it at run time"""
 
 
 EXPECTED: dict[str, str] = {

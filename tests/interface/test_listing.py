@@ -161,6 +161,50 @@ async def test_a_listing_that_is_none_is_a_protocol_error(answer: list[bytes]) -
             await list_interfaces(client)
 
 
+def make_error(module: str) -> type[Exception]:
+    @dataclass
+    class NotFound(Exception):
+        where: str
+
+    NotFound.__module__ = module
+    return NotFound
+
+
+HERE, THERE = make_error("here"), make_error("there")
+
+
+async def test_what_has_the_same_name_is_listed_nevertheless() -> None:
+    """Methods may raise the same class, or others of its name, and return it."""
+
+    class Finder(Protocol):
+        @raises(HERE)
+        async def stat(self) -> None: ...
+        @raises(HERE)
+        async def copy(self) -> list[HERE]: ...  # type: ignore[valid-type]
+        @raises(THERE)
+        async def use(self) -> None: ...
+
+    async with open_connection_pair(server_handler=served(Finder, listed=True)) as (client, _):
+        [finder] = await list_interfaces(client)
+    assert all(set(each.errors) == {"NotFound"} for each in finder.methods)
+    stat, copy, use = (each.errors["NotFound"] for each in finder.methods)
+    assert stat == copy != use
+    for each in (stat, use, copy, *[each.result["items"] for each in finder.methods if each.name == "copy"]):
+        assert resolve(finder, each)["properties"] == {"where": {"type": "string"}}
+
+
+def test_types_that_nothing_tells_apart_are_not_listed() -> None:
+    class Finder(Protocol):
+        async def stat(self, one: HERE) -> TWIN: ...  # type: ignore[valid-type]
+
+    assert served(Finder)
+    with pytest.raises(TypeError, match=r"two types named make_error.<locals>.NotFound; rename one"):
+        served(Finder, listed=True)
+
+
+TWIN = make_error("here")
+
+
 async def test_types_with_hooks_are_listed_by_their_names() -> None:
     exposed = served(Custom, listed=True, encode_hook=repr, decode_hook=lambda cls, _value: cls())
     async with open_connection_pair(server_handler=exposed) as (client, _):

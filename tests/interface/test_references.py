@@ -759,7 +759,7 @@ async def test_a_closed_connection_lends_nothing() -> None:
 
 
 async def test_a_reconnecting_client_lends_and_borrows_by_one_table() -> None:
-    """What its own interfaces lend on, and what it lends, goes over one connection, and so has one handler."""
+    """What it lends, and what its own interfaces lend in turn, are called over the same connection."""
 
     class Both(Worker):
         async def run(self, progress: Note) -> int:
