@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Awaitable, Coroutine
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
-from ._annotations import is_protocol
+from ._annotations import find_origin, is_protocol
 from ._inspection import CALL, offend
 from ._spec import NO_STREAM, Interface, Method
 
@@ -88,12 +89,25 @@ def _find_kind(function: Any) -> str:
             function = function.__func__
         elif (wrapped := getattr(function, "__wrapped__", None)) is not None:
             function = wrapped
-        elif isinstance(function, FunctionType) or inspect.isbuiltin(function):
+        elif isinstance(function, FunctionType):
+            return _find_kind_of_result(function)
+        elif inspect.isbuiltin(function):
             return "sync"
         elif isinstance(call := type(function).__call__, FunctionType):
             function = call
         else:
             return "unknown"
+
+
+def _find_kind_of_result(function: FunctionType) -> str:
+    """What a function is that may return something to be awaited, as type checkers allow."""
+    if function.__name__ == "<lambda>":
+        return "unknown"
+    try:
+        result = get_type_hints(function).get("return")
+    except Exception:  # noqa: BLE001  (annotations may be anything)
+        return "unknown"
+    return "async" if find_origin(result) in {Awaitable, Coroutine} else "sync"
 
 
 def _is_left_to_do(method: Method, function: Any) -> bool:

@@ -261,9 +261,23 @@ async def test_all_kinds_of_async_callables_do() -> None:
         return a
 
     async with open_work() as (work, _, _):
-        callables: list[tuple[Note, int]] = [(Caller(), 2), (Caller().method, 4), (partial(add, 3), 6)]
+
+        def add_four(value: float) -> Awaitable[int]:
+            return add(4, value)
+
+        callables: list[tuple[Note, int]] = [
+            (Caller(), 2),
+            (Caller().method, 4),
+            (partial(add, 3), 6),
+            (add_four, 8),
+            (lambda value: add(5, value), 10),
+        ]
         for each, result in callables:
             assert await work.run(each) == result
+
+
+def sync_note(value: float) -> int:
+    return 1
 
 
 class SyncCaller:
@@ -277,7 +291,7 @@ class SyncCaller:
         (3, "int does not implement progress\n  __call__: it is 3, and no method"),
         (TERMINAL, "Terminal does not implement progress\n  __call__: it is <.*>, and no method"),
         (len, "len does not implement progress\n  __call__: it is not async; write 'async def'"),
-        (lambda value: value, "<lambda> does not implement progress\n  __call__: it is not async"),
+        (sync_note, "sync_note does not implement progress\n  __call__: it is not async"),
         (SyncCaller(), "SyncCaller does not implement progress\n  __call__: it is not async"),
         (rows, "rows does not implement progress\n  __call__: it is an async generator"),
         (Terminal, "Terminal is a class, and what serves progress is an object"),
@@ -293,6 +307,19 @@ async def test_what_is_no_async_callable_is_a_type_error_here(wrong: Any, text: 
 class Half:
     async def show(self, text: str) -> int:
         return 0
+
+
+async def test_what_only_its_call_shows_to_be_sync_fails_then(caplog: pytest.LogCaptureFixture) -> None:
+    def unknown(value: NoSuchType) -> None:  # type: ignore[name-defined]  # noqa: F821
+        pass
+
+    async with open_work() as (work, _, client):
+        wrong: list[Any] = [lambda _value: 1, unknown]
+        for each in wrong:
+            with pytest.raises(RemoteError, match="can't be used in 'await' expression"):
+                await work.run(each)
+        assert caplog.text.count("Traceback") == 4  # of the callback, and of the method, each time
+        await check_usable(work, client)
 
 
 async def test_an_object_without_its_interface_is_a_type_error_here() -> None:
