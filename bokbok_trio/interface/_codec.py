@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from types import BuiltinMethodType
+from typing import Any, Final, TypeAlias, get_origin
 
 try:
     import msgspec
@@ -105,7 +106,10 @@ def find_unsupported(type: Any) -> list[Any]:
         TypeError: the codec cannot take it at all; the text says why.
     """
     msgspec.msgpack.Decoder(type)
-    found = _walk(described.type_info(type), {})
+    found = list(_walk(described.type_info(type), {}))
+    for each in found:
+        if isinstance(each, described.DataclassType):
+            _check_base(each.cls)
     return list(dict.fromkeys(each.cls for each in found if isinstance(each, described.CustomType)))
 
 
@@ -155,6 +159,21 @@ def _walk(info: described.Type, seen: dict[int, described.Type]) -> Iterator[des
         yield info
         for child in _children(info):
             yield from _walk(child, seen)
+
+
+def _check_base(cls: Any) -> None:
+    """Refuse a dataclass that is an exception, a dict or the like.
+
+    The codec makes an object without ``__new__``, and sets its fields. One of these classes would never be
+    initialised, and Python crashes where such an exception is shown or such a deque used.
+    """
+    made = get_origin(cls) or cls
+    for base in made.__mro__[:-1]:
+        if isinstance(vars(base).get("__new__"), BuiltinMethodType):
+            raise TypeError(
+                f"{made.__qualname__} inherits from {base.__name__}, and so cannot be made of its fields; "
+                "write a dataclass that does not"
+            )
 
 
 def _measure(info: described.Type, known: dict[int, float]) -> float:

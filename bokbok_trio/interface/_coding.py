@@ -268,8 +268,8 @@ def error_type(error: type[Exception]) -> Any:
             for each in _error_fields(error)
         },
     )
-    # Definitions of a listing are told apart by it, where others have the same name.
-    made.__module__, made.__qualname__ = error.__module__, f"{error.__qualname__}.fields"
+    # By these a listing tells it from others of the same name.
+    made.__module__, made.__qualname__ = error.__module__, error.__qualname__
     return made
 
 

@@ -298,6 +298,9 @@ class _Inspection:
         except Exception as exc:  # noqa: BLE001  (annotations may be anything)
             self.note(f"{where}: its annotations cannot be evaluated: {exc}")
             return
-        for each in dataclasses.fields(cast("Any", error)):
-            if each.init:
-                self._check_type(hints[each.name], f"{where}.{each.name}")
+        fields = [each.name for each in dataclasses.fields(cast("Any", error)) if each.init]
+        for name in fields:
+            self._check_type(hints[name], f"{where}.{name}")
+        for each in inspect.signature(error).parameters.values():
+            if each.name not in fields and each.kind not in _VARIADIC and each.default is each.empty:
+                self.note(f"{where}: it takes {each.name}, which is no field of it; give it a default")

@@ -8,7 +8,7 @@ import typing
 from abc import ABC
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from types import GenericAlias
 from typing import (
     TYPE_CHECKING,
@@ -289,6 +289,23 @@ class Computed(Exception):
 
 
 @dataclass
+class HasExtra(Exception):
+    path: str
+    extra: InitVar[int]
+    more: InitVar[int] = 0
+
+
+@dataclass
+class HasCause(Exception):
+    cause: NoSuchFile
+
+
+@dataclass
+class Registry(dict[str, int]):
+    name: str
+
+
+@dataclass
 class HasDecimal(Exception):
     value: Decimal
 
@@ -498,6 +515,20 @@ class Wrong(Protocol):
     @raises(HasSocket)
     async def odd_field(self) -> None:
         """HasSocket.socket: Plain does not travel"""
+
+    @raises(HasExtra)
+    async def extra_argument(self) -> None:
+        """HasExtra: it takes extra, which is no field of it; give it a default"""
+
+    @raises(HasCause)
+    async def exception_in_an_error(self) -> None:
+        """HasCause.cause: NoSuchFile inherits from Exception, and so cannot be made of its fields; write"""
+
+    async def exception(self) -> list[NoSuchFile]:
+        """it returns: NoSuchFile inherits from Exception, and so cannot be made of its fields; write a"""
+
+    async def dictionary(self, a: Registry | None) -> None:
+        """Registry inherits from dict"""
 
     @raises(HasDecimal)
     async def unknown_field(self) -> None:
