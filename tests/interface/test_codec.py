@@ -203,6 +203,16 @@ def test_what_is_wrong_is_told_with_its_path(type: Any, value: Any, text: str) -
     assert str(caught.value) == text
 
 
+@pytest.mark.parametrize("type", [set[int], dict[int, int], list[int]])
+def test_a_bound_is_checked_before_the_members_are_looked_at(type: Any) -> None:
+    """Or a peer could choose members whose hashes are equal, and as many as it likes."""
+    bounded = Annotated[type, msgspec.Meta(max_length=2)]
+    wrong: Any = {"a": "b", "c": "d", "e": "f"}
+    data = make_encoder()(wrong if type == dict[int, int] else list(wrong))
+    with pytest.raises(BadValue, match="of length <= 2"):
+        make_decoder(bounded)(data)
+
+
 def test_unknown_fields_are_ignored() -> None:
     assert make_decoder(Job)(encode({"name": "a", "new": [1, {"x": None}]})) == Job("a")
 
