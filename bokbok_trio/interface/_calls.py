@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A call, as middleware sees it. `dataclasses.replace` makes another one to proceed with.
+    """A call, as middleware sees it.
+
+    `dataclasses.replace` makes another one to proceed with. Its arguments count, and before a call leaves its
+    context; the rest only tells what is called.
 
     Attributes:
         interface: its name.

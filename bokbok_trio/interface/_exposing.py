@@ -75,9 +75,13 @@ class Exposed:
             self._rest_request, self._rest_channel = rest, None
 
     def __repr__(self) -> str:
-        names = dict.fromkeys(each.coder.method.path.rpartition(".")[0] for each in self._served.values())
         rest = [] if self._rest is None else [repr(self._rest)]
-        return f"<bokbok_trio.interface.Exposed {' | '.join([*names, *rest])}>"
+        return f"<bokbok_trio.interface.Exposed {' | '.join([*self._names, *rest])}>"
+
+    @property
+    def _names(self) -> dict[str, None]:
+        """The names of the interfaces, in order."""
+        return dict.fromkeys(each.coder.method.path.rpartition(".")[0] for each in self._served.values())
 
     def __or__(self, other: Exposed | CombinedHandler | RequestHandler) -> Exposed:
         """Serve what the other does not, by the other. It must not serve an interface of the same name."""
@@ -87,10 +91,8 @@ class Exposed:
             if not callable(other) and not isinstance(other, CombinedHandler):
                 return NotImplemented
             return Exposed(self._served, self._listed, other)
-        if both := self._served.keys() & other._served.keys():
-            raise ValueError(
-                f"{min(both).decode()} is served twice; give one of the interfaces another name="
-            )
+        if both := self._names.keys() & other._names.keys():
+            raise ValueError(f"two interfaces are named {min(both)}; give one of them another name=")
         return Exposed(self._served | other._served, self._listed + other._listed, other._rest)
 
     async def handle_request(self, connection: Connection, request: list[bytes]) -> Fields | None:
