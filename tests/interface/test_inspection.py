@@ -211,7 +211,7 @@ class TypeAliasType:
 
 
 NOTE: Any = TypeAliasType("Note", lambda: Callable[[T], DONE[U]], (U, T))
-DONE: Any = TypeAliasType("Done", lambda: Awaitable[T], (T,))
+DONE: Any = TypeAliasType("Done", lambda: Awaitable[T], (T,))  # type: ignore[valid-type]
 ITEMS: Any = TypeAliasType("Items", lambda: ReceiveChannel[int])
 MAYBE: Any = TypeAliasType("Maybe", lambda: Annotated[NOTE[str, int], "x"] | None)
 
@@ -534,7 +534,7 @@ class Wrong(Protocol):
     async def unknown_field(self) -> None:
         """HasDecimal: its annotations cannot be evaluated: name 'Decimal' is not defined"""
 
-    async def class_variable(self, a: ClassVar[int]) -> None:  # type: ignore[valid-type]
+    async def class_variable(self, a: ClassVar[int]) -> None:  # type: ignore[misc]
         """ClassVar[int]"""
 
     async def final(self, a: Final[int]) -> None:  # type: ignore[valid-type]
@@ -543,7 +543,7 @@ class Wrong(Protocol):
     async def sends(self, a: trio.abc.SendChannel[int]) -> None:
         """parameter a is SendChannel[int]; write a callback to be given each item, or a stream of results"""
 
-    async def unknown_alias(self, a: LOST) -> None:  # type: ignore[valid-type]
+    async def unknown_alias(self, a: LOST) -> None:
         """parameter a is Lost, which cannot be evaluated: lost; import it at run time"""
 
 
