@@ -169,7 +169,7 @@ def _check_base(cls: Any) -> None:
     """
     made = get_origin(cls) or cls
     for base in made.__mro__[:-1]:
-        if isinstance(vars(base).get("__new__"), BuiltinMethodType):
+        if isinstance(base.__dict__.get("__new__"), BuiltinMethodType):
             raise TypeError(
                 f"{made.__qualname__} inherits from {base.__name__}, and so cannot be made of its fields; "
                 "write a dataclass that does not"
