@@ -142,6 +142,7 @@ async def calling(connection: Connection, reconnecting: ReconnectingConnection) 
         assert_type(await lines.receive(), Line)
     assert_type(files.follow("/var/log"), AbstractAsyncContextManager[ReceiveChannel[Line]])
     await files.copy("a", "b", progress=note)
+    await files.copy("a", "b", progress=lambda done: note(done / 2))
     assert_type(await files.draw("a", Terminal()), int)
     assert_type(consume(reconnecting, Files, middleware=[timing], name="F"), Files)
 

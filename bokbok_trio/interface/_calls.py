@@ -127,6 +127,11 @@ async def run_apart(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 @final
+class _BlockClosed(BaseException):
+    """What a call sees of a block that is left by a `GeneratorExit`."""
+
+
+@final
 class Block(AbstractAsyncContextManager[Any]):
     """The block of a stream: entered when a coroutine hands its items over, left when that has ended.
 
@@ -158,14 +163,17 @@ class Block(AbstractAsyncContextManager[Any]):
         self, type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         assert self._work is not None
+        # Where a generator is closed with the block open in it. To throw that into a coroutine means to close
+        # what it waits for, which then could wait for nothing any more: other ends would be left undone.
+        thrown = _BlockClosed() if isinstance(exc, GeneratorExit) else exc
         try:
-            step = await _advance(self._context, self._work, exc)
+            step = await _advance(self._context, self._work, thrown)
             if step.is_handed:
                 self._work.close()
                 raise RuntimeError(f"middleware proceeded twice with a stream of {self._path}")
         except BaseException as raised:
             # What is thrown into a coroutine comes out as itself, but for a StopIteration: see PEP 479.
-            is_own = raised is exc or (isinstance(exc, StopIteration) and raised.__cause__ is exc)
+            is_own = raised is thrown or (isinstance(exc, StopIteration) and raised.__cause__ is exc)
             if exc is None or not is_own:
                 raise
             exc.__traceback__ = traceback  # without our frames, as if nothing were around the block
@@ -173,4 +181,4 @@ class Block(AbstractAsyncContextManager[Any]):
         else:
             return exc is not None
         finally:
-            del exc, traceback  # or this frame and the error would keep each other alive
+            del exc, thrown, traceback  # or this frame and the error would keep each other alive

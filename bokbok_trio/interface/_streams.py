@@ -11,7 +11,7 @@ import trio
 
 from bokbok_trio import RemoteError
 
-from ._coding import ValueCoder, split_leaves
+from ._coding import ValueCoder
 
 if TYPE_CHECKING:
     from bokbok_trio import Channel
@@ -99,14 +99,15 @@ async def pump(source: AsyncIterable[Any], channel: Channel, coder: ValueCoder) 
             yield
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        errors, cancelled = split_leaves(group)
+        # Of the block and of the task above. What is a group itself is somebody else's, and stays one.
+        errors = [each for each in group.exceptions if not isinstance(each, trio.Cancelled)]
         if len(errors) > 1:
             raise
-        error = (errors or cancelled)[0]
+        error = (errors or group.exceptions)[0]
         try:
             raise error from error.__cause__
         finally:
-            del error, errors, cancelled  # or this frame and the error would keep each other alive
+            del error, errors  # or this frame and the error would keep each other alive
     if failure is not None:
         try:
             raise failure

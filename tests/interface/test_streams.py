@@ -259,14 +259,42 @@ async def test_what_the_block_raises_comes_out_and_cancels_the_method() -> None:
         RemoteError("x", "no-reference"),
         StopAsyncIteration(),
         StopIteration(),
+        GeneratorExit(),
+        ExceptionGroup("of the block", [ValueError("x")]),
+        BaseExceptionGroup("of the block", [KeyboardInterrupt()]),
     ],
 )
-async def test_an_error_of_the_blocks_own_is_not_taken_for_the_methods(error: Exception) -> None:
+async def test_an_error_of_the_blocks_own_is_not_taken_for_the_methods(error: BaseException) -> None:
     async with open_logs() as (logs, _, client):
-        with pytest.raises(type(error)) as caught:
-            async with logs.follow("stuck"):
-                raise error
-        assert caught.value is error
+        for block in (logs.follow("stuck"), logs.number(texts(10**9))):
+            with pytest.raises(type(error)) as caught:
+                async with block:
+                    raise error
+            if isinstance(error, BaseExceptionGroup):  # which cancel scopes copy
+                assert isinstance(caught.value, BaseExceptionGroup)
+                assert (caught.value.message, caught.value.exceptions) == (error.message, error.exceptions)
+            else:
+                assert caught.value is error
+            await check_usable(logs, client)
+
+
+@pytest.mark.parametrize("is_two_way", [False, True])
+async def test_a_generator_may_be_closed_with_the_block_open_in_it(is_two_way: bool) -> None:
+    """Its block is left by a GeneratorExit, and what the block has to wait for is waited for."""
+    source = texts(10**9)
+
+    async def wrap(logs: Logs) -> AsyncGenerator[Line]:
+        async with logs.number(source) if is_two_way else logs.follow("endless") as lines:
+            async for line in lines:
+                yield line
+
+    async with open_logs() as (logs, implementation, client):
+        async with aclosing(wrap(logs)) as wrapped:
+            assert await anext(wrapped) is not None
+        if is_two_way:
+            with pytest.raises(StopAsyncIteration):
+                await anext(source)
+        await implementation.ended.wait()
         await check_usable(logs, client)
 
 
