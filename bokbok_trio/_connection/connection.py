@@ -53,7 +53,7 @@ from .._errors import (
     escape,
 )
 from .._protocol.budget import Budget
-from .._protocol.events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item
+from .._protocol.events import Abort, Answer, Bye, Cancel, End, Failure, Item, Pong
 from .._protocol.options import find_room
 from .._protocol.session import Session
 from .._statistics import ConnectionStatistics
@@ -215,7 +215,7 @@ class Connection:
             on_idle=self._close_if_drained,
             on_defect=self._on_defect,
         )
-        self._channels = Channels(self._session.channels, self._sender.wake, on_item)
+        self._channels = Channels(self._session.channels, self._sender.packet_queued, on_item)
         self._handlers = Handlers(
             self,
             self._session,
@@ -223,7 +223,7 @@ class Connection:
             request_handler=request_handler,
             channel_handler=channel_handler,
             describe_error=settings.describe_error,
-            wake_sender=self._sender.flush,
+            packet_queued=self._sender.packet_queued,
             observer=self._observer,
         )
         self._reader = Reader(
@@ -232,9 +232,20 @@ class Connection:
             self._sender,
             self._watchdog,
             self._handlers,
-            on_event=self._on_event,
+            table={
+                Answer: self._on_answer,
+                Failure: self._on_failure,
+                Item: self._channels.on_event,
+                End: self._channels.on_event,
+                Cancel: self._handlers.on_cancel,
+                Bye: self._on_bye,
+                Pong: self._on_pong,
+                Abort: self._on_abort,
+            },
             on_protocol_error=self._on_protocol_error,
             lose=self._lose,
+            on_defect=self._on_defect,
+            log=self._log,
         )
         self._pings = Pings()
         self._ending: _Ending | None = None  # set: it is over
@@ -397,7 +408,7 @@ class Connection:
         waiter: Waiter[list[bytes] | BokbokError] = Waiter()
         self._waiters[id] = waiter
         try:
-            self._sender.flush()
+            self._sender.packet_queued(interactive=True)
             if session.has_waiting and not self._has_warned:
                 self._watch_slots()
             await waiter.wait()
@@ -465,7 +476,7 @@ class Connection:
             )
         channel = self._waiters[id] = self._channels.open(id, partial(self._cancel, id), deadline)
         try:
-            self._sender.wake()
+            self._sender.packet_queued()
             if session.has_waiting and not self._has_warned:
                 self._watch_slots()
             yield channel
@@ -491,7 +502,7 @@ class Connection:
             if self._observer is not None:
                 self._observer.tell_cancelled(id)
             self._session.cancel(id)
-            self._sender.wake()
+            self._sender.packet_queued()
 
     def _watch_slots(self) -> None:
         """See to it that the log says, once, that requests of ours wait for slots for long."""
@@ -577,7 +588,7 @@ class Connection:
         if self._ending is None:
             self._session.drain()
             self._note_draining()
-            self._sender.wake()
+            self._sender.packet_queued()
 
     def _note_draining(self) -> None:
         if self._draining is not None:
@@ -650,7 +661,7 @@ class Connection:
             with scope, contain(partial(self._log, "the open handler failed")):
                 await call_user(open_handler, self)
                 self._handlers.ready.set()
-                self._sender.wake()
+                self._sender.wake_task()  # a drained connection ends now
         finally:
             if not self._handlers.ready.is_set():
                 self._close("the open handler failed")
@@ -671,7 +682,7 @@ class Connection:
         if not self._pings.is_out:
             self._pings.start_round()
         self._session.ping()
-        self._sender.wake()
+        self._sender.packet_queued()
 
     # ---- its end ----
 
@@ -805,31 +816,27 @@ class Connection:
 
     # ---- what arrives ----
 
-    def _on_event(self, event: Event) -> None:
-        """Do what an event says. A request may have been cancelled since its answer was decoded."""
-        if isinstance(event, Answer):
-            self._settle(event.id, event.fields)
-        elif isinstance(event, Failure):
-            self._settle(event.id, _as_error(event))
-        elif isinstance(event, Item | End):
-            self._channels.on_event(event)
-        elif isinstance(event, Cancel):
-            self._handlers.cancel(event.id)
-        elif isinstance(event, Bye):
-            self._on_bye(event)
-        elif isinstance(event, Abort):
-            text = (
-                f"this side broke the protocol, says the peer: {escape(event.message)} [{escape(event.code)}]"
-            )
-            logger.warning("%r: %s", self, text)
-            self._lose(text)
-        elif self._pings.on_pong():
-            self._send_ping()
+    # A request may have been cancelled, and so be unknown here, since its answer was decoded.
+
+    def _on_answer(self, answer: Answer) -> None:
+        self._settle(answer.id, answer.fields)
+
+    def _on_failure(self, failure: Failure) -> None:
+        self._settle(failure.id, _as_error(failure))
 
     def _on_bye(self, bye: Bye) -> None:
         self._note_draining()
         for id in bye.ids:
             self._settle(id, ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
+
+    def _on_pong(self, _pong: Pong) -> None:
+        if self._pings.on_pong():
+            self._send_ping()
+
+    def _on_abort(self, abort: Abort) -> None:
+        text = f"this side broke the protocol, says the peer: {escape(abort.message)} [{escape(abort.code)}]"
+        logger.warning("%r: %s", self, text)
+        self._lose(text)
 
     def _settle(self, id: int, outcome: list[bytes] | BokbokError) -> None:
         """Wake who waits for an answer, if anybody still does."""
