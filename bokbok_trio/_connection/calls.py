@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final, final
 
 import trio
 
-from .._errors import BokbokError
+from .._errors import BokbokError, ConnectionLost, RemoteError, escape
+from .._protocol.events import Answer, Failure
 from .._protocol.session import Session
 from .._types import Context, Fields
 from .ending import Ending
@@ -89,17 +90,17 @@ class Calls:
 
     Arguments:
         session: it has their packets and slots.
-        wake_sender: called where a packet was queued.
+        packet_queued: called where a packet was queued.
         observer: is told of them; None where nobody is.
     """
 
-    __slots__ = ("_calls", "_has_warned", "_observer", "_session", "_slot_watch", "_wake_sender")
+    __slots__ = ("_calls", "_has_warned", "_observer", "_packet_queued", "_session", "_slot_watch")
 
     def __init__(
-        self, session: Session, wake_sender: Callable[[], object], observer: Observer | None
+        self, session: Session, packet_queued: Callable[[], object], observer: Observer | None
     ) -> None:
         self._session = session
-        self._wake_sender = wake_sender
+        self._packet_queued = packet_queued
         self._observer = observer
         self._calls: dict[int, Call] = {}
         self._slot_watch: trio.CancelScope | None = None  # while a task watches those that wait for slots
@@ -138,6 +139,14 @@ class Calls:
                 self._observer.tell_answered(id, outcome)
             call.settle(outcome)
 
+    def on_answer(self, answer: Answer) -> None:
+        """Settle a request. It may have been cancelled since its answer was decoded."""
+        self.settle(answer.id, answer.fields)
+
+    def on_failure(self, failure: Failure) -> None:
+        """As `on_answer`."""
+        self.settle(failure.id, _as_error(failure))
+
     def cancel(self, call: Call) -> None:
         """Nobody wants the outcome any more, if there is none yet."""
         if self._calls.pop(call.id, None) is not None:
@@ -145,7 +154,7 @@ class Calls:
             if self._observer is not None:
                 self._observer.tell_cancelled(call.id)
             self._session.cancel(call.id)
-            self._wake_sender()
+            self._packet_queued()
 
     def lose_all(self, ending: Ending) -> None:
         """The connection is over."""
@@ -156,7 +165,7 @@ class Calls:
 
     def forget(self) -> None:
         """There will be no more of them: forget whom to wake and to tell."""
-        del self._wake_sender, self._observer
+        del self._packet_queued, self._observer
 
     # ---- slots ----
 
@@ -185,3 +194,10 @@ class Calls:
                     )
                     break
         self._slot_watch = None
+
+
+def _as_error(failure: Failure) -> BokbokError:
+    """What the asker of a request that failed sees."""
+    if failure.code == "closing":
+        return ConnectionLost(escape(failure.message), may_have_run=False)
+    return RemoteError(failure.message, failure.code, failure.details)

@@ -94,7 +94,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self,
         flows: Flows,
         id: int,
-        wake_sender: Callable[[], object],
+        packet_queued: Callable[[], object],
         home: trio.lowlevel.TrioToken,
         *,
         call: Call | None = None,
@@ -103,7 +103,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
     ) -> None:
         self._flows = flows
         self._id = id
-        self._wake_sender = wake_sender
+        self._packet_queued = packet_queued
         self._home = home
         self._call = call  # None on the handler's side, and so is what cancels it
         self._cancel = cancel
@@ -195,7 +195,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
             self._has_ended = True
             _wake_all(self._senders)
             self._flows.end(self._id)
-            self._wake_sender()
+            self._packet_queued()
 
     @trio.lowlevel.enable_ki_protection
     async def answer(self) -> list[bytes]:
@@ -350,7 +350,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         if self._on_item_passed is not None:
             self._on_item_passed(self._id, "out", waiter.item[1])
         waiter.done = True
-        self._wake_sender()
+        self._packet_queued()
 
     def _take_buffered(self) -> list[bytes]:
         item = self._buffer.popleft()
@@ -361,7 +361,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     def _consume(self, size: int) -> None:
         if self._flows.consume(self._id, size):
-            self._wake_sender()
+            self._packet_queued()
 
     async def _finish(self) -> None:
         """The block was left, and not by an exception."""
@@ -381,7 +381,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
             _wake_all(self._askers)
         elif not was_ended and not answered:
             self._flows.end(self._id)
-            self._wake_sender()
+            self._packet_queued()
         if self._cancel is not None or answered:
             self._drop_buffer()  # nobody waits for credit
         self._stop_receiving()
@@ -405,18 +405,18 @@ class Channels:
 
     Arguments:
         flows: their credit.
-        wake_sender: to be called when something was queued.
+        packet_queued: `Sender.packet_queued`.
         on_item: called with the id, the direction and the size of each item; None where nobody asks.
     """
 
-    __slots__ = ("_channels", "_flows", "_home", "_on_item", "_wake_sender")
+    __slots__ = ("_channels", "_flows", "_home", "_on_item", "_packet_queued")
 
     def __init__(
-        self, flows: Flows, wake_sender: Callable[[], object], on_item: OnItem | None = None
+        self, flows: Flows, packet_queued: Callable[[], object], on_item: OnItem | None = None
     ) -> None:
         self._home = trio.lowlevel.current_trio_token()
         self._flows = flows
-        self._wake_sender = wake_sender
+        self._packet_queued = packet_queued
         self._on_item = on_item
         self._channels: dict[int, Channel] = {}
 
@@ -428,7 +428,7 @@ class Channels:
         channel = self._channels[call.id] = Channel(
             self._flows,
             call.id,
-            self._wake_sender,
+            self._packet_queued,
             self._home,
             call=call,
             cancel=cancel,
@@ -439,7 +439,7 @@ class Channels:
     def take(self, id: int) -> Channel:
         """One of the peer's, which may send from now on."""
         channel = self._channels[id] = Channel(
-            self._flows, id, self._wake_sender, self._home, on_item=self._on_item
+            self._flows, id, self._packet_queued, self._home, on_item=self._on_item
         )
         self._flows.accept(id)
         return channel
@@ -462,7 +462,7 @@ class Channels:
 
     def forget(self) -> None:
         """There will be no more of them: forget whom to wake and to tell."""
-        del self._wake_sender, self._on_item
+        del self._packet_queued, self._on_item
 
     def wake_writers(self) -> None:
         """Let items be queued, where the peer has granted credit or items have left."""

@@ -47,11 +47,10 @@ from .._errors import (
     BokbokError,
     ConnectionLost,
     ProtocolError,
-    RemoteError,
     escape,
 )
 from .._protocol.budget import Budget
-from .._protocol.events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item
+from .._protocol.events import Abort, Answer, Bye, Cancel, End, Failure, Item, Pong
 from .._protocol.options import find_room
 from .._protocol.session import Session
 from .._statistics import ConnectionStatistics
@@ -178,8 +177,8 @@ class Connection:
             on_idle=self._close_if_drained,
             on_defect=self._on_defect,
         )
-        self._channels = Channels(self._session.channels, self._sender.wake, on_item)
-        self._calls = Calls(self._session, self._sender.wake, self._observer)
+        self._channels = Channels(self._session.channels, self._sender.packet_queued, on_item)
+        self._calls = Calls(self._session, self._sender.packet_queued, self._observer)
         self._handlers = Handlers(
             self,
             self._session,
@@ -187,7 +186,7 @@ class Connection:
             request_handler=request_handler,
             channel_handler=channel_handler,
             describe_error=settings.describe_error,
-            wake_sender=self._sender.flush,
+            packet_queued=self._sender.packet_queued,
             observer=self._observer,
         )
         self._reader = Reader(
@@ -196,9 +195,20 @@ class Connection:
             self._sender,
             self._watchdog,
             self._handlers,
-            on_event=self._on_event,
+            table={
+                Answer: self._calls.on_answer,
+                Failure: self._calls.on_failure,
+                Item: self._channels.on_event,
+                End: self._channels.on_event,
+                Cancel: self._handlers.on_cancel,
+                Bye: self._on_bye,
+                Pong: self._on_pong,
+                Abort: self._on_abort,
+            },
             on_protocol_error=self._on_protocol_error,
             lose=self._lose,
+            on_defect=self._on_defect,
+            log=self._log,
         )
         self._closing = Closing(self._stream, self._session, self._reader.ended, self._ending)
         self._pings = Pings()
@@ -345,7 +355,7 @@ class Connection:
             await self._refuse()
         call = self._calls.ask(fields, deadline, depth=depth, context=context)
         try:
-            self._sender.flush()
+            self._sender.packet_queued(interactive=True)
             if self._session.has_waiting:
                 self._watch_slots()
             return await call.wait()
@@ -397,7 +407,7 @@ class Connection:
         call = self._calls.ask(fields, deadline, depth=depth, context=context, has_channel=True)
         channel = self._channels.open(call, partial(self._calls.cancel, call))
         try:
-            self._sender.wake()
+            self._sender.packet_queued()
             if self._session.has_waiting:
                 self._watch_slots()
             yield channel
@@ -480,7 +490,7 @@ class Connection:
         if not self._ending.is_over:
             self._session.drain()
             self._note_draining()
-            self._sender.wake()
+            self._sender.packet_queued()
 
     def _note_draining(self) -> None:
         if self._draining is not None:
@@ -554,7 +564,7 @@ class Connection:
             with scope, contain(partial(self._log, "the open handler failed")):
                 await call_user(open_handler, self)
                 self._handlers.ready.set()
-                self._sender.wake()
+                self._sender.wake_task()  # a drained connection ends now
         finally:
             if not self._handlers.ready.is_set():
                 self._close("the open handler failed")
@@ -575,7 +585,7 @@ class Connection:
         if not self._pings.is_out:
             self._pings.start_round()
         self._session.ping()
-        self._sender.wake()
+        self._sender.packet_queued()
 
     # ---- its end ----
 
@@ -678,35 +688,16 @@ class Connection:
 
     # ---- what arrives ----
 
-    def _on_event(self, event: Event) -> None:
-        """Do what an event says. A request may have been cancelled since its answer was decoded."""
-        if isinstance(event, Answer):
-            self._calls.settle(event.id, event.fields)
-        elif isinstance(event, Failure):
-            self._calls.settle(event.id, _as_error(event))
-        elif isinstance(event, Item | End):
-            self._channels.on_event(event)
-        elif isinstance(event, Cancel):
-            self._handlers.cancel(event.id)
-        elif isinstance(event, Bye):
-            self._on_bye(event)
-        elif isinstance(event, Abort):
-            text = (
-                f"this side broke the protocol, says the peer: {escape(event.message)} [{escape(event.code)}]"
-            )
-            logger.warning("%r: %s", self, text)
-            self._lose(text)
-        elif self._pings.on_pong():
-            self._send_ping()
-
     def _on_bye(self, bye: Bye) -> None:
         self._note_draining()
         for id in bye.ids:
             self._calls.settle(id, ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
 
+    def _on_pong(self, _pong: Pong) -> None:
+        if self._pings.on_pong():
+            self._send_ping()
 
-def _as_error(failure: Failure) -> BokbokError:
-    """What the asker of a request that failed sees."""
-    if failure.code == "closing":
-        return ConnectionLost(escape(failure.message), may_have_run=False)
-    return RemoteError(failure.message, failure.code, failure.details)
+    def _on_abort(self, abort: Abort) -> None:
+        text = f"this side broke the protocol, says the peer: {escape(abort.message)} [{escape(abort.code)}]"
+        logger.warning("%r: %s", self, text)
+        self._lose(text)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 import trio
 
 from .._errors import MessageTooLarge, RequestError
-from .._protocol.events import Request
+from .._protocol.events import Cancel, Request
 from .._protocol.session import Session
 from .._trio_util import (
     LazyEvent,
@@ -111,7 +111,7 @@ class Handlers:
         channels: where the channels of their requests are.
         request_handler, channel_handler: the user's.
         describe_error: of `Settings`.
-        wake_sender: to be called when something was queued.
+        packet_queued: `Sender.packet_queued`.
         observer: is told of them, where anybody asks.
 
     Attributes:
@@ -126,11 +126,11 @@ class Handlers:
         "_context",
         "_describe_error",
         "_observer",
+        "_packet_queued",
         "_request_handler",
         "_scopes",
         "_session",
         "_waiting",
-        "_wake_sender",
         "added",
         "ready",
     )
@@ -144,7 +144,7 @@ class Handlers:
         request_handler: RequestHandler | None,
         channel_handler: ChannelHandler | None,
         describe_error: Callable[[BaseException], str] | None,
-        wake_sender: Callable[[], object],
+        packet_queued: Callable[..., object],
         observer: Observer | None,
     ) -> None:
         self._connection = connection
@@ -153,7 +153,7 @@ class Handlers:
         self._request_handler = request_handler
         self._channel_handler = channel_handler
         self._describe_error = describe_error
-        self._wake_sender = wake_sender
+        self._packet_queued = packet_queued
         self._observer = observer
         self._context = copy_context()  # only ever copied: a context runs once at a time
         self._scopes: dict[int, HandlerScope] = {}
@@ -246,15 +246,15 @@ class Handlers:
                 self._fail(scope.id, RequestError("the handler was cancelled", "cancelled"), "cancelled")
         else:  # cancelled from outside, with the connection: the peer is told nothing
             self._note_end(scope.id, "lost")
-        self._wake_sender()
+        self._packet_queued(interactive=True)
 
-    def cancel(self, id: int) -> None:
+    def on_cancel(self, event: Cancel) -> None:
         """The peer no longer wants an answer. Nothing is done if the handler has ended."""
-        scope = self._scopes.get(id)
+        scope = self._scopes.get(event.id)
         if scope is not None:
-            self._session.drop_items(id)
+            self._session.drop_items(event.id)
             scope.cancel_scope.cancel()
-            self._channels.on_cancel(id)
+            self._channels.on_cancel(event.id)
 
     def cancel_all(self) -> None:
         """Nobody wants any answer."""
@@ -263,7 +263,7 @@ class Handlers:
 
     def forget(self) -> None:
         """There will be no more of them: forget the connection."""
-        del self._connection, self._wake_sender, self._observer
+        del self._connection, self._packet_queued, self._observer
 
     async def _handle(
         self, request: Request, channel: Channel | None, scope: HandlerScope, current: CurrentRequest
@@ -286,7 +286,7 @@ class Handlers:
             keep(exc, partial(self._fail, request.id))
         finally:
             current._has_ended = True
-            self._wake_sender()
+            self._packet_queued(interactive=True)
 
     async def _wait_to_begin(self, id: int) -> None:
         """Wait for the open handler, and until the peer has read enough of the answers before."""

@@ -1,32 +1,33 @@
-"""`Reader`: receives, decodes, dispatches; a handler begins in the task that read its request.
+"""`Reader`: receives, decodes, dispatches.
 
-One task reads; `ReadTurn` says which. It decodes what a receive brought, then dispatches the events one
-after another, and begins the handler of each request by itself (see `eager`). Where a receive brought very
-many packets, it does so with some of them after others, and between these other tasks have their turn: so
-whoever sends a stream of tiny packets holds up nobody else. Many a handler
-answers without waiting for anything, and then no task was started and none was woken for it. Where a
-handler waits, another task goes on reading: it starts a task for each request that is left of the last
-receive, and dispatches the other events.
+One task reads; `ReadTurn` says which. It receives, decodes everything that came, and then dispatches the
+events one after another, through one table with a function for each type of event. Nothing cancels a receive
+but the end of the connection. Even after this side has said that it is done, the reader receives, and drops
+everything, until the peer has said so too.
 
-Nothing cancels a receive but the end of the connection. When this side has said that it is done, the reader
-goes on receiving, and drops everything, until the peer has said so too.
+**Requests.** The task that reads begins the handler of each request by itself (see `eager`). A handler that
+never waits needs no task of its own, and wakes none. When a handler waits, the task becomes the handler's,
+and another task reads. That one first dispatches the events that are left, and starts a task for each request
+among them.
 
-What handlers queue while events are dispatched leaves at the end of them, in one batch, or earlier where it
-gets long: then the peer can begin with it.
+**Turns.** A receive may bring very many packets. Some are decoded and dispatched, then other tasks have their
+turn, then the next ones follow. So a peer that sends a stream of tiny packets holds up nobody else.
 
-Each task that reads has a cancel scope, which its handlers share until one of them waits. A handler that
-leaves a scope or a nursery of its own open spoils the task that it ran in: the task ends, or, as Trio would
-crash the nursery around it, sleeps until the connection ends.
+**Sending.** Packets that are queued while events are dispatched are held back, and leave together at the end
+(see `Coalescing`).
+
+**Scopes.** Each task that reads has a cancel scope, which its handlers share until one of them waits. A
+handler that leaves a scope or a nursery of its own open spoils its task: the task ends; or it sleeps until
+the connection ends, where Trio would crash the nursery around it.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import Context
 from functools import partial
-from typing import Final, final
+from typing import Any, Final, TypeAlias, final
 
 import trio
 
@@ -46,7 +47,12 @@ STREAM_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, OSEr
 
 _NAME: Final = "bokbok_trio reader"
 
-logger = logging.getLogger("bokbok_trio")
+DispatchTable: TypeAlias = Mapping[type[Event], Callable[[Any], Request | None]]
+"""What to call with an event, by its type. A request that is returned is left to the reader."""
+
+
+def _leave_to_reader(request: Request) -> Request:
+    return request
 
 
 @final
@@ -54,33 +60,36 @@ class Reader:
     """Reads for one connection.
 
     Arguments:
-        receive: receives from the stream what is there; good until the next checkpoint.
+        receive: receives what has arrived, as `FastStream.receive_view` does.
         session: decodes it.
-        sender: is told when events are dispatched, and when all of them are.
+        sender: is told when dispatching begins and ends.
         watchdog: is told when something was received.
         handlers: get the requests.
-        on_event: gets all other events.
+        table: has a function for each type of event but `Request`.
         on_protocol_error: is told how the peer broke the protocol.
         lose: is told why the connection is lost, and by which error.
+        on_defect: is told of a defect of this package, which ends the connection.
+        log: logs an error, with the name of the connection.
 
     Attributes:
         ended: set when nothing more is received.
     """
 
     __slots__ = (
-        "_count",
         "_events",
         "_handlers",
         "_is_discarding",
+        "_log",
         "_lose",
         "_nursery",
-        "_on_event",
+        "_on_defect",
         "_on_protocol_error",
         "_receive",
         "_scope",
         "_sender",
         "_session",
         "_spoiled",
+        "_table",
         "_turn",
         "_watchdog",
         "ended",
@@ -94,29 +103,32 @@ class Reader:
         watchdog: Watchdog,
         handlers: Handlers,
         *,
-        on_event: Callable[[Event], object],
+        table: DispatchTable,
         on_protocol_error: Callable[[ProtocolError], object],
         lose: Callable[[str, BaseException | None], object],
+        on_defect: Callable[[BaseException], object],
+        log: Callable[[str, BaseException], object],
     ) -> None:
         self._receive = receive
         self._session = session
         self._sender = sender
         self._watchdog = watchdog
         self._handlers = handlers
-        self._on_event = on_event
+        self._table: DispatchTable = {Request: _leave_to_reader, **table}
         self._on_protocol_error = on_protocol_error
         self._lose = lose
+        self._on_defect = on_defect
+        self._log = log
         self._nursery: trio.Nursery | None = None
         self._turn: ReadTurn[trio.lowlevel.Task] = ReadTurn()
         self._scope: HandlerScope | None = None  # of the task that reads
         self._spoiled: list[trio.lowlevel.Task] = []  # tasks that sleep until the end
         self._events: list[Event] = []  # decoded, and not dispatched; the next one is the last
-        self._count = 0  # of the events of the last receive
         self._is_discarding = False
         self.ended = LazyEvent()
 
     def start(self, nursery: trio.Nursery) -> None:
-        """Read, in tasks of a nursery."""
+        """Start the reader task in a nursery, which also gets the tasks of handlers."""
         self._nursery = nursery
         self._start_task()
 
@@ -126,7 +138,7 @@ class Reader:
         self._handlers.new_context().run(partial(self._nursery.start_soon, self.run, name=_NAME))
 
     def discard(self) -> None:
-        """Dispatch nothing more; go on receiving, and drop everything, until the peer's end."""
+        """Dispatch nothing more. Go on receiving, and drop everything, until the peer's end."""
         self._is_discarding = True
         self._events.clear()
 
@@ -147,7 +159,7 @@ class Reader:
 
     @trio.lowlevel.enable_ki_protection
     async def run(self) -> None:
-        """Be the task that reads; then that of a handler that waits; then the follower; and so on."""
+        """Read; become the task of a handler that waits; after that, follow; read again; and so on."""
         task = trio.lowlevel.current_task()
         self._turn.begin(task)
         try:
@@ -157,7 +169,7 @@ class Reader:
                     await self._read(task, scope)
                 if scope.is_spoiled or task.child_nurseries:
                     break
-        except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
+        except BaseException as exc:  # noqa: BLE001  (`keep` raises it on, where it ends the program)
             keep(exc, self._on_defect)
         finally:
             self._turn.leave(task)
@@ -166,12 +178,8 @@ class Reader:
         if task.child_nurseries:
             await self._sleep_until_end(task)
 
-    def _on_defect(self, error: BaseException) -> None:
-        logger.error("a defect of bokbok_trio ends a connection", exc_info=error)
-        self._lose(f"internal error: {describe_error(error)}", error)
-
     async def _take_turn(self, task: trio.lowlevel.Task) -> bool:
-        """Wait for the turn to read. False: the task ends, as another waits already, or all is over."""
+        """Wait for the turn to read. False: the task must end; another one follows, or nothing more comes."""
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             self._turn.leave(task)
@@ -180,7 +188,7 @@ class Reader:
         if self._turn.reader is not task:
             if self.ended.is_set() or not self._turn.follow(task):
                 return False
-            task.context = self._handlers.new_context()  # it was a handler's, as was the name
+            task.context = self._handlers.new_context()  # both are a handler's still
             task.name = _NAME
             await trio.lowlevel.wait_task_rescheduled(abort)
         return not self.ended.is_set()
@@ -188,11 +196,11 @@ class Reader:
     async def _read(self, task: trio.lowlevel.Task, scope: HandlerScope) -> None:
         """Dispatch and receive in turn, while the task has the turn to read and its scope is good."""
         self._scope = scope
-        self._start_tasks_for_rest()
+        self._dispatch_rest()
         while not self.ended.is_set():
             request = self._dispatch()
             if request is None:
-                self._end_batch()
+                self._end_dispatch()
                 await self._receive_more()
                 continue
             call = self._handlers.accept(request, scope)
@@ -202,17 +210,17 @@ class Reader:
             work, context = call
             has_waited = await start_eagerly(work, context, partial(self._hand_over, task, context))
             del request, call, work, context  # or they would be kept while this receives
-            # Most handlers wait for nothing, and leave nothing to be done.
+            # Most handlers never wait, and leave nothing to do.
             if (has_waited or has_deadline or scope.is_spoiled or self._is_discarding) and (
                 not await self._go_on(task, scope, has_waited=has_waited)
             ):
                 return
 
     async def _go_on(self, task: trio.lowlevel.Task, scope: HandlerScope, *, has_waited: bool) -> bool:
-        """A handler has ended: wait for the turn, if it has waited. Returns whether to read in that scope."""
+        """A handler has ended: if it waited, wait for the turn. Returns whether to read on in that scope."""
         if scope.is_spoiled:
             if self._turn.reader is task:
-                self._promote()
+                self._promote_follower()
             return False
         scope.cancel_scope.deadline = math.inf
         if scope.cancel_scope.cancel_called:
@@ -221,45 +229,49 @@ class Reader:
             if not await self._take_turn(task):
                 return False
             self._scope = scope
-            self._start_tasks_for_rest()
+            self._dispatch_rest()
         return True
 
-    def _end_batch(self) -> None:
-        """Everything that was received is dispatched."""
-        if self._session.error is not None and not self._is_discarding:
-            self._on_protocol_error(self._session.error)
-        self._sender.end_batch(self._count)
-        self._count = 0
+    # ---- dispatching ----
 
     def _dispatch(self) -> Request | None:
         """Dispatch the events up to the next request, and return that."""
-        events = self._events
+        events, table = self._events, self._table
         while events:
             event = events.pop()
-            if type(event) is Request:
-                return event
-            self._on_event(event)
+            request = table[type(event)](event)
+            if request is not None:
+                return request
         return None
 
-    def _start_tasks_for_rest(self) -> None:
-        """Dispatch what the task before this one left, with a task for each request.
+    def _dispatch_rest(self) -> None:
+        """Dispatch the events that the task before this one left, with a task for each request.
 
-        Begun here, each of them that waits would be a turn of the event loop later than the one before.
+        If this task began their handlers, each one that waits would delay the next one by a turn of the
+        event loop.
         """
         assert self._nursery is not None
         while (request := self._dispatch()) is not None:
             self._handlers.start_task(self._nursery, request, self._sleep_until_end)
 
+    def _end_dispatch(self) -> None:
+        """Everything that was decoded is dispatched."""
+        if self._session.error is not None and not self._is_discarding:
+            self._on_protocol_error(self._session.error)
+        self._sender.uncork()
+
+    # ---- receiving ----
+
     async def _receive_more(self) -> None:
         if self._session.has_undecoded and not self._is_discarding:
-            await trio.lowlevel.checkpoint()  # other connections have their turn
+            await trio.lowlevel.checkpoint()  # other tasks have their turn
             self._decode(b"")
             return
         try:
             data = await self._receive()
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
             if not isinstance(exc, STREAM_ERRORS) and not self._is_discarding:
-                logger.error("a stream raised an error that streams do not raise", exc_info=exc)
+                self._log("a stream raised an error that streams do not raise", exc)
             self.ended.set()
             self._lose(f"receiving failed: {describe_error(exc)}", exc)
             return
@@ -277,25 +289,24 @@ class Reader:
 
     def _decode(self, data: Received | bytearray) -> None:
         if not self._is_discarding:
-            self._sender.begin_batch()
             events = self._session.receive(data)
-            self._count = len(events)
+            self._sender.cork(len(events))
             events.reverse()
-            self._events = events  # all of those before are dispatched
+            self._events = events  # all events before these are dispatched
 
     # ---- where a handler waits ----
 
     def _hand_over(self, task: trio.lowlevel.Task, context: Context) -> None:
-        """A handler begun here waits: the task is the handler's, and another reads.
+        """A handler that this task began waits: the task is the handler's from now on, and another one reads.
 
-        The event loop does not know yet that this task waits, so nothing may wake it. Hence the other task
-        dispatches the events that are left.
+        The event loop does not know yet that this task waits, so nothing may wake it. An event that is
+        dispatched may. Hence the other task dispatches the events that are left.
         """
         task.context = context
         task.name = self._handlers.name_task(context)
-        self._promote()
+        self._promote_follower()
 
-    def _promote(self) -> None:
+    def _promote_follower(self) -> None:
         """Let the follower read, or a new task where there is none."""
         follower = self._turn.hand_over()
         if follower is not None:
@@ -304,9 +315,9 @@ class Reader:
             self._start_task()
 
     async def _sleep_until_end(self, task: trio.lowlevel.Task) -> None:
-        """Let a task that a handler left a nursery open in end with the connection.
+        """Keep a task in which a handler left a nursery open, until the connection ends.
 
-        Trio crashes the nursery around a task that ends like this, which is the connection's.
+        Trio crashes the nursery around a task that ends like this, and that nursery is the connection's.
         """
         for nursery in task.child_nurseries:
             nursery.cancel_scope.cancel()

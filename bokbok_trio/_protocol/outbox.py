@@ -178,6 +178,7 @@ class Outbox:
     """The queues of one direction. Packets are known by the id of their request or channel.
 
     Attributes:
+        has_more: whether the last `take` left packets behind.
         is_all_encoded: whether only packets wait, if any, that are the same whenever they leave.
     """
 
@@ -193,11 +194,13 @@ class Outbox:
         "_overtaken",
         "_small",
         "_turn",
+        "has_more",
         "is_all_encoded",
     )
 
     def __init__(self) -> None:
         self.is_all_encoded = True
+        self.has_more = False
         self._control: list[bytes] = []
         self._credits: dict[int, int] = {}  # what is to be granted, by channel
         self._small: OrderedDict[int, Outgoing | bytes] = OrderedDict()
@@ -287,7 +290,8 @@ class Outbox:
             while self._small and size < self._batch_size:
                 size += self._take_small(now, taken)
             if not (self._items or self._big):  # which may have been behind what left
-                self.is_all_encoded = not self._small
+                self.has_more = bool(self._small)
+                self.is_all_encoded = not self.has_more
                 return taken
         if room == 0 and self._overtaken >= MIN_BATCH_SIZE:
             room = MIN_BATCH_SIZE
@@ -303,6 +307,7 @@ class Outbox:
         if has_piece:
             self._take_piece(max(least, min(MAX_PIECE_SIZE, most - size)), now, taken)
         self._overtaken = self._overtaken + size if self.has_big and not has_piece else 0
+        self.has_more = not self.is_empty
         return taken
 
     def _take_control(self, chunks: Chunks) -> int:

@@ -157,6 +157,7 @@ class Session:
         error: how the peer broke the protocol, once it has.
         peer_drains: whether the peer takes no new request of depth 0.
         received: how many requests the peer has made since the connection was opened.
+        has_more: whether the last `take` left packets behind.
         has_undecoded: whether `receive` has left packets: call it again, with no more data.
         has_spoken: whether the peer has asked or answered anything, and not only said that it is over.
         is_draining: whether this side takes none.
@@ -196,6 +197,7 @@ class Session:
         "budget",
         "channels",
         "error",
+        "has_more",
         "has_spoken",
         "has_undecoded",
         "is_draining",
@@ -249,6 +251,7 @@ class Session:
         self._peer_aborted = False
         self._abort: bytes | None = None  # to be sent last
         self.received = 0
+        self.has_more = False
         self.has_spoken = False
         self.has_undecoded = False
         self._ignored = 0  # packets that meant nothing
@@ -605,6 +608,7 @@ class Session:
         if self._abort is not None and self._outbox.is_empty:
             chunks.append(self._abort)
             self._abort = None
+        self.has_more = self._outbox.has_more
         return b"".join(chunks)
 
     def _has_queued_request(self) -> bool:

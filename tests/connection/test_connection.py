@@ -25,7 +25,7 @@ from bokbok_trio import (
 )
 from bokbok_trio._connection.closing import CLOSE_TIMEOUT
 from bokbok_trio._connection.handlers import Handlers
-from bokbok_trio._connection.sender import BUNCH
+from bokbok_trio._protocol.coalescing import EARLY_FLUSH_PACKETS
 from bokbok_trio._protocol.outbox import HEAD_ROOM
 from bokbok_trio._stream.socket import SocketStream
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
@@ -1256,8 +1256,8 @@ async def test_a_connection_that_has_ended_is_no_cyclic_garbage() -> None:
 async def test_what_is_too_much_to_be_written_in_a_row_is_left_to_the_sender(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bokbok_trio._connection.sender.MAX_AT_ONCE", 1)
-    count = 3 * BUNCH
+    monkeypatch.setattr("bokbok_trio._connection.sender.MAX_BATCHES_IN_A_ROW", 1)
+    count = 3 * EARLY_FLUSH_PACKETS
     async with raw_peer(over_sockets=True, max_requests=count) as (connection, peer):
         async with trio.open_nursery() as nursery:
             await settle()

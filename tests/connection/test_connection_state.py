@@ -19,12 +19,22 @@ from bokbok_trio import (
     current_request,
 )
 from bokbok_trio._connection.eager import start_eagerly
-from bokbok_trio._protocol.events import Answer, Bye, Failure
+from bokbok_trio._protocol.events import Answer
 from bokbok_trio._protocol.session import Session
 from bokbok_trio._stream.fast import FastStream
 from bokbok_trio._trio_util import bare_nursery
 from bokbok_trio.testing import open_connection_pair
-from tests.support.helpers import WholeStream, echo, open_peer, packet, raw_peer, req, settle
+from tests.support.helpers import (
+    WholeStream,
+    check_idle,
+    echo,
+    open_peer,
+    outcomes,
+    packet,
+    raw_peer,
+    req,
+    settle,
+)
 
 # ---- pings ----
 
@@ -135,11 +145,30 @@ async def test_draining_shows_on_both_sides_and_so_does_the_end() -> None:
 # ---- what crosses ----
 
 
-async def test_an_event_of_a_request_that_was_cancelled_meanwhile_is_dropped() -> None:
-    async with raw_peer() as (connection, _):
-        for event in (Answer(98, []), Failure(98, "no", "no"), Bye([98])):
-            connection._on_event(event)
-        assert not connection.closed
+@pytest.mark.parametrize("is_good", [True, False])
+async def test_the_answer_to_a_request_that_was_cancelled_meanwhile_is_dropped(is_good: bool) -> None:
+    """A request arrives with the answer. Its handler cancels the asker before the answer is dispatched."""
+    scope = trio.CancelScope()
+
+    async def ask(connection: Connection) -> None:
+        with scope:
+            await connection.request([])
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        scope.cancel()
+        await trio.lowlevel.checkpoint()
+
+    async with raw_peer(handler) as (connection, peer):
+        for n in range(20):  # Trio draws lots whether the asker goes on before the answer is dispatched
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, connection)
+                id = (await peer.receive())[1]
+                answer = packet(b"ok", id, body=[]) if is_good else packet(b"err", id, b"no", b"no", b"")
+                await peer.stream.send_all(req(1 + 2 * n) + answer)
+                assert await outcomes(peer, 1) == {1 + 2 * n: b"ok"}
+            assert scope.cancelled_caught
+            scope = trio.CancelScope()
+        check_idle(connection)
 
 
 def test_a_request_that_was_answered_is_cancelled_to_no_effect() -> None:

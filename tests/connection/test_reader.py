@@ -29,7 +29,7 @@ from bokbok_trio import (
 )
 from bokbok_trio._connection.closing import CLOSE_TIMEOUT
 from bokbok_trio._connection.handlers import LEFT_OPEN
-from bokbok_trio._connection.sender import BUNCH, LONE_STREAK
+from bokbok_trio._protocol.coalescing import EARLY_FLUSH_PACKETS, INTERACTIVE_RECEIVES
 from bokbok_trio._protocol.packets import LARGE, LARGE_BATCH, MAX_AT_ONCE
 from bokbok_trio._stream.socket import RECEIVE_SIZE, SocketStream, _scratch
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
@@ -1130,11 +1130,11 @@ async def test_the_answers_to_what_came_together_leave_together(monkeypatch: pyt
     async with open_peer(never_waits, settings, over_sockets=True) as (connection, peer):
         await settle()
         sizes = count_sends(monkeypatch, connection)
-        await peer.stream.send_all(b"".join(req(1 + 2 * n) for n in range(BUNCH - 1)))
-        await outcomes(peer, BUNCH - 1)
+        await peer.stream.send_all(b"".join(req(1 + 2 * n) for n in range(EARLY_FLUSH_PACKETS - 1)))
+        await outcomes(peer, EARLY_FLUSH_PACKETS - 1)
         assert len(sizes) == 1
-        await peer.stream.send_all(b"".join(req(1 + 2 * n) for n in range(2 * BUNCH + 1)))
-        await outcomes(peer, 2 * BUNCH + 1)
+        await peer.stream.send_all(b"".join(req(1 + 2 * n) for n in range(2 * EARLY_FLUSH_PACKETS + 1)))
+        await outcomes(peer, 2 * EARLY_FLUSH_PACKETS + 1)
         assert len(sizes) == 4  # the first ones of many leave before the last ones are looked at
 
 
@@ -1148,23 +1148,41 @@ async def test_what_was_answered_before_a_handler_waits_leaves_then() -> None:
         await peer.stream.send_all(packet(b"ping") + req(1) + req(3, b"x"))
         assert await peer.receive() == [b"pong"]
         assert await outcomes(peer, 1) == {1: b"ok"}
-        assert not connection._sender._is_held
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.request, ["x"])  # and so does everything after that
+            assert (await peer.receive())[:2] == [b"req", b"0"]
+            await peer.send(b"ok", b"0", body=[])
 
 
 @pytest.mark.parametrize("handler", [never_waits, echo])
-async def test_a_request_that_is_alone_counts_once_whether_its_handler_waits_or_not(
-    handler: RequestHandler,
+async def test_a_request_is_written_at_once_only_after_a_few_receives_of_one_packet(
+    handler: RequestHandler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """So does each request of the peer count once, whether its handler waits or not."""
     async with open_peer(handler, over_sockets=True) as (connection, peer):
-        connection._sender._lone_streak = 0
-        for n in range(LONE_STREAK + 1):
-            await peer.stream.send_all(req(1 + 2 * n))
-            await peer.receive()
+        sizes = count_sends(monkeypatch, connection)
+
+        async def is_written_at_once() -> bool:
+            """Ask something. The peer's answer is a receive of one packet."""
+            sizes.clear()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.request, ["x"])
+                await settle()
+                is_at_once = bool(sizes)
+                await peer.send(b"ok", (await peer.receive())[1], body=[])
             await settle()
-            assert connection._sender._lone_streak == n + 1
-        await peer.stream.send_all(req(1) + req(3))
-        await outcomes(peer, 2)
-        assert connection._sender._lone_streak == 0
+            return is_at_once
+
+        assert await is_written_at_once()
+        for _ in range(2):
+            await peer.stream.send_all(req(1) + req(3))
+            await outcomes(peer, 2)
+            for n in range(INTERACTIVE_RECEIVES - 1):
+                await peer.stream.send_all(req(5 + 2 * n))
+                await peer.receive()
+                await settle()
+            assert not await is_written_at_once()
+            assert await is_written_at_once()
 
 
 @in_memory_and_over_sockets

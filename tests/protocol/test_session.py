@@ -1083,6 +1083,7 @@ class TwoEngines(RuleBasedStateMachine):
     @rule(side=st.integers(0, 1))
     def send(self, side: int) -> None:
         self.wires[side] += self.engines[side].take(self.now)
+        assert self.engines[side].has_more == self.engines[side].has_queued
 
     @rule()
     def wait(self) -> None:

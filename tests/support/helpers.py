@@ -221,7 +221,7 @@ async def outcomes(peer: RawPeer, count: int) -> dict[int, bytes]:
 def check_idle(connection: Connection) -> None:
     """Nothing is left of anything, one task reads, and one at most waits for its turn."""
     assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
-    assert not connection._sender._is_held
+    assert not connection._sender._coalescing.is_corked
     assert not connection._sender.lock.is_held
     turn = connection._reader._turn
     assert connection._reader._nursery is not None

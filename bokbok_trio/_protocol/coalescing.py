@@ -1,0 +1,110 @@
+"""`Coalescing`: when a queued packet is sent: at once, or later with others. No Trio, no I/O.
+
+The rule:
+
+1. Packets that are queued while the events of a receive are dispatched are held back, and leave together when
+   the last event is dispatched.
+2. Any other packet leaves with all that is queued before the sender task runs; but in interactive traffic the
+   first request or answer leaves at once, and then no other one until that task has been idle, or another
+   receive has been dispatched.
+3. `EARLY_FLUSH_PACKETS` requests and answers leave at once in any case.
+
+Traffic is interactive while each of the last `INTERACTIVE_RECEIVES` receives brought one packet: then the
+packet queued next is probably alone too, and waiting for others would only cost time. A burst is faster when
+its packets leave together.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Final, final
+
+INTERACTIVE_RECEIVES: Final = 3
+"""Receives of one packet in a row that make traffic interactive. With fewer, four callers are split into
+groups that each pay for their own wakes."""
+
+EARLY_FLUSH_PACKETS: Final = 16
+"""Requests and answers that leave though more may follow soon: the peer begins with them meanwhile."""
+
+MAX_BATCHES_IN_A_ROW: Final = 4
+"""Batches that are written at once before other tasks have their turn. The sender task writes the rest."""
+
+
+class When(Enum):
+    """When queued packets are sent.
+
+    Attributes:
+        NOW: at once, all of them.
+        LATER: by the sender task, which must be awake.
+        HOLD: after `Coalescing.uncork`.
+    """
+
+    NOW = auto()
+    LATER = auto()
+    HOLD = auto()
+
+
+NOW: Final = When.NOW
+LATER: Final = When.LATER
+HOLD: Final = When.HOLD
+
+
+@final
+class Coalescing:
+    """Decides for one connection.
+
+    Attributes:
+        is_corked: whether packets are held back.
+    """
+
+    __slots__ = ("_may_leave_at_once", "_queued", "_received", "_single_receives", "is_corked")
+
+    def __init__(self) -> None:
+        self.is_corked = False
+        self._received = 0  # packets of the receive that is being dispatched
+        self._single_receives = INTERACTIVE_RECEIVES  # in a row; a connection begins as interactive
+        self._may_leave_at_once = True  # the next request or answer, if it is not held back
+        self._queued = 0  # requests and answers since packets last left at once, or the sender was idle
+
+    def queued(self, *, interactive: bool) -> When:
+        """Tell when a packet that was queued is sent.
+
+        Arguments:
+            interactive: whether it is a request or an answer: a task waits for it, and may say nothing more.
+        """
+        if interactive:
+            self._queued += 1
+            if self._queued >= EARLY_FLUSH_PACKETS:
+                self._queued = 0
+                return NOW
+            if self._may_leave_at_once and not self.is_corked:
+                self._may_leave_at_once = False
+                self._queued = 0
+                return NOW
+        return HOLD if self.is_corked else LATER
+
+    def cork(self, received: int) -> None:
+        """Hold packets back from now on: the events of a receive are being dispatched.
+
+        Arguments:
+            received: how many; 0 says nothing about the traffic.
+        """
+        self.is_corked = True
+        self._received = received
+
+    def uncork(self) -> None:
+        """All events are dispatched, so everything that is queued leaves now. Again does no harm."""
+        self.is_corked = False
+        self._queued = 0
+        received, self._received = self._received, 0
+        if received == 1:
+            self._single_receives += 1
+            self._may_leave_at_once = self._single_receives >= INTERACTIVE_RECEIVES
+        elif received:
+            self._single_receives = 0
+            self._may_leave_at_once = False
+
+    def idle(self) -> None:
+        """The sender task has sent everything that was queued, and goes to sleep."""
+        self._queued = 0
+        self._may_leave_at_once = self._single_receives >= INTERACTIVE_RECEIVES
