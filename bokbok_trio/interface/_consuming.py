@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from bokbok_trio import Connection, ReconnectingConnection
 
 from ._calls import Middleware, check_middleware
 from ._codec import DecodeHook, EncodeHook
-from ._coding import Coders, Hooks
+from ._coding import Coders, Hooks, InterfaceCoder
 from ._exposing import CALL
 from ._inspection import inspect_interface
 from ._serving import find_lender
@@ -17,6 +18,9 @@ from ._stand_ins import Options, change_options, make_class, make_stand_in
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
+
+KEPT: Final = 128
+"""How many interfaces are kept prepared, those that were consumed last."""
 
 _T = TypeVar("_T")
 
@@ -64,8 +68,8 @@ def consume(
     """
     if not isinstance(connection, Connection | ReconnectingConnection):
         raise TypeError(f"consume takes a connection first, not {type(connection).__name__}")
-    spec = inspect_interface(interface, name, has_hooks=encode_hook is not None and decode_hook is not None)
-    coder = Coders(Hooks(encode_hook, decode_hook)).make(spec)
+    what: tuple[Any, ...] = (interface, name, encode_hook, decode_hook)
+    coder, cls = (_prepare_kept if _can_be_kept(what) else _prepare)(*what)
     options = Options(
         connection=connection,
         head=(CALL,),
@@ -73,8 +77,29 @@ def consume(
         middleware=check_middleware(middleware),
         lender=find_lender(connection) if coder.lends else None,
     )
-    stand_in: _T = make_stand_in(make_class(coder, f"{spec.name}."), options)
+    stand_in: _T = make_stand_in(cls, options)
     return stand_in
+
+
+def _prepare(
+    interface: Any, name: str | None, encode_hook: EncodeHook | None, decode_hook: DecodeHook | None
+) -> tuple[InterfaceCoder, type[object]]:
+    """Return the codecs of an interface, and the class of its stand-ins."""
+    spec = inspect_interface(interface, name, has_hooks=encode_hook is not None and decode_hook is not None)
+    coder = Coders(Hooks(encode_hook, decode_hook)).make(spec)
+    return coder, make_class(coder, f"{spec.name}.")
+
+
+# A server may consume an interface anew in each call, and to prepare one takes as long as many calls.
+_prepare_kept = lru_cache(maxsize=KEPT)(_prepare)
+
+
+def _can_be_kept(what: tuple[Any, ...]) -> bool:
+    try:
+        hash(what)
+    except TypeError:  # a hook that is an object, say
+        return False
+    return True
 
 
 def with_options(

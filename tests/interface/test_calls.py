@@ -665,6 +665,27 @@ async def test_both_sides_serve_and_call_at_once() -> None:
                 nursery.start_soon(consume(server, Admin).stop)
 
 
+class UnhashableHook:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, value: object) -> object:
+        raise AssertionError
+
+
+async def test_an_interface_is_prepared_once_for_all_connections() -> None:
+    """A server may consume one anew in each call."""
+    async with open_connection_pair(server_handler=expose(Jobs, Queue(), name="Others")) as (client, server):
+        jobs = consume(client, Jobs)
+        assert type(jobs) is type(consume(server, Jobs)) is type(consume(client, Jobs, middleware=[]))
+        others = consume(client, Jobs, name="Others")
+        assert type(others) is not type(jobs)
+        hook = UnhashableHook()
+        hooked = [consume(client, Jobs, name="Others", encode_hook=hook) for _ in range(2)]
+        assert type(hooked[0]) is not type(hooked[1])
+        for each in (others, *hooked):
+            assert await each.total(1) == 51
+
+
 @pytest.mark.parametrize("wrong", [None, "localhost:1", Jobs])
 def test_consume_takes_a_connection_first(wrong: Any) -> None:
     with pytest.raises(TypeError, match="consume takes a connection first, not "):
