@@ -122,12 +122,15 @@ class LeapingClock(trio.abc.Clock):
     def deadline_to_sleep_time(self, deadline: float) -> float:
         return deadline - self.current_time()
 
-    async def leap_often(self, rng: random.Random) -> None:
+    async def leap_often(
+        self, rng: random.Random, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """Leap at each SIGUSR2."""
         now = time.time
         wrong = 0.0
         time.time = lambda: now() + wrong
         with trio.open_signal_receiver(signal.SIGUSR2) as signals:
+            task_status.started()
             async for _ in signals:
                 self.leaps += 1
                 self._ahead += rng.choice(LEAPS)
@@ -232,9 +235,12 @@ class Side:
             "memory": memory,
         }
 
-    async def exhaust_descriptors(self) -> None:
+    async def exhaust_descriptors(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """At each SIGUSR1, take all descriptors that are left, for half a second."""
         with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+            task_status.started()
             async for _ in signals:
                 taken = []
                 try:
@@ -303,8 +309,8 @@ async def serve(given: argparse.Namespace) -> None:
         trio.open_nursery() as nursery,
     ):
         nursery.start_soon(stop_at_sigterm)
-        nursery.start_soon(side.exhaust_descriptors)
-        nursery.start_soon(CLOCK.leap_often, side.rng)
+        await nursery.start(side.exhaust_descriptors)
+        await nursery.start(CLOCK.leap_often, side.rng)
         say("ready")
         await server.wait_stopped()
         nursery.cancel_scope.cancel()
@@ -334,8 +340,9 @@ class Client(Side):
     async def live(self) -> None:
         """Ask so many things as the driver says; again and again, until it is gone."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.exhaust_descriptors)
-            nursery.start_soon(CLOCK.leap_often, self.rng)
+            await nursery.start(self.exhaust_descriptors)
+            await nursery.start(CLOCK.leap_often, self.rng)
+            say("ready")  # for signals, too
             while line := await trio.to_thread.run_sync(sys.stdin.readline):
                 self._left = int(line)
                 async with trio.open_nursery() as askers:
@@ -547,6 +554,8 @@ class Driver:
                     nursery.start_soon(serve_links, listener, self._weather, dial)
                 await self._start_server()
                 self._clients = [self._start("client", number) for number in range(CLIENTS)]
+                for client in self._clients:
+                    await self._hear(client)
                 levels = [await self._have_phase(*phase) for phase in PHASES.items()]
                 nursery.cancel_scope.cancel()
             self._compare_levels(*levels[1:])

@@ -502,7 +502,7 @@ async def open_reconnecting(
     around it. The addresses are tried in turn, also after a connection was lost: the first try is made at
     once if the peer had asked or answered anything on that one, or if it had lasted for ten seconds. After as
     many tries in a row as there are addresses, a random time passes, from half of a limit to all of it; the
-    limit doubles with each round from 0.2 s to 30 s. Where a server refused, or a handshake broke off, it is
+    limit doubles with each round from 0.2 s to 30 s. Where a server had no room, or a handshake failed, it is
     2 s at least that time. ``docs/running.rst`` says how long a request may wait by all that. What failed is
     reported to the ``bokbok_trio`` logger as a warning, and an orderly end (the server stops, or this side
     closed or drained the connection) as information. A name is looked up when it is its turn.

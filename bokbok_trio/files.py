@@ -40,7 +40,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, Protocol, TypeAlias, TypeVar, TypeVarTuple, final
 
 import trio
@@ -357,7 +357,8 @@ def _put_in_place(fd: int, path: str) -> None:
         except OSError:
             # What is on disk is not known any more, and to sync once more would tell of no error.
             # https://wiki.postgresql.org/wiki/Fsync_Errors
-            os.unlink(_part_of(path))
+            with suppress(OSError):
+                os.unlink(_part_of(path))
             raise
         os.replace(_part_of(path), path)
         os.fsync(folder)
