@@ -44,7 +44,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, final
 import trio
 
 from .._errors import (
-    BokbokError,
     ConnectionLost,
     ProtocolError,
     escape,
@@ -446,18 +445,7 @@ class Connection:
         await check_cancelled()
         if self._ending.is_over:
             await self._refuse()
-        asker = self._pings.add()
-        if not self._pings.is_out:
-            self._send_ping()
-        try:
-            await asker.wait()
-        finally:
-            self._pings.remove(asker)
-        outcome = asker.outcome
-        assert outcome is not None
-        if isinstance(outcome, BokbokError):
-            raise outcome
-        return outcome
+        return await self._pings.ask(self._send_ping)
 
     @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:

@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar, final
+from collections.abc import Callable
+from typing import final
 
 import trio
 
 from .._errors import BokbokError
 
-_Outcome = TypeVar("_Outcome")
-
 
 @final
-class Waiter(Generic[_Outcome]):
-    """A task that waits, and what it is woken with.
+class _Asker:
+    """A task that waits for a pong.
 
     Attributes:
-        outcome: what that was; None before.
+        outcome: the round trip in seconds, or the error that came in its place; None before.
     """
 
     __slots__ = ("_sleeper", "outcome")
 
     def __init__(self) -> None:
-        self.outcome: _Outcome | None = None
+        self.outcome: float | BokbokError | None = None
         self._sleeper: trio.lowlevel.Task | None = None
 
-    def _wake(self, outcome: _Outcome) -> None:
+    def wake(self, outcome: float | BokbokError) -> None:
         """Let the task go on with that; where it does not wait any more, nothing happens."""
         self.outcome = outcome
         sleeper, self._sleeper = self._sleeper, None
         if sleeper is not None:
             trio.lowlevel.reschedule(sleeper)
 
-    def wait(self) -> Awaitable[object]:
-        """Return what to await until woken; then there is an `outcome`."""
-        if self.outcome is not None:
-            return trio.lowlevel.checkpoint()  # noqa: ASYNC105  (the caller awaits it)
-        self._sleeper = trio.lowlevel.current_task()
-        return trio.lowlevel.wait_task_rescheduled(self._abort)  # noqa: ASYNC105  (as above)
+    async def wait(self) -> float:
+        """Return the round trip, or raise the error. The outcome may be there before."""
+        if self.outcome is None:
+            self._sleeper = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+        else:
+            await trio.lowlevel.checkpoint()
+        outcome = self.outcome
+        if isinstance(outcome, float):
+            return outcome
+        assert outcome is not None
+        try:
+            raise outcome
+        finally:
+            self.outcome = None  # or this frame and the error would keep each other alive
+            del outcome
 
     def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
         self._sleeper = None
@@ -59,22 +67,30 @@ class Pings:
     __slots__ = ("_began_at", "_next", "_now", "is_out")
 
     def __init__(self) -> None:
-        self._now: list[Waiter[float | BokbokError]] = []  # for the ping that is out
-        self._next: list[Waiter[float | BokbokError]] = []  # for the one after it
+        self._now: list[_Asker] = []  # for the ping that is out
+        self._next: list[_Asker] = []  # for the one after it
         self._began_at = 0.0
         self.is_out = False
 
-    def add(self) -> Waiter[float | BokbokError]:
-        """Wait for the answer to a ping that is still to be sent."""
-        waiter: Waiter[float | BokbokError] = Waiter()
-        self._next.append(waiter)
-        return waiter
+    async def ask(self, send_ping: Callable[[], object]) -> float:
+        """Wait for the answer to a ping that leaves from now on. Return the round trip in seconds.
 
-    def remove(self, waiter: Waiter[float | BokbokError]) -> None:
-        """Wait no more."""
-        for waiters in (self._now, self._next):
-            if waiter in waiters:
-                waiters.remove(waiter)
+        Arguments:
+            send_ping: sends one, and calls `start_round`; called unless one is out.
+
+        Raises:
+            ConnectionClosed, ConnectionLost: the connection is over.
+        """
+        asker = _Asker()
+        self._next.append(asker)
+        if not self.is_out:
+            send_ping()
+        try:
+            return await asker.wait()
+        finally:
+            for askers in (self._now, self._next):
+                if asker in askers:
+                    askers.remove(asker)
 
     def start_round(self) -> None:
         """A ping is queued."""
@@ -87,11 +103,11 @@ class Pings:
         if self.is_out:
             self.is_out = False
             answered, self._now = self._now, []  # or an end that follows would take their answer away
-            for waiter in answered:
-                waiter._wake(trio.current_time() - self._began_at)
+            for asker in answered:
+                asker.wake(trio.current_time() - self._began_at)
         return bool(self._next)
 
     def end(self, make_error: Callable[[], BokbokError]) -> None:
         """The connection is over; `make_error` makes what each task sees."""
-        for waiter in (*self._now, *self._next):
-            waiter._wake(make_error())
+        for asker in (*self._now, *self._next):
+            asker.wake(make_error())

@@ -225,9 +225,10 @@ async def test_a_handler_with_a_scope_left_open_ends_with_the_program() -> None:
 # ---- defects of our own ----
 
 
+@pytest.mark.parametrize("call", ["request", "ping"])
 @pytest.mark.parametrize("where", ["receive", "take"])
 async def test_a_defect_of_our_own_is_logged_and_the_cause_of_what_is_raised(
-    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    where: str, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any) -> Any:
         raise ZeroDivisionError("ours")
@@ -241,7 +242,7 @@ async def test_a_defect_of_our_own_is_logged_and_the_cause_of_what_is_raised(
                 await peer.send(b"ping")
                 await settle()
             with pytest.raises(ConnectionLost, match="internal error: ours") as caught:
-                await connection.request([])
+                await (connection.ping() if call == "ping" else connection.request([]))
             assert isinstance(caught.value.__cause__, ZeroDivisionError)
             monkeypatch.undo()
             await connection.wait_closed()

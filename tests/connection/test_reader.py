@@ -941,7 +941,10 @@ async def test_a_breach_is_noticed_though_a_scope_was_left_open(caplog: pytest.L
 @pytest.mark.parametrize("waits_before", [False, True])
 @pytest.mark.parametrize("is_cancelled", [False, True])
 async def test_a_handler_that_leaves_a_nursery_open_fails_alone(
-    waits_before: bool, is_cancelled: bool, caplog: pytest.LogCaptureFixture
+    waits_before: bool,
+    is_cancelled: bool,
+    caplog: pytest.LogCaptureFixture,
+    autojump_clock: trio.testing.MockClock,
 ) -> None:
     left: list[object] = []
     has_child_ended = trio.Event()
