@@ -53,7 +53,7 @@ from .._errors import (
     escape,
 )
 from .._protocol.budget import Budget
-from .._protocol.events import Abort, Answer, Bye, Cancel, End, Failure, Item, Pong
+from .._protocol.events import Abort, Answer, Bye, Cancel, End, Failure, Item, Pong, Request
 from .._protocol.options import find_room
 from .._protocol.session import Session
 from .._statistics import ConnectionStatistics
@@ -76,7 +76,7 @@ from .channel import Channel, Channels, is_own_timeout
 from .current import next_depth
 from .handlers import DRAINING_MESSAGE, Handlers
 from .observer import Observer
-from .reader import STREAM_ERRORS, Reader
+from .reader import STREAM_ERRORS, DispatchTable, Reader, leave_to_reader
 from .sender import Sender
 from .watchdog import Watchdog
 
@@ -232,16 +232,8 @@ class Connection:
             self._sender,
             self._watchdog,
             self._handlers,
-            table={
-                Answer: self._on_answer,
-                Failure: self._on_failure,
-                Item: self._channels.on_event,
-                End: self._channels.on_event,
-                Cancel: self._handlers.on_cancel,
-                Bye: self._on_bye,
-                Pong: self._on_pong,
-                Abort: self._on_abort,
-            },
+            table=_DISPATCH,
+            owner=self,
             on_protocol_error=self._on_protocol_error,
             lose=self._lose,
             on_defect=self._on_defect,
@@ -824,6 +816,12 @@ class Connection:
     def _on_failure(self, failure: Failure) -> None:
         self._settle(failure.id, _as_error(failure))
 
+    def _on_channel(self, event: Item | End) -> None:
+        self._channels.on_event(event)
+
+    def _on_cancel(self, event: Cancel) -> None:
+        self._handlers.cancel(event.id)
+
     def _on_bye(self, bye: Bye) -> None:
         self._note_draining()
         for id in bye.ids:
@@ -845,6 +843,19 @@ class Connection:
             if self._observer is not None:
                 self._observer.tell_answered(id, outcome)
             waiter._wake(outcome)
+
+
+_DISPATCH: Final[DispatchTable] = {
+    Request: leave_to_reader,
+    Answer: Connection._on_answer,
+    Failure: Connection._on_failure,
+    Item: Connection._on_channel,
+    End: Connection._on_channel,
+    Cancel: Connection._on_cancel,
+    Bye: Connection._on_bye,
+    Pong: Connection._on_pong,
+    Abort: Connection._on_abort,
+}
 
 
 def _as_error(failure: Failure) -> BokbokError:
