@@ -808,8 +808,6 @@ class Connection:
 
     # ---- what arrives ----
 
-    # A request may have been cancelled, and so be unknown here, since its answer was decoded.
-
     def _on_answer(self, answer: Answer) -> None:
         self._settle(answer.id, answer.fields)
 
@@ -837,7 +835,7 @@ class Connection:
         self._lose(text)
 
     def _settle(self, id: int, outcome: list[bytes] | BokbokError) -> None:
-        """Wake who waits for an answer, if anybody still does."""
+        """Wake the task that waits for an answer, unless it was cancelled since that was decoded."""
         waiter = self._waiters.pop(id, None)
         if waiter is not None:
             if self._observer is not None:
