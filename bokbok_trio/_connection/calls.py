@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, final
 import trio
 
 from .._errors import BokbokError, ConnectionLost, RemoteError, escape
-from .._protocol.events import Answer, Failure
+from .._protocol.events import Failure
 from .._protocol.session import Session
 from .._types import Context, Fields
 from .ending import Ending
@@ -139,14 +139,6 @@ class Calls:
                 self._observer.tell_answered(id, outcome)
             call.settle(outcome)
 
-    def on_answer(self, answer: Answer) -> None:
-        """Settle a request. It may have been cancelled since its answer was decoded."""
-        self.settle(answer.id, answer.fields)
-
-    def on_failure(self, failure: Failure) -> None:
-        """As `on_answer`."""
-        self.settle(failure.id, _as_error(failure))
-
     def cancel(self, call: Call) -> None:
         """Nobody wants the outcome any more, if there is none yet."""
         if self._calls.pop(call.id, None) is not None:
@@ -196,7 +188,7 @@ class Calls:
         self._slot_watch = None
 
 
-def _as_error(failure: Failure) -> BokbokError:
+def as_error(failure: Failure) -> BokbokError:
     """What the asker of a request that failed sees."""
     if failure.code == "closing":
         return ConnectionLost(escape(failure.message), may_have_run=False)

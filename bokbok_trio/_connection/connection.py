@@ -39,7 +39,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, final
+from typing import TYPE_CHECKING, Any, Final, NoReturn, final
 
 import trio
 
@@ -49,7 +49,7 @@ from .._errors import (
     escape,
 )
 from .._protocol.budget import Budget
-from .._protocol.events import Abort, Answer, Bye, Cancel, End, Failure, Item, Pong
+from .._protocol.events import Abort, Answer, Bye, Cancel, End, Failure, Item, Pong, Request
 from .._protocol.options import find_room
 from .._protocol.session import Session
 from .._statistics import ConnectionStatistics
@@ -66,7 +66,7 @@ from .._trio_util import (
     split_exception,
 )
 from .._types import ChannelHandler, ConnectionHandler, RequestHandler
-from .calls import Calls
+from .calls import Calls, as_error
 from .channel import Channel, Channels
 from .closing import CLOSE_TIMEOUT, Closing
 from .current import next_depth
@@ -74,7 +74,7 @@ from .ending import Ending
 from .handlers import DRAINING_MESSAGE, Handlers
 from .observer import Observer
 from .pings import Pings
-from .reader import STREAM_ERRORS, Reader
+from .reader import STREAM_ERRORS, DispatchTable, Reader, leave_to_reader
 from .sender import Sender
 from .watchdog import Watchdog
 
@@ -194,16 +194,8 @@ class Connection:
             self._sender,
             self._watchdog,
             self._handlers,
-            table={
-                Answer: self._calls.on_answer,
-                Failure: self._calls.on_failure,
-                Item: self._channels.on_event,
-                End: self._channels.on_event,
-                Cancel: self._handlers.on_cancel,
-                Bye: self._on_bye,
-                Pong: self._on_pong,
-                Abort: self._on_abort,
-            },
+            table=_DISPATCH,
+            owner=self,
             on_protocol_error=self._on_protocol_error,
             lose=self._lose,
             on_defect=self._on_defect,
@@ -676,6 +668,18 @@ class Connection:
 
     # ---- what arrives ----
 
+    def _on_answer(self, answer: Answer) -> None:
+        self._calls.settle(answer.id, answer.fields)
+
+    def _on_failure(self, failure: Failure) -> None:
+        self._calls.settle(failure.id, as_error(failure))
+
+    def _on_channel(self, event: Item | End) -> None:
+        self._channels.on_event(event)
+
+    def _on_cancel(self, event: Cancel) -> None:
+        self._handlers.cancel(event.id)
+
     def _on_bye(self, bye: Bye) -> None:
         self._note_draining()
         for id in bye.ids:
@@ -689,3 +693,16 @@ class Connection:
         text = f"this side broke the protocol, says the peer: {escape(abort.message)} [{escape(abort.code)}]"
         logger.warning("%r: %s", self, text)
         self._lose(text)
+
+
+_DISPATCH: Final[DispatchTable] = {
+    Request: leave_to_reader,
+    Answer: Connection._on_answer,
+    Failure: Connection._on_failure,
+    Item: Connection._on_channel,
+    End: Connection._on_channel,
+    Cancel: Connection._on_cancel,
+    Bye: Connection._on_bye,
+    Pong: Connection._on_pong,
+    Abort: Connection._on_abort,
+}

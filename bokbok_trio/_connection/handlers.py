@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 import trio
 
 from .._errors import MessageTooLarge, RequestError
-from .._protocol.events import Cancel, Request
+from .._protocol.events import Request
 from .._protocol.session import Session
 from .._trio_util import (
     LazyEvent,
@@ -248,13 +248,13 @@ class Handlers:
             self._note_end(scope.id, "lost")
         self._packet_queued(interactive=True)
 
-    def on_cancel(self, event: Cancel) -> None:
+    def cancel(self, id: int) -> None:
         """The peer no longer wants an answer. Nothing is done if the handler has ended."""
-        scope = self._scopes.get(event.id)
+        scope = self._scopes.get(id)
         if scope is not None:
-            self._session.drop_items(event.id)
+            self._session.drop_items(id)
             scope.cancel_scope.cancel()
-            self._channels.on_cancel(event.id)
+            self._channels.on_cancel(id)
 
     def cancel_all(self) -> None:
         """Nobody wants any answer."""

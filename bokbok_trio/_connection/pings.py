@@ -33,11 +33,9 @@ class _Asker:
 
     async def wait(self) -> float:
         """Return the round trip, or raise the error. The outcome may be there before."""
-        if self.outcome is None:
+        while self.outcome is None:
             self._sleeper = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(self._abort)
-        else:
-            await trio.lowlevel.checkpoint()
         outcome = self.outcome
         if isinstance(outcome, float):
             return outcome

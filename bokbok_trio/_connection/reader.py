@@ -47,11 +47,13 @@ STREAM_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, OSEr
 
 _NAME: Final = "bokbok_trio reader"
 
-DispatchTable: TypeAlias = Mapping[type[Event], Callable[[Any], Request | None]]
-"""What to call with an event, by its type. A request that is returned is left to the reader."""
+DispatchTable: TypeAlias = Mapping[type[Event], Callable[[Any, Any], Request | None]]
+"""By the type of an event: what to call with the connection and the event. A request that is returned is the
+reader's."""
 
 
-def _leave_to_reader(request: Request) -> Request:
+def leave_to_reader(_connection: object, request: Request) -> Request:
+    """Do nothing with a request: the reader begins its handler."""
     return request
 
 
@@ -65,7 +67,7 @@ class Reader:
         sender: is told when dispatching begins and ends.
         watchdog: is told when something was received.
         handlers: get the requests.
-        table: has a function for each type of event but `Request`.
+        table, owner: what to call with each type of event, and with which connection.
         on_protocol_error: is told how the peer broke the protocol.
         lose: is told why the connection is lost, and by which error.
         on_defect: is told of a defect of this package, which ends the connection.
@@ -84,6 +86,7 @@ class Reader:
         "_nursery",
         "_on_defect",
         "_on_protocol_error",
+        "_owner",
         "_receive",
         "_scope",
         "_sender",
@@ -104,6 +107,7 @@ class Reader:
         handlers: Handlers,
         *,
         table: DispatchTable,
+        owner: object,
         on_protocol_error: Callable[[ProtocolError], object],
         lose: Callable[[str, BaseException | None], object],
         on_defect: Callable[[BaseException], object],
@@ -114,7 +118,8 @@ class Reader:
         self._sender = sender
         self._watchdog = watchdog
         self._handlers = handlers
-        self._table: DispatchTable = {Request: _leave_to_reader, **table}
+        self._table = table
+        self._owner = owner
         self._on_protocol_error = on_protocol_error
         self._lose = lose
         self._on_defect = on_defect
@@ -236,10 +241,10 @@ class Reader:
 
     def _dispatch(self) -> Request | None:
         """Dispatch the events up to the next request, and return that."""
-        events, table = self._events, self._table
+        events, table, owner = self._events, self._table, self._owner
         while events:
             event = events.pop()
-            request = table[type(event)](event)
+            request = table[type(event)](owner, event)
             if request is not None:
                 return request
         return None

@@ -2,16 +2,16 @@
 
 The rule:
 
-1. Packets that are queued while the events of a receive are dispatched are held back, and leave together when
-   the last event is dispatched.
-2. Any other packet leaves with all that is queued before the sender task runs; but in interactive traffic the
-   first request or answer leaves at once, and then no other one until that task has been idle, or another
-   receive has been dispatched.
-3. `EARLY_FLUSH_PACKETS` requests and answers leave at once in any case.
+1. A packet that is queued while the events of a receive are dispatched is held back, and leaves with all
+   others when the last event is dispatched.
+2. Any other packet leaves when the sender task runs next, with all that is queued by then; but in interactive
+   traffic the first request or answer leaves at once, and no other one does until that task has been idle, or
+   another receive has been dispatched.
+3. Of requests and answers, every 16th (`EARLY_FLUSH_PACKETS`) lets all that is queued leave at once.
 
-Traffic is interactive while each of the last `INTERACTIVE_RECEIVES` receives brought one packet: then the
-packet queued next is probably alone too, and waiting for others would only cost time. A burst is faster when
-its packets leave together.
+Traffic is interactive while each of the last `INTERACTIVE_RECEIVES` receives brought one event. Then the
+packet that is queued next is probably alone too, and to wait for others would only cost time. A burst is
+faster when its packets leave together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from enum import Enum, auto
 from typing import Final, final
 
 INTERACTIVE_RECEIVES: Final = 3
-"""Receives of one packet in a row that make traffic interactive. With fewer, four callers are split into
+"""Receives of one event in a row that make traffic interactive. With fewer, four callers are split into
 groups that each pay for their own wakes."""
 
 EARLY_FLUSH_PACKETS: Final = 16
@@ -61,7 +61,7 @@ class Coalescing:
 
     def __init__(self) -> None:
         self.is_corked = False
-        self._received = 0  # packets of the receive that is being dispatched
+        self._received = 0  # events of the receive that is being dispatched
         self._single_receives = INTERACTIVE_RECEIVES  # in a row; a connection begins as interactive
         self._may_leave_at_once = True  # the next request or answer, if it is not held back
         self._queued = 0  # requests and answers since packets last left at once, or the sender was idle
@@ -87,7 +87,7 @@ class Coalescing:
         """Hold packets back from now on: the events of a receive are being dispatched.
 
         Arguments:
-            received: how many; 0 says nothing about the traffic.
+            received: how many events; 0 (of a ping, say) tells nothing about the traffic.
         """
         self.is_corked = True
         self._received = received

@@ -65,6 +65,21 @@ async def test_a_ping_tells_the_round_trip(autojump_clock: trio.testing.MockCloc
         assert not connection.closed
 
 
+async def test_a_ping_is_cancelled_as_the_connection_is_closed() -> None:
+    async with raw_peer() as (connection, _), trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        @nursery.start_soon
+        async def ping() -> None:
+            with scope:
+                await connection.ping()
+
+        await settle()
+        scope.cancel()
+        await connection.aclose()
+        assert scope.cancelled_caught
+
+
 async def test_a_ping_of_a_connection_that_ends_or_has_ended_fails(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
