@@ -74,6 +74,8 @@ def run_middleware(middleware: tuple[Middleware, ...], call: Call, proceed: Proc
 
 def check_middleware(middleware: Iterable[Middleware]) -> tuple[Middleware, ...]:
     """Check that middleware is a sequence of functions, before any call."""
+    if callable(middleware):
+        raise TypeError(f"middleware is a list: write middleware=[{getattr(middleware, '__name__', '...')}]")
     found = tuple(middleware)
     for each in found:
         if not callable(each):
@@ -145,12 +147,15 @@ class Block(AbstractAsyncContextManager[Any]):
         self._path = path
         self._work: Coroutine[Any, Any, Any] | None = None
         self._context = copy_context()
+        self._was_handed = False
+        self._task: trio.lowlevel.Task | None = None
 
     @trio.lowlevel.enable_ki_protection
     async def __aenter__(self) -> Any:
         if self._work is not None:
             raise RuntimeError(f"a stream of {self._path} can be entered once; call the method again")
-        self._work = self._run(_hand_over)
+        self._task = trio.lowlevel.current_task()
+        self._work = self._run(self._hand_over)
         step = await _advance(self._context, self._work)
         if not step.is_handed:
             raise RuntimeError(
@@ -167,10 +172,7 @@ class Block(AbstractAsyncContextManager[Any]):
         # what it waits for, which then could wait for nothing any more: other ends would be left undone.
         thrown = _BlockClosed() if isinstance(exc, GeneratorExit) else exc
         try:
-            step = await _advance(self._context, self._work, thrown)
-            if step.is_handed:
-                self._work.close()
-                raise RuntimeError(f"middleware proceeded twice with a stream of {self._path}")
+            await _advance(self._context, self._work, thrown)
         except BaseException as raised:
             # What is thrown into a coroutine comes out as itself, but for a StopIteration: see PEP 479.
             is_own = raised is thrown or (isinstance(exc, StopIteration) and raised.__cause__ is exc)
@@ -182,3 +184,15 @@ class Block(AbstractAsyncContextManager[Any]):
             return exc is not None
         finally:
             del exc, thrown, traceback  # or this frame and the error would keep each other alive
+
+    async def _hand_over(self, value: Any) -> None:
+        # Raised in the call, which then leaves its nurseries in order, as closing a coroutine would not.
+        if self._was_handed:
+            raise RuntimeError(f"middleware proceeded twice with a stream of {self._path}")
+        if trio.lowlevel.current_task() is not self._task:
+            raise RuntimeError(
+                f"middleware proceeded with a stream of {self._path} in a task of a nursery; await proceed "
+                "itself"
+            )
+        self._was_handed = True
+        await _hand_over(value)

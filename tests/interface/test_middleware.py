@@ -98,6 +98,24 @@ async def open_things(*, client: Any = (), server: Any = ()) -> AsyncGenerator[t
         yield consume(ours, Things, middleware=client), things
 
 
+class Echo(Protocol):
+    def echo(self, words: AsyncIterable[str]) -> AbstractAsyncContextManager[ReceiveChannel[str]]: ...
+
+
+class Echoing:
+    async def echo(self, words: AsyncIterable[str]) -> AsyncGenerator[str]:
+        async for word in words:
+            yield word
+
+
+@asynccontextmanager
+async def open_echo(*middleware: Any) -> AsyncGenerator[Echo]:
+    """A stand-in with middleware of its side."""
+    echoing: Any = Echoing()
+    async with open_connection_pair(server_handler=expose(Echo, echoing)) as (client, _):
+        yield consume(client, Echo, middleware=middleware)
+
+
 SIDES = pytest.mark.parametrize("side", ["client", "server"])
 
 
@@ -355,6 +373,53 @@ async def test_a_stream_may_be_proceeded_with_once() -> None:
     assert len(outcome) == 1
 
 
+async def test_a_stream_both_ways_may_be_proceeded_with_once() -> None:
+    async def twice(call: Call, proceed: Proceed) -> Any:
+        await proceed(call)
+        return await proceed(call)
+
+    async def words() -> AsyncGenerator[str]:
+        yield "a"
+        await trio.sleep_forever()
+
+    async with open_echo() as plain, open_echo(twice) as echo:
+        for _ in range(2):  # nothing is left of the first one
+            with pytest.raises(RuntimeError, match=r"middleware proceeded twice with a stream of Echo\.echo"):
+                async with echo.echo(words()) as items:
+                    assert await items.receive() == "a"
+        async with plain.echo(words()) as items:
+            assert await items.receive() == "a"
+
+
+async def test_a_stream_that_failed_before_it_began_may_be_tried_again() -> None:
+    tries: list[BaseException] = []
+
+    async def retry(call: Call, proceed: Proceed) -> Any:
+        try:
+            return await proceed(replace(call, context={"No": "such name"}))
+        except ValueError as exc:
+            tries.append(exc)
+            return await proceed(call)
+
+    async with open_things(client=[retry]) as (things, _), things.follow("x") as items:
+        assert [item async for item in items] == ["nobody", "x"]
+    assert len(tries) == 1
+
+
+async def test_a_stream_must_be_proceeded_with_in_the_same_task() -> None:
+    async def in_a_nursery(call: Call, proceed: Proceed) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(proceed, call)
+
+    async with open_things(client=[in_a_nursery]) as (things, _):
+        with pytest.raises(ExceptionGroup) as caught:
+            async with things.follow():
+                raise AssertionError
+        [error] = caught.value.exceptions
+        assert "in a task of a nursery; await proceed itself" in str(error)
+        await things.put("a")
+
+
 async def test_a_time_limit_of_the_middlewares_holds_for_the_block(autojump_clock: MockClock) -> None:
     async def limit(call: Call, proceed: Proceed) -> Any:
         with trio.fail_after(5):
@@ -491,3 +556,14 @@ async def test_what_is_thrown_into_a_call_goes_through_it() -> None:
 async def test_consume_local_takes_it_for_the_serving_side() -> None:
     async with consume_local(Things, Implementation(), middleware=[as_user("local")]) as things:
         assert await things.who() == "local"
+
+
+def test_middleware_is_a_list() -> None:
+    log: Any = Log()
+
+    async def timing(call: Call, proceed: Proceed) -> Any: ...
+
+    for wrong, name in ((timing, "timing"), (log, "...")):
+        with pytest.raises(TypeError) as caught:
+            expose(Things, Implementation(), middleware=wrong)  # type: ignore[arg-type]
+        assert str(caught.value) == f"middleware is a list: write middleware=[{name}]"
