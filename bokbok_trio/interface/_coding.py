@@ -85,6 +85,7 @@ class MethodCoder:
         items_in, items_out: those of the items of its streams, or None.
         stream: the name of the parameter that is a stream, or None.
         references: the interfaces of the parameters that are lent, by name, or by position.
+        optional: those of them that may be None.
     """
 
     def __init__(self, method: Method, hooks: Hooks, coders: Coders) -> None:
@@ -98,11 +99,14 @@ class MethodCoder:
         self.items_out = (
             None if method.items is NO_STREAM else ValueCoder(f"{path} sent", method.items, hooks)
         )
+        parameters: list[tuple[Any, Parameter]] = [
+            (index if method.is_positional else each.name, each)
+            for index, each in enumerate(method.parameters)
+        ]
         self.references: dict[Any, InterfaceCoder] = {
-            index if method.is_positional else parameter.name: coders.make(parameter.reference)
-            for index, parameter in enumerate(method.parameters)
-            if parameter.reference is not None
+            key: coders.make(each.reference) for key, each in parameters if each.reference is not None
         }
+        self.optional = frozenset(key for key, each in parameters if each.may_be_none)
         self._encode = make_encoder(hooks.encode)
         self._errors = {name: _ErrorCoder(error, hooks) for name, error in method.errors.items()}
         self._error_names = {error: name for name, error in method.errors.items()}

@@ -88,7 +88,8 @@ class Exposed:
         if self._rest is not None:
             raise TypeError(f"{self._rest!r} gets all that is left; put it last")
         if not isinstance(other, Exposed):
-            if not callable(other) and not isinstance(other, CombinedHandler):
+            is_handler = callable(other) or isinstance(other, CombinedHandler)
+            if not is_handler or isinstance(other, type):
                 return NotImplemented
             return Exposed(self._served, self._listed, other)
         if both := self._names.keys() & other._names.keys():

@@ -33,28 +33,29 @@ class Lender:
         self._lent: dict[bytes, Lent] = {}
         self._count = 0
 
-    def lend(self, references: dict[Any, InterfaceCoder], arguments: dict[Any, Any] | list[Any]) -> Loan:
-        """Put numbers in the place of the arguments that are lent; None stays.
+    def lend(self, method: MethodCoder, arguments: dict[Any, Any] | list[Any]) -> Loan:
+        """Put numbers in the place of the arguments that are lent; None stays where it may be.
 
         Arguments:
-            references: their interfaces, by name or position.
+            method: what is called.
             arguments: of the call, by name or in a list.
 
         Raises:
             TypeError: one cannot be called, or does not have its interface.
         """
+        passed = arguments if isinstance(arguments, dict) else dict(enumerate(arguments))
         given = {
-            key: value
-            for key in references
-            if (value := arguments.get(key) if isinstance(arguments, dict) else arguments[key]) is not None
+            key: passed[key]
+            for key in method.references
+            if key in passed and (passed[key] is not None or key not in method.optional)
         }
         for key, value in given.items():  # all of them, before any is lent
-            _check(references[key], value)
+            _check(method.references[key], value)
         loan = Loan(self._lent)
         for key, value in given.items():
             self._count += 1
             arguments[key] = self._count
-            loan.add(b"%d" % self._count, Lent(references[key], value, loan))
+            loan.add(b"%d" % self._count, Lent(method.references[key], value, loan))
         return loan
 
     def find(self, number: bytes) -> Lent:

@@ -21,6 +21,8 @@ from ._references import NO_REFERENCE, Lease, Lender
 from ._streams import Items, pump
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterable
+
     from bokbok_trio import Channel, Connection, ReconnectingConnection
 
 OPTIONS: Final = "_bokbok_options"
@@ -135,9 +137,10 @@ def _make_stub(stub: _Stub) -> Callable[..., Any]:
         return Block(partial(stub.call, options, arguments), method.path)
 
     made: Any = call if coder.items_out is None else call_streaming
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    parameters = method.signature.parameters.values()
-    made.__signature__ = method.signature.replace(parameters=[itself, *parameters])
+    parameters = method.signature.parameters
+    name = "self" if "self" not in parameters else "_self"  # it may be called `this` in the interface
+    itself = inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
+    made.__signature__ = method.signature.replace(parameters=[itself, *parameters.values()])
     made.__name__, made.__qualname__, made.__doc__ = method.name, method.path, method.doc
     return made  # type: ignore[no-any-return]
 
@@ -211,8 +214,8 @@ class _Stub:
             try:
                 if coder.references:
                     assert options.lender is not None
-                    loan = options.lender.lend(coder.references, arguments)
-                source = None if coder.stream is None else arguments.pop(coder.stream)
+                    loan = options.lender.lend(coder, arguments)
+                source = None if coder.stream is None else _take_stream(coder, arguments)
                 fields = [*options.head, self.wire_name, coder.encode_arguments(arguments)]
                 if coder.method.needs_channel:
                     async with options.connection.open_channel(fields, context=context) as channel:
@@ -239,3 +242,18 @@ class _Stub:
             # Or leaving would wait for the method, if all arguments were sent.
             await channel.aclose()
             return None
+
+
+def _take_stream(coder: MethodCoder, arguments: Any) -> AsyncIterable[Any]:
+    """Take the stream out of the arguments, which do not travel with it.
+
+    Raises:
+        TypeError: it is none.
+    """
+    source: AsyncIterable[Any] = arguments.pop(coder.stream, None)
+    if not hasattr(source, "__aiter__"):
+        raise TypeError(
+            f"{coder.method.path}: {coder.stream} is a stream, which goes by 'async for', and "
+            f"{type(source).__qualname__} does not; write an async generator"
+        )
+    return source

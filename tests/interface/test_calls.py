@@ -643,9 +643,10 @@ def test_what_is_put_together_must_make_sense() -> None:
     _ = jobs | expose(Jobs, Queue(), name="Others")
     with pytest.raises(TypeError, match="gets all that is left; put it last"):
         _ = jobs | echo | expose(Admin, Stopper())
-    wrong: Any = 3
-    with pytest.raises(TypeError, match="unsupported operand"):
-        _ = jobs | wrong
+    wrong: Any
+    for wrong in (3, Admin):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            _ = jobs | wrong
 
 
 async def test_a_name_of_its_own_is_used_by_both() -> None:
@@ -816,3 +817,19 @@ async def test_what_the_block_raises_comes_out_of_consume_local() -> None:
     with pytest.raises(ConnectionLost):
         async with consume_local(Jobs, Queue()):
             raise ConnectionLost("mine")
+
+
+class This(Protocol):
+    async def add(this, self: int, other: int = 1) -> int: ...  # noqa: N805
+
+
+class Other:
+    async def add(this, self: int, other: int = 1) -> int:  # noqa: N805
+        return self + other
+
+
+async def test_a_parameter_may_be_called_self() -> None:
+    async with consume_local(This, Other()) as stand_in:
+        assert await stand_in.add(1) == 2
+        assert await stand_in.add(self=1, other=2) == 3
+        assert str(inspect.signature(stand_in.add)) == "(self: 'int', other: 'int' = 1) -> 'int'"

@@ -867,3 +867,13 @@ async def test_an_upload_breaks_with_its_connection(autojump_clock: MockClock) -
             with pytest.raises(ConnectionLost):
                 await consume(client, Logs).upload("", source)
         assert source.closed == 1
+
+
+@pytest.mark.parametrize("wrong", [[Line(1)], iter([Line(1)]), None, 3], ids=repr)
+async def test_what_is_no_stream_is_told_before_anything_is_sent(wrong: Any) -> None:
+    async with consume_local(Logs, Implementation()) as logs:
+        with pytest.raises(TypeError, match=r"Logs\.upload: lines is a stream, which goes by 'async for'"):
+            await logs.upload("a", wrong)
+        with pytest.raises(TypeError, match=r"Logs\.number: lines is a stream"):
+            async with logs.number(wrong):
+                raise AssertionError
