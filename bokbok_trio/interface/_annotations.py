@@ -48,7 +48,7 @@ def _is_class(hint: Any) -> bool:
 def find_class(form: Any) -> type:
     """The class of an interface that may have been given types, as in ``Store[File]``."""
     found = find_origin(form)
-    if not isinstance(found, type):
+    if not isinstance(found, type) or found in {types.UnionType, Annotated}:
         raise TypeError(f"an interface is a class, such as a Protocol, and not {form!r}")
     return found
 

@@ -46,6 +46,18 @@ _ONE_BYTE: Final = re.compile(rb"[\x00-\x7f\xc0-\xc3\xe0-\xff]*")  # nil, bool, 
 _ONE_BYTE_OR_EMPTY: Final = re.compile(rb"[\x00-\x80\x90\xc0-\xc3\xe0-\xff]*")  # and empty containers
 
 
+_ADVICE: Final = {
+    "dataclass or attrs type": "write subclasses of msgspec.Struct with tag=True",
+    "multiple Struct types": "give each of them a tag of its own",
+    "more than one": "write a dataclass with a field for each",
+    "recursion": "write Any",
+    "is not defined": "define it at the top of a module, and import it at run time",
+    "Enums must": "give its members values of one of these types",
+    "": "write another type, or a dataclass",
+}
+"""What to write instead of a type that the codec cannot take, by what is in its error."""
+
+
 class BadValue(ValueError):  # noqa: N818  (what it is)
     """Bytes that are no value of the type that they should be; the text says where and why."""
 
@@ -103,9 +115,13 @@ def find_unsupported(type: Any) -> list[Any]:
     """Return the types in an annotation that travel only by hooks.
 
     Raises:
-        TypeError: the codec cannot take it at all; the text says why.
+        TypeError: the codec cannot take it at all; the text says why, and what to write instead.
     """
-    msgspec.msgpack.Decoder(type)
+    try:
+        msgspec.msgpack.Decoder(type)
+    except Exception as exc:
+        advice = next(each for text, each in _ADVICE.items() if text in str(exc))
+        raise TypeError(f"{exc}; {advice}") from exc
     found = list(_walk(described.type_info(type), {}))
     for each in found:
         if isinstance(each, described.DataclassType):

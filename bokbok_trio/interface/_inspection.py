@@ -55,8 +55,10 @@ def inspect_interface(form: Any, name: str | None = None, *, has_hooks: bool = F
     Raises:
         TypeError: it cannot be served or called; the text has all offences, and what to write instead.
     """
-    if name is not None and (not isinstance(name, str) or not name or name.startswith("%")):
-        raise TypeError(f"a name of an interface is a str that does not begin with '%', and not {name!r}")
+    if name is not None and not (isinstance(name, str) and name.isprintable() and name[:1] not in {"", "%"}):
+        raise TypeError(
+            f"a name of an interface is a printable str that does not begin with '%', and not {name!r}"
+        )
     inspection = _Inspection(has_hooks=has_hooks)
     interface = inspection.look_at(form, name)
     if CALL in interface.methods:
@@ -94,7 +96,8 @@ class _Inspection:
         bound = bind_types(form)
         if open := [each for each in find_parameters(cls) if each not in bound[cls]]:
             names = ", ".join(each.__name__ for each in open)
-            self.note(f"{interface.name}: {names} is open; write {cls.__name__}[int], say")
+            types = ", ".join(["int"] * len(find_parameters(cls)))
+            self.note(f"{interface.name}: {names} is open; write {cls.__name__}[{types}], say")
             return interface
         told = len(self.offences)
         for owner in cls.__mro__:

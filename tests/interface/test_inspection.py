@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import enum
 import sys
 import typing
 from abc import ABC
@@ -23,6 +24,7 @@ from typing import (
     overload,
 )
 
+import msgspec
 import pytest
 import trio
 from trio.abc import ReceiveChannel
@@ -646,8 +648,9 @@ def test_an_empty_interface_is_refused() -> None:
 
 def test_a_name_may_be_given_and_is_a_str() -> None:
     assert inspect_interface(Listener, "L").methods["heard"].path == "L.heard"
-    for wrong in ("", 3, "%x"):
-        with pytest.raises(TypeError, match="a name of an interface is a str"):
+    assert inspect_interface(Listener, "L/2 \u00fc").name == "L/2 \u00fc"
+    for wrong in ("", 3, "%x", "\0", "a\nb", "\udc80"):
+        with pytest.raises(TypeError, match="a name of an interface is a printable str"):
             inspect_interface(Listener, wrong)  # type: ignore[arg-type]
 
 
@@ -670,3 +673,63 @@ def test_raises_without_parentheses_is_refused_where_it_stands() -> None:
 
     with pytest.raises(TypeError, match="raises takes exception classes"):
         raises(stat)  # type: ignore[arg-type]
+
+
+class Two(Generic[T, U]):
+    async def get(self, key: T) -> U: ...  # type: ignore[empty-body]
+
+
+@dataclass
+class Spot:
+    x: int
+
+
+class A(msgspec.Struct):
+    pass
+
+
+class B(msgspec.Struct):
+    pass
+
+
+@dataclass
+class Unfinished:
+    x: Missing  # type: ignore[name-defined]  # noqa: F821
+
+
+class Coordinates(enum.Enum):
+    A = (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "advice"),
+    [
+        (Stat | Spot, "write subclasses of msgspec.Struct with tag=True"),
+        (A | B, "give each of them a tag of its own"),
+        (str | bytes, "write a dataclass with a field for each"),
+        (Coordinates, "give its members values of one of these types"),
+        (Unfinished, "define it at the top of a module, and import it at run time"),
+        (typing.Never, "write another type, or a dataclass"),
+    ],
+    ids=str,
+)
+def test_what_the_codec_cannot_take_is_told_with_what_to_write(annotation: Any, advice: str) -> None:
+    class Wrong(Protocol):
+        async def use(self, a: int) -> None: ...
+
+    Wrong.use.__annotations__["a"] = annotation
+    with pytest.raises(TypeError, match=f"Wrong.use: parameter a: .*; {advice}$"):
+        inspect_interface(Wrong)
+
+
+def test_a_generic_interface_is_told_how_many_types_it_takes() -> None:
+    with pytest.raises(TypeError, match=r"Two: T, U is open; write Two\[int, int\], say"):
+        inspect_interface(Two)
+
+
+@pytest.mark.parametrize(
+    "wrong", [Listener | Plain, Listener | Two[int, str], typing.Annotated[Listener, "x"]], ids=str
+)
+def test_a_union_is_no_interface(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="an interface is a class, such as a Protocol, and not"):
+        inspect_interface(wrong)
