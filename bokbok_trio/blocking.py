@@ -6,6 +6,8 @@
 
     with connect("localhost:12345", user="alice", key=key) as c:
         print(c.request(["ping", "12345"], timeout=5))
+        files = c.consume(Files)
+        print(c.call(files.stat, "/etc/hosts", timeout=5).size)
 
 All of it happens in a thread with a Trio run, a `Portal`, and other threads wait for it. `connect` makes one,
 unless it is given one. ``docs/blocking.rst`` shows what it is good for, in a notebook and under asyncio too.
@@ -14,23 +16,29 @@ unless it is given one. ``docs/blocking.rst`` shows what it is good for, in a no
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Awaitable, Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar, TypeVarTuple, final
+from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, final
 
 import trio
 
 from ._addresses import AddressLike
 from ._client import open_connection
+from ._combined import CombinedHandler
 from ._connection import channel as _channel, connection as _connection
 from ._keys import Key
 from ._portal import Held, Portal
 from ._settings import Settings
 from ._types import ChannelHandler, ConnectionHandler, Context, Fields, RequestHandler
 
-__all__ = ["Channel", "Connection", "Portal", "connect"]
+if TYPE_CHECKING:
+    from typing_extensions import TypeForm
+
+    from .interface import DecodeHook, EncodeHook, Middleware
+
+__all__ = ["Channel", "Connection", "Portal", "Stream", "connect"]
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
@@ -38,8 +46,42 @@ _Ts = TypeVarTuple("_Ts")
 Portal.__module__ = __name__  # where it is public
 
 
+class _Receiving(Iterator[_T]):
+    """What items are received from."""
+
+    def __init__(self, connection: Connection, held: Held[Any], receive: Callable[[], Awaitable[_T]]) -> None:
+        self._connection = connection  # which must not be collected
+        self._loop = connection.portal._loop
+        self._held = held
+        self._receive = receive
+
+    def receive(self, *, timeout: float | None = None) -> _T:
+        """Receive an item.
+
+        After the time no item is lost: the next call gets it. After Ctrl-C one may be.
+
+        Raises:
+            trio.EndOfChannel: there are no more.
+        """
+        return self._loop.call(self._receive, timeout, self._held.place)
+
+    def __next__(self) -> _T:
+        try:
+            return self.receive()
+        except trio.EndOfChannel:
+            raise StopIteration from None
+
+
 @final
-class Channel:
+class Stream(_Receiving[_T]):
+    """A stream of results, made by `Connection.open_stream`; any threads may use it at once.
+
+    ``for item in stream`` ends where the method has ended. What that raises comes after the items before.
+    """
+
+
+@final
+class Channel(_Receiving[list[bytes]]):
     """A channel of a `Connection`, made by `Connection.open_channel`; any threads may use it at once.
 
     ``for item in channel`` ends where the other side has ended its direction, or answered. The errors are
@@ -49,21 +91,12 @@ class Channel:
     def __init__(
         self, connection: Connection, held: Held[_channel.Channel], channel: _channel.Channel
     ) -> None:
-        self._connection = connection  # which must not be collected
-        self._loop = connection.portal._loop
-        self._held = held
+        super().__init__(connection, held, channel.receive)
         self._channel = channel
 
     def send(self, item: Fields, *, timeout: float | None = None) -> None:
         """Send an item, as soon as the other side has room; see `bokbok_trio.Channel.send`."""
         self._loop.call(partial(self._channel.send, item), timeout, self._held.place)
-
-    def receive(self, *, timeout: float | None = None) -> list[bytes]:
-        """Receive an item; see `bokbok_trio.Channel.receive`.
-
-        After the time no item is lost: the next call gets it. After Ctrl-C one may be.
-        """
-        return self._loop.call(self._channel.receive, timeout, self._held.place)
 
     def end(self) -> None:
         """Send no more items; receiving goes on."""
@@ -72,15 +105,6 @@ class Channel:
     def answer(self, *, timeout: float | None = None) -> list[bytes]:
         """Wait for the answer of the handler over there; see `bokbok_trio.Channel.answer`."""
         return self._loop.call(self._channel.answer, timeout, self._held.place)
-
-    def __iter__(self) -> Iterator[list[bytes]]:
-        return self
-
-    def __next__(self) -> list[bytes]:
-        try:
-            return self.receive()
-        except trio.EndOfChannel:
-            raise StopIteration from None
 
 
 @final
@@ -152,6 +176,69 @@ class Connection:
         with held as channel:
             yield Channel(self, held, channel)
 
+    def consume(
+        self,
+        interface: TypeForm[_T],
+        *,
+        name: str | None = None,
+        middleware: Sequence[Middleware] = (),
+        encode_hook: EncodeHook | None = None,
+        decode_hook: DecodeHook | None = None,
+    ) -> _T:
+        """Return a stand-in for what the peer serves, whose async methods are for `call` and `open_stream`.
+
+        ::
+
+            files = c.consume(Files)
+            stat = c.call(files.stat, "/etc/hosts", timeout=5)
+            stat = c.call(partial(files.stat, "/etc/hosts", follow=False))
+            with c.open_stream(files.follow("/var/log/syslog")) as lines:
+                for line in lines: ...
+
+        What is passed to methods is as ever: middleware, callbacks and streams of arguments are async, and
+        run in the Trio thread. It needs the extra ``interface``.
+
+        Arguments and errors are those of `bokbok_trio.interface.consume`, and errors those of `call`.
+        """
+        from .interface import consume  # noqa: PLC0415  (the rest of this module works without msgspec)
+
+        async def make() -> _T:  # there, as it may add a handler for what is lent
+            return consume(
+                self.connection,
+                interface,
+                name=name,
+                middleware=middleware,
+                encode_hook=encode_hook,
+                decode_hook=decode_hook,
+            )
+
+        return self.call(make)
+
+    @contextmanager
+    def open_stream(
+        self,
+        stream: AbstractAsyncContextManager[trio.abc.ReceiveChannel[_T]],
+        *,
+        timeout: float | None = None,
+    ) -> Generator[Stream[_T]]:
+        """Call a method that streams its results, which lasts as long as the block.
+
+        ::
+
+            with c.open_stream(files.follow("/var/log/syslog")) as lines:
+                for line in lines:
+                    print(line.text)
+
+        Leaving the block cancels the method.
+
+        Arguments:
+            stream: what the method of the stand-in returned.
+            timeout: as for `open_channel`.
+        """
+        held = Held(self.portal._loop, stream, timeout, self._held.place)
+        with held as items:
+            yield Stream(self, held, items.receive)
+
     def ping(self, *, timeout: float | None = None) -> float:
         """Return how long it takes there and back, in seconds."""
         return self.call(self.connection.ping, timeout=timeout)
@@ -159,7 +246,10 @@ class Connection:
     def call(
         self, function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts, timeout: float | None = None
     ) -> _T:
-        """Call any async function in the Trio thread, as `Portal.call` does; it ends with the connection."""
+        """Call any async function in the Trio thread, as `Portal.call` does; it ends with the connection.
+
+        Keyword arguments go by `functools.partial`, as in Trio.
+        """
         return self.portal._loop.call(partial(function, *args), timeout, self._held.place)
 
     def submit(
@@ -201,7 +291,7 @@ def connect(
     key: Key | None = None,
     service: str = "",
     insecure: bool = False,
-    request_handler: RequestHandler | None = None,
+    request_handler: RequestHandler | CombinedHandler | None = None,
     channel_handler: ChannelHandler | None = None,
     close_handler: ConnectionHandler | None = None,
     settings: Settings = Settings(),  # noqa: B008  (immutable)
@@ -213,7 +303,7 @@ def connect(
 
     Arguments:
         to, user, key, service, insecure, settings: as for `bokbok_trio.open_connection`.
-        request_handler, channel_handler, close_handler: async functions, which run in the Trio thread.
+        request_handler, channel_handler, close_handler: as there; they run in the Trio thread.
         portal: whose thread to use; None: one of its own, which ends with the connection.
 
     Raises:

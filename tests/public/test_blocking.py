@@ -7,20 +7,16 @@ import concurrent.futures
 import contextvars
 import gc
 import os
-import queue
-import random
 import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
-import time
 import traceback
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -45,23 +41,9 @@ from bokbok_trio import (
 from bokbok_trio._portal import Latch, Loop, _stop_all
 from bokbok_trio.blocking import Portal, connect
 from tests.support.helpers import documented_code
+from tests.support.threads import Story, in_child, no_thread_but, sweep
 
 KEY = Key.generate()
-
-
-class Story:
-    """What the server's handlers tell, to be waited for from another thread."""
-
-    def __init__(self) -> None:
-        self._told: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self.tell = self._told.put
-
-    def next(self) -> object:
-        return self._told.get(timeout=10)
-
-    def forget(self) -> None:
-        while not self._told.empty():
-            self._told.get()
 
 
 STORY = Story()
@@ -103,14 +85,6 @@ async def channel_handler(connection: Connection, request: list[bytes], channel:
                 STORY.tell("cancelled")
                 raise
     return ["done"]
-
-
-def no_thread_but(known: set[threading.Thread]) -> None:
-    """Threads end soon after those that wanted them."""
-    deadline = time.monotonic() + 5
-    while set(threading.enumerate()) - known:
-        assert time.monotonic() < deadline, threading.enumerate()
-        time.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)
@@ -577,28 +551,6 @@ def test_a_run_that_ends_without_its_calls_is_logged(
 # ---- forks, exits, interrupts ----
 
 
-def in_child(act: Callable[[], object], patience: float = 60) -> str:
-    """Do something in a forked child, in its main thread, and return what it returned there, as a text."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        told = "nothing"
-        try:
-            signal.alarm(int(patience))
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            told = str(act())
-        except BaseException:
-            told = traceback.format_exc()
-        finally:
-            os.write(write, told.encode()[-60_000:])
-            os._exit(0)
-    os.close(write)
-    with open(read) as told_by_child:
-        told = told_by_child.read()
-    os.waitpid(child, 0)
-    return told
-
-
 def test_a_forked_child_has_no_portal(server: Server) -> None:
     def act() -> str:
         errors = []
@@ -710,22 +662,6 @@ def test_in_a_notebook_an_event_loop_runs_already(server: Server) -> None:
     assert (done.stdout, done.stderr) == ("[b'x']\n1\n", "")
 
 
-class Interrupter:
-    """Raises SIGINT once in the main thread, before its so-manieth step of Python."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.count = 0
-
-    def __call__(self, frame: FrameType, event: str, arg: object) -> Interrupter:
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self.count += 1
-            if self.count == self.at:
-                signal.raise_signal(signal.SIGINT)
-        return self
-
-
 def use_all(address: Any) -> None:
     """Every kind of call."""
     with connect(address) as c:
@@ -738,36 +674,17 @@ def use_all(address: Any) -> None:
             channel.end()
 
 
-def sweep(path: Path, count: int) -> str:
-    """Interrupt it at so many of its steps, and tell what went wrong."""
-    with Portal() as portal, portal.enter(open_server(str(path), handler, channel_handler=channel_handler)):
-        use_all(path)
-        tracer = Interrupter(0)
-        sys.settrace(tracer)
-        use_all(path)
-        sys.settrace(None)
-        known = set(threading.enumerate())
-        for at in sorted(random.sample(range(1, tracer.count + 1), min(count, tracer.count))):
-            tracer = Interrupter(at)
-            try:
-                sys.settrace(tracer)
-                use_all(path)
-            except KeyboardInterrupt:
-                pass
-            except BaseException:
-                sys.settrace(None)
-                return f"at {at}: {traceback.format_exc()}"
-            finally:
-                sys.settrace(None)
-            try:
-                no_thread_but(known)
-            except AssertionError:
-                return f"a thread is left by step {at}"
-    return "fine"
-
-
 def test_ctrl_c_works_at_every_step_and_leaves_no_thread(tmp_path: Path) -> None:
-    assert in_child(lambda: sweep(tmp_path / "s", 100)) == "fine"
+    path = tmp_path / "s"
+
+    def act() -> str:
+        with (
+            Portal() as portal,
+            portal.enter(open_server(str(path), handler, channel_handler=channel_handler)),
+        ):
+            return sweep(lambda: use_all(path), 100)
+
+    assert in_child(act) == "fine"
 
 
 @pytest.fixture

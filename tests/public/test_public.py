@@ -35,7 +35,7 @@ PUBLIC = {
         *("open_connection_pair", "open_memory_server", "consume_local"),
         *("Faults", "FaultyStream", "MemoryListener", "MemoryServer"),
     },
-    "bokbok_trio.blocking": {"Channel", "Connection", "Portal", "connect"},
+    "bokbok_trio.blocking": {"Channel", "Connection", "Portal", "Stream", "connect"},
     "bokbok_trio.broadcast": {"Broadcast", "Subscription", "WhenFull"},
     "bokbok_trio.files": {"TransferError", "receive_file", "safe_name", "send_file"},
     "bokbok_trio.opentelemetry": {"TracingInstrument"},
@@ -136,7 +136,7 @@ def test_every_file_of_interfaces_says_what_it_is_for_and_uses_only_what_is_publ
 WITHOUT_MSGSPEC = """
 import sys
 sys.modules["msgspec"] = None
-import bokbok_trio, bokbok_trio.testing
+import bokbok_trio, bokbok_trio.blocking, bokbok_trio.testing
 assert not [name for name in sys.modules if name.startswith("bokbok_trio.interface")]
 try:
     import bokbok_trio.interface

@@ -1,0 +1,102 @@
+"""What tests of calls from other threads share: stories, threads left over, and Ctrl-C at any step."""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType
+
+
+class Story:
+    """What the server's handlers tell, to be waited for from another thread."""
+
+    def __init__(self) -> None:
+        self._told: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.tell = self._told.put
+
+    def next(self) -> object:
+        return self._told.get(timeout=10)
+
+    def forget(self) -> None:
+        while not self._told.empty():
+            self._told.get()
+
+
+def no_thread_but(known: set[threading.Thread]) -> None:
+    """Threads end soon after those that wanted them."""
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - known:
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.001)
+
+
+def in_child(act: Callable[[], object], patience: float = 60) -> str:
+    """Do something in a forked child, in its main thread, and return what it returned there, as a text."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        told = "nothing"
+        try:
+            signal.alarm(int(patience))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            told = str(act())
+        except BaseException:
+            told = traceback.format_exc()
+        finally:
+            os.write(write, told.encode()[-60_000:])
+            os._exit(0)
+    os.close(write)
+    with open(read) as told_by_child:
+        told = told_by_child.read()
+    os.waitpid(child, 0)
+    return told
+
+
+class Interrupter:
+    """Raises SIGINT once in the main thread, before its so-manieth step of Python."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.count = 0
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Interrupter:
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.count += 1
+            if self.count == self.at:
+                signal.raise_signal(signal.SIGINT)
+        return self
+
+
+def sweep(use: Callable[[], object], count: int) -> str:
+    """Interrupt it at so many of its steps, and tell what went wrong."""
+    use()
+    tracer = Interrupter(0)
+    sys.settrace(tracer)
+    use()
+    sys.settrace(None)
+    known = set(threading.enumerate())
+    for at in sorted(random.sample(range(1, tracer.count + 1), min(count, tracer.count))):
+        tracer = Interrupter(at)
+        try:
+            sys.settrace(tracer)
+            use()
+        except KeyboardInterrupt:
+            pass
+        except BaseException:
+            sys.settrace(None)
+            return f"at {at}: {traceback.format_exc()}"
+        finally:
+            sys.settrace(None)
+        try:
+            no_thread_but(known)
+        except AssertionError:
+            return f"a thread is left by step {at}"
+    return "fine"
