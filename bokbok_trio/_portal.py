@@ -175,6 +175,9 @@ class Call(Generic[_T]):
         self._end()
 
     def _end(self) -> None:
+        if self.error is not None and self.error.__traceback__ is not None:
+            # Without the frame of `_run`, or that and the error would keep each other alive.
+            self.error = self.error.with_traceback(self.error.__traceback__.tb_next)
         self._when_done(self)
         self.done.set()
 
