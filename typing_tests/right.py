@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, assert_type
 
 import trio
@@ -22,6 +23,7 @@ from bokbok_trio import (
     open_server,
     serve,
 )
+from bokbok_trio.blocking import Stream, connect
 from bokbok_trio.interface import (
     Call,
     Exposed,
@@ -167,6 +169,30 @@ async def testing() -> None:
         assert_type(pair, tuple[Connection, Connection])
     async with open_connection("localhost:1", request_handler=expose(OldStyle, Doubler())):
         pass
+
+
+# ---- in scripts ----
+
+
+def blocking() -> None:
+    with connect("localhost:1", request_handler=expose(OldStyle, Doubler())) as c:
+        files = c.consume(Files, middleware=[timing], name="F")
+        assert_type(files, Files)
+        assert_type(c.call(files.stat, "/etc/hosts", timeout=5), Stat)
+        assert_type(c.call(partial(files.stat, "/etc/hosts", follow=False)), Stat)
+        assert_type(c.call(lambda: files.stat("/etc/hosts", follow=False), timeout=5), Stat)
+        assert_type(c.call(files.upload, "a", send()), int)
+        c.call(partial(files.copy, "a", "b", progress=note))
+        assert_type(c.submit(files.stat, "/etc/hosts").result(), Stat)
+        assert_type(c.call(c.consume(Store[Stat]).swap, Stat(1)), Stat)
+        with c.open_stream(files.follow("/var/log"), timeout=5) as lines:
+            assert_type(lines, Stream[Line])
+            assert_type(lines.receive(timeout=1), Line)
+            for line in lines:
+                assert_type(line, Line)
+        with c.open_channel(["tail"]) as channel:
+            assert_type(channel.receive(), list[bytes])
+            assert_type(list(channel), list[list[bytes]])
 
 
 every_kind: list[Middleware] = [timing]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import trio
@@ -10,6 +11,7 @@ from files import Files, Line, Stat, Store
 from trio.abc import ReceiveChannel
 
 from bokbok_trio import Connection, open_connection, open_server
+from bokbok_trio.blocking import connect
 from bokbok_trio.interface import consume, expose, raises, with_options
 from bokbok_trio.testing import consume_local
 
@@ -103,6 +105,22 @@ async def serving() -> None:
         pass
     async with consume_local(Files, Odd()) as files:
         await files.show("a")  # wrong
+
+
+def blocking() -> None:
+    with connect("localhost:1") as c:
+        files = c.consume(Files)
+        c.call(files.stat, 1)  # wrong (not seen by ty)
+        c.call(partial(files.stat, 1, follow=False))  # wrong
+        c.call(lambda: files.stat("a", follow="no"))  # wrong
+        c.call(files.remove, "a")  # wrong
+        name: str = c.call(files.stat, "a")  # wrong
+        c.call(files.follow, "a")  # wrong
+        with c.open_stream(files.stat("a")):  # wrong
+            pass
+        with c.open_stream(files.follow("a")) as lines:
+            item: str = lines.receive()  # wrong
+        print(name, item)
 
 
 class Decorated:
