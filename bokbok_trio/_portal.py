@@ -25,7 +25,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from functools import partial
 from types import TracebackType
@@ -491,6 +491,18 @@ class Held(AbstractContextManager[_T]):
             self._entered.set()
 
 
+def bind(function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts) -> Callable[[], Awaitable[_T]]:
+    """Put an async function and its arguments together.
+
+    Raises:
+        TypeError: it has been called already.
+    """
+    if isinstance(function, Coroutine):
+        function.close()
+        raise TypeError("pass an async function and its arguments, and not what it returned: call(f, 1)")
+    return partial(function, *args)
+
+
 @final
 class Portal:
     """A thread with a Trio run, in which other threads call async functions.
@@ -528,7 +540,7 @@ class Portal:
             RuntimeError: called in the Trio thread, or in a forked child.
             BaseException: whatever it raised.
         """
-        return self._loop.call(partial(function, *args), timeout, self._loop.calls)
+        return self._loop.call(bind(function, *args), timeout, self._loop.calls)
 
     def submit(
         self, function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts, timeout: float | None = None
@@ -539,7 +551,7 @@ class Portal:
 
         Arguments and errors are those of `call`; the future raises what comes after the start.
         """
-        return self._loop.submit(partial(function, *args), timeout, self._loop.calls)
+        return self._loop.submit(bind(function, *args), timeout, self._loop.calls)
 
     @contextmanager
     def enter(

@@ -29,7 +29,7 @@ from ._client import open_connection
 from ._combined import CombinedHandler
 from ._connection import channel as _channel, connection as _connection
 from ._keys import Key
-from ._portal import Held, Portal
+from ._portal import Held, Portal, bind
 from ._settings import Settings
 from ._types import ChannelHandler, ConnectionHandler, Context, Fields, RequestHandler
 
@@ -234,7 +234,12 @@ class Connection:
         Arguments:
             stream: what the method of the stand-in returned.
             timeout: as for `open_channel`.
+
+        Raises:
+            TypeError: `stream` is none.
         """
+        if not hasattr(stream, "__aenter__"):
+            raise TypeError(f"{stream!r} is no stream; pass what a method that streams its results returned")
         held = Held(self.portal._loop, stream, timeout, self._held.place)
         with held as items:
             yield Stream(self, held, items.receive)
@@ -250,7 +255,7 @@ class Connection:
 
         Keyword arguments go by `functools.partial`, as in Trio.
         """
-        return self.portal._loop.call(partial(function, *args), timeout, self._held.place)
+        return self.portal._loop.call(bind(function, *args), timeout, self._held.place)
 
     def submit(
         self, function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts, timeout: float | None = None
@@ -262,7 +267,7 @@ class Connection:
             futures = [c.submit(c.connection.request, ["ping", str(n)]) for n in range(100)]
             answers = [future.result() for future in futures]
         """
-        return self.portal._loop.submit(partial(function, *args), timeout, self._held.place)
+        return self.portal._loop.submit(bind(function, *args), timeout, self._held.place)
 
     def close(self) -> None:
         """Close it, and the thread that it has for itself. Again it does nothing."""

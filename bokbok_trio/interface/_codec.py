@@ -183,7 +183,7 @@ def _check_base(cls: Any) -> None:
     The codec makes an object without ``__new__``, and sets its fields. One of these classes would never be
     initialised, and Python crashes where such an exception is shown or such a deque used.
     """
-    made = get_origin(cls) or cls
+    made: type[object] = get_origin(cls) or cls
     for base in made.__mro__[:-1]:
         if isinstance(vars(base).get("__new__"), BuiltinMethodType):
             raise TypeError(

@@ -145,6 +145,15 @@ def test_streams_of_arguments_and_callbacks_are_async_and_run_in_the_trio_thread
     assert STORY.next() == "bokbok_trio portal"
 
 
+def test_a_call_that_was_made_already_is_refused(c: Connection) -> None:
+    shop: Any = c.consume(Shop)
+    for act in (c.call, c.submit, c.portal.call, c.portal.submit):
+        with pytest.raises(TypeError, match=r"an async function and its arguments, .*: call\(f, 1\)"):
+            act(shop.price("tea"))
+    with pytest.raises(TypeError, match="is no stream; pass what a method that streams"):
+        enter(c, shop.price)
+
+
 def test_options_and_middleware_are_as_ever(c: Connection) -> None:
     async def log(call: Call, proceed: Proceed) -> Any:
         STORY.tell((call.method, NAME.get()))
