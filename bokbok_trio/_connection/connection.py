@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     from .._addresses import Address
     from .._settings import Settings
     from .._sockets import PeerCredentials
-    from .._stream.establish import Opened
+    from .._stream.establish import Established
     from .._types import Context, Fields, Server, Side
 
 SLOT_PATIENCE: Final = 1.0
@@ -166,7 +166,7 @@ class Connection:
 
     def __init__(
         self,
-        opened: Opened,
+        opened: Established,
         *,
         side: Side,
         address: Address | None,
@@ -215,7 +215,7 @@ class Connection:
             on_idle=self._close_if_drained,
             on_defect=self._on_defect,
         )
-        self._channels = Channels(self._session.channels, self._sender.wake, on_item)
+        self._channels = Channels(self._session.flow_control, self._sender.wake, on_item)
         self._handlers = Handlers(
             self,
             self._session,
@@ -398,7 +398,7 @@ class Connection:
         self._waiters[id] = waiter
         try:
             self._sender.flush()
-            if session.has_waiting and not self._has_warned:
+            if session.local.has_waiting and not self._has_warned:
                 self._watch_slots()
             await waiter.wait()
         except BaseException:
@@ -466,7 +466,7 @@ class Connection:
         channel = self._waiters[id] = self._channels.open(id, partial(self._cancel, id), deadline)
         try:
             self._sender.wake()
-            if session.has_waiting and not self._has_warned:
+            if session.local.has_waiting and not self._has_warned:
                 self._watch_slots()
             yield channel
             await channel._finish()
@@ -502,9 +502,9 @@ class Connection:
     @trio.lowlevel.enable_ki_protection
     async def _warn_of_waiting(self, scope: trio.CancelScope) -> None:
         with scope:
-            while (oldest := self._session.oldest_waiting()) is not None:
+            while (oldest := self._session.local.oldest_waiting()) is not None:
                 await trio.sleep(SLOT_PATIENCE)
-                if self._session.is_waiting(oldest):
+                if self._session.local.is_waiting(oldest):
                     self._has_warned = True
                     logger.warning(
                         "%r: a request has waited for a slot for over %g s: the peer takes %d of a kind at "

@@ -163,7 +163,7 @@ class Sender:
             self._lone_streak = 0
             self._is_lone = False
         session = self._session
-        if session.channels.writable or session.is_holding_back:
+        if session.flow_control.writable or session.is_holding_back:
             self._wake_writers()
         if session.has_queued:
             self._send_now()
@@ -206,7 +206,7 @@ class Sender:
         is_done = False  # nothing is left, and nobody need be woken
         try:
             for _ in range(MAX_AT_ONCE):
-                if session.is_plain_to_take:  # mostly, and then the time need not be asked for
+                if session.is_all_encoded:  # mostly, and then the time need not be asked for
                     batch = session.take(0)
                 else:
                     now = trio.current_time()
@@ -215,7 +215,7 @@ class Sender:
                 if not batch or not self._stream.send_nowait(batch):
                     break
                 self._watchdog.send_ended(ping_left=True)
-                if session.channels.writable or session.is_holding_back:
+                if session.flow_control.writable or session.is_holding_back:
                     self._wake_writers()
                 if not session.has_queued:
                     is_done = not session.is_draining
@@ -241,7 +241,7 @@ class Sender:
             batch = self._session.take(now, room)
             self._pending = 0
             if batch or self._stream.has_rest:
-                if self._session.channels.writable or self._session.is_holding_back:
+                if self._session.flow_control.writable or self._session.is_holding_back:
                     self._wake_writers()
                 self._watchdog.send_begins(now)
                 with trio.CancelScope(deadline=self.until) as self._scope:

@@ -1,4 +1,4 @@
-"""How many bytes one connection may make a side hold, and who waits where that is used up. No Trio, no I/O.
+"""How many bytes one connection may make a side hold, and who waits where that is used up.
 
 A side's budget is shared out among what the peer can make it hold:
 

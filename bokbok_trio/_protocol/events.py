@@ -1,4 +1,4 @@
-"""What a `Session` says that its peer wants, or has answered: no Trio, no I/O."""
+"""What a `Session` says that its peer wants, or has answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The handshake's messages and key schedule: bytes in, bytes out, no Trio, no I/O.
+"""The handshake's messages and key schedule: bytes in, bytes out.
 
 `ClientHandshake` and `ServerHandshake` are the two sides. Each has a method per message, to be
 called in the order of the messages, once; what is wrong with a message is a `HandshakeError`, after
@@ -50,7 +50,7 @@ from .._keys import KEY_SIZE, MAX_KEYS, Key, encode_service, encode_user
 from .._settings import MAX_REQUESTS, MIN_MESSAGE_SIZE
 from .._types import Side
 from .options import NO_OPTIONS, Randomness, decode_options, encode_options
-from .packets import LENGTH_SIZE, decode_body, decode_number, describe, encode_head, encode_number
+from .packets import LENGTH_SIZE, decode_body, decode_number, describe, encode_number, encode_packet
 
 MAGIC: Final = b"bokbok1\n"
 
@@ -216,7 +216,7 @@ class _Handshake:
 
     def _hash_open(self, fields: Sequence[bytes]) -> bytes:
         service = bytes((len(self._service),)) + self._service
-        return keyed_hash(32, b"", b"bokbok1 open", self._h0 + service + encode_head(*fields))
+        return keyed_hash(32, b"", b"bokbok1 open", self._h0 + service + encode_packet(*fields))
 
     def _final_keys(self, key: Key, session_key: bytes, h2: bytes) -> DirectionKeys:
         derived = keyed_hash(64, key.raw, b"bokbok1 final", session_key + self._ee + h2)
@@ -226,7 +226,7 @@ class _Handshake:
 def encode_hello(side: Side, public: bytes) -> bytes:
     """A side's first message; `public` is its ephemeral key, or empty in mode plain."""
     mode = b"sealed" if public else b"plain"
-    return MAGIC + encode_head(b"hello", side.encode(), mode, public)
+    return MAGIC + encode_packet(b"hello", side.encode(), mode, public)
 
 
 _HELLO_STARTS: Final[dict[tuple[Side, bool], bytes]] = {
@@ -295,14 +295,14 @@ class ClientHandshake(_Handshake):
         """Make the `open` packet."""
         fields = [b"open", self._user, *self._declared, b""]
         if self.key is None:
-            return encode_head(*fields, b"")
-        fields[-1] = bytes(OPEN_SIZE - len(encode_head(*fields, bytes(BOX_SIZE))))
+            return encode_packet(*fields, b"")
+        fields[-1] = bytes(OPEN_SIZE - len(encode_packet(*fields, bytes(BOX_SIZE))))
         self._h1 = self._hash_open(fields)
         self._session_key = self._randomness(KEY_SIZE)
         self._box = crypto_secretbox(
             self._session_key + self._h1, self._h1[:NONCE_SIZE], _box_key(self.key, self._h1)
         )
-        return encode_head(*fields, self._box)
+        return encode_packet(*fields, self._box)
 
     def receive_reply(self, packet: bytes) -> None:
         """Take in `accepted` or `refused`. Then `peer_limits`, `peer_options` and `final_keys` are right.
@@ -328,7 +328,7 @@ class ClientHandshake(_Handshake):
             if proof:
                 raise HandshakeError("a proof in mode plain")
             return None
-        h2 = _hash_accepted(self._h1, self._box, encode_head(b"accepted", *declared))
+        h2 = _hash_accepted(self._h1, self._box, encode_packet(b"accepted", *declared))
         if not hmac.compare_digest(proof, _proof(self.key, h2)):
             raise AuthenticationError("the server did not prove that it knows the key")
         return self._final_keys(self.key, self._session_key, h2)
@@ -413,11 +413,11 @@ class ServerHandshake(_Handshake):
         proof = b""
         if self.sealed:
             key, session_key = self._open_box(keys)
-            h2 = _hash_accepted(self._h1, self._box, encode_head(b"accepted", *self._declared))
+            h2 = _hash_accepted(self._h1, self._box, encode_packet(b"accepted", *self._declared))
             proof = _proof(key, h2)
             self.key, self.final_keys = key, self._final_keys(key, session_key, h2)
         self.peer_options = self._claimed_options
-        return encode_head(b"accepted", *self._declared, proof)
+        return encode_packet(b"accepted", *self._declared, proof)
 
     def _open_box(self, keys: Sequence[Key]) -> tuple[Key, bytes]:
         own = keys[:MAX_KEYS]
@@ -434,7 +434,7 @@ class ServerHandshake(_Handshake):
 
 def encode_refused(code: Literal["authentication", "busy", "stopping"], message: str) -> bytes:
     """Make a `refused` packet; the message must fit 256 bytes."""
-    return encode_head(b"refused", code.encode(), message.encode())
+    return encode_packet(b"refused", code.encode(), message.encode())
 
 
 def _decode_user(user: bytes) -> str | None:

@@ -1,4 +1,4 @@
-"""The options of the handshake, by which the protocol grows: bytes in, bytes out, no Trio, no I/O.
+"""The options of the handshake, by which the protocol grows: bytes in, bytes out.
 
 Each side tells the other what more it understands, as names and values. That is no negotiation: a side acts
 on the names it knows and ignores the others. Each side also always sends one option of a random name,

@@ -70,7 +70,7 @@ class LogFailure(Protocol):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Established:
     """An open connection's stream, and what the handshake settled."""
 
     stream: FastStream
@@ -141,10 +141,10 @@ def _opened(
     handshake: ClientHandshake | ServerHandshake,
     *,
     settings: Settings,
-) -> Opened:
+) -> Established:
     if isinstance(stream, SecretboxStream) and handshake.final_keys is not None:
         stream.rekey(**handshake.final_keys.for_side(handshake.side))
-    return Opened(
+    return Established(
         stream,
         user,
         credentials,
@@ -155,9 +155,9 @@ def _opened(
     )
 
 
-async def open_as_client(
+async def establish_as_client(
     transport: trio.abc.Stream, *, user: str | None, key: Key | None, service: str, settings: Settings
-) -> Opened:
+) -> Established:
     """Do the client's part.
 
     Raises:
@@ -187,7 +187,7 @@ async def open_as_client(
     raise _late(settings)
 
 
-async def open_as_server(
+async def establish_as_server(
     transport: trio.abc.Stream,
     *,
     user_key: UserKey | None,
@@ -197,7 +197,7 @@ async def open_as_server(
     admit: Callable[[str | None], Refusal | None],
     place: Place,
     log: LogFailure,
-) -> Opened:
+) -> Established:
     """Do the server's part.
 
     Arguments:

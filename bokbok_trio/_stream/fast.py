@@ -15,7 +15,7 @@ from typing import Final, NamedTuple, final
 import trio
 
 from .._fork import close_in_child
-from .._protocol.packets import Received
+from .._protocol.packets import Buffer
 
 RECEIVE_SIZE: Final = 2**16
 """Bytes that a stream that is no socket is asked for at once: a batch."""
@@ -67,7 +67,7 @@ class FastStream(trio.abc.Stream):
         """
 
     @abstractmethod
-    async def receive_view(self) -> Received | bytearray:
+    async def receive_view(self) -> Buffer | bytearray:
         """Receive some of what is there. It is good until the next checkpoint. Empty: the stream has ended.
 
         Raises as `receive_some` does.

@@ -39,7 +39,7 @@ from nacl.bindings import crypto_secretbox, crypto_secretbox_open
 from nacl.exceptions import CryptoError
 
 from .._fork import abandon_in_child
-from .._protocol.packets import MAX_AT_ONCE, Received
+from .._protocol.packets import MAX_AT_ONCE, Buffer
 from .fast import FastStream, Load
 from .socket import make_fast
 
@@ -344,7 +344,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
             await trio.lowlevel.checkpoint()
             if plaintext := self._open_all(b""):
                 return plaintext
-        data: Received | bytearray
+        data: Buffer | bytearray
         while not self._receive_ended:
             self._check_open()
             data = await self._transport.receive_view()
@@ -352,7 +352,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
                 return plaintext
         return b""
 
-    def _open_all(self, data: Received | bytearray) -> bytes:
+    def _open_all(self, data: Buffer | bytearray) -> bytes:
         """Open what more data completes, in one piece, up to `MAX_AT_ONCE` records.
 
         A record that does not open is the next call's.
@@ -398,7 +398,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
             if self._open_next():
                 return
 
-    def _check_received(self, data: Received | bytearray) -> Received | bytearray:
+    def _check_received(self, data: Buffer | bytearray) -> Buffer | bytearray:
         if not data:
             raise self._broken("the stream was cut short: it ended without an end record")
         return data

@@ -20,7 +20,7 @@ from bokbok_trio import (
     open_server,
 )
 from bokbok_trio._protocol.handshake import Limits, ServerHandshake
-from bokbok_trio._protocol.packets import encode_head
+from bokbok_trio._protocol.packets import encode_packet
 from bokbok_trio._stream.establish import _exchange_hello, _receive_packet
 from bokbok_trio._stream.socket import make_fast
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
@@ -175,7 +175,7 @@ async def test_a_fake_server_is_found_out() -> None:
             handshake = ServerHandshake(sealed=True, service="", limits=Limits(4096, 1))
             channel = await _exchange_hello(make_fast(accept), handshake)
             handshake.receive_open(await _receive_packet(channel))
-            await channel.send_all(encode_head(b"accepted", b"4096", b"1", b"\0", bytes(32)))
+            await channel.send_all(encode_packet(b"accepted", b"4096", b"1", b"\0", bytes(32)))
 
         nursery.start_soon(fake)
         with pytest.raises(AuthenticationError, match="did not prove"):

@@ -52,8 +52,8 @@ MUTATIONS: Final = [
     Mutation(
         "h1-without-service",
         "_protocol/handshake.py",
-        "self._h0 + service + encode_head(*fields))",
-        "self._h0 + encode_head(*fields))",
+        "self._h0 + service + encode_packet(*fields))",
+        "self._h0 + encode_packet(*fields))",
         "public/test_server.py::test_services_must_agree",
     ),
     Mutation(
@@ -74,8 +74,8 @@ MUTATIONS: Final = [
     Mutation(
         "h1-without-user",
         "_protocol/handshake.py",
-        "service + encode_head(*fields))",
-        "service + encode_head(*fields[2:]))",
+        "service + encode_packet(*fields))",
+        "service + encode_packet(*fields[2:]))",
         "protocol/test_handshake.py::test_a_box_for_one_user_opens_for_no_other_with_the_same_key",
     ),
     # ---- nobody without the user's key poses as the server ----
@@ -106,8 +106,8 @@ MUTATIONS: Final = [
     Mutation(
         "h1-without-hellos",
         "_protocol/handshake.py",
-        "self._h0 + service + encode_head(*fields))",
-        "service + encode_head(*fields))",
+        "self._h0 + service + encode_packet(*fields))",
+        "service + encode_packet(*fields))",
         "public/test_attacks.py::test_an_impostor_between_the_two_can_pass_on_neither_box_nor_proof",
     ),
     Mutation(
@@ -121,8 +121,8 @@ MUTATIONS: Final = [
     Mutation(
         "h1-without-options",
         "_protocol/handshake.py",
-        "service + encode_head(*fields))",
-        "service + encode_head(*fields[:4]))",
+        "service + encode_packet(*fields))",
+        "service + encode_packet(*fields[:4]))",
         "protocol/test_handshake.py::test_options_are_bound_by_the_hashes",
     ),
     Mutation(
@@ -234,7 +234,7 @@ MUTATIONS: Final = [
     Mutation(
         "no-pad",
         "_protocol/handshake.py",
-        "fields[-1] = bytes(OPEN_SIZE - len(encode_head(*fields, bytes(BOX_SIZE))))",
+        "fields[-1] = bytes(OPEN_SIZE - len(encode_packet(*fields, bytes(BOX_SIZE))))",
         'fields[-1] = b""',
         "protocol/test_handshake.py::test_open_is_512_bytes_whatever_the_name_the_limits_and_the_options",
     ),
@@ -329,8 +329,8 @@ MUTATIONS: Final = [
     # ---- one connection holds no more than its budget, and does not hold up others ----
     Mutation(
         "budget-unchecked",
-        "_protocol/session.py",
-        "        if not taken or self._held_total <= self.budget.requests:\n",
+        "_protocol/remote_requests.py",
+        "        if not others or self._held_total <= self._budget.requests:\n",
         "        if True:\n",
         "protocol/test_budget.py::test_a_peer_that_sends_too_much_is_refused_and_may_ask_again",
     ),
@@ -350,7 +350,7 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "nonsense-unbounded",
-        "_protocol/session.py",
+        "_protocol/interpreter.py",
         "        self._ignored += 1\n",
         "",
         "protocol/test_session.py::test_packets_that_mean_nothing_are_bounded",
