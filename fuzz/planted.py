@@ -147,8 +147,8 @@ PLANTED: Final = [
         "handshake",
         "half of the proof is compared",
         "_protocol/handshake.py",
-        "if not hmac.compare_digest(proof, _proof(self.key, h2)):",
-        "if not hmac.compare_digest(proof[:16], _proof(self.key, h2)[:16]):",
+        "if not hmac.compare_digest(proof, make_proof(self.key, h2)):",
+        "if not hmac.compare_digest(proof[:16], make_proof(self.key, h2)[:16]):",
     ),
     Planted(
         "handshake",
@@ -167,7 +167,7 @@ PLANTED: Final = [
     Planted(
         "handshake",
         "1,000,001 requests at once pass",
-        "_protocol/handshake.py",
+        "_protocol/limits.py",
         "if not 1 <= limits.max_requests <= MAX_REQUESTS:",
         "if not 1 <= limits.max_requests <= 10 * MAX_REQUESTS:",
     ),

@@ -81,7 +81,7 @@ class Outbox:
     """The queues of one direction. A packet is known by the id of its request or channel.
 
     Attributes:
-        is_all_encoded: whether all packets that wait are encoded already. Then `take` needs no time and no room.
+        is_all_encoded: whether all packets that wait are encoded. Then `take` needs no time and no room.
     """
 
     __slots__ = (

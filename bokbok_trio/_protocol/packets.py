@@ -307,7 +307,7 @@ class PacketDecoder:
             self.has_rest = False
             size = len(data)
         else:
-            # Views of small fields would cost more than copies, and so would one view for each of many packets.
+            # Copies of small fields cost less than views of them.
             size = len(received)
             data = bytes(received) if size < LARGE_BATCH else memoryview(received)
         position = 0

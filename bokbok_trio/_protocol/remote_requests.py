@@ -102,7 +102,7 @@ class RemoteRequests:
             self._classes[id] = slot_class
 
     def hold(self, id: int, size: int) -> bool:
-        """Count the bytes of a request. Return False if they do not fit: then it is answered and must not run."""
+        """Count the bytes of a request. Return False if they do not fit: then it was answered, unrun."""
         self._held[id] = size
         self._held_total += size
         others = self._held_total - size

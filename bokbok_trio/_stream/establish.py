@@ -25,7 +25,8 @@ from .._errors import AuthenticationError, ConnectionRefused, HandshakeError
 from .._keys import MAX_KEYS, Key, encode_user
 from .._places import Place
 from .._protocol.budget import Budget
-from .._protocol.handshake import ClientHandshake, Limits, ServerHandshake, encode_refused
+from .._protocol.handshake import ClientHandshake, ServerHandshake, encode_refused
+from .._protocol.limits import Limits
 from .._protocol.options import ROOM
 from .._protocol.packets import LENGTH_SIZE, encode_number
 from .._settings import Settings

@@ -24,7 +24,7 @@ from bokbok_trio import (
     Key,
 )
 from bokbok_trio._keys import MAX_KEYS
-from bokbok_trio._protocol import handshake
+from bokbok_trio._protocol import handshake, key_schedule
 from bokbok_trio._protocol.handshake import (
     BOX_SIZE,
     EPHEMERAL_SIZE,
@@ -32,12 +32,12 @@ from bokbok_trio._protocol.handshake import (
     MAX_REASON_SIZE,
     OPEN_SIZE,
     ClientHandshake,
-    DirectionKeys,
-    Limits,
     ServerHandshake,
     encode_hello,
     encode_refused,
 )
+from bokbok_trio._protocol.key_schedule import DirectionKeys
+from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._protocol.options import GREASE_DICE, MAX_OPTIONS_SIZE, MAX_OWN_OPTIONS_SIZE, decode_options
 from bokbok_trio._protocol.packets import LENGTH_SIZE, decode_body, encode_packet
 
@@ -399,7 +399,7 @@ def test_whoever_does_not_get_in_takes_the_same_path(
     send_open_as(name, client, server)
     drawn = len(dice.given)
     calls: list[tuple[object, ...]] = []
-    hash_ = handshake.keyed_hash
+    hash_ = key_schedule.keyed_hash
 
     def spy_hash(size: int, key: bytes, label: bytes, data: bytes) -> bytes:
         calls.append(("hash", size, len(key), label, len(data)))
@@ -409,7 +409,7 @@ def test_whoever_does_not_get_in_takes_the_same_path(
         calls.append(("open", len(box), len(nonce), len(key)))
         return crypto_secretbox_open(box, nonce, key)
 
-    monkeypatch.setattr(handshake, "keyed_hash", spy_hash)
+    monkeypatch.setattr(key_schedule, "keyed_hash", spy_hash)
     monkeypatch.setattr(handshake, "crypto_secretbox_open", spy_open)
     check_fails_to_accept(client, server, keys)
     assert calls == [("hash", 32, 32, b"bokbok1 box", 32), ("open", BOX_SIZE, 24, 32)] * MAX_KEYS
@@ -452,10 +452,10 @@ def test_our_own_hello_is_refused(side: ClientHandshake | ServerHandshake) -> No
 @pytest.mark.parametrize(
     ("ours", "theirs", "told"),
     [
-        (make_client(), make_plain()[1], "we are sealed, and the peer may be plain"),
-        (make_server(), make_plain()[0], "we are sealed, and the peer may be plain"),
-        (make_plain()[0], make_server(), "we are plain, and the peer may be sealed"),
-        (make_plain()[1], make_client(), "we are plain, and the peer may be sealed"),
+        (make_client(), make_plain()[1], "this side is sealed, and the peer may be plain"),
+        (make_server(), make_plain()[0], "this side is sealed, and the peer may be plain"),
+        (make_plain()[0], make_server(), "this side is plain, and the peer may be sealed"),
+        (make_plain()[1], make_client(), "this side is plain, and the peer may be sealed"),
     ],
 )
 def test_the_other_mode_is_refused_as_soon_as_it_shows(
@@ -659,7 +659,7 @@ def test_a_server_that_only_knows_another_key_proves_nothing() -> None:
     accepted = [b"accepted", b"1000000", b"20", b"\0"]
     messages = [client.hello, server.hello, client.open(), encode_packet(*accepted, b"")]
     spec = Schedule(messages=messages, key=OTHER.raw, ee=b"")
-    for proof in (spec.proof(), handshake._proof(OTHER, spec.h2())):
+    for proof in (spec.proof(), key_schedule.make_proof(OTHER, spec.h2())):
         with pytest.raises(AuthenticationError, match="did not prove"):
             client.receive_reply(encode_packet(*accepted, proof))
 

@@ -19,7 +19,8 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._protocol.handshake import Limits, ServerHandshake
+from bokbok_trio._protocol.handshake import ServerHandshake
+from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._protocol.packets import encode_packet
 from bokbok_trio._stream.establish import _exchange_hello, _receive_packet
 from bokbok_trio._stream.socket import make_fast

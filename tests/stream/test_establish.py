@@ -27,7 +27,8 @@ from bokbok_trio import (
 from bokbok_trio._keys import MAX_KEYS
 from bokbok_trio._places import Places
 from bokbok_trio._protocol import options
-from bokbok_trio._protocol.handshake import ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._protocol.handshake import ClientHandshake, ServerHandshake
+from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._protocol.packets import encode_packet
 from bokbok_trio._stream.establish import (
     MAX_EARLY_RECORD_SIZE,

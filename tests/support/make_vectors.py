@@ -20,15 +20,12 @@ from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, Key, encode_user
 from bokbok_trio._protocol.handshake import (
     MAGIC,
     ClientHandshake,
-    Limits,
     ServerHandshake,
-    _box_key,
-    _hash_accepted,
-    _proof,
     encode_hello,
     encode_refused,
-    keyed_hash,
 )
+from bokbok_trio._protocol.key_schedule import derive_box_key, hash_accepted, keyed_hash, make_proof
+from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._protocol.packets import decode_body, encode_body, encode_number, encode_packet
 from bokbok_trio._stream.secretbox import SecretboxStream
 
@@ -256,7 +253,7 @@ def _sealed() -> Vectors:
     client.receive_reply(accepted)
     h1, box = client._h1, client._box
     head = encode_packet(b"accepted", *_declared(server))
-    h2 = _hash_accepted(h1, box, head)
+    h2 = hash_accepted(h1, box, head)
     hs, fk = client.channel_keys(), client.final_keys
     assert fk is not None
     assert fk == server.final_keys
@@ -271,12 +268,12 @@ def _sealed() -> Vectors:
         "O": encode_packet(*_fields(open)[:6]),
         "h1": h1,
         "session_key": SESSION_KEY,
-        "box_key": _box_key(Key(KEY), h1),
+        "box_key": derive_box_key(Key(KEY), h1),
         "box": box,
         "open": open,
         "A": head,
         "h2": h2,
-        "proof": _proof(Key(KEY), h2),
+        "proof": make_proof(Key(KEY), h2),
         "accepted": accepted,
         "fk": fk.c2s + fk.s2c,
     }
@@ -360,7 +357,7 @@ def _open_padded(*head: bytes, key: bytes = KEY, service: str = SERVICE) -> str:
     client = _client(key, service)
     client.receive_hello(_server().hello)
     h1 = client._hash_open(head)
-    box = crypto_secretbox(SESSION_KEY + h1, h1[:24], _box_key(Key(key), h1))
+    box = crypto_secretbox(SESSION_KEY + h1, h1[:24], derive_box_key(Key(key), h1))
     return encode_packet(*head, box).hex()
 
 
@@ -412,7 +409,7 @@ def _bad_replies(sealed: Vectors) -> list[Vectors]:
 
     def accept(*declared: bytes, key: bytes = KEY) -> bytes:
         head = (b"accepted", *declared)
-        return encode_packet(*head, _proof(Key(key), _hash_accepted(h1, box, encode_packet(*head))))
+        return encode_packet(*head, make_proof(Key(key), hash_accepted(h1, box, encode_packet(*head))))
 
     size, count, options = _declared(_server())
     proof = _fields(accepted)[4]

@@ -51,9 +51,9 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "h1-without-service",
-        "_protocol/handshake.py",
-        "self._h0 + service + encode_packet(*fields))",
-        "self._h0 + encode_packet(*fields))",
+        "_protocol/key_schedule.py",
+        "h0 + bytes((len(service),)) + service + open_packet)",
+        "h0 + open_packet)",
         "public/test_server.py::test_services_must_agree",
     ),
     Mutation(
@@ -74,21 +74,21 @@ MUTATIONS: Final = [
     Mutation(
         "h1-without-user",
         "_protocol/handshake.py",
-        "service + encode_packet(*fields))",
-        "service + encode_packet(*fields[2:]))",
+        "self._service, encode_packet(*fields))",
+        "self._service, encode_packet(*fields[2:]))",
         "protocol/test_handshake.py::test_a_box_for_one_user_opens_for_no_other_with_the_same_key",
     ),
     # ---- nobody without the user's key poses as the server ----
     Mutation(
         "proof-unchecked",
         "_protocol/handshake.py",
-        "        if not hmac.compare_digest(proof, _proof(self.key, h2)):\n",
+        "        if not hmac.compare_digest(proof, make_proof(self.key, h2)):\n",
         "        if len(proof) != KEY_SIZE:\n",
         "public/test_client.py::test_a_fake_server_is_found_out",
     ),
     Mutation(
         "proof-without-key",
-        "_protocol/handshake.py",
+        "_protocol/key_schedule.py",
         'return keyed_hash(32, key.raw, b"bokbok1 server", h2)',
         'return keyed_hash(32, b"", b"bokbok1 server", h2)',
         "protocol/test_handshake.py::test_a_server_that_only_knows_another_key_proves_nothing",
@@ -105,24 +105,24 @@ MUTATIONS: Final = [
     # ---- nobody in the middle ----
     Mutation(
         "h1-without-hellos",
-        "_protocol/handshake.py",
-        "self._h0 + service + encode_packet(*fields))",
-        "service + encode_packet(*fields))",
+        "_protocol/key_schedule.py",
+        "h0 + bytes((len(service),)) + service + open_packet)",
+        "bytes((len(service),)) + service + open_packet)",
         "public/test_attacks.py::test_an_impostor_between_the_two_can_pass_on_neither_box_nor_proof",
     ),
     Mutation(
         "h2-without-h1",
-        "_protocol/handshake.py",
-        'return keyed_hash(32, b"", b"bokbok1 accept", h1 + box + accepted)',
-        'return keyed_hash(32, b"", b"bokbok1 accept", accepted)',
+        "_protocol/key_schedule.py",
+        'return keyed_hash(32, b"", b"bokbok1 accept", h1 + box + accepted_packet)',
+        'return keyed_hash(32, b"", b"bokbok1 accept", accepted_packet)',
         "protocol/test_handshake.py::test_a_recorded_server_session_does_not_open_again",
     ),
     # ---- nobody changes the options of the handshake ----
     Mutation(
         "h1-without-options",
         "_protocol/handshake.py",
-        "service + encode_packet(*fields))",
-        "service + encode_packet(*fields[:4]))",
+        "self._service, encode_packet(*fields))",
+        "self._service, encode_packet(*fields[:4]))",
         "protocol/test_handshake.py::test_options_are_bound_by_the_hashes",
     ),
     Mutation(
@@ -142,7 +142,7 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "one-key-both-ways",
-        "_protocol/handshake.py",
+        "_protocol/key_schedule.py",
         "return cls(derived[:KEY_SIZE], derived[KEY_SIZE:])",
         "return cls(derived[:KEY_SIZE], derived[:KEY_SIZE])",
         "public/test_attacks.py::test_a_record_out_of_its_place_ends_the_connection",
@@ -225,9 +225,9 @@ MUTATIONS: Final = [
     # ---- recordings stay unreadable when a user's key leaks later ----
     Mutation(
         "keys-without-ee",
-        "_protocol/handshake.py",
-        'keyed_hash(64, self._ee, b"bokbok1 shake", self._h0)',
-        'keyed_hash(64, b"", b"bokbok1 shake", self._h0)',
+        "_protocol/key_schedule.py",
+        'keyed_hash(64, ee, b"bokbok1 shake", h0)',
+        'keyed_hash(64, b"", b"bokbok1 shake", h0)',
         "protocol/test_handshake.py::test_a_recording_stays_unreadable_to_who_has_the_key_later",
     ),
     # ---- a listener learns neither the user name nor its length ----
@@ -365,7 +365,7 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "keys-show-themselves",
-        "_protocol/handshake.py",
+        "_protocol/key_schedule.py",
         '        return "<DirectionKeys>"\n',
         '        return f"<DirectionKeys {self.c2s!r}>"\n',
         "protocol/test_handshake.py::test_nothing_secret_shows_in_a_repr_an_error_or_a_log",
