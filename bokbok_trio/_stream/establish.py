@@ -34,7 +34,8 @@ from .._sockets import PeerCredentials, stream_credentials
 from .._trio_util import call_user, call_user_sync, describe_error, split_exception
 from .._types import PeerUser, UserKey
 from .fast import FastStream
-from .secretbox import MAC_SIZE, SecretboxStream
+from .records import MAC_SIZE
+from .secretbox import SecretboxStream
 from .socket import make_fast
 
 MAX_PACKET_SIZE: Final = 4096

@@ -8,7 +8,7 @@ from bokbok_trio._protocol.outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE, RESERVE
 from bokbok_trio._protocol.packets import PacketDecoder, decode_body, encode_packet
 from bokbok_trio._protocol.pieces import MAX_IN_PIECES, MAX_PIECE_SIZE, Reassembler
 from bokbok_trio._protocol.queued_packet import HEAD_ROOM, MAX_WHOLE_SIZE, QueuedPacket
-from bokbok_trio._stream.secretbox import MAX_PLAINTEXT_SIZE
+from bokbok_trio._stream.records import MAX_PLAINTEXT_SIZE
 from tests.support.helpers import decode
 
 LIMIT = 2**20

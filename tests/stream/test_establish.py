@@ -40,7 +40,8 @@ from bokbok_trio._stream.establish import (
     establish_as_client,
     establish_as_server,
 )
-from bokbok_trio._stream.secretbox import HEADER_SIZE, MAX_PLAINTEXT_SIZE, SecretboxStream
+from bokbok_trio._stream.records import HEADER_SIZE, MAX_PLAINTEXT_SIZE
+from bokbok_trio._stream.secretbox import SecretboxStream
 from bokbok_trio._trio_util import MAX_CAUSES, describe_error
 from tests.support.inside import take_few
 
@@ -959,10 +960,10 @@ async def test_a_message_in_pieces_is_read_no_further_than_its_end(
                 return
             stream = over(theirs, handshake)
             handshake.receive_open(await stream.receive_some())
-            accepted = stream._seal(handshake.accept([K]))
+            accepted = stream._sealer.seal_all(handshake.accept([K]))
             assert handshake.final_keys is not None
             stream.rekey(**handshake.final_keys.for_side("server"))
-            await theirs.send_all(accepted + stream._seal(b"more"))
+            await theirs.send_all(accepted + stream._sealer.seal_all(b"more"))
 
         nursery.start_soon(serve)
         opened = await as_client(ours, mode)

@@ -135,7 +135,7 @@ MUTATIONS: Final = [
     # ---- nobody reads ----
     Mutation(
         "nonce-repeats",
-        "_stream/secretbox.py",
+        "_stream/records.py",
         "        self._counter += 1\n",
         "        self._counter = (self._counter + 1) % 3\n",
         "stream/test_secretbox_stream.py::test_no_nonce_is_used_twice_under_a_key",
@@ -157,7 +157,7 @@ MUTATIONS: Final = [
     # ---- nothing is altered, reordered, repeated, reflected or cut short unnoticed ----
     Mutation(
         "records-out-of-place",
-        "_stream/secretbox.py",
+        "_stream/records.py",
         "        return crypto_secretbox_open(box, self._nonce(), self._key)",
         "        for count in range(self._counter + 3):\n"
         "            try:\n"
@@ -172,7 +172,7 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "seal-unchecked",
-        "_stream/secretbox.py",
+        "_stream/records.py",
         "        return crypto_secretbox_open(box, self._nonce(), self._key)",
         "        stream = crypto_secretbox(bytes(len(box) - MAC_SIZE), self._nonce(), self._key)[MAC_SIZE:]\n"
         "        return bytes(one ^ other for one, other in zip(box[MAC_SIZE:], stream))",
@@ -180,22 +180,22 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "cut-is-an-end",
-        "_stream/secretbox.py",
+        "_stream/records.py",
         '            raise self._broken("the stream was cut short: it ended without an end record")',
-        "            self._receive_ended = True",
+        "            self.has_ended = True",
         "public/test_attacks.py::test_an_end_that_nobody_sealed_is_no_end",
     ),
     Mutation(
         "end-unsealed",
-        "_stream/secretbox.py",
+        "_stream/records.py",
         "            plaintext = None\n",
         '            plaintext = b"" if size == MAC_SIZE else None\n',
         "stream/test_secretbox_stream.py::test_an_empty_record_must_be_sealed_to_be_an_end",
     ),
     Mutation(
         "failed-record-is-skipped",
-        "_stream/secretbox.py",
-        "        self._receive_failure = reason\n",
+        "_stream/records.py",
+        "        self.failure = reason\n",
         "",
         "stream/test_secretbox_stream.py::test_a_failed_record_ends_receiving_though_good_ones_follow",
     ),
@@ -279,7 +279,7 @@ MUTATIONS: Final = [
     Mutation(
         "reads-all",
         "_stream/secretbox.py",
-        "await self._transport.receive_some(HEADER_SIZE + self._max_record_size)",
+        "await self._transport.receive_some(HEADER_SIZE + opener.max_record_size)",
         "await self._transport.receive_some(2**20)",
         "stream/test_secretbox_stream.py::test_reads_ask_for_no_more_than_a_record_of_the_limit",
     ),
@@ -380,7 +380,7 @@ MUTATIONS: Final = [
     Mutation(
         "closed-keeps-keys",
         "_stream/secretbox.py",
-        "            self._sealer = self._opener = _Keyless(_CLOSED)\n",
+        "            self._drop_keys(_CLOSED)\n",
         "            pass\n",
         "connection/test_connection_end.py::test_a_connection_that_is_kept_has_no_keys_any_more",
     ),
