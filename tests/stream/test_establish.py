@@ -31,15 +31,13 @@ from bokbok_trio._protocol.handshake import ClientHandshake, ServerHandshake
 from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._protocol.packets import encode_packet
 from bokbok_trio._stream.establish import (
-    MAX_EARLY_RECORD_SIZE,
-    MAX_PACKET_SIZE,
     REFUSAL_DELAY,
     Established,
-    NothingCame,
     Refusal,
     establish_as_client,
     establish_as_server,
 )
+from bokbok_trio._stream.handshake_io import MAX_EARLY_RECORD_SIZE, MAX_PACKET_SIZE, NothingCame
 from bokbok_trio._stream.records import HEADER_SIZE, MAX_PLAINTEXT_SIZE
 from bokbok_trio._stream.secretbox import SecretboxStream
 from bokbok_trio._trio_util import MAX_CAUSES, describe_error

@@ -61,7 +61,7 @@ MUTATIONS: Final = [
         "_stream/establish.py",
         "                place.note_failure()\n",
         "                if (full := admit(None)) is not None:\n"
-        "                    raise await _refuse(transport, stream, full) from None\n",
+        "                    raise await _refuse(stream, full) from None\n",
         "public/test_server.py::test_without_the_key_nobody_is_told_that_the_server_is_full",
     ),
     Mutation(
@@ -241,15 +241,15 @@ MUTATIONS: Final = [
     Mutation(
         "open-in-the-clear",
         "_stream/establish.py",
-        "                await _send(stream, handshake.open())\n",
-        "                await _send(fast, handshake.open())\n",
+        "                await send_packet(stream, handshake.open())\n",
+        "                await send_packet(fast, handshake.open())\n",
         "stream/test_establish.py::test_a_listener_sees_neither_the_user_name_nor_its_length",
     ),
     # ---- an unknown user and a wrong key look the same ----
     Mutation(
         "refused-at-once",
         "_stream/establish.py",
-        "                if handshake.sealed:  # whom the system names has nothing to guess\n",
+        "                if handshake.sealed:  # a peer that the system names has nothing to guess\n",
         "                if handshake.sealed and keys:\n",
         "stream/test_establish.py::test_every_refusal_of_a_user_looks_the_same_and_comes_at_the_same_time",
     ),
@@ -394,7 +394,7 @@ MUTATIONS: Final = [
     # ---- on a plain UNIX-domain socket, only those get in whom `peer_user` names ----
     Mutation(
         "nameless-get-in",
-        "_stream/establish.py",
+        "_stream/identify.py",
         '    raise AuthenticationError(f"peer_user has no name for {credentials}")\n',
         '    return ""\n',
         "public/test_server.py::test_whom_peer_user_does_not_name_is_refused_before_all_else",
