@@ -148,7 +148,7 @@ async def establish_as_client(
     with trio.CancelScope(deadline=trio.current_time() + settings.handshake_timeout):
         try:
             # In mode plain `open` does not depend on the server's hello. So it leaves with ours, which saves a
-            # round trip. But a stream without a buffer takes no `open` before the server has sent its hello.
+            # round trip. But a stream without a buffer takes `open` only when the server has sent its hello.
             is_combined = not handshake.sealed and fast.can_send_nowait
             await send_packet(fast, handshake.hello + (handshake.open() if is_combined else b""))
             stream = await exchange_hello(fast, handshake)
