@@ -103,6 +103,15 @@ def _late(settings: Settings) -> HandshakeError:
     return HandshakeError(f"the handshake was not done within {settings.handshake_timeout:g} seconds")
 
 
+def _explain_cancel(place: Place, settings: Settings) -> HandshakeError:
+    """Return the exception for a server's handshake whose scope was cancelled."""
+    if place.is_displaced:
+        return Displaced("the handshake was ended to make room for others")
+    if trio.current_time() < place.scope.deadline:
+        return ServerStopped("the server stopped during the handshake")
+    return _late(settings)
+
+
 def _limits(settings: Settings) -> Limits:
     return Limits(settings.max_message_size, settings.max_requests)
 
@@ -111,7 +120,7 @@ def _options(settings: Settings) -> Mapping[str, bytes]:
     return {ROOM: encode_number(Budget.share_out(settings.effective_budget).requests)}
 
 
-def _opened(
+def _established(
     stream: FastStream,
     user: str | None,
     credentials: PeerCredentials | None,
@@ -147,8 +156,8 @@ async def establish_as_client(
     fast = make_fast(transport)
     with trio.CancelScope(deadline=trio.current_time() + settings.handshake_timeout):
         try:
-            # In mode plain `open` does not depend on the server's hello. So it leaves with ours, which saves a
-            # round trip. But a stream without a buffer takes `open` only when the server has sent its hello.
+            # In mode plain `open` does not depend on the server's hello, so it leaves with ours. That saves
+            # a round trip. But a stream without a buffer takes `open` only after the server's hello.
             is_combined = not handshake.sealed and fast.can_send_nowait
             await send_packet(fast, handshake.hello + (handshake.open() if is_combined else b""))
             stream = await exchange_hello(fast, handshake)
@@ -159,7 +168,7 @@ async def establish_as_client(
             raise HandshakeError(f"{_broken(exc)}; {HINT}") from exc
         except PeerLeft as exc:
             raise HandshakeError(f"{exc}; {HINT}") from exc.__cause__
-        return _opened(stream, user, credentials, handshake, settings=settings)
+        return _established(stream, user, credentials, handshake, settings=settings)
     raise _late(settings)
 
 
@@ -224,16 +233,12 @@ async def establish_as_server(
             # The scope may have been cancelled when no checkpoint followed. Then whoever cancelled it expects
             # that this handshake fails, and would not end the connection later.
             if not scope.cancel_called:
-                return _opened(stream, name or None, credentials, handshake, settings=settings)
+                return _established(stream, name or None, credentials, handshake, settings=settings)
     except trio.BrokenResourceError as exc:
         raise HandshakeError(_broken(exc)) from exc
     finally:
         failures.log()
-    if place.is_displaced:
-        raise Displaced("the handshake was ended to make room for others")
-    if trio.current_time() < scope.deadline:
-        raise ServerStopped("the server stopped during the handshake")
-    raise _late(settings)
+    raise _explain_cancel(place, settings)
 
 
 async def linger(transport: trio.abc.Stream) -> None:
