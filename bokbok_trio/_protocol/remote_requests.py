@@ -117,9 +117,9 @@ class RemoteRequests:
     def answer(self, id: int, fields: Fields) -> None:
         """See `Session.answer`."""
         body, size = encode_body(fields, self._max_body_size)
-        if (
-            len(body) > 1 or self._classes.get(id, 0) % 2
-        ):  # items of a channel may be queued before its answer
+        # A channel's answer waits behind the items that are queued already.
+        has_channel = self._classes.get(id, 0) % 2
+        if len(body) > 1 or has_channel:
             self._queue_answer(id, QueuedPacket(b"ok", id, body=body, body_size=size), size)
         else:
             self._queue_answer(id, encode_small_packet(_OK, id, b"", body[0]), size)
