@@ -259,7 +259,7 @@ PLANTED: Final = [
         "session",
         "`bye-ok` passes without `bye`",
         "_protocol/draining.py",
-        "if not self.is_draining or self.peer_is_done:",
+        "if not self.awaits_bye_ok:",
         "if self.peer_is_done:",
     ),
     Planted(

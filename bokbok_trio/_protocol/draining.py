@@ -14,22 +14,22 @@ from .._errors import ProtocolError
 
 @final
 class Draining:
-    """Which side has said `bye`, and what follows from it.
+    """Which side has said `bye`, and which has answered it.
 
     Attributes:
-        is_draining: whether this side has said `bye`.
-        peer_drains: whether the peer has.
-        owes_bye_ok: whether this side has not yet answered the peer's.
-        peer_is_done: whether the peer has answered ours: it makes no more requests of depth 0.
+        awaits_bye_ok: whether this side has said `bye`, and the peer has not answered it.
+        peer_is_done: whether the peer has answered it: then it makes no more requests of depth 0.
+        peer_drains: whether the peer has said `bye`.
+        owes_bye_ok: whether it has, and this side has not answered it.
     """
 
-    __slots__ = ("is_draining", "owes_bye_ok", "peer_drains", "peer_is_done")
+    __slots__ = ("awaits_bye_ok", "owes_bye_ok", "peer_drains", "peer_is_done")
 
     def __init__(self) -> None:
-        self.is_draining = False
+        self.awaits_bye_ok = False
+        self.peer_is_done = False
         self.peer_drains = False
         self.owes_bye_ok = False
-        self.peer_is_done = False
 
     def receive_bye(self) -> None:
         """The peer sent `bye`.
@@ -48,6 +48,7 @@ class Draining:
         Raises:
             ProtocolError: this side sent no `bye`, or it was answered before.
         """
-        if not self.is_draining or self.peer_is_done:
+        if not self.awaits_bye_ok:
             raise ProtocolError("`bye-ok` without `bye`")
+        self.awaits_bye_ok = False
         self.peer_is_done = True

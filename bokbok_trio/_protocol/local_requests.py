@@ -51,7 +51,7 @@ _PLAIN_FIELDS: Final = [
 
 
 class State(Enum):
-    """How far a request is that has a slot."""
+    """How far a request with a slot has come."""
 
     QUEUED = auto()
     SENT = auto()

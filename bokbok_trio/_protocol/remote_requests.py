@@ -47,13 +47,13 @@ class RemoteRequests:
         outbox: the session's.
 
     Attributes:
+        budget: as above.
         answer_sizes: the bytes of each request's answer; `UNANSWERED` until it is queued.
         answer_bytes: bytes of all answers that have not left.
         total: how many requests the peer has made since the connection was opened.
     """
 
     __slots__ = (
-        "_budget",
         "_classes",
         "_held",
         "_held_total",
@@ -64,13 +64,14 @@ class RemoteRequests:
         "_used",
         "answer_bytes",
         "answer_sizes",
+        "budget",
         "total",
     )
 
     def __init__(self, max_requests: int, max_body_size: int, budget: Budget, outbox: Outbox) -> None:
         self._max_requests = max_requests
         self._max_body_size = max_body_size
-        self._budget = budget
+        self.budget = budget
         self._outbox = outbox
         self.answer_sizes: dict[int, int] = {}
         self.answer_bytes = 0
@@ -106,9 +107,9 @@ class RemoteRequests:
         self._held[id] = size
         self._held_total += size
         others = self._held_total - size
-        if not others or self._held_total <= self._budget.requests:
+        if not others or self._held_total <= self.budget.requests:
             return True
-        limit = self._budget.requests
+        limit = self.budget.requests
         self.fail(id, BUSY, f"not run: of {limit} bytes of requests at once, {others} are held already")
         return False
 
@@ -155,11 +156,6 @@ class RemoteRequests:
 
     # ---- how much is held ----
 
-    @property
-    def has_room_for_answers(self) -> bool:
-        """See `Session.has_room_for_answers`."""
-        return self.answer_bytes <= self._budget.answers
-
     def count_free(self) -> int:
         """Count the bytes of the budget that requests and answers do not take up."""
-        return self._budget.total - self._held_total - self.answer_bytes
+        return self.budget.total - self._held_total - self.answer_bytes

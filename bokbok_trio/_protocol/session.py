@@ -55,6 +55,7 @@ class Session:
         error: how the peer broke the protocol, once it has.
         has_undecoded: whether `receive` has packets left to decode: call it again, without data.
         has_spoken: whether the peer has asked or answered anything, besides saying that it ends.
+        is_draining: whether this side takes no new request of depth 0.
         is_holding_back: whether handlers wait for `has_room_for_answers`; set by whoever starts them.
         is_ping_queued: whether a ping has not left yet.
     """
@@ -71,6 +72,7 @@ class Session:
         "flow_control",
         "has_spoken",
         "has_undecoded",
+        "is_draining",
         "is_holding_back",
         "is_ping_queued",
         "local",
@@ -117,6 +119,7 @@ class Session:
         self.error: ProtocolError | None = None
         self.has_undecoded = False
         self.has_spoken = False
+        self.is_draining = False
         self.is_holding_back = False
         self.is_ping_queued = False
 
@@ -194,14 +197,9 @@ class Session:
 
     def drain(self) -> None:
         """Say that this side takes no new request of depth 0. A second call does nothing."""
-        if not self._draining.is_draining:
-            self._draining.is_draining = True
+        if not self.is_draining:
+            self.is_draining = self._draining.awaits_bye_ok = True
             self._outbox.put_control(b"bye")
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether this side takes no new request of depth 0."""
-        return self._draining.is_draining
 
     @property
     def peer_drains(self) -> bool:
@@ -341,7 +339,7 @@ class Session:
     @property
     def has_room_for_answers(self) -> bool:
         """Whether handlers may begin: the bytes of the answers that wait are within the budget."""
-        return self.remote.has_room_for_answers
+        return self.remote.answer_bytes <= self.remote.budget.answers
 
 
 def _is_farewell(event: Event) -> bool:

@@ -330,7 +330,7 @@ MUTATIONS: Final = [
     Mutation(
         "budget-unchecked",
         "_protocol/remote_requests.py",
-        "        if not others or self._held_total <= self._budget.requests:\n",
+        "        if not others or self._held_total <= self.budget.requests:\n",
         "        if True:\n",
         "protocol/test_budget.py::test_a_peer_that_sends_too_much_is_refused_and_may_ask_again",
     ),
