@@ -20,8 +20,8 @@ import trio
 import trio.lowlevel
 
 from bokbok_trio import BokbokError, Key, Settings, open_connection, open_server
-from bokbok_trio._protocol.packets import encode_body, encode_head
-from bokbok_trio._stream.establish import open_as_client
+from bokbok_trio._protocol.packets import encode_body, encode_packet
+from bokbok_trio._stream.establish import establish_as_client
 from bokbok_trio._stream.secretbox import SecretboxStream
 
 KEY = Key(bytes(range(32)))
@@ -36,9 +36,9 @@ PAUSE = 0.005
 def packet(*fields: bytes, body: list[bytes] | None = None) -> bytes:
     """A packet by hand."""
     if body is None:
-        return encode_head(*fields)
+        return encode_packet(*fields)
     chunks, size = encode_body(body, 2**32)
-    return encode_head(*fields, body_size=size) + b"".join(chunks)
+    return encode_packet(*fields, body_size=size) + b"".join(chunks)
 
 
 async def repeat(stream: trio.abc.Stream, data: bytes) -> None:
@@ -125,7 +125,7 @@ async def flood(address: str, kind: str, flooders: int) -> None:
         while True:
             try:
                 transport = await trio.open_tcp_stream(host, int(port))
-                opened = await open_as_client(
+                opened = await establish_as_client(
                     transport, user="user", key=KEY, service="", settings=Settings()
                 )
                 async with trio.open_nursery() as nursery:

@@ -35,7 +35,7 @@ import trio.lowlevel
 
 from bokbok_trio import BokbokError, Key, Settings, open_connection, open_server
 from bokbok_trio._protocol.handshake import encode_hello
-from bokbok_trio._stream.establish import open_as_client
+from bokbok_trio._stream.establish import establish_as_client
 
 KEY: Final = Key(bytes(range(32)))
 WRONG: Final = Key(bytes(32))
@@ -162,7 +162,7 @@ async def wrong_key(port: int) -> None:
     """Try a wrong key."""
     with suppress(OSError, BokbokError, trio.BrokenResourceError):
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            await open_as_client(stream, user="user", key=WRONG, service="", settings=Settings())
+            await establish_as_client(stream, user="user", key=WRONG, service="", settings=Settings())
 
 
 async def hold(port: int, number: int) -> None:

@@ -15,7 +15,7 @@ from ._instruments import watch_handshake
 from ._keys import Key
 from ._settings import Settings
 from ._sockets import dial, stream_address
-from ._stream.establish import open_as_client
+from ._stream.establish import establish_as_client
 from ._trio_util import bare_nursery, block
 from ._types import ChannelHandler, ConnectionHandler, RequestHandler
 
@@ -115,7 +115,7 @@ async def connect(
         if key is None and not insecure:
             require_loopback(address)
         with watch_handshake(settings._instruments, "client", address):
-            opened = await open_as_client(stream, user=user, key=key, service=service, settings=settings)
+            opened = await establish_as_client(stream, user=user, key=key, service=service, settings=settings)
     except HandshakeError as exc:
         await trio.aclose_forcefully(stream)
         raise _locate(exc, user, _name_place(to, address)) from exc.__cause__

@@ -48,7 +48,8 @@ from ._places import Place, Places, find_source
 from ._settings import Settings
 from ._sockets import listener_address
 from ._statistics import ServerStatistics
-from ._stream.establish import Displaced, NothingCame, Refusal, ServerStopped, linger, open_as_server
+from ._stream.establish import Displaced, Refusal, ServerStopped, establish_as_server, linger
+from ._stream.handshake_io import NothingCame
 from ._throttle import Throttle
 from ._trio_util import bare_nursery, block, check_run, contain, describe_error, keep
 from ._types import ChannelHandler, ConnectionHandler, PeerUser, RequestHandler, UserKey
@@ -328,7 +329,7 @@ class Server:
         try:
             try:
                 with watch_handshake(self._settings._instruments, "server", address):
-                    opened = await open_as_server(
+                    opened = await establish_as_server(
                         stream,
                         user_key=self._user_key,
                         peer_user=self._peer_user,

@@ -9,7 +9,8 @@ from typing import Any, Final
 from nacl.bindings import crypto_secretbox
 
 from bokbok_trio import Key
-from bokbok_trio._protocol.handshake import ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._protocol.handshake import ClientHandshake, ServerHandshake
+from bokbok_trio._protocol.limits import Limits
 from tests.support import second_implementation as second
 
 from .scripts import (

@@ -5,15 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from bokbok_trio import ProtocolError
+from bokbok_trio._protocol.context import decode_context
 from bokbok_trio._protocol.options import decode_options
-from bokbok_trio._protocol.packets import (
-    PacketDecoder,
-    decode_body,
-    decode_context,
-    decode_number,
-    decode_text,
-    encode_body,
-)
+from bokbok_trio._protocol.packets import PacketDecoder, decode_body, decode_number, decode_text, encode_body
 from tests.support import second_implementation as second
 
 from .scripts import (

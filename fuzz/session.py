@@ -216,7 +216,7 @@ class Talk:
         same([describe(event) for event in events], due)
         for event in events:
             self.tell(event)
-        check(right=self.engine._pieces.held <= 4 * MESSAGE_SIZE, what="too much is held")
+        check(right=self.engine._interpreter.reassembler.held <= 4 * MESSAGE_SIZE, what="too much is held")
         return self.engine.error is None and aborted is None
 
     def tell(self, event: Event) -> None:
@@ -224,7 +224,7 @@ class Talk:
         if isinstance(event, Request):
             self.handling.append(event.id)
             if event.has_channel:
-                self.engine.channels.accept(event.id)
+                self.engine.flow_control.accept(event.id)
                 self.send()  # or the oracle would not know of the credit yet
         elif isinstance(event, Item):
             self.items.append((event.id, event.size))
@@ -307,7 +307,7 @@ class Talk:
                 case 6 | 7:
                     self.act_on_channel(which, size, ends=action == 7)
                 case 8 if self.items:
-                    self.engine.channels.consume(*self.items.pop(which % len(self.items)))
+                    self.engine.flow_control.consume(*self.items.pop(which % len(self.items)))
                     self.send()
                 case 9:
                     self.engine.drain()
@@ -325,7 +325,7 @@ class Talk:
         return id
 
     def act_on_channel(self, which: int, size: int, *, ends: bool) -> None:
-        flows = self.engine.channels
+        flows = self.engine.flow_control
         ids = [id for id in (*self.handling, *self.ours) if id in flows.by_id and id not in self.ended]
         if ids and ends:
             self.ended.add(ids[which % len(ids)])

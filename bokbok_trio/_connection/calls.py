@@ -170,9 +170,9 @@ class Calls:
     @trio.lowlevel.enable_ki_protection
     async def _warn_of_waiting(self, connection: Connection, scope: trio.CancelScope) -> None:
         with scope:
-            while (oldest := self._session.oldest_waiting()) is not None:
+            while (oldest := self._session.local.oldest_waiting()) is not None:
                 await trio.sleep(SLOT_PATIENCE)
-                if self._session.is_waiting(oldest):
+                if self._session.local.is_waiting(oldest):
                     self._has_warned = True
                     statistics = connection.statistics()
                     logger.warning(

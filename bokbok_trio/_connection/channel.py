@@ -3,7 +3,7 @@
 Theory
 ======
 
-Credit is counted by the session's `Flows`; here are the tasks that wait. An item is queued or
+Credit is counted by the session's `FlowControl`; here are the tasks that wait. An item is queued or
 handed over in the very moment that its waiter is woken, as Trio's memory channels do it: so tasks are
 served in turn, and a cancelled `send` or `receive` either did all of its work or none of it.
 
@@ -22,7 +22,7 @@ import trio
 
 from .._errors import RemoteError
 from .._protocol.events import End, Item
-from .._protocol.flow_control import Flows
+from .._protocol.flow_control import FlowControl
 from .._protocol.packets import Chunks, decode_body
 from .._trio_util import check_cancelled, check_run
 from .._types import Fields
@@ -92,7 +92,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     def __init__(
         self,
-        flows: Flows,
+        flows: FlowControl,
         id: int,
         packet_queued: Callable[[], object],
         home: trio.lowlevel.TrioToken,
@@ -101,7 +101,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         cancel: Callable[[], object] | None = None,
         on_item: OnItem | None = None,
     ) -> None:
-        self._flows = flows
+        self._flow_control = flows
         self._id = id
         self._packet_queued = packet_queued
         self._home = home
@@ -148,8 +148,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
         """
         check_run(self._home, self)
         await check_cancelled()
-        waiter = _Waiter(self._flows.encode(value))
-        if not self._senders and self._send_error() is None and self._flows.may_send(self._id):
+        waiter = _Waiter(self._flow_control.encode(value))
+        if not self._senders and self._send_error() is None and self._flow_control.may_send(self._id):
             self._put(waiter)
             await trio.lowlevel.cancel_shielded_checkpoint()
         else:
@@ -194,7 +194,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         if not self._has_ended:
             self._has_ended = True
             _wake_all(self._senders)
-            self._flows.end(self._id)
+            self._flow_control.end(self._id)
             self._packet_queued()
 
     @trio.lowlevel.enable_ki_protection
@@ -333,7 +333,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         elif self._broken is not None:
             return  # the other side has cancelled
         elif not self._is_closed:
-            if self._flows.hold(item.size):
+            if self._flow_control.hold(item.size):
                 self._buffer.append((item.size, item.fields) if item.body is None else item.body)
             else:
                 self._lost = trio.BrokenResourceError(OVER_BUDGET)
@@ -342,11 +342,11 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._consume(item.size)
 
     def _on_writable(self) -> None:
-        while self._senders and self._flows.may_send(self._id):
+        while self._senders and self._flow_control.may_send(self._id):
             self._put(_wake_first(self._senders))
 
     def _put(self, waiter: _Waiter) -> None:
-        self._flows.send(self._id, *waiter.item)
+        self._flow_control.send(self._id, *waiter.item)
         if self._on_item_passed is not None:
             self._on_item_passed(self._id, "out", waiter.item[1])
         waiter.done = True
@@ -355,12 +355,12 @@ class Channel(trio.abc.Channel[list[bytes]]):
     def _take_buffered(self) -> list[bytes]:
         item = self._buffer.popleft()
         size, fields = (len(item), decode_body(item)) if isinstance(item, bytes) else item
-        self._flows.release(size)
+        self._flow_control.release(size)
         self._consume(size)
         return fields
 
     def _consume(self, size: int) -> None:
-        if self._flows.consume(self._id, size):
+        if self._flow_control.consume(self._id, size):
             self._packet_queued()
 
     async def _finish(self) -> None:
@@ -380,7 +380,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
             self._has_given_up = True
             _wake_all(self._askers)
         elif not was_ended and not answered:
-            self._flows.end(self._id)
+            self._flow_control.end(self._id)
             self._packet_queued()
         if self._cancel is not None or answered:
             self._drop_buffer()  # nobody waits for credit
@@ -388,7 +388,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     def _drop_buffer(self) -> None:
         for item in self._buffer:
-            self._flows.release(len(item) if isinstance(item, bytes) else item[0])
+            self._flow_control.release(len(item) if isinstance(item, bytes) else item[0])
         self._buffer.clear()
 
     def _stop_receiving(self) -> None:
@@ -409,13 +409,13 @@ class Channels:
         on_item: called with the id, the direction and the size of each item; None where nobody asks.
     """
 
-    __slots__ = ("_channels", "_flows", "_home", "_on_item", "_packet_queued")
+    __slots__ = ("_channels", "_flow_control", "_home", "_on_item", "_packet_queued")
 
     def __init__(
-        self, flows: Flows, packet_queued: Callable[[], object], on_item: OnItem | None = None
+        self, flows: FlowControl, packet_queued: Callable[[], object], on_item: OnItem | None = None
     ) -> None:
         self._home = trio.lowlevel.current_trio_token()
-        self._flows = flows
+        self._flow_control = flows
         self._packet_queued = packet_queued
         self._on_item = on_item
         self._channels: dict[int, Channel] = {}
@@ -426,7 +426,7 @@ class Channels:
     def open(self, call: Call, cancel: Callable[[], object]) -> Channel:
         """One of ours: `cancel` is called when nobody wants its answer any more."""
         channel = self._channels[call.id] = Channel(
-            self._flows,
+            self._flow_control,
             call.id,
             self._packet_queued,
             self._home,
@@ -439,9 +439,9 @@ class Channels:
     def take(self, id: int) -> Channel:
         """One of the peer's, which may send from now on."""
         channel = self._channels[id] = Channel(
-            self._flows, id, self._packet_queued, self._home, on_item=self._on_item
+            self._flow_control, id, self._packet_queued, self._home, on_item=self._on_item
         )
-        self._flows.accept(id)
+        self._flow_control.accept(id)
         return channel
 
     def remove(self, id: int) -> None:
@@ -466,7 +466,7 @@ class Channels:
 
     def wake_writers(self) -> None:
         """Let items be queued, where the peer has granted credit or items have left."""
-        for id in self._flows.take_writable():
+        for id in self._flow_control.take_writable():
             if id in self._channels:
                 self._channels[id]._on_writable()
 

@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from .._addresses import Address
     from .._settings import Settings
     from .._sockets import PeerCredentials
-    from .._stream.establish import Opened
+    from .._stream.establish import Established
     from .._types import Context, Fields, Server, Side
 
 logger = logging.getLogger("bokbok_trio")
@@ -129,7 +129,7 @@ class Connection:
 
     def __init__(
         self,
-        opened: Opened,
+        opened: Established,
         *,
         side: Side,
         address: Address | None,
@@ -176,7 +176,7 @@ class Connection:
             on_idle=self._close_if_drained,
             on_defect=self._on_defect,
         )
-        self._channels = Channels(self._session.channels, self._sender.packet_queued, on_item)
+        self._channels = Channels(self._session.flow_control, self._sender.packet_queued, on_item)
         self._calls = Calls(self._session, self._sender.packet_queued, self._observer)
         self._handlers = Handlers(
             self,
@@ -347,7 +347,7 @@ class Connection:
         call = self._calls.ask(fields, deadline, depth=depth, context=context)
         try:
             self._sender.packet_queued(interactive=True)
-            if self._session.has_waiting:
+            if self._session.local.has_waiting:
                 self._watch_slots()
             return await call.wait()
         except BaseException:
@@ -399,7 +399,7 @@ class Connection:
         channel = self._channels.open(call, partial(self._calls.cancel, call))
         try:
             self._sender.packet_queued()
-            if self._session.has_waiting:
+            if self._session.local.has_waiting:
                 self._watch_slots()
             yield channel
             await channel._finish()

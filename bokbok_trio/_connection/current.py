@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from .._errors import escape
 from .._protocol.events import Request
-from .._protocol.session import MAX_DEPTH
+from .._protocol.slots import MAX_DEPTH
 
 if TYPE_CHECKING:
     from .._types import Connection

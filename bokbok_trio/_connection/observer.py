@@ -88,7 +88,7 @@ class Observer:
         self._session = session
         self._began = trio.current_time()
         self._in_flight: dict[int, _InFlight] = {}
-        session.on_slot = self.note_begun
+        session.local.on_slot = self.note_begun
 
     def tell_opened(self) -> None:
         """The connection can be used."""
@@ -96,7 +96,7 @@ class Observer:
 
     def tell_ended(self) -> None:
         """All of it has ended. Nothing more is told."""
-        self._session.on_slot = None
+        self._session.local.on_slot = None
         self._instruments.tell(
             ConnectionEnded(
                 connection=self._connection,
@@ -126,8 +126,8 @@ class Observer:
         """
         session = self._session
         frozen = encode_fields(fields)
-        size = session.measure(frozen, context)
-        id = session.next_id
+        size = session.local.measure(frozen, context)
+        id = session.local.next_id
         request = RequestStarted(
             connection=self._connection,
             id=id,
@@ -140,10 +140,10 @@ class Observer:
             size=size,
         )
         self._start(request)
-        added = self._instruments.add_context(request, lambda longer: session.has_room(size, longer))
+        added = self._instruments.add_context(request, lambda longer: session.local.has_room(size, longer))
         asked = ask(frozen, deadline, depth=depth, context=added)
         assert asked == id
-        if session.is_waiting(id):
+        if session.local.is_waiting(id):
             self.note_waiting(id)
         return id
 
@@ -186,7 +186,7 @@ class Observer:
         """The handler of a request of the peer has ended, and its answer is queued."""
         if self._connection.closed:
             outcome = "lost"
-        size = self._session.answer_size(id) if outcome == "ok" else 0
+        size = self._session.remote.answer_sizes[id] if outcome == "ok" else 0
         self._end(id, outcome, code if outcome == "error" else "", size=size)
 
     # ---- both ----

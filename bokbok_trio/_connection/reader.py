@@ -33,7 +33,7 @@ import trio
 
 from .._errors import ProtocolError
 from .._protocol.events import Event, Request
-from .._protocol.packets import Received
+from .._protocol.packets import Buffer
 from .._protocol.session import Session
 from .._trio_util import LazyEvent, describe_error, keep
 from .eager import start_eagerly
@@ -100,7 +100,7 @@ class Reader:
 
     def __init__(
         self,
-        receive: Callable[[], Awaitable[Received | bytearray]],
+        receive: Callable[[], Awaitable[Buffer | bytearray]],
         session: Session,
         sender: Sender,
         watchdog: Watchdog,
@@ -292,7 +292,7 @@ class Reader:
             self._watchdog.heard()
             self._decode(data)
 
-    def _decode(self, data: Received | bytearray) -> None:
+    def _decode(self, data: Buffer | bytearray) -> None:
         if not self._is_discarding:
             events = self._session.receive(data)
             self._sender.cork(len(events))

@@ -144,7 +144,7 @@ class Sender:
         """All events of the receive are dispatched: send the packets that were queued meanwhile."""
         self._coalescing.uncork()
         session = self._session
-        if session.channels.writable or session.is_holding_back:
+        if session.flow_control.writable or session.is_holding_back:
             self._wake_writers()
         if session.has_queued:
             self._write_now()
@@ -186,7 +186,7 @@ class Sender:
         """Write a few batches. Returns whether everything was written."""
         session = self._session
         for _ in range(MAX_BATCHES_IN_A_ROW):
-            if session.is_plain_to_take:  # mostly; then `take` needs neither the time nor the room
+            if session.is_all_encoded:  # mostly; then `take` needs neither the time nor the room
                 batch = session.take(0)
             else:
                 now = trio.current_time()
@@ -196,7 +196,7 @@ class Sender:
                 return False
             self._watchdog.send_ended(ping_left=True)
             has_more = session.has_more
-            if session.channels.writable or session.is_holding_back:
+            if session.flow_control.writable or session.is_holding_back:
                 self._wake_writers()
                 has_more = session.has_queued  # they may have queued items
             if not has_more:
@@ -243,7 +243,7 @@ class Sender:
     async def _send(self, batch: bytes, now: float) -> bool:
         """Send a batch, and wait until the stream has taken it. Returns whether there was time for it."""
         session = self._session
-        if session.channels.writable or session.is_holding_back:
+        if session.flow_control.writable or session.is_holding_back:
             self._wake_writers()
         self._watchdog.send_begins(now)
         with trio.CancelScope(deadline=self.until) as self._scope:

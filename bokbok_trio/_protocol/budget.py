@@ -1,21 +1,22 @@
-"""How many bytes one connection may make a side hold, and who waits where that is used up. No Trio, no I/O.
+"""How many bytes the peer may make a side hold, and who waits when they are used up.
 
-A side's budget is shared out among what the peer can make it hold:
+The budget of a side has three shares:
 
-- *Requests*, until their handlers have ended: five eighths. The side tells its peer how much that is, by the
-  option `room`, and the peer keeps what does not fit until there is room. What a peer sends nevertheless is
-  answered `busy`, and does not run.
-- *Answers*, until they have left: three sixteenths. Where they take up more, requests of depth 0 wait with
-  their handlers, until the peer has read some.
-- *Items* that no one has received: the windows of all channels share three sixteenths, and become smaller
-  where there are many. As an item of any size may start while some of a window is left, this may not do. So
-  items may take up all that is left of the budget, and a channel whose items do not fit then breaks.
+- *Requests* have five eighths, until they are answered. The side tells its peer how much that is, with the
+  option `room`. The peer keeps requests that do not fit until there is room. A request that it sends
+  nevertheless is answered `busy`, and does not run.
+- *Answers* have three sixteenths, until they have left. If they take up more, the handlers of requests of
+  depth 0 do not begin until the peer has read some.
+- *Items* have three sixteenths, until somebody receives them. The windows of all channels share them, and
+  become smaller if there are many. An item of any size may be sent while any of a window remains, so the
+  windows are not a strict bound. Therefore items may take up the whole rest of the budget, and a channel
+  whose items do not fit even then breaks.
 
-Besides, the pieces of a few packets may have partly arrived (see `MAX_OPEN`).
+The pieces of a few packets that have partly come are not counted here, see `MAX_IN_PIECES`.
 
-Nobody waits for ever. Who asks keeps a share of `room` for each depth and kind of request, as with slots: so
-a request waits only for others of its depth and kind, these wait only for deeper ones, and one of each may
-always go. And answers leave, as a peer that does not read is lost.
+Nobody waits for ever. The asker divides the peer's `room` among the slot classes (see `slots`). So a request
+waits only for others of its class, these wait only for deeper ones, and one request of each class may always
+be sent. And answers do leave: a peer that does not read is lost.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from __future__ import annotations
 from typing import Final, NamedTuple, final
 
 COUNTED: Final = 2**12
-"""Bytes of a request from which on it counts: smaller ones are bounded by the slots."""
+"""Bytes. Smaller requests are not counted; the slots bound them."""
 
 MIN_WINDOW: Final = 2**12
-"""Bytes that a channel may send before its items are received, however many channels there are."""
+"""Bytes of the smallest window, however many channels there are."""
 
 
 @final
@@ -46,13 +47,13 @@ class Budget(NamedTuple):
 
 @final
 class Room:
-    """How many bytes of our requests are with the peer, which has told how many it takes.
+    """The bytes of our requests that the peer holds, by slot class.
 
-    A *class* is of requests of one depth and kind, which share slots: two for each depth, the second of them
-    for channels. Each depth has half as much as the one before, and of that requests have three quarters.
+    Each depth has half as many bytes as the depth before it. Three quarters of them are for requests, one
+    quarter is for channels.
 
     Arguments:
-        total: bytes; None: the peer has not told.
+        total: how many bytes the peer takes; None: it has not told.
     """
 
     __slots__ = ("_sizes", "_total", "_used")
@@ -63,7 +64,7 @@ class Room:
         self._sizes: dict[int, tuple[int, int]] = {}  # by id: the class, and the bytes
 
     def has(self, slot_class: int, size: int) -> bool:
-        """Whether a request of that size may go now: it fits, or is the only one of its class that counts."""
+        """Whether a request may be sent now: it fits, or it is small, or the only one of its class."""
         used = self._used.get(slot_class, 0)
         if self._total is None or size < COUNTED or not used:
             return True
@@ -71,18 +72,18 @@ class Room:
         return used + size <= share >> (slot_class // 2)
 
     def add(self, id: int, slot_class: int, size: int) -> None:
-        """A request goes."""
+        """Count a request that is sent."""
         if size >= COUNTED:
             self._used[slot_class] = self._used.get(slot_class, 0) + size
             self._sizes[id] = slot_class, size
 
     def remove(self, id: int) -> None:
-        """It was answered, or never went."""
+        """Count a request no more, because it has ended."""
         if id in self._sizes:
             slot_class, size = self._sizes.pop(id)
             self._used[slot_class] -= size
 
     def clear(self) -> None:
-        """None is left."""
+        """Count no request any more."""
         self._used.clear()
         self._sizes.clear()

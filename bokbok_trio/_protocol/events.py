@@ -1,4 +1,4 @@
-"""What a `Session` says that its peer wants, or has answered: no Trio, no I/O."""
+"""The events of a `Session`: what the peer has sent, checked and decoded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ NO_CONTEXT: Final[Mapping[str, bytes]] = MappingProxyType({})
 
 
 class Request(NamedTuple):
-    """The peer asks.
+    """The peer made a request.
 
     Attributes:
-        timeout: the seconds it had left, or `math.inf`.
+        timeout: seconds until its deadline, or `math.inf`.
         depth: how many requests this one was made inside of.
-        context: what the asker sent along; cannot be changed.
+        context: the asker's; it cannot be changed.
     """
 
     id: int
@@ -27,20 +27,20 @@ class Request(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """The peer no longer wants the answer to a request of its own that has not been answered."""
+    """The peer no longer wants the answer to its request, which has not been answered."""
 
     id: int
 
 
 class Answer(NamedTuple):
-    """The answer to a request of ours."""
+    """The peer answered a request of ours."""
 
     id: int
     fields: list[bytes]
 
 
 class Failure(NamedTuple):
-    """The answer to a request of ours that failed."""
+    """The peer answered a request of ours with an error."""
 
     id: int
     code: str
@@ -49,7 +49,11 @@ class Failure(NamedTuple):
 
 
 class Bye(NamedTuple):
-    """The peer takes no new request of depth 0. Those of ours that waited for a slot will not be sent."""
+    """The peer takes no new request of depth 0.
+
+    Attributes:
+        ids: our requests that waited for a slot. They will not be sent.
+    """
 
     ids: list[int]
 
@@ -59,7 +63,7 @@ class Item(NamedTuple):
 
     Attributes:
         size: bytes of its body.
-        body: the same as `fields`, where it is small and so takes up less room; else None.
+        body: the encoded body of a small item, which takes up less memory than `fields`; else None.
     """
 
     id: int
@@ -78,12 +82,12 @@ class Pong(NamedTuple):
     """The peer answered a ping of ours."""
 
     def __bool__(self) -> bool:
-        """An event is something, though this one says nothing more."""
+        """Return True, although the tuple is empty: `Session.receive` drops what is false."""
         return True
 
 
 class Abort(NamedTuple):
-    """The peer ends the connection, as we broke the protocol."""
+    """The peer ends the connection, because we broke the protocol."""
 
     code: str
     message: str

@@ -1,21 +1,22 @@
-"""The credit of channels: how much each side of one may send, and what it must refuse. No Trio, no I/O.
+"""The credit of channels: how many bytes of items each side may send, and what it must refuse.
 
 Theory
 ======
 
-Each direction of a channel has a credit, in bytes; an item takes up its body and `ITEM_COST` of it. The
-receiver grants it: at first a window (with `chan` to the answerer, with `credit` to the opener), which is a
-`WINDOW` while the budget allows, then as much as its user has consumed. An item may start while some is left,
-so that it can be of any size; credit then is below zero by less than one item, and no further item starts
-before it is above zero again.
+Each direction of a channel has a credit, in bytes. An item uses up its body and `ITEM_COST`. The receiver
+grants the credit: first a *window* (`chan` grants it to the answerer, `credit` to the opener), then as much
+as its user has consumed. The window is `WINDOW` while the budget allows it.
+
+An item may be sent while any credit remains, so it can be of any size. Then the credit may be below zero, by
+less than one item, and no further item is sent before it is above zero again.
 
 Invariants
 ==========
 
-- What has been received and not been consumed is less than the window and one item.
-- What was queued and has not left is less than `MAX_QUEUED` and one item, whatever the peer grants;
-  each item counts as `ITEM_OVERHEAD` more than its body, so this bounds the memory as well.
-- Every item that was queued has its credit, so nothing that is queued ever waits for the peer's user.
+- Items that were received and not consumed take up less than the window and one item.
+- Items that were queued and have not left take up less than `MAX_QUEUED` and one item, whatever the peer
+  grants. Each counts `ITEM_OVERHEAD` besides its body, so this bounds the memory as well.
+- Every queued item has its credit, so no queued packet ever waits for the peer's user.
 """
 
 from __future__ import annotations
@@ -26,39 +27,44 @@ from typing import Final, final
 from .._errors import ProtocolError
 from .._types import Fields
 from .budget import MIN_WINDOW
-from .outbox import Outbox, Outgoing
+from .outbox import Outbox
 from .packets import Chunks, encode_body
+from .queued_packet import QueuedPacket
 
 WINDOW: Final = 2**18
-"""Bytes of items that a side takes before its user has consumed any: what a link of 20 Mbit/s carries
-in a round trip of 0.1 s, and little enough for a hundred channels."""
+"""Bytes of items that a side takes before its user has consumed any. A link of 20 Mbit/s carries as much in a
+round trip of 0.1 s, and it is little enough for a hundred channels."""
 
 ITEM_COST: Final = 64
-"""Bytes of credit that an item takes up besides its body, so that items of a few bytes, which take up more
-memory than that, cannot fill it either. The wire fixes it."""
+"""Bytes of credit that an item uses up besides its body: an item of a few bytes takes up more memory than its
+body. The wire fixes this number."""
 
 MAX_QUEUED: Final = 2**16
-"""Bytes of a channel's items that wait to leave, from which on the next one waits outside. It is as
-much as a batch, so that the sender never lacks work."""
+"""Bytes of a channel's items that may wait in the queue; then the next item waits outside. It is as much as a
+batch, so that the sender never lacks work."""
 
 ITEM_OVERHEAD: Final = 512
-"""Bytes that an item takes up while it waits to leave, over those of its body."""
+"""Bytes of memory that a queued item takes up besides its body."""
 
 MAX_CREDIT: Final = 2**32 - 1
-"""Bytes of credit that there may be at once: no side has use for so much memory, so a peer that
-grants more has lost count."""
+"""Bytes of credit that a channel may have. No side can use so much memory, so a peer that grants more has
+lost count."""
 
 
 @final
-class Flow:
-    """The credit of one channel, both ways.
+class ChannelCredit:
+    """The credit of one channel, in both directions.
 
     Arguments:
-        send_credit, receive_credit: bytes, at first.
-        started: whether the peer knows of the channel, or will before what is queued now.
+        send_credit, receive_credit: bytes, at the beginning.
+        started: whether the peer knows of the channel, or will know before it receives what is queued now.
 
     Attributes:
-        window: bytes of credit that the peer was granted first.
+        send_credit: bytes that this side may still send.
+        receive_credit: bytes that the peer may still send.
+        window: bytes that the peer was granted first.
+        queued: bytes of this side's items that wait to leave, as they count for `MAX_QUEUED`.
+        ended, peer_ended: whether this side, or the peer, sends no more items.
     """
 
     __slots__ = (
@@ -89,31 +95,31 @@ class Flow:
         return self.send_credit > 0 and self.queued < MAX_QUEUED
 
     def send(self, size: int) -> None:
-        """An item is queued."""
+        """Use up credit for an item that is queued."""
         assert self.may_send
         assert not self.ended
         self.send_credit -= size + ITEM_COST
         self.queued += size + ITEM_OVERHEAD
 
-    def left(self, size: int) -> None:
-        """An item has wholly left."""
+    def item_departed(self, size: int) -> None:
+        """Note that an item has wholly left."""
         self.queued -= size + ITEM_OVERHEAD
 
     def add_credit(self, size: int) -> None:
-        """The peer takes so many bytes more.
+        """Take more credit from the peer.
 
         Raises:
-            ProtocolError: more than `MAX_CREDIT` in all.
+            ProtocolError: it exceeds `MAX_CREDIT` in all.
         """
         self.send_credit += size
         if self.send_credit > MAX_CREDIT:
             raise ProtocolError(f"credit of {self.send_credit} bytes exceeds the limit of {MAX_CREDIT}")
 
     def receive(self, size: int) -> None:
-        """The peer sent an item.
+        """Use up the peer's credit for an item that came.
 
         Raises:
-            ProtocolError: after its end, or without credit.
+            ProtocolError: it came after the peer's end, or without credit.
         """
         if self.peer_ended:
             raise ProtocolError("`item` after `end`")
@@ -122,7 +128,7 @@ class Flow:
         self.receive_credit -= size + ITEM_COST
 
     def receive_end(self) -> None:
-        """The peer sends no more items.
+        """Note that the peer sends no more items.
 
         Raises:
             ProtocolError: it has said so before.
@@ -132,7 +138,10 @@ class Flow:
         self.peer_ended = True
 
     def consume(self, size: int) -> int:
-        """Our user took an item. Return how much credit to grant now: only now and then there is any."""
+        """Note that our user took an item. Return how much credit to grant now, which is mostly none.
+
+        Credit is granted for half a window at a time.
+        """
         self._consumed += size + ITEM_COST
         if self.peer_ended or self._consumed < self.window // 2:
             return 0
@@ -141,8 +150,8 @@ class Flow:
 
 
 @final
-class Flows:
-    """The channels in flight, those of both sides, by id. Where there is none of an id, nothing is done.
+class FlowControl:
+    """The credit of all channels in flight, of both sides. An unknown id is ignored: its channel has ended.
 
     Arguments:
         outbox: where items, credit and ends are queued.
@@ -151,11 +160,11 @@ class Flows:
         count_free: counts the bytes that items may take up beyond that.
 
     Attributes:
-        by_id: they themselves, to be looked at.
+        by_id: the credit of each channel; for reading only.
         queued: bytes of the items that wait to leave, as they count for `MAX_QUEUED`.
-        held: bytes of the items that were received, and that nobody has taken.
+        held: bytes of the items that were received and that nobody has taken.
         total: how many channels there have been.
-        writable: those that `take_writable` would return.
+        writable: the channels that `take_writable` would return.
     """
 
     __slots__ = (
@@ -177,10 +186,10 @@ class Flows:
         self._outbox = outbox
         self._count_free = count_free
         self._budget = budget
-        self._free = budget  # what the windows leave of it; below 0 where there are very many
+        self._free = budget  # the part that no window takes up; below 0 with very many channels
         self._max_body_size = max_body_size
-        self.by_id: dict[int, Flow] = {}
-        self.writable: dict[int, None] = {}  # takes up less than a set, where there is none
+        self.by_id: dict[int, ChannelCredit] = {}
+        self.writable: dict[int, None] = {}  # an empty dict takes up less memory than an empty set
         self.queued = 0
         self.held = 0
         self.total = 0
@@ -188,43 +197,44 @@ class Flows:
     def __len__(self) -> int:
         return len(self.by_id)
 
-    # ---- beginning and ending, for `Session` ----
+    # ---- beginning and ending ----
 
-    def add_ours(self, id: int) -> None:
-        """A channel of ours. Its `chan` grants its first window."""
+    def add_local(self, id: int) -> int:
+        """Add a channel that this side opens. Return its window, which its `chan` grants."""
         window = self._take_window()
-        self.by_id[id] = Flow(send_credit=0, receive_credit=window, started=False)
+        self.by_id[id] = ChannelCredit(send_credit=0, receive_credit=window, started=False)
         self.total += 1
+        return window
 
-    def add_theirs(self, id: int, credit: int) -> None:
-        """A channel of the peer's, which takes so many bytes at first.
+    def add_remote(self, id: int, credit: int) -> None:
+        """Add a channel that the peer opens, with the window that it grants.
 
         Raises:
-            ProtocolError: more than `MAX_CREDIT`.
+            ProtocolError: the window exceeds `MAX_CREDIT`.
         """
-        self.by_id[id] = Flow(send_credit=credit, receive_credit=0, started=True)
+        self.by_id[id] = ChannelCredit(send_credit=credit, receive_credit=0, started=True)
         self.total += 1
 
     def _take_window(self) -> int:
-        """How many bytes a channel may send at first: a `WINDOW`, or less where there are many."""
+        """Take the window of one more channel out of the budget: less than `WINDOW` if there are many."""
         window = max(MIN_WINDOW, min(WINDOW, self._free // 8))
         self._free -= window
         return window
 
     def start(self, id: int) -> None:
-        """The `chan` of a channel of ours was queued."""
-        flow = self.by_id.get(id)
-        if flow is not None:
-            flow.started = True
-            if flow.ended:
+        """Note that the `chan` of a channel was queued."""
+        channel = self.by_id.get(id)
+        if channel is not None:
+            channel.started = True
+            if channel.ended:
                 self._put_end(id)
 
     def remove(self, id: int) -> None:
-        """It is done, or never was."""
-        flow = self.by_id.pop(id, None)
-        if flow is not None:
-            self._free += flow.window
-            self.queued -= flow.queued
+        """Forget a channel, because its request has ended."""
+        channel = self.by_id.pop(id, None)
+        if channel is not None:
+            self._free += channel.window
+            self.queued -= channel.queued
         self.writable.pop(id, None)
 
     # ---- sending ----
@@ -239,98 +249,98 @@ class Flows:
 
     def may_send(self, id: int) -> bool:
         """Whether an item may be queued now."""
-        flow = self.by_id.get(id)
-        return flow is not None and flow.may_send
+        channel = self.by_id.get(id)
+        return channel is not None and channel.may_send
 
     def send(self, id: int, body: Chunks, size: int) -> None:
-        """Queue an item; `may_send` must be so."""
-        flow = self.by_id[id]
-        flow.send(size)
+        """Queue an item. `may_send` must be true."""
+        channel = self.by_id[id]
+        channel.send(size)
         self.queued += size + ITEM_OVERHEAD
-        self._outbox.put(Outgoing(b"item", id, body=body, body_size=size))
+        self._outbox.put(QueuedPacket(b"item", id, body=body, body_size=size))
 
-    def left(self, id: int, size: int) -> None:
-        """An item has wholly left."""
-        flow = self.by_id.get(id)
-        if flow is not None:
-            flow.left(size)
+    def item_departed(self, id: int, size: int) -> None:
+        """Note that an item has wholly left."""
+        channel = self.by_id.get(id)
+        if channel is not None:
+            channel.item_departed(size)
             self.queued -= size + ITEM_OVERHEAD
-            self._note_writable(id, flow)
+            self._note_writable(id, channel)
 
     def end(self, id: int) -> None:
-        """Send no more items. Again does nothing."""
-        flow = self.by_id.get(id)
-        if flow is not None and not flow.ended:
-            flow.ended = True
-            if flow.started:
+        """Send no more items. A second call does nothing."""
+        channel = self.by_id.get(id)
+        if channel is not None and not channel.ended:
+            channel.ended = True
+            if channel.started:
                 self._put_end(id)
 
     def take_writable(self) -> set[int]:
-        """The channels of which an item may be queued, and perhaps could not be when last asked."""
+        """Return the channels that may queue an item again, since the last call."""
         writable = set(self.writable)
         self.writable.clear()
         return writable
 
-    def _note_writable(self, id: int, flow: Flow) -> None:
-        if flow.may_send:
+    def _note_writable(self, id: int, channel: ChannelCredit) -> None:
+        if channel.may_send:
             self.writable[id] = None
 
     def _put_end(self, id: int) -> None:
-        self._outbox.put(Outgoing(b"end", id))
+        self._outbox.put(QueuedPacket(b"end", id))
 
     # ---- receiving ----
 
     def accept(self, id: int) -> None:
-        """Take items of a channel of the peer's: grant its first window."""
+        """Take items of a channel that the peer opened: grant its window."""
         self.by_id[id].window = window = self._take_window()
         self.grant(id, window)
 
     def grant(self, id: int, size: int) -> None:
-        """Take so many bytes more."""
+        """Grant more credit."""
         self.by_id[id].receive_credit += size
         self._outbox.put_credit(id, size)
 
     def consume(self, id: int, size: int) -> bool:
-        """Our user has taken an item, or will take none. Returns whether credit was granted for it."""
-        flow = self.by_id.get(id)
-        due = 0 if flow is None else flow.consume(size)
+        """Note that our user took an item, or never will. Return whether credit was granted for it."""
+        channel = self.by_id.get(id)
+        due = 0 if channel is None else channel.consume(size)
         if due:
             self.grant(id, due)
         return due > 0
 
     def hold(self, size: int) -> bool:
-        """Keep an item until somebody takes it. Returns whether it fits the budget, or is the only one."""
+        """Count an item until somebody takes it. Return False if it does not fit the budget beside others."""
         if self.held and self.held + size > max(self._budget, self._count_free()):
             return False
         self.held += size
         return True
 
     def release(self, size: int) -> None:
-        """It was taken, or dropped."""
+        """Count an item no more: it was taken, or dropped."""
         self.held -= size
 
     def on_item(self, id: int, size: int) -> None:
-        """The peer sent an item of a channel in flight.
+        """Take an item that the peer sent on a channel in flight.
 
         Raises:
-            ProtocolError: it may not.
+            ProtocolError: as `ChannelCredit.receive`.
         """
         self.by_id[id].receive(size)
 
     def on_credit(self, id: int, size: int) -> None:
-        """The peer takes more items of a channel in flight.
+        """Take credit that the peer granted for a channel in flight.
 
         Raises:
-            ProtocolError: too much.
+            ProtocolError: as `ChannelCredit.add_credit`.
         """
-        flow = self.by_id[id]
-        flow.add_credit(size)
-        self._note_writable(id, flow)
+        channel = self.by_id[id]
+        channel.add_credit(size)
+        self._note_writable(id, channel)
 
     def on_end(self, id: int) -> None:
-        """The peer sends no more items.
+        """Take the end that the peer sent on a channel in flight.
 
         Raises:
-            ProtocolError: again.
+            ProtocolError: as `ChannelCredit.receive_end`.
         """
         self.by_id[id].receive_end()

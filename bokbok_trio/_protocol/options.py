@@ -1,8 +1,8 @@
-"""The options of the handshake, by which the protocol grows: bytes in, bytes out, no Trio, no I/O.
+"""The options of the handshake, by which the protocol grows: bytes in, bytes out.
 
-Each side tells the other what more it understands, as names and values. That is no negotiation: a side acts
-on the names it knows and ignores the others. Each side also always sends one option of a random name,
-`grease`, so that no implementation gets away with refusing unknown names (RFC 8701).
+Each side tells the other, in names and values, which additions to the protocol it understands. This is not a
+negotiation: a side uses the names that it knows and ignores the others. Each side also sends one option of a
+random name, the *grease*. So an implementation that refuses unknown names is noticed at once (RFC 8701).
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from .._errors import HandshakeError, ProtocolError
 from .packets import LENGTH_SIZE, decode_body, decode_number, encode_body
 
 MAX_OPTIONS_SIZE: Final = 96
-"""Bytes of one side's options, encoded. With the longest user name and numbers they fit `open`, which is
-512 bytes in mode sealed."""
+"""Bytes of one side's options, encoded. They fit `open`, which is 512 bytes in mode sealed, together with the
+longest user name and numbers."""
 
 MAX_GREASE_SIZE: Final = 8
-"""Bytes of the value of grease: enough that neither its length nor its content can be relied upon."""
+"""Bytes of the grease's value, at most: enough that nobody can rely on its length or content."""
 
 GREASE: Final = "grease."
-"""How the name of grease begins. No real option may begin so."""
+"""The beginning of the grease's name. No other option may begin like this."""
 
 GREASE_DICE: Final = 3 + MAX_GREASE_SIZE
-"""Random bytes that make one grease: two for the name, one for the length, the rest for the value."""
+"""Random bytes from which a grease is made: two for the name, one for the length, the rest for the value."""
 
 MAX_OWN_OPTIONS_SIZE: Final = MAX_OPTIONS_SIZE - (2 * LENGTH_SIZE + len(GREASE) + 4 + MAX_GREASE_SIZE)
-"""Bytes of our options, encoded, without grease: the longest grease must fit too."""
+"""Bytes of our options, encoded, without the grease. The longest grease must fit beside them."""
 
 ROOM: Final = "room"
-"""The option that says how many bytes of requests a side holds at once: a number. See `budget`."""
+"""The option that tells how many bytes of requests a side holds at once, as a number. See `budget`."""
 
 NO_OPTIONS: Final[Mapping[str, bytes]] = MappingProxyType({})
 
 _NAME: Final = re.compile(r"[a-z0-9./-]{1,32}", re.ASCII)
 
 Randomness: TypeAlias = Callable[[int], bytes]
-"""Where random bytes come from: so many of them."""
+"""Returns that many random bytes."""
 
 
 def make_grease(randomness: Randomness) -> tuple[str, bytes]:
-    """Make an option that means nothing: ``grease.`` and four hex digits, with 0 to 8 bytes."""
+    """Make an option without a meaning, named ``grease.`` and four hex digits, with 0 to 8 bytes."""
     dice = randomness(GREASE_DICE)
     return GREASE + dice[:2].hex(), dice[3 : 3 + dice[2] % (MAX_GREASE_SIZE + 1)]
 
 
 def encode_options(options: Mapping[str, bytes], randomness: Randomness) -> bytes:
-    """Check our options, add grease, and encode all of them.
+    """Check our options, add a grease, and encode all of them.
 
     Raises:
         TypeError: a name is not a str, or a value is not bytes.
-        ValueError: a name is not 1 to 32 of ``[a-z0-9./-]``, or begins with ``grease.``; or they
+        ValueError: a name is not 1 to 32 of ``[a-z0-9./-]``, or it begins with ``grease.``; or the options
             take more than `MAX_OWN_OPTIONS_SIZE` bytes.
     """
     fields: list[bytes] = []
@@ -72,10 +72,10 @@ def encode_options(options: Mapping[str, bytes], randomness: Randomness) -> byte
 
 
 def decode_options(encoded: bytes) -> Mapping[str, bytes]:
-    """Decode the options of the peer, the unknown ones too.
+    """Decode the options of the peer, unknown ones included.
 
     Raises:
-        HandshakeError: they break a rule. Nothing of them may be used.
+        HandshakeError: they break a rule. None of them may be used.
     """
     if len(encoded) > MAX_OPTIONS_SIZE:
         raise HandshakeError(f"options of {len(encoded)} bytes exceed the limit of {MAX_OPTIONS_SIZE}")
@@ -98,10 +98,10 @@ def decode_options(encoded: bytes) -> Mapping[str, bytes]:
 
 
 def find_room(options: Mapping[str, bytes]) -> int | None:
-    """How many bytes of requests the peer holds at once; None: it has not told.
+    """Return how many bytes of requests the peer holds at once; None: it has not told.
 
     Raises:
-        HandshakeError: it is no number.
+        HandshakeError: the value is not a number.
     """
     try:
         return decode_number(options[ROOM]) if ROOM in options else None

@@ -1,4 +1,4 @@
-"""Packets to bytes and back: no Trio, no I/O.
+"""Packets to bytes and back.
 
 A *packet* is a list of 0 to 255 byte strings, its *fields*. On the wire, all integers big-endian::
 
@@ -6,25 +6,28 @@ A *packet* is a list of 0 to 255 byte strings, its *fields*. On the wire, all in
     body = u8 count | count x field
     field = u32 size | bytes
 
-Invariants: the sizes use up the length exactly, so every byte string is the encoding of at most one
-list; a length over the limit in force is refused as soon as its four bytes are there; a decoder
-holds at most one unfinished packet, so 4 + limit bytes, and what is left of the last receive.
+A *protocol packet* is one of the packets that the protocol defines: its first field is its kind, and its
+others are few. The body that a user sends is a field of it, and a list of fields of its own.
 
-What our own user gets wrong is a ``TypeError``, a ``ValueError`` or `MessageTooLarge`, raised before
-anything is sent; what the peer gets wrong is a `ProtocolError`.
+Invariants
+==========
+
+- The sizes use up the length exactly, so every byte string encodes at most one list.
+- A length over the limit is refused as soon as its four bytes are there. So a decoder holds at most 4 bytes
+  and one unfinished packet, besides the rest of the last receive.
+
+A mistake of our own user is a ``TypeError``, a ``ValueError`` or `MessageTooLarge`, raised before anything is
+sent. A mistake of the peer is a `ProtocolError`.
 """
 
 from __future__ import annotations
 
-import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
 from .._errors import MessageTooLarge, ProtocolError
-from .._types import Context, Field, Fields
-from .events import NO_CONTEXT
+from .._types import Field, Fields
 
 MAX_FIELDS: Final = 255
 """Fields of a packet: the count is a u8."""
@@ -32,24 +35,16 @@ MAX_FIELDS: Final = 255
 LENGTH_SIZE: Final = 4
 """Bytes of the length before a body."""
 
-MAX_CONTEXT_PAIRS: Final = 32
-"""Names in the context of a request: enough for trace ids and the like."""
-
-MAX_CONTEXT_SIZE: Final = 2**13
-"""Bytes of an encoded context: as much as HTTP servers mostly allow for all headers of a request."""
-
-_CONTEXT_NAME = re.compile(r"[a-z0-9._-]{1,64}", re.ASCII)
-
 Chunks: TypeAlias = list[bytes | memoryview]
-"""Bytes in pieces, to be joined once, when they are sent: a big field is not copied before that."""
+"""Bytes in parts, to be joined when they are sent. Until then a big field is not copied."""
 
-Received: TypeAlias = bytes | memoryview
-"""What was received. A memoryview is of a buffer that will be used again: it is good until the next
-checkpoint, and what is kept of it must be copied."""
+Buffer: TypeAlias = bytes | memoryview
+"""Received bytes. A memoryview shows a buffer that will be used again: copy what must last beyond the next
+checkpoint."""
 
 MAX_AT_ONCE: Final = 100
-"""Packets that are decoded at once, and records that are opened, before other connections have their turn: a
-batch of a busy connection, and less than a millisecond. A stream of tiny ones would take 20 ms else."""
+"""Packets that are decoded at once, and records that are opened at once. Then other connections have their
+turn: a receive full of tiny packets would keep them waiting too long."""
 
 LARGE: Final = 2**12
 """Fields of at least this many bytes are kept as views; smaller ones are copied."""
@@ -60,15 +55,15 @@ LARGE_BATCH: Final = 2**14
 _U32 = struct.Struct(">I")
 _HEAD = struct.Struct(">IB")
 _COUNTS = [bytes((count,)) for count in range(256)]
-_SIZES = [_U32.pack(size) for size in range(256)]  # a look-up takes a third of the time of a call
+_SIZES = [_U32.pack(size) for size in range(256)]  # a look-up is faster than a call
 _LISTS: Final[tuple[type, ...]] = (list, tuple)
-_NO_LISTS = (str, bytes, bytearray, memoryview)  # though they are sequences
+_NO_LISTS = (str, bytes, bytearray, memoryview)  # sequences, but not lists of fields
 _MAX_DIGITS = 18
 _ZERO = ord("0")
 
 
 def encode_fields(fields: Fields) -> list[bytes]:
-    """Check a user's list, and take it as it is now: nothing in the result can change.
+    """Check a user's list, and copy it, so that nothing in the result can change.
 
     Raises:
         TypeError, ValueError: as `encode_body` does.
@@ -77,7 +72,7 @@ def encode_fields(fields: Fields) -> list[bytes]:
         raise TypeError(f"pass a list of fields such as ['ping'], not {type(fields).__name__}")
     if len(fields) > MAX_FIELDS:
         raise ValueError(f"a packet has at most {MAX_FIELDS} fields, not {len(fields)}")
-    return [field if type(field) is bytes else _encode_field(field) for field in fields]
+    return [field if type(field) is bytes else encode_field(field) for field in fields]
 
 
 def encode_body(fields: Fields, limit: int) -> tuple[Chunks, int]:
@@ -99,10 +94,10 @@ def encode_body(fields: Fields, limit: int) -> tuple[Chunks, int]:
     if type(fields) not in _LISTS or len(fields) > MAX_FIELDS:
         fields = encode_fields(fields)
     chunks: Chunks = []
-    small = [_COUNTS[len(fields)]]  # to be one chunk: that costs less to pass on than many
+    small = [_COUNTS[len(fields)]]  # joined into one chunk, which is cheaper to pass on than many
     size = 1
     for field in fields:
-        encoded = field if type(field) is bytes else _encode_field(field)
+        encoded = field if type(field) is bytes else encode_field(field)
         length = len(encoded)
         size += LENGTH_SIZE + length
         if length < LARGE:
@@ -119,11 +114,11 @@ def encode_body(fields: Fields, limit: int) -> tuple[Chunks, int]:
 
 
 def size_of(fields: Sequence[bytes]) -> int:
-    """Bytes of the body that fields are encoded as."""
+    """Return the bytes of the body that encodes some fields."""
     return 1 + LENGTH_SIZE * len(fields) + sum(map(len, fields))
 
 
-def _encode_field(field: Field) -> bytes:
+def encode_field(field: Field) -> bytes:
     if isinstance(field, str):
         return field.encode()
     if isinstance(field, bytes | bytearray | memoryview):
@@ -131,12 +126,12 @@ def _encode_field(field: Field) -> bytes:
     raise TypeError(f"a field is bytes or str, not {type(field).__name__}")
 
 
-def encode_head(*fields: bytes, body_size: int | None = None) -> bytes:
-    """Encode a packet of our own, or all but the last field's bytes of one.
+def encode_packet(*fields: bytes, body_size: int | None = None) -> bytes:
+    """Encode a protocol packet. With `body_size`, leave out the bytes of its last field.
 
     Arguments:
-        fields: the fields, few and small.
-        body_size: where given, one more field follows, of so many bytes, which the caller appends.
+        fields: few and small ones.
+        body_size: one more field of so many bytes follows; the caller appends the bytes.
     """
     parts: Chunks = [b""]
     size = 1
@@ -153,29 +148,38 @@ def encode_head(*fields: bytes, body_size: int | None = None) -> bytes:
     return b"".join(parts)
 
 
-def encode_start(kind: bytes, count: int) -> bytes:
-    """What `encode_small` takes: a packet's count of fields, and the first of them."""
+def encode_prefix(kind: bytes, count: int) -> bytes:
+    """Encode the beginning of a packet, for `encode_small_packet`: the count of its fields, and its kind."""
     return _COUNTS[count] + _SIZES[len(kind)] + kind
 
 
-def encode_small(start: bytes, id: int, between: bytes, body: bytes | memoryview) -> bytes:
-    """Encode a packet with a body, in one step: as `encode_head` would, in two thirds of the time.
+def encode_small_packet(prefix: bytes, id: int, between: bytes, body: bytes | memoryview) -> bytes:
+    """Encode a packet with a body in one step, which is faster than `encode_packet`.
 
     Arguments:
-        start: of `encode_start`.
-        id: its second field.
-        between: the fields before the last one, encoded with their sizes.
-        body: its last field.
+        prefix: from `encode_prefix`.
+        id: the second field.
+        between: the fields between the second and the last one, each encoded with its size.
+        body: the last field.
     """
     number = b"%d" % id
-    size = len(start) + LENGTH_SIZE + len(number) + len(between) + LENGTH_SIZE + len(body)
+    size = len(prefix) + LENGTH_SIZE + len(number) + len(between) + LENGTH_SIZE + len(body)
     sizes = _U32.pack(size), _SIZES[len(number)], _U32.pack(len(body))
-    return b"".join((sizes[0], start, sizes[1], number, between, sizes[2], body))
+    return b"".join((sizes[0], prefix, sizes[1], number, between, sizes[2], body))
 
 
-def _decode_fields(data: Received, start: int, end: int) -> list[Any]:
-    """Cut the body that is at a place in some data into fields, of the same type as the data."""
-    fields: list[Received] = []
+def cut_text(text: str, limit: int) -> bytes:
+    """Encode a text, and cut it between two characters if it is too long."""
+    encoded = text.encode(errors="backslashreplace")
+    if len(encoded) <= limit:
+        return encoded
+    # If the limit falls inside a character, its first bytes are not UTF-8, and are dropped.
+    return encoded[:limit].decode(errors="ignore").encode()
+
+
+def _decode_fields(data: Buffer, start: int, end: int) -> list[Any]:
+    """Decode the body in `data[start:end]` into fields of the same type as `data`."""
+    fields: list[Buffer] = []
     position = start + 1
     try:
         for _ in range(data[start]):
@@ -184,14 +188,14 @@ def _decode_fields(data: Received, start: int, end: int) -> list[Any]:
             fields.append(data[at:position])
     except (IndexError, struct.error):
         position = -1
-    # Positions only grow, so that one went past the end is still seen here: one look for all fields.
+    # Positions only grow. So if any field went past the end, this one comparison sees it.
     if position != end:
         raise _find_fault(bytes(data[start:end]))
     return fields
 
 
 def _find_fault(body: bytes) -> ProtocolError:
-    """What is wrong with a body that is none."""
+    """Say what is wrong with a malformed body."""
     end = len(body)
     if not end:
         return ProtocolError("a body without a count")
@@ -205,7 +209,7 @@ def _find_fault(body: bytes) -> ProtocolError:
     return ProtocolError(f"{end - position} bytes after the last field of a packet")
 
 
-def decode_body(body: Received) -> list[bytes]:
+def decode_body(body: Buffer) -> list[bytes]:
     """Decode the bytes of a body into fields.
 
     Raises:
@@ -215,8 +219,8 @@ def decode_body(body: Received) -> list[bytes]:
     return fields if type(body) is bytes else list(map(bytes, fields))
 
 
-def decode_ours(body: Received) -> list[Received]:
-    """Decode the body of a packet of our own, and leave large fields where they are.
+def decode_protocol_packet(body: Buffer) -> list[Buffer]:
+    """Decode the body of a protocol packet. Large fields are views of it; all others are copied.
 
     Raises:
         ProtocolError: as `decode_body` does.
@@ -227,68 +231,9 @@ def decode_ours(body: Received) -> list[Received]:
     return [field if len(field) >= LARGE else bytes(field) for field in _decode_fields(body, 0, size)]
 
 
-def describe(fields: Sequence[Received]) -> str:
-    """A packet in a few words, for an error: a peer must not choose how long they are."""
+def describe(fields: Sequence[Buffer]) -> str:
+    """Describe a packet for an error message, whose length the peer must not choose."""
     return f"{bytes(fields[0][:20])!r} with {len(fields)} fields" if fields else "no field at all"
-
-
-class ContextTooLong(ValueError):  # noqa: N818  (what it is)
-    """A context has too many names, or takes up too many bytes."""
-
-
-def encode_context(context: Context | None) -> bytes:
-    """Check the context of a request and encode it; no context at all is empty.
-
-    Raises:
-        TypeError: it is not a mapping from str to bytes or str.
-        ValueError: a name is not 1 to 64 lower-case ASCII letters, digits, ``.``, ``-`` or ``_``.
-        ContextTooLong: there are more than 32, or more than 8 KiB.
-    """
-    if context is None:
-        return b""
-    if not isinstance(context, Mapping):
-        raise TypeError(f"a context is a mapping from names to bytes or str, not {type(context).__name__}")
-    if not context:
-        return b""
-    if len(context) > MAX_CONTEXT_PAIRS:
-        raise ContextTooLong(f"a context has at most {MAX_CONTEXT_PAIRS} names, not {len(context)}")
-    fields: list[bytes] = []
-    for name, value in context.items():
-        if not isinstance(name, str):
-            raise TypeError(f"a name of a context is a str, not {type(name).__name__}")
-        if _CONTEXT_NAME.fullmatch(name) is None:
-            raise ValueError(
-                f"invalid name of a context: {name[:80]!r}; use 1 to 64 of a-z, 0-9, '.', '-' and '_'"
-            )
-        if not isinstance(value, Field):
-            raise TypeError(f"the value of {name!r} in a context is bytes or str, not {type(value).__name__}")
-        fields += (name.encode(), _encode_field(value))
-    encoded = b"".join(encode_body(fields, 2**32 - 1)[0])
-    if len(encoded) > MAX_CONTEXT_SIZE:
-        raise ContextTooLong(f"a context takes at most {MAX_CONTEXT_SIZE} bytes, not {len(encoded)}")
-    return encoded
-
-
-def decode_context(field: Received) -> Mapping[str, bytes]:
-    """Decode the context of a request of the peer.
-
-    Raises:
-        ProtocolError: it is not one.
-    """
-    if not field:
-        return NO_CONTEXT
-    if len(field) > MAX_CONTEXT_SIZE:
-        raise ProtocolError(f"a context of {len(field)} bytes exceeds the limit of {MAX_CONTEXT_SIZE}")
-    fields = decode_body(field)
-    if not fields or len(fields) % 2 or len(fields) > 2 * MAX_CONTEXT_PAIRS:
-        raise ProtocolError(f"a context of {len(fields)} fields: names and values take turns, 32 at most")
-    context: dict[str, bytes] = {}
-    for at in range(0, len(fields), 2):
-        name = fields[at].decode("latin-1")
-        if _CONTEXT_NAME.fullmatch(name) is None or name in context:
-            raise ProtocolError(f"invalid or repeated name in a context: {fields[at][:20]!r}")
-        context[name] = fields[at + 1]
-    return MappingProxyType(context)
 
 
 def encode_number(number: int) -> bytes:
@@ -296,7 +241,7 @@ def encode_number(number: int) -> bytes:
     return b"%d" % number
 
 
-def decode_number(field: Received) -> int:
+def decode_number(field: Buffer) -> int:
     """Decode a number inside a packet.
 
     Raises:
@@ -309,8 +254,8 @@ def decode_number(field: Received) -> int:
     raise ProtocolError(f"invalid number: {bytes(field[:20])!r}")
 
 
-def decode_text(field: Received) -> str:
-    """Decode a text inside a packet of ours.
+def decode_text(field: Buffer) -> str:
+    """Decode a text inside a packet.
 
     Raises:
         ProtocolError: it is not UTF-8.
@@ -322,13 +267,13 @@ def decode_text(field: Received) -> str:
 
 
 class PacketDecoder:
-    """Cuts a stream of bytes into packets, however it is chunked.
+    """Decodes a stream of bytes into packets, however the stream is chunked.
 
     Arguments:
         limit: the most bytes a packet's length may be.
 
     Attributes:
-        has_rest: whether something is left of what was taken in: decode on with no more bytes.
+        has_rest: whether received packets remain to be decoded: call `decode` again, without bytes.
     """
 
     __slots__ = ("_buffer", "_limit", "_rest", "has_rest")
@@ -336,33 +281,33 @@ class PacketDecoder:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buffer = bytearray()
-        self._rest: Received = b""  # more packets than are decoded at once
+        self._rest: Buffer = b""  # packets beyond `MAX_AT_ONCE`
         self.has_rest = False
 
     @property
     def buffered(self) -> int:
-        """How many bytes of an unfinished packet are held."""
+        """How many bytes are held of packets that were not decoded."""
         return len(self._buffer) + len(self._rest)
 
-    def decode(self, received: Received | bytearray) -> Iterator[list[Received]]:
-        """Take in more bytes; yield each packet that they complete, as `decode_ours` does.
+    def decode(self, received: Buffer | bytearray) -> Iterator[list[Buffer]]:
+        """Take more bytes, and yield each packet that they complete, as `decode_protocol_packet` does.
 
-        After `MAX_AT_ONCE` packets it stops, and keeps a rest, which goes before all that is taken in later.
+        After `MAX_AT_ONCE` packets it stops and keeps the rest, which must be decoded before more bytes come.
 
-        The packets before a bad one are yielded before it raises. After that the decoder is of no
-        use: where the next packet begins is not known.
+        The packets before a malformed one are yielded first. After the exception the decoder is useless,
+        because nobody knows where the next packet begins.
 
         Raises:
             ProtocolError: a length over the limit, or a malformed packet.
         """
-        data: Received
+        data: Buffer
         if self.has_rest:
             assert not received, "decode the rest first"
             data, self._rest = self._rest, b""
             self.has_rest = False
             size = len(data)
         else:
-            # Views of small fields would cost more than copies, and so would a view for each of many packets.
+            # Copies of small fields cost less than views of them.
             size = len(received)
             data = bytes(received) if size < LARGE_BATCH else memoryview(received)
         position = 0
@@ -379,7 +324,7 @@ class PacketDecoder:
                 return
             position += missing
             self._buffer = bytearray()
-            yield decode_ours(memoryview(buffer)[LENGTH_SIZE:])
+            yield decode_protocol_packet(memoryview(buffer)[LENGTH_SIZE:])
         count = 0
         while size - position >= LENGTH_SIZE:
             start = position + LENGTH_SIZE
@@ -392,7 +337,11 @@ class PacketDecoder:
                 return
             count += 1
             position = end
-            yield _decode_fields(data, start, end) if type(data) is bytes else decode_ours(data[start:end])
+            yield (
+                _decode_fields(data, start, end)
+                if type(data) is bytes
+                else decode_protocol_packet(data[start:end])
+            )
         if position < size:
             self._buffer += data[position:]
 

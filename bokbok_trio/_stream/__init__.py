@@ -1,1 +1,1 @@
-"""Streams: what `trio.abc.Stream` can do, and what can be done without waiting; encryption; the handshake."""
+"""Streams that can also do without waiting; the encrypted stream; the handshake over a stream; pacing."""

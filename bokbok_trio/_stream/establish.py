@@ -1,77 +1,63 @@
-"""The handshake over a stream: its reads and writes, its timeout, its refusals.
+"""The handshake over a stream: its two sides, its timeout, its refusals.
 
-Until the connection is open a stranger may be at the other end. So reads ask for no more than the
-message that must come, every message has a bound, and all of it is done within
-``handshake_timeout``. The caller closes the stream when these functions raise; a server calls `linger`
-before that, or closing could destroy the refusal that it has sent.
+All of it must be done within ``handshake_timeout``. The caller closes the stream when these functions raise.
+A server calls `linger` before that, or closing could destroy the refusal that it has sent.
 
-Of that time a server spends at most `MAX_WAIT_SHARE` on waiting for a turn to look the user up, and refuses
-the client as ``busy`` where that was not enough. For the client has a timeout too: a server that looks up who
-has waited too long looks up only those who are about to give up, and then nobody ever gets in.
+A server waits at most `MAX_WAIT_SHARE` of that time for its turn to look the user up, and then refuses the
+client as ``busy``. The client has a timeout too. If a server looked up clients that have waited longer, it
+would look up only those that are about to give up, and nobody would ever get in.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, Protocol, cast, final
+from typing import Final, Literal, NamedTuple, final
 
 import trio
 
-from .._arguments import list_keys
 from .._errors import AuthenticationError, ConnectionRefused, HandshakeError
-from .._keys import MAX_KEYS, Key, encode_user
+from .._keys import Key
 from .._places import Place
 from .._protocol.budget import Budget
-from .._protocol.handshake import ClientHandshake, Limits, ServerHandshake, encode_refused
+from .._protocol.handshake import ClientHandshake, ServerHandshake, encode_refused
+from .._protocol.limits import Limits
 from .._protocol.options import ROOM
-from .._protocol.packets import LENGTH_SIZE, encode_number
+from .._protocol.packets import encode_number
 from .._settings import Settings
 from .._sockets import PeerCredentials, stream_credentials
-from .._trio_util import call_user, call_user_sync, describe_error, split_exception
+from .._trio_util import describe_error
 from .._types import PeerUser, UserKey
 from .fast import FastStream
-from .secretbox import MAC_SIZE, SecretboxStream
+from .handshake_io import PeerLeft, exchange_hello, receive_packet, send_packet
+from .identify import Failures, LogFailure, look_up_in_turn, name_peer
+from .secretbox import SecretboxStream
 from .socket import make_fast
 
-MAX_PACKET_SIZE: Final = 4096
-"""Bytes of a packet before the connection is open."""
-
-MAX_EARLY_RECORD_SIZE: Final = MAX_PACKET_SIZE + MAC_SIZE
-"""Bytes of a record before the connection is open."""
-
 REFUSAL_DELAY: Final = 0.5
-"""Seconds from `open` to the refusal of a user or key, so that its time does not tell which it was."""
+"""Seconds from `open` to the refusal of a user or a key, so that the time does not tell which of them is
+wrong."""
 
 MAX_WAIT_SHARE: Final = 0.5
-"""The part of `handshake_timeout` that a client may wait for the turn to look it up. The rest is for the
-look-up, and for the client's own timeout, which began a little earlier."""
+"""The part of `handshake_timeout` for which a client may wait to be looked up. The rest is for the look-up,
+and for the client's own timeout, which began a little earlier."""
 
 LINGER_TIME: Final = 1.0
-"""Seconds that a peer has to close its end after it was refused: more than a round trip takes."""
+"""Seconds that a refused peer has to close its end: more than a round trip takes."""
 
 LINGER_SIZE: Final = 2**13
-"""Bytes that are read and dropped meanwhile. Twice what a handshake may have under way; who sends more is no
-client of ours."""
+"""Bytes that are read and dropped meanwhile: twice as many as a handshake may have under way. No client of
+ours sends more."""
 
 HINT: Final = "check whether the server expects a key, and which service"
-"""What mostly is wrong where a handshake ends without a word."""
-
-logger = logging.getLogger("bokbok_trio")
-
-
-class LogFailure(Protocol):
-    """Logs an error of the application's: of which kind it is, a message, its arguments, and the error."""
-
-    def __call__(self, kind: str, message: str, *args: object, error: BaseException | None) -> None: ...
+"""The likely mistakes when a handshake ends without a word."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """An open connection's stream, and what the handshake settled."""
+class Established:
+    """The result of a handshake: the stream of an open connection, and what both sides agreed on."""
 
     stream: FastStream
     user: str | None
@@ -84,11 +70,11 @@ class Opened:
 
 @final
 class Refusal(NamedTuple):
-    """Why a client that is authenticated cannot stay.
+    """Why an authenticated client cannot stay.
 
     Attributes:
-        code, message: what the client is told.
-        reason: what the log is told.
+        code, message: for the client.
+        reason: for the log.
     """
 
     code: Literal["busy", "stopping"]
@@ -103,27 +89,27 @@ TOO_LATE: Final = Refusal(
 )
 
 
-class _PeerLeft(HandshakeError):  # noqa: N818  (what happened)
-    """The peer closed the connection, or it broke."""
-
-
 @final
-class NothingCame(_PeerLeft):
-    """The client left before it had sent a byte, as health checks do."""
-
-
-@final
-class ServerStopped(HandshakeError):  # noqa: N818  (what happened)
+class ServerStopped(HandshakeError):  # noqa: N818  (it says what happened)
     """The server stopped before the handshake was done."""
 
 
 @final
-class Displaced(HandshakeError):  # noqa: N818  (what happened)
-    """The handshake had no place, or lost it."""
+class Displaced(HandshakeError):  # noqa: N818  (it says what happened)
+    """The handshake got no place, or lost it to others."""
 
 
 def _late(settings: Settings) -> HandshakeError:
     return HandshakeError(f"the handshake was not done within {settings.handshake_timeout:g} seconds")
+
+
+def _explain_cancel(place: Place, settings: Settings) -> HandshakeError:
+    """Return the exception for a server's handshake whose scope was cancelled."""
+    if place.is_displaced:
+        return Displaced("the handshake was ended to make room for others")
+    if trio.current_time() < place.scope.deadline:
+        return ServerStopped("the server stopped during the handshake")
+    return _late(settings)
 
 
 def _limits(settings: Settings) -> Limits:
@@ -134,17 +120,17 @@ def _options(settings: Settings) -> Mapping[str, bytes]:
     return {ROOM: encode_number(Budget.share_out(settings.effective_budget).requests)}
 
 
-def _opened(
+def _established(
     stream: FastStream,
     user: str | None,
     credentials: PeerCredentials | None,
     handshake: ClientHandshake | ServerHandshake,
     *,
     settings: Settings,
-) -> Opened:
+) -> Established:
     if isinstance(stream, SecretboxStream) and handshake.final_keys is not None:
         stream.rekey(**handshake.final_keys.for_side(handshake.side))
-    return Opened(
+    return Established(
         stream,
         user,
         credentials,
@@ -155,13 +141,13 @@ def _opened(
     )
 
 
-async def open_as_client(
+async def establish_as_client(
     transport: trio.abc.Stream, *, user: str | None, key: Key | None, service: str, settings: Settings
-) -> Opened:
-    """Do the client's part.
+) -> Established:
+    """Do the client's part of the handshake.
 
     Raises:
-        HandshakeError: or one of its subclasses; then nothing of ours was answered.
+        HandshakeError: it failed; this or a subclass.
     """
     handshake = ClientHandshake(
         user=user, key=key, service=service, limits=_limits(settings), options=_options(settings)
@@ -170,24 +156,23 @@ async def open_as_client(
     fast = make_fast(transport)
     with trio.CancelScope(deadline=trio.current_time() + settings.handshake_timeout):
         try:
-            # In mode plain `open` needs nothing of the server's hello. To wait for that nevertheless would
-            # be a third of the time that it takes to connect. But a stream without a buffer would take no
-            # `open` before the server has sent its hello.
-            goes_along = not handshake.sealed and fast.can_send_nowait
-            await _send(fast, handshake.hello + (handshake.open() if goes_along else b""))
-            stream = await _exchange_hello(fast, handshake)
-            if not goes_along:
-                await _send(stream, handshake.open())
-            handshake.receive_reply(await _receive_packet(stream))
+            # In mode plain `open` does not depend on the server's hello, so it leaves with ours. That saves
+            # a round trip. But a stream without a buffer takes `open` only after the server's hello.
+            is_combined = not handshake.sealed and fast.can_send_nowait
+            await send_packet(fast, handshake.hello + (handshake.open() if is_combined else b""))
+            stream = await exchange_hello(fast, handshake)
+            if not is_combined:
+                await send_packet(stream, handshake.open())
+            handshake.receive_reply(await receive_packet(stream))
         except trio.BrokenResourceError as exc:
             raise HandshakeError(f"{_broken(exc)}; {HINT}") from exc
-        except _PeerLeft as exc:
+        except PeerLeft as exc:
             raise HandshakeError(f"{exc}; {HINT}") from exc.__cause__
-        return _opened(stream, user, credentials, handshake, settings=settings)
+        return _established(stream, user, credentials, handshake, settings=settings)
     raise _late(settings)
 
 
-async def open_as_server(
+async def establish_as_server(
     transport: trio.abc.Stream,
     *,
     user_key: UserKey | None,
@@ -197,84 +182,82 @@ async def open_as_server(
     admit: Callable[[str | None], Refusal | None],
     place: Place,
     log: LogFailure,
-) -> Opened:
-    """Do the server's part.
+) -> Established:
+    """Do the server's part of the handshake.
 
     Arguments:
-        user_key: how to find the key of a user; None for mode plain.
-        peer_user: how to name the client in mode plain; None to let everybody in.
-        admit: called with the user once that is authenticated, or named; returns why the client cannot stay
-            nevertheless.
-        place: the place of this handshake, which runs in its scope. The caller leaves it.
-        log: logs how one of the application's functions failed.
+        user_key: finds the keys of a user. None: mode plain.
+        peer_user: names the client in mode plain. None: everybody gets in.
+        admit: called with the user who was authenticated or named. It returns why the client cannot stay, or
+            None.
+        place: the place of this handshake, which runs in the scope of the place. The caller leaves the place.
+        log: logs how a function of the application failed.
 
     Raises:
-        HandshakeError: or one of its subclasses; the client has been told what it may know.
+        HandshakeError: it failed; this or a subclass. The client has been told what it may know.
     """
     handshake = ServerHandshake(
         sealed=user_key is not None, service=service, limits=_limits(settings), options=_options(settings)
     )
     credentials = stream_credentials(transport)
     fast = make_fast(transport)
-    failures = _Failures(log)
+    failures = Failures(log)
     scope = place.scope
     began = trio.current_time()
     scope.deadline = began + settings.handshake_timeout
     try:
         with scope:
-            stream = await _exchange_hello(fast, handshake)
+            stream = await exchange_hello(fast, handshake)
             place.note_hello()
-            handshake.receive_open(await _receive_packet(stream))
+            handshake.receive_open(await receive_packet(stream))
             place.note_open()
-            # Counted from `open`: from hello, a client could let it pass first, and time the look-up.
+            # Counted from `open`. If it were counted from hello, a client could let the delay pass before it
+            # sends `open`, and measure the look-up.
             refuse_at = trio.current_time() + REFUSAL_DELAY
             if not await place.take_turn(began + MAX_WAIT_SHARE * settings.handshake_timeout):
                 raise await _refuse(stream, TOO_LATE)
-            keys = await _look_up_in_turn(fast, user_key, handshake.user, place, failures)
+            keys = await look_up_in_turn(fast, user_key, handshake.user, place, failures)
             try:
                 accepted = handshake.accept(keys)
-                name = handshake.user if peer_user is None else _name_peer(peer_user, credentials, failures)
+                name = handshake.user if peer_user is None else name_peer(peer_user, credentials, failures)
             except AuthenticationError:
                 place.note_failure()
-                if handshake.sealed:  # whom the system names has nothing to guess
+                if handshake.sealed:  # a peer that the system names has nothing to guess
                     await trio.sleep_until(refuse_at)
                 await _send_refusal(stream, "authentication", "authentication failed")
                 raise
             refusal = admit(name or None)
             if refusal is not None:
                 raise await _refuse(stream, refusal)
-            await _send(stream, accepted)
-            # Cancelled too late to be caught is cancelled nevertheless: nobody would end it later.
+            await send_packet(stream, accepted)
+            # The scope may have been cancelled when no checkpoint followed. Then whoever cancelled it expects
+            # that this handshake fails, and would not end the connection later.
             if not scope.cancel_called:
-                return _opened(stream, name or None, credentials, handshake, settings=settings)
+                return _established(stream, name or None, credentials, handshake, settings=settings)
     except trio.BrokenResourceError as exc:
         raise HandshakeError(_broken(exc)) from exc
     finally:
         failures.log()
-    if place.is_displaced:
-        raise Displaced("the handshake was ended to make room for others")
-    if trio.current_time() < scope.deadline:
-        raise ServerStopped("the server stopped during the handshake")
-    raise _late(settings)
+    raise _explain_cancel(place, settings)
 
 
 async def linger(transport: trio.abc.Stream) -> None:
-    """Let a peer read what it was sent last, before the caller closes the transport.
+    """Let a peer read the last bytes that it was sent, before the caller closes the transport.
 
-    A socket that is closed with something unread resets the connection, and the peer's system then drops
-    what the peer has not read yet. So say that nothing follows, and read and drop until the peer has closed
-    its end, for a second and 8 KiB at most.
+    If a socket is closed with unread bytes, the connection is reset, and the peer's system drops what the
+    peer has not read yet. So say that nothing follows, and read and drop until the peer has closed its end:
+    for a second and 8 KiB at most.
     """
     with trio.move_on_after(LINGER_TIME), suppress(trio.BrokenResourceError):
         if isinstance(transport, trio.abc.HalfCloseableStream):
             await transport.send_eof()
-        left = LINGER_SIZE
-        while left > 0 and (dropped := len(await transport.receive_some(left))):
-            left -= dropped
+        remaining = LINGER_SIZE
+        while remaining > 0 and (dropped := len(await transport.receive_some(remaining))):
+            remaining -= dropped
 
 
 async def _refuse(stream: FastStream, refusal: Refusal) -> ConnectionRefused:
-    """Tell the client that it cannot stay, and return the exception to raise, which says why."""
+    """Tell the client that it cannot stay. Return the exception to raise, which says why."""
     await _send_refusal(stream, refusal.code, refusal.message)
     return ConnectionRefused(refusal.reason, refusal.code)
 
@@ -285,169 +268,8 @@ async def _send_refusal(
     message: str,
 ) -> None:
     with suppress(trio.BrokenResourceError):
-        await _send(stream, encode_refused(code, message))
+        await send_packet(stream, encode_refused(code, message))
 
 
 def _broken(error: trio.BrokenResourceError) -> str:
     return f"the connection broke during the handshake: {describe_error(error)}"
-
-
-async def _exchange_hello(transport: FastStream, handshake: ClientHandshake | ServerHandshake) -> FastStream:
-    """Receive the other side's hello, answer it where we are the server, and enter the channel."""
-    # A client's hello comes right after its dialling.
-    hello = transport.receive_nowait(handshake.hello_size) if handshake.side == "server" else b""
-    while len(hello) < handshake.hello_size:
-        handshake.check_hello(hello)
-        try:
-            hello += await _receive(transport, handshake.hello_size - len(hello))
-        except (_PeerLeft, trio.BrokenResourceError) as exc:
-            # Where the system reports a reset, Trio says so in the cause; TLS that fails is another matter.
-            if hello or handshake.side == "client" or not isinstance(exc.__cause__, ConnectionError | None):
-                raise
-            raise NothingCame(f"the client left before it had sent anything: {describe_error(exc)}") from exc
-    handshake.receive_hello(hello)
-    if handshake.side == "server":
-        await _send(transport, handshake.hello)
-    if not handshake.sealed:
-        return transport
-    keys = handshake.channel_keys().for_side(handshake.side)
-    return SecretboxStream(transport, **keys, max_record_size=MAX_EARLY_RECORD_SIZE)
-
-
-async def _send(stream: FastStream, packet: bytes) -> None:
-    """Send a packet.
-
-    Over a socket this is no checkpoint, and need not be one: a client goes on to receive, and a server's
-    task is the library's own.
-    """
-    if not stream.can_send_nowait:
-        await stream.send_all(packet)
-    elif not stream.send_nowait(packet):
-        await stream.send_all(b"")
-
-
-async def _receive_packet(stream: FastStream) -> bytes:
-    """Receive what must be exactly one packet: a record's worth, or, in the clear, by its length."""
-    if isinstance(stream, SecretboxStream):
-        return await _receive(stream, None)
-    packet = stream.receive_nowait(LENGTH_SIZE)  # mostly it is here already
-    while len(packet) < LENGTH_SIZE:
-        packet += await _receive(stream, LENGTH_SIZE - len(packet))
-    size = int.from_bytes(packet, "big")
-    if size > MAX_PACKET_SIZE:
-        raise HandshakeError(f"packet of {size} bytes in the handshake; the limit is {MAX_PACKET_SIZE}")
-    end = LENGTH_SIZE + size
-    packet += stream.receive_nowait(size)
-    while len(packet) < end:
-        packet += await _receive(stream, end - len(packet))
-    return packet
-
-
-async def _receive(stream: FastStream, most: int | None) -> bytes:
-    data = await stream.receive_some(most)
-    if not data:
-        raise _PeerLeft("the peer closed the connection during the handshake")
-    return bytes(data)
-
-
-def _check_still_there(transport: FastStream) -> None:
-    """Do not look up a client that has left while it waited, as far as that can be told."""
-    if transport.has_hung_up():
-        raise _PeerLeft("the client left while it waited to be looked up")
-
-
-@final
-class _Failures:
-    """Failures of the application's functions. They are logged when the client has been answered, because
-    logging takes time, by which a client could tell who is known.
-    """
-
-    def __init__(self, log: LogFailure) -> None:
-        self._log = log
-        self._too_many = 0
-        self._found: list[tuple[str, object, BaseException, BaseException]] = []
-
-    def add(self, what: str, whom: object, exc: BaseException) -> None:
-        """Take a failure, and raise what of it must go further, as `split_exception` tells."""
-        error, rest = split_exception(exc)
-        if error is not None:
-            self._found.append((what, whom, error, exc))  # a group is split, so the two may differ
-        if rest is not None:
-            raise rest from rest.__cause__
-
-    def note_too_many(self, keys: int) -> None:
-        """There are more keys of a user than are tried."""
-        self._too_many = keys
-
-    def log(self) -> None:
-        """Log them, and drop their tracebacks: an exception that is raised again and again, because it was
-        made only once, would collect them, with all that the frames hold.
-        """
-        for what, whom, error, raised in self._found:
-            self._log(f"{what}: {type(error).__name__}", "%s %r failed", what, whom, error=error)
-            _drop_tracebacks(raised)
-        self._found.clear()
-        if self._too_many:
-            text = "user_key found %d keys, and only the first %d are tried"
-            self._log("too many keys", text, self._too_many, MAX_KEYS, error=None)
-
-
-def _drop_tracebacks(error: BaseException) -> None:
-    error.__traceback__ = None
-    if isinstance(error, BaseExceptionGroup):
-        for member in cast("BaseExceptionGroup[BaseException]", error).exceptions:
-            _drop_tracebacks(member)
-
-
-async def _look_up_in_turn(
-    transport: FastStream, user_key: UserKey | None, user: str | None, place: Place, failures: _Failures
-) -> Sequence[Key]:
-    """Use the turn that was taken, and end it."""
-    try:
-        _check_still_there(transport)
-        return await _look_up(user_key, user, failures)
-    finally:
-        place.end_turn()
-
-
-async def _look_up(user_key: UserKey | None, user: str | None, failures: _Failures) -> Sequence[Key]:
-    """The keys a user may have. A failing look-up finds none, like that of an unknown user."""
-    if user_key is None or user is None:
-        return ()
-    try:
-        found = await call_user(user_key, user) if callable(user_key) else user_key.get(user)
-        return _check_keys(found, failures)
-    except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
-        failures.add("looking up the key of user", user, exc)
-    return ()
-
-
-def _name_peer(peer_user: PeerUser, credentials: PeerCredentials | None, failures: _Failures) -> str:
-    """The user at the other end. A function that fails names nobody.
-
-    Raises:
-        AuthenticationError: there is no name.
-    """
-    if credentials is None:
-        raise AuthenticationError("the system does not tell who the peer is, so peer_user was not asked")
-    try:
-        user = call_user_sync(peer_user, credentials)
-        if user is not None:
-            encode_user(user)
-            return user
-    except BaseException as exc:  # noqa: BLE001  (as above)
-        failures.add("naming the peer", credentials, exc)
-    raise AuthenticationError(f"peer_user has no name for {credentials}")
-
-
-def _check_keys(found: object, failures: _Failures) -> Sequence[Key]:
-    if found is None:
-        return ()
-    keys: list[Key] = []
-    for key in list_keys(found):
-        if not isinstance(key, Key):
-            raise TypeError(f"user_key found {type(key).__name__}, not a Key")
-        keys.append(key)
-    if len(keys) > MAX_KEYS:
-        failures.note_too_many(len(keys))
-    return keys

@@ -1,10 +1,10 @@
-"""`FastStream`: a stream that also does, without waiting, what needs no waiting.
+"""`FastStream`: a stream that can also send, receive and close without waiting.
 
-Most of what a small request costs is the waking of tasks. Trio's streams give others a turn at every call; a
-fast stream can be given some data in passing, and keeps what did not leave.
+A small request costs little besides the waking of tasks, and every call of a Trio stream lets other tasks
+run. A fast stream takes data in a plain function call. If it cannot write all of it, it keeps the rest.
 
 A connection owns one fast stream, and nobody asks what it is made of: a socket (`SocketStream`), secretbox
-over another fast stream (`SecretboxStream`), or any other stream (`PlainStream`), which waits for everything.
+over another fast stream (`SecretboxStream`), or any other Trio stream (`PlainStream`), which always waits.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Final, NamedTuple, final
 import trio
 
 from .._fork import close_in_child
-from .._protocol.packets import Received
+from .._protocol.packets import Buffer
 
 RECEIVE_SIZE: Final = 2**16
-"""Bytes that a stream that is no socket is asked for at once: a batch."""
+"""Bytes that are asked of a stream other than a socket at once: a batch."""
 
 
 @final
 class Load(NamedTuple):
-    """What TCP has to do, as of one moment: sizes in bytes, times in seconds.
+    """The state of a TCP connection at one moment: sizes in bytes, times in seconds.
 
     Attributes:
-        queued: written and not acknowledged.
-        unsent: of these, not sent yet.
-        acknowledged: of all that was ever written.
-        round_trip: as of late.
-        least_round_trip: the shortest in the last minutes, which tells how long the empty path is.
+        queued: bytes that were written and are not acknowledged.
+        unsent: how many of these were not sent yet.
+        acknowledged: bytes that were acknowledged since the connection was opened.
+        round_trip: the recent round trip time.
+        least_round_trip: the shortest in the last minutes, which is the round trip time of the empty path.
     """
 
     queued: int
@@ -41,17 +41,17 @@ class Load(NamedTuple):
 
 
 class FastStream(trio.abc.Stream):
-    """A stream, and what can be done with it without waiting.
+    """A Trio stream with functions that do not wait.
 
-    What `send_nowait` was given and could not write is the *rest*. It leaves before anything else, with the
-    next `send_all`, which may be an empty one.
+    The bytes that `send_nowait` was given and could not write are the *rest*. The next `send_all` sends the
+    rest before anything else; it may be an empty one.
     """
 
     __slots__ = ()
 
     @property
     def can_send_nowait(self) -> bool:
-        """Whether `send_nowait` may be called, if no other task sends: it can be, and there is no rest."""
+        """Whether `send_nowait` may be called, if no other task sends. It may not while there is a rest."""
         return False
 
     @property
@@ -61,60 +61,60 @@ class FastStream(trio.abc.Stream):
 
     @abstractmethod
     def send_nowait(self, data: bytes | memoryview) -> bool:
-        """Write what can leave at once, and keep the rest. Return whether there is none.
+        """Write as many bytes as can leave at once, and keep the rest. Return whether there is no rest.
 
-        It raises nothing where the stream is broken: that keeps everything, and `send_all` finds out why.
+        If the stream is broken, it raises nothing and keeps everything; `send_all` then raises the reason.
         """
 
     @abstractmethod
-    async def receive_view(self) -> Received | bytearray:
-        """Receive some of what is there. It is good until the next checkpoint. Empty: the stream has ended.
+    async def receive_view(self) -> Buffer | bytearray:
+        """Receive some bytes, which are good until the next checkpoint. Empty: the stream has ended.
 
         Raises as `receive_some` does.
         """
 
     def receive_nowait(self, max_bytes: int) -> bytes:  # noqa: ARG002
-        """Return what is there already, as far as that can be told at once; else nothing."""
+        """Return bytes that are here already; nothing if there are none, or if the stream cannot tell."""
         return b""
 
     @abstractmethod
     async def send_end(self) -> bool:
-        """Send the rest, and that nothing follows. Return whether the stream can say so. Again does nothing.
+        """Send the rest, and then the end of this direction. Return whether the stream can send an end.
 
-        Raises as `send_all` does.
+        A second call does nothing. Raises as `send_all` does.
         """
 
     def send_end_nowait(self) -> bool:
-        """As `send_end`, as far as nothing has to be waited for. Return whether the end has left."""
+        """Send the end of this direction, if that needs no waiting. Return whether the end has left."""
         return False
 
     @abstractmethod
     def close_nowait(self) -> bool:
-        """Close the stream, if that needs no waiting; return whether it was so. Again does no harm."""
+        """Close the stream, if that needs no waiting. Return whether it is closed now."""
 
     def count_unacknowledged(self) -> int:
-        """Count the bytes that were written and have not arrived; 0 where the system does not say."""
+        """Count the bytes that were written and are not acknowledged; 0 if the system does not tell."""
         return 0
 
     def is_drained(self) -> bool:
-        """Whether nearly nothing is unacknowledged, as far as that is known. It costs less than `load`."""
+        """Whether nearly nothing is unacknowledged; False if that is not known. It is cheaper than `load`."""
         return False
 
     def load(self) -> Load | None:
-        """Ask what TCP has to do; None where that is not known."""
+        """Ask for the state of the TCP connection; None if it is not known."""
         return None
 
     def has_hung_up(self) -> bool:
-        """Whether the peer has ended the stream, as far as that can be told without receiving."""
+        """Whether the peer has ended the stream; False if that cannot be told without receiving."""
         return False
 
 
 @final
 class PlainStream(FastStream):
-    """Any other stream: everything is waited for.
+    """A fast stream over any Trio stream. It waits for everything.
 
     Arguments:
-        stream: it is this one's from now on.
+        stream: belongs to this one from now on.
     """
 
     __slots__ = ("_stream",)
@@ -124,7 +124,7 @@ class PlainStream(FastStream):
         close_in_child(stream)
 
     def send_nowait(self, data: bytes | memoryview) -> bool:  # noqa: ARG002
-        """Not to be called: `can_send_nowait` is False."""
+        """Never called, because `can_send_nowait` is False."""
         raise AssertionError("this stream sends nothing without waiting")
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -140,7 +140,7 @@ class PlainStream(FastStream):
         return await self._stream.receive_some(max_bytes)
 
     async def receive_view(self) -> bytes | bytearray:
-        """As the stream receives some."""
+        """As the stream's `receive_some`."""
         return await self._stream.receive_some(RECEIVE_SIZE)
 
     async def send_end(self) -> bool:

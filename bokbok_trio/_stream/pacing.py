@@ -1,19 +1,19 @@
-"""Hold pieces of big packets back while what TCP has of them stands in the way of small packets.
+"""When to hold back pieces of big packets, so that small packets need not queue behind them.
 
-What was handed to the system can no longer be overtaken: it is in the socket, where TCP has not sent
-it, or in the queue before the narrowest link, which TCP keeps filling until it overflows. Both are
-bounded here, by what drained of late::
+Small packets cannot overtake bytes that were handed to the system. Those wait in the socket, or in the queue
+before the narrowest link of the path, which TCP keeps filling until it overflows. So their number is bounded
+here, by the rate at which bytes were acknowledged recently::
 
-    rate = what the other side acknowledged in a while / that while
-    bound = rate * (2 * round trip of the empty way + QUEUE_TIME)
+    rate = bytes acknowledged in a span of time / that span
+    bound = rate * (2 * round trip time of the empty path + QUEUE_TIME)
 
-A piece waits while more than that is unacknowledged, and either the round trip or what TCP has not
-sent says that there is a queue. Twice the way, since that is what BBR (Cardwell et al., ACM Queue
-2016) allows itself, and with less a long way would not be used to the full. Small packets never wait.
+A piece waits while more bytes than that are unacknowledged, and the round trip time or the number of unsent
+bytes shows a queue. The factor 2 is the one of BBR (Cardwell et al., ACM Queue 2016): with less, a long path
+would not be used to the full. Small packets never wait.
 
-A way that others fill looks like a slow one, so beside a flow that fills a long queue big packets get
-less than their share: at least `LEAST_BOUND` for each round trip. Where nothing
-drains, a piece is sent nevertheless after `MAX_WAIT`: then the send is stuck, which the watchdog sees.
+A path that other flows keep full looks like a slow path. Beside a flow with a long standing queue, big
+packets get less than their fair share, but at least `LEAST_BOUND` per round trip. If nothing is acknowledged
+at all, a piece is sent after `MAX_WAIT`. Then the send is stuck, and the watchdog sees that.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from .._protocol.outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
 from .fast import Load
 
 QUEUE_TIME: Final = 0.025
-"""Seconds of queue, over as long as the way itself, that big packets may make."""
+"""Seconds of queue that big packets may cause, beyond one round trip time."""
 
 LEAST_BOUND: Final = 2 * MIN_BATCH_SIZE
-"""Bytes that may always be unacknowledged, so that one batch can arrive while the next is made."""
+"""Bytes that may always be unacknowledged, so that one batch can be under way while the next one is made."""
 
 PAUSE: Final = 0.002
-"""Seconds after which to look again: far less than `QUEUE_TIME`, and some 500 looks in a second."""
+"""Seconds until the next look at the load: far less than `QUEUE_TIME`, and only some 500 looks a second."""
 
 MAX_WAIT: Final = 0.5
-"""Seconds that a piece waits at most; `LEAST_BOUND` drains in that at 0.5 Mbit/s."""
+"""Seconds that a piece waits at most. In this time a link of 0.5 Mbit/s carries `LEAST_BOUND`."""
 
 
 @final
 class Pacer:
-    """Says how much of big packets may be sent.
+    """Tells how many bytes of big packets may be sent.
 
     Arguments:
-        load: asks for the load; None is no bound.
-        is_drained: asks whether nearly nothing is queued; False where that is not known.
+        load: returns the load. None: it is not known, and there is no bound.
+        is_drained: returns whether nearly nothing is unacknowledged; False if that is not known.
     """
 
     __slots__ = ("_acknowledged", "_granted_at", "_is_drained", "_load", "_rate", "_since", "_was_idle")
@@ -53,21 +53,21 @@ class Pacer:
     ) -> None:
         self._load = load
         self._is_drained = is_drained
-        self._granted_at = 0.0  # when a piece was last let go
-        self._rate = 0.0  # bytes a second, as of the last span of time that tells
-        self._since = 0.0  # when the span under way began, and what was acknowledged by then
-        self._acknowledged = 0
-        self._was_idle = True  # nearly nothing was queued at a time in it: it can only raise the rate
+        self._granted_at = 0.0  # when a piece was last allowed
+        self._rate = 0.0  # bytes a second, in the last span that was not idle
+        self._since = 0.0  # when the span under way began
+        self._acknowledged = 0  # bytes, by then
+        # Whether nearly nothing was queued at some time in the span. Such a span can only raise the rate.
+        self._was_idle = True
 
     def room(self, now: float) -> int:
-        """How many bytes of big packets may be sent now: none, or enough for a batch.
+        """Return how many bytes of big packets may be sent now: none, or enough for a batch.
 
         Arguments:
             now: the time, in seconds.
         """
         if now < self._since + QUEUE_TIME and self._is_drained():
-            # It is too early to measure, so this is what the load would lead to. Asking for that each
-            # time takes 7 us of an echo of 64 KiB.
+            # It is too early to measure, so the load would lead to the same result. But it would cost more.
             self._was_idle = True
             self._granted_at = now
             return MAX_BATCH_SIZE
@@ -92,7 +92,7 @@ class Pacer:
         rate = (load.acknowledged - self._acknowledged) / span
         if rate > self._rate or not self._was_idle:
             self._rate = rate
-        # After idleness nothing is acknowledged for a round trip, so that counts in the next span too.
+        # After an idle time nothing is acknowledged for one round trip. So the next span is idle as well.
         self._since, self._acknowledged, self._was_idle = now, load.acknowledged, is_idle
 
     def _judge(self, load: Load) -> int:

@@ -1,30 +1,15 @@
-"""`SecretboxStream`: a `trio.abc.Stream` adapter that seals everything it sends.
+"""`SecretboxStream`: a `trio.abc.Stream` adapter that seals everything it sends, in `records`.
 
 Theory of operation
 ===================
 
-What is sent leaves as *records*::
+Sending and receiving share nothing but the transport. Either can break, and the other goes on.
 
-    u16 length, big-endian | secretbox(key, nonce, plaintext)       length of the box, 16 to 65,535
+If the transport's ``send_all`` raises anything, cancellation included, nobody knows how much of a record has
+left. Nothing can follow it, so sending is broken for good.
 
-Each direction has a key of its own and counts its records from 0; the count, as 24 big-endian
-bytes, is the nonce, and is never sent. So a record opens only as the very next one of its direction
-under its key: one that was altered, repeated, left out, moved, or reflected does not open, and that
-is the end of receiving. An empty plaintext (length 16) is the *end record*: the sender says, and
-the seal proves, that nothing follows. The end of the transport anywhere else is truncation.
-
-The keys must be used for this one stream only, or nonces repeat; hence the class is not exported.
-
-Invariants
-==========
-
-- Sending and receiving share nothing but the transport. Either can break, and the other goes on.
-- Once a record's sealing has begun, its nonce is spent. If the transport's ``send_all`` then raises
-  anything, cancellation included, how much of it left is not known, so sending is broken for good.
-- Ciphertext is opened one record at a time, when it is asked for, and what was read and not yet
-  opened stays in ``_ciphertext``: cancelling `receive_some` loses nothing, and after `rekey` it is
-  opened under the new key.
-- A forked child has the same keys and counters, so it seals and opens nothing: see `abandon`.
+The keys must be used for this one stream only, or nonces repeat. That is why the class is not exported. A
+forked child has the same keys and counters, so it seals and opens nothing: see `abandon`.
 """
 
 from __future__ import annotations
@@ -35,73 +20,23 @@ from operator import index
 from typing import Final, final
 
 import trio
-from nacl.bindings import crypto_secretbox, crypto_secretbox_open
-from nacl.exceptions import CryptoError
 
 from .._fork import abandon_in_child
-from .._protocol.packets import MAX_AT_ONCE, Received
 from .fast import FastStream, Load
+from .records import HEADER_SIZE, MAX_PLAINTEXT_SIZE, MAX_RECORD_SIZE, Direction, Keyless, Opener
 from .socket import make_fast
 
-HEADER_SIZE: Final = 2
-"""Bytes of a record's length."""
-
-MAC_SIZE: Final = 16
-"""Bytes that secretbox adds to a plaintext. A record of just that is the end record."""
-
-MAX_RECORD_SIZE: Final = 2**16 - 1
-"""Bytes of a record without its header: the length is a u16."""
-
-MAX_PLAINTEXT_SIZE: Final = MAX_RECORD_SIZE - MAC_SIZE
-"""Bytes of plaintext in one record."""
-
 RECORDS_PER_SEND: Final = 4
-"""Records sealed and handed to the transport at once, so that a big send is few system calls and
-is never held in memory a second time as a whole."""
+"""Records that are sealed and handed to the transport at once. A big send is few system calls, and its whole
+ciphertext is never held in memory."""
 
 SPLIT_THRESHOLD: Final = 2**15
-"""Bytes of a batch from which on a part of it is sealed and sent ahead."""
+"""Bytes. A batch of at least this size is sealed and sent in two parts, a small one first."""
 
 HEAD_START: Final = 2**13
-"""Bytes of that part. With half of the batch ahead the peer mostly wakes twice."""
+"""Bytes of the first part. If it were half of the batch, the peer would mostly wake twice."""
 
-_NONCE_SIZE: Final = 24
 _CLOSED: Final = "this stream was closed"
-
-
-class _Direction:
-    """The key and the record counter of one direction."""
-
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-        self._counter = 0
-
-    def _nonce(self) -> bytes:
-        nonce = self._counter.to_bytes(_NONCE_SIZE, "big")
-        self._counter += 1
-        return nonce
-
-    def seal(self, plaintext: bytes | memoryview) -> bytes:
-        box = crypto_secretbox(plaintext, self._nonce(), self._key)  # type: ignore[arg-type]  # any buffer
-        return len(box).to_bytes(HEADER_SIZE, "big") + box
-
-    def open(self, box: memoryview) -> bytes:
-        return crypto_secretbox_open(box, self._nonce(), self._key)  # type: ignore[arg-type]  # any buffer
-
-
-@final
-class _Keyless(_Direction):
-    """A direction that is over, and why. It has no key."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(b"")
-        self._reason = reason
-
-    def seal(self, plaintext: bytes | memoryview) -> bytes:  # noqa: ARG002
-        raise trio.ClosedResourceError(self._reason)
-
-    def open(self, box: memoryview) -> bytes:
-        return self.seal(box)
 
 
 @final
@@ -109,10 +44,10 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
     """An encrypted, authenticated stream over another stream.
 
     Arguments:
-        transport: the stream to send records over. Closed with this one.
+        transport: the stream that carries the records. It is closed with this one.
         send_key, receive_key: 32 bytes each, used for this stream only.
-        max_record_size: bytes of a record, without its header, that will be accepted; reads ask the
-            transport for no more than a header and so many bytes.
+        max_record_size: bytes of a record, without its header, that are accepted. Reads ask the transport for
+            no more than a header and so many bytes.
     """
 
     _abandoned = False
@@ -127,29 +62,23 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
     ) -> None:
         self._transport = make_fast(transport)
         self._closed = False
-        self._sealer = _Direction(send_key)
+        self._sealer = Direction(send_key)
         self._send_busy = False
         self._send_broken = False
         self._send_ended = False
-        self._opener = _Direction(receive_key)
-        self._max_record_size = max_record_size
+        self._opener = Opener(Direction(receive_key), max_record_size)
         self._receive_busy = False
-        self._receive_failure: str | None = None
-        self._receive_ended = False
-        self._ciphertext = bytearray()
-        self._plaintext = b""
-        self._position = 0  # of what was not yet received of it
         abandon_in_child(self)
 
     def rekey(self, *, send_key: bytes, receive_key: bytes) -> None:
-        """Go on under new keys, from the next record on, in both directions.
+        """Use new keys from the next record on, in both directions.
 
-        Counters start again at 0, and full-sized records are accepted. To be called between two
-        records, when the other side does the same.
+        Counters start again at 0, and records of full size are accepted. Call it between two records, when
+        the other side does the same.
         """
-        self._sealer = _Direction(send_key)
-        self._opener = _Direction(receive_key)
-        self._max_record_size = MAX_RECORD_SIZE
+        self._sealer = Direction(send_key)
+        self._opener.direction = Direction(receive_key)
+        self._opener.max_record_size = MAX_RECORD_SIZE
 
     # ---- sending ----
 
@@ -184,22 +113,10 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
                     await self._send_rest()
                 step = RECORDS_PER_SEND * MAX_PLAINTEXT_SIZE
                 for start in range(0, len(plaintext), step):
-                    await self._transmit(self._seal(plaintext[start : start + step]))
-
-    def _seal(self, data: bytes | memoryview) -> bytes:
-        """The records of some data, which must leave next, and whole."""
-        assert data, "an empty record would be the end"
-        if len(data) <= MAX_PLAINTEXT_SIZE:
-            return self._sealer.seal(data)
-        return b"".join(
-            [
-                self._sealer.seal(data[at : at + MAX_PLAINTEXT_SIZE])
-                for at in range(0, len(data), MAX_PLAINTEXT_SIZE)
-            ]
-        )
+                    await self._transmit(self._sealer.seal_all(plaintext[start : start + step]))
 
     async def _send_rest(self) -> None:
-        """Send what of sealed records was kept; a checkpoint in any case."""
+        """Send the rest of earlier records, if any is kept. It is a checkpoint in any case."""
         if self._transport.has_rest:
             await self._transmit(b"")
         else:
@@ -212,20 +129,21 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
 
     @property
     def has_rest(self) -> bool:
-        """See `FastStream`. Kept are whole records, and the end of one."""
+        """See `FastStream`. The rest consists of whole records, and the end of one."""
         return self._transport.has_rest
 
     def send_nowait(self, data: bytes | memoryview) -> bool:
-        """See `FastStream`. Many bytes leave as two parts: the peer wakes while the second is being sealed.
+        """See `FastStream`. Many bytes leave in two parts: the peer wakes while the second one is being
+        sealed.
 
         Raises:
             trio.ClosedResourceError: this side was closed.
         """
         if len(data) < SPLIT_THRESHOLD:
-            return self._transport.send_nowait(self._seal(data))
+            return self._transport.send_nowait(self._sealer.seal_all(data))
         view = memoryview(data)
-        self._transport.send_nowait(self._seal(view[:HEAD_START]))
-        return self._transport.send_nowait(self._seal(view[HEAD_START:]))
+        self._transport.send_nowait(self._sealer.seal_all(view[:HEAD_START]))
+        return self._transport.send_nowait(self._sealer.seal_all(view[HEAD_START:]))
 
     async def wait_send_all_might_not_block(self) -> None:
         """See `trio.abc.SendStream.wait_send_all_might_not_block`. Raises as `send_all` does."""
@@ -234,7 +152,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
             await self._transport.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
-        """Send the end record: nothing follows in this direction. Again does nothing.
+        """Send the end record: nothing follows in this direction. A second call does nothing.
 
         Raises as `send_all` does.
         """
@@ -259,18 +177,18 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
         return True
 
     def send_end_nowait(self) -> bool:
-        """See `FastStream`. Where it must not be said, nothing is sent."""
+        """See `FastStream`. If the end record must not be sent, nothing is."""
         if not self._transport.can_send_nowait:
             return False
         end = self._seal_end()
         return not end or self._transport.send_nowait(end)
 
     def _seal_end(self) -> bytes:
-        """Return the end record, which must leave next; empty where it must not be sent.
-
-        Nor must it where receiving failed: the other side would take what somebody spoiled for a close.
-        """
-        if self._closed or self._send_ended or self._send_broken or self._send_busy or self._receive_failure:
+        """Return the end record, which must leave next. Empty: it must not be sent."""
+        if self._closed or self._send_ended or self._send_broken or self._send_busy:
+            return b""
+        # After a receive that failed the peer must not see an orderly end: somebody spoiled the stream.
+        if self._opener.failure:
             return b""
         self._send_ended = True
         return self._sealer.seal(b"")
@@ -295,17 +213,17 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
         try:
             await self._transport.send_all(records)
         except BaseException:
-            # How much of the records left is not known, so nothing can follow them.
+            # Nobody knows how much of the records has left, so nothing can follow them.
             self._send_broken = True
             raise
 
     # ---- receiving ----
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Receive the plaintext of one record, or the rest of one.
+        """Receive the plaintext of one record, or the rest of it.
 
         Arguments:
-            max_bytes: at least 1; what is over it is kept for the next call.
+            max_bytes: at least 1. Further bytes of the record are kept for the next call.
 
         Returns:
             At least one byte, or ``b""`` for ever once the end record has come.
@@ -313,8 +231,8 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
         Raises:
             trio.BusyResourceError: another task is receiving.
             trio.ClosedResourceError: this side was closed.
-            trio.BrokenResourceError: the transport is broken. Or it ended without an end record,
-                or a record does not open, which breaks receiving for good.
+            trio.BrokenResourceError: the transport is broken; or it ended without an end record; or a record
+                does not open. The last two break receiving for good.
         """
         if max_bytes is not None and index(max_bytes) < 1:
             raise ValueError("max_bytes must be at least 1")
@@ -326,124 +244,39 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
             await self._fill()
         finally:
             self._receive_busy = False
-        start = self._position
-        end = len(self._plaintext) if max_bytes is None else start + max_bytes
-        received = self._plaintext[start:end]
-        self._position += len(received)
-        return received
+        return self._opener.take(max_bytes)
 
     async def receive_view(self) -> bytes:
-        """As `receive_some`, but of the records that are here already, together: `MAX_AT_ONCE` at most.
+        """Receive as `receive_some` does, but all records that are here already, `MAX_AT_ONCE` at most.
 
-        For one task at a time.
+        One task at a time may call it.
         """
-        if self._receive_failure is not None or self._receive_ended or self._position < len(self._plaintext):
+        opener = self._opener
+        if opener.failure is not None or opener.has_ended or opener.has_plaintext:
             return await self.receive_some()
-        if self._has_record():
-            # First, as what is opened below would be lost if this were cancelled.
+        if opener.has_record():
+            # The checkpoint comes first: if it came later, a cancellation would lose the opened records.
             await trio.lowlevel.checkpoint()
-            if plaintext := self._open_all(b""):
+            if plaintext := opener.open_all(b""):
                 return plaintext
-        data: Received | bytearray
-        while not self._receive_ended:
+        while not opener.has_ended:
             self._check_open()
-            data = await self._transport.receive_view()
-            if plaintext := self._open_all(self._check_received(data)):
+            if plaintext := opener.open_all(opener.check(await self._transport.receive_view())):
                 return plaintext
         return b""
 
-    def _open_all(self, data: Received | bytearray) -> bytes:
-        """Open what more data completes, in one piece, up to `MAX_AT_ONCE` records.
-
-        A record that does not open is the next call's.
-        """
-        if self._ciphertext:
-            self._ciphertext += data
-            data = self._ciphertext
-        plaintexts: list[bytes] = []
-        position = 0
-        size = len(data)
-        with memoryview(data) as view:
-            try:
-                while (
-                    position < size
-                    and len(plaintexts) < MAX_AT_ONCE
-                    and (end := self._open_at(view, position)) > position
-                ):
-                    position = end
-                    plaintexts.append(self._plaintext)
-            except trio.BrokenResourceError:
-                if not plaintexts:
-                    raise
-            else:
-                # A copy, as the view is of what will be received over.
-                self._ciphertext = bytearray(view[position:]) if position < size else bytearray()
-        self._position = len(self._plaintext)
-        return plaintexts[0] if len(plaintexts) == 1 else b"".join(plaintexts)
-
     async def _fill(self) -> None:
-        """Have some plaintext, or the end, or raise. One checkpoint at least."""
-        if self._receive_failure is not None:
-            raise trio.BrokenResourceError(self._receive_failure)
-        if (
-            self._position < len(self._plaintext)
-            or self._receive_ended
-            or (self._ciphertext and self._open_next())
-        ):
+        """Wait until there is plaintext, or the end; or raise. It is a checkpoint in any case."""
+        opener = self._opener
+        if opener.failure is not None:
+            raise trio.BrokenResourceError(opener.failure)
+        if opener.has_plaintext or opener.has_ended or opener.open_next(b""):
             await trio.lowlevel.checkpoint()
             return
         while True:
-            data = await self._transport.receive_some(HEADER_SIZE + self._max_record_size)
-            self._ciphertext += self._check_received(data)
-            if self._open_next():
+            data = await self._transport.receive_some(HEADER_SIZE + opener.max_record_size)
+            if opener.open_next(opener.check(data)):
                 return
-
-    def _check_received(self, data: Received | bytearray) -> Received | bytearray:
-        if not data:
-            raise self._broken("the stream was cut short: it ended without an end record")
-        return data
-
-    def _has_record(self) -> bool:
-        """Whether all of the next record is here."""
-        data = self._ciphertext
-        return len(data) >= HEADER_SIZE and len(data) >= HEADER_SIZE + (data[0] << 8 | data[1])
-
-    def _open_next(self) -> bool:
-        """Open the next record, if all of it is here. True: there is plaintext, or the end."""
-        with memoryview(self._ciphertext) as view:
-            end = self._open_at(view, 0)
-        del self._ciphertext[:end]
-        return end > 0
-
-    def _open_at(self, data: memoryview, start: int) -> int:
-        """Open the record that begins there, if all of it is there; return where it ends, or else `start`."""
-        at = start + HEADER_SIZE
-        if at > len(data) or self._receive_ended:
-            return start
-        size = data[start] << 8 | data[start + 1]
-        if size < MAC_SIZE or size > self._max_record_size:
-            raise self._broken(
-                f"a record of {size} bytes, and {MAC_SIZE} to {self._max_record_size} are allowed"
-            )
-        end = at + size
-        if end > len(data):
-            return start
-        try:
-            plaintext = self._opener.open(data[at:end])
-        except CryptoError:
-            plaintext = None
-        if plaintext is None:  # not inside of the `except`: the frames of that exception hold the key
-            raise self._broken("a record did not open: it was not sealed as the next one under our key")
-        self._plaintext = plaintext
-        self._position = 0
-        self._receive_ended = not plaintext
-        return end
-
-    def _broken(self, reason: str) -> trio.BrokenResourceError:
-        """The exception to raise, as receiving is broken for good."""
-        self._receive_failure = reason
-        self._ciphertext = bytearray()
-        return trio.BrokenResourceError(reason)
 
     # ---- closing ----
 
@@ -452,7 +285,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
             raise trio.ClosedResourceError(_CLOSED)
 
     def close_nowait(self) -> bool:
-        """See `FastStream`. No end is said, and the keys are dropped."""
+        """See `FastStream`. No end record is sent, and the keys are dropped."""
         if not self._transport.close_nowait():
             return False
         self._close()
@@ -461,13 +294,17 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
     def _close(self) -> None:
         """Send and receive no more, and drop the keys."""
         self._closed = True
-        if not self._abandoned:  # then it has none
-            self._sealer = self._opener = _Keyless(_CLOSED)
+        if not self._abandoned:  # an abandoned stream has no keys, and a reason of its own
+            self._drop_keys(_CLOSED)
+
+    def _drop_keys(self, reason: str) -> None:
+        self._sealer = self._opener.direction = Keyless(reason)
 
     async def aclose(self) -> None:
         """Send the end record, if nothing stands in the way, and close the transport.
 
-        Waits for the transport to take the end record; cancelled, it closes the transport at once.
+        It waits until the transport has taken the end record. If it is cancelled, it closes the transport at
+        once.
         """
         if self._abandoned:
             await trio.lowlevel.checkpoint()
@@ -479,15 +316,13 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await self._transmit(end)
         finally:
-            # A cancelled aclose() of a transport closes it and raises Cancelled, as we then do.
+            # If this is cancelled, the transport's aclose() still closes it, and raises Cancelled.
             await self._transport.aclose()
 
     def abandon(self) -> None:
         """See `Abandonable.abandon`. The keys are dropped, and the transport is not touched any more.
 
-        The transport may have a close of its own that its peer would notice, as TLS has.
+        Closing the transport could send something that its peer would notice, as TLS does.
         """
         self._abandoned = self._closed = True
-        self._sealer = self._opener = _Keyless(
-            "this stream belongs to the process that this one was forked from"
-        )
+        self._drop_keys("this stream belongs to the process that this one was forked from")

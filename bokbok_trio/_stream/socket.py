@@ -1,14 +1,13 @@
-"""`SocketStream`: a socket's stream that can also send without waiting, and receives without copies.
+"""`SocketStream`: the stream of a socket that can also send without waiting, and receives without copying.
 
-Trio's own stream gives others a turn after every receive and every send; here a receive gives them one while
-it waits, and `send_nowait` none at all. Only public interfaces of Trio are used.
+Trio's own stream lets other tasks run after every receive and every send. Here a receive lets them run while
+it waits, and `send_nowait` never does. Only public interfaces of Trio are used.
 
-Trio's socket cannot send without being awaited, and ``os.write`` cannot ask for no SIGPIPE: with that
-signal at its default, writing to a socket whose peer is gone ends the process. So each stream keeps a
-second `socket.socket` for the descriptor of Trio's, sends through it with ``MSG_NOSIGNAL``, and asks
-Trio's socket before each use whether it is still open. If the application closed it, its number may
-belong to another file by now. The two take as long as ``os.write`` and ``os.readv`` on a bare number
-would; the second socket never closes the descriptor.
+Trio's socket only sends when it is awaited. ``os.write`` cannot suppress SIGPIPE: with that signal at its
+default, writing to a socket whose peer is gone ends the process. So each stream has a second `socket.socket`
+for the descriptor of Trio's socket, and sends through it with ``MSG_NOSIGNAL``. Before each use it asks
+Trio's socket whether it is still open: if the application has closed it, the number may belong to another
+file by now. The second socket never closes the descriptor.
 """
 
 from __future__ import annotations
@@ -32,29 +31,29 @@ if sys.platform == "linux":  # pragma: no branch
     import termios
 
 RECEIVE_SIZE: Final = 2**17
-"""Bytes received at once: two batches, so that a batch and its records' headers come in one. More made
-no clear difference, and what is received at once is handled before other tasks have their turn."""
+"""Bytes received at once: two batches, so that a batch fits with the headers of its records. More made no
+clear difference. All that is received at once is handled before other tasks have their turn."""
 
 MALLOC_HINT: Final = 2**22
-"""Bytes of a block that is allocated and freed once. From this glibc's malloc learns (mallopt(3), "dynamic
-mmap threshold") not to give the end of the heap back whenever 128 KiB of it are free: the page faults that
-bring it back can take a third of a sealed echo of 64 KiB, and a quarter of one of 1 MiB."""
+"""Bytes of a block that is allocated and freed once. From then on glibc's malloc no longer gives the end of
+the heap back to the system whenever 128 KiB of it are free (mallopt(3), "dynamic mmap threshold"). The page
+faults that bring it back are expensive, see ``docs/performance.rst``."""
 
 NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
-"""The flag of a send that raises EPIPE and no SIGPIPE. macOS has an option of the socket instead."""
+"""The flag of a send that fails with EPIPE instead of raising SIGPIPE. macOS has a socket option instead."""
 
 SO_NOSIGPIPE: Final = 0x1022
-"""macOS's number of that option (``sys/socket.h``), which Python does not name."""
+"""The number of that option on macOS (``sys/socket.h``). Python has no name for it."""
 
 QUEUED: Final = struct.Struct("=i")
-"""The answer of SIOCOUTQ."""
+"""The result of SIOCOUTQ."""
 
 TCP_INFO: Final = struct.Struct("=68xI48xQ16xII")
-"""What we read of Linux's ``struct tcp_info``: rtt, bytes_acked, notsent_bytes, min_rtt."""
+"""Linux's ``struct tcp_info``: rtt, bytes_acked, notsent_bytes and min_rtt of it."""
 
 
 class _Scratch(threading.local):
-    """Where all streams of a thread receive, one at a time: an idle connection needs no room."""
+    """The buffer into which all streams of a thread receive, one at a time. An idle one needs none."""
 
     def __init__(self) -> None:
         self.view = memoryview(bytearray(RECEIVE_SIZE))
@@ -65,11 +64,11 @@ _scratch = _Scratch()
 
 
 class _Borrowed(socket.socket):
-    """A second socket object for a descriptor that another one owns. It never closes the descriptor."""
+    """A second socket object for a descriptor that another socket owns. It never closes the descriptor."""
 
     def __init__(self, owner: trio.socket.SocketType) -> None:
         super().__init__(owner.family, owner.type, owner.proto, fileno=owner.fileno())
-        self.setblocking(False)  # whatever socket.setdefaulttimeout() said
+        self.setblocking(False)  # socket.setdefaulttimeout() may have set a timeout
 
     def __del__(self) -> None:
         self.detach()
@@ -77,13 +76,13 @@ class _Borrowed(socket.socket):
 
 @final
 class SocketStream(FastStream):
-    """A stream over the one of a socket.
+    """A fast stream over the stream of a socket.
 
     Arguments:
-        stream: the socket's, which is this one's from now on.
+        stream: Trio's stream of the socket. It belongs to this one from now on.
 
     Attributes:
-        socket: Trio's.
+        socket: Trio's socket.
         is_tcp: whether it is a TCP socket.
 
     Raises:
@@ -97,7 +96,7 @@ class SocketStream(FastStream):
         self.socket = stream.socket
         self.is_tcp = stream.socket.family in (socket.AF_INET, socket.AF_INET6)
         self._is_sending = False
-        self._rest = b""  # of what `send_nowait` was given
+        self._rest = b""
         self._check_open()
         self._borrowed = _Borrowed(stream.socket)
         if sys.platform == "darwin":
@@ -121,7 +120,7 @@ class SocketStream(FastStream):
         return bool(self._rest)
 
     def send_nowait(self, data: bytes | memoryview) -> bool:
-        """See `FastStream`. After the end was said it sends nothing, and `send_all` raises."""
+        """See `FastStream`. After `send_end` it keeps everything, and `send_all` raises."""
         if self._rest:
             self._rest += data
             return False
@@ -135,7 +134,7 @@ class SocketStream(FastStream):
         return False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """As the socket's stream does, but never with a SIGPIPE; and the rest first."""
+        """Send the rest and then the data, as Trio's stream does, but without SIGPIPE."""
         self._start_sending()
         try:
             if not data and not self._rest:
@@ -153,7 +152,7 @@ class SocketStream(FastStream):
             self._is_sending = False
 
     async def wait_send_all_might_not_block(self) -> None:
-        """As the socket's stream does."""
+        """As Trio's stream does."""
         self._start_sending()
         try:
             await self.socket.wait_writable()
@@ -176,13 +175,13 @@ class SocketStream(FastStream):
         return trio.BrokenResourceError(str(error))
 
     async def send_end(self) -> bool:
-        """See `FastStream`. Ignores a broken socket."""
+        """See `FastStream`. If the socket is broken, nothing is raised."""
         if self._rest:
             await self.send_all(b"")
         return self.send_end_nowait()
 
     def send_end_nowait(self) -> bool:
-        """See `FastStream`. The peer receives what was sent, and then the end."""
+        """See `FastStream`. The peer receives everything that was sent before the end."""
         if self._rest:
             return False
         with suppress(OSError):
@@ -192,8 +191,8 @@ class SocketStream(FastStream):
     def _count_queued(self) -> int | None:
         """Count the bytes that were sent and that the peer's system has not acknowledged yet.
 
-        Of a UNIX socket: that the peer has not received, with the system's overhead. None: the stream was
-        closed, or this system does not tell (only Linux does).
+        On a UNIX socket, count those that the peer has not received, with the system's overhead. None: the
+        stream was closed, or the system does not tell (only Linux does).
         """
         if sys.platform != "linux":
             return None
@@ -208,26 +207,26 @@ class SocketStream(FastStream):
         return self._count_queued() or 0
 
     def is_drained(self) -> bool:
-        """See `FastStream`. Only TCP tells."""
+        """See `FastStream`. Only known of TCP sockets."""
         queued = self._count_queued() if self.is_tcp else None
         return queued is not None and queued < MIN_BATCH_SIZE
 
     def load(self) -> Load | None:
-        """See `FastStream`. Known of TCP sockets, on Linux since 4.6."""
+        """See `FastStream`. Only known of TCP sockets, on Linux since 4.6."""
         if sys.platform != "linux":
             return None
         try:
             found = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO.size)
             rtt, acknowledged, unsent, min_rtt = TCP_INFO.unpack(found)
         except (OSError, struct.error):
-            return None  # no TCP; closed; an older system
+            return None  # not TCP, or closed, or an older system
         queued = self._count_queued()
         return None if queued is None else Load(queued, unsent, acknowledged, rtt / 1e6, min_rtt / 1e6)
 
     # ---- receiving ----
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """As the socket's stream does."""
+        """As Trio's stream does."""
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
         return bytes(await self._receive_into(_scratch.view[:max_bytes]))
@@ -254,12 +253,12 @@ class SocketStream(FastStream):
     def receive_nowait(self, max_bytes: int) -> bytes:
         """See `FastStream`."""
         if self.socket.fileno() >= 0:
-            with suppress(OSError):  # nothing is here, or it is broken, and receiving will tell
+            with suppress(OSError):  # nothing is here; or the socket is broken, and the next receive raises
                 return self._borrowed.recv(max_bytes)
         return b""
 
     def has_hung_up(self) -> bool:
-        """See `FastStream`. Of one direction alone only Linux tells."""
+        """See `FastStream`. If only one direction has ended, only Linux tells."""
         if self.socket.fileno() < 0:
             return True
         poll = select.poll()
@@ -269,26 +268,26 @@ class SocketStream(FastStream):
     # ---- closing ----
 
     def close_nowait(self) -> bool:
-        """As `aclose`, which waits for nothing either, but is a checkpoint."""
+        """See `FastStream`. `aclose` needs no waiting either, but it is a checkpoint."""
         self._borrowed.detach()
         self.socket.close()
         return True
 
     async def aclose(self) -> None:
-        """As the socket's stream does."""
+        """As Trio's stream does."""
         self._borrowed.detach()
         await self._stream.aclose()
 
     def abandon(self) -> None:
-        """See `Abandonable.abandon`. To whoever uses it then, it is closed."""
+        """See `Abandonable.abandon`. Whoever uses the stream afterwards finds it closed."""
         self._borrowed.detach()
         close_inherited(self.socket)
 
 
 def make_fast(stream: trio.abc.Stream) -> FastStream:
-    """Make the fastest stream there is of any stream, which is that one's from now on."""
+    """Make a fast stream of any stream, which belongs to it from now on."""
     if isinstance(stream, FastStream):
         return stream
-    if isinstance(stream, trio.SocketStream) and sys.platform != "win32":  # where it was never tried
+    if isinstance(stream, trio.SocketStream) and sys.platform != "win32":  # never tried on Windows
         return SocketStream(stream)
     return PlainStream(stream)

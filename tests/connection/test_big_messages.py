@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from bokbok_trio import Connection, MessageTooLarge
-from bokbok_trio._protocol.outbox import MAX_OPEN
+from bokbok_trio._protocol.pieces import MAX_IN_PIECES
 from bokbok_trio.testing import open_connection_pair
 from tests.support.helpers import packet, raw_peer, settle
 
@@ -104,17 +104,17 @@ async def test_a_big_request_cancelled_half_way_is_forgotten_over_there(autojump
         assert trio.current_time() == pytest.approx(began + 1)
         assert await client.request(["1"]) == [b"\0"]
         await settle()
-        assert server._session._pieces.held == 0
+        assert server._session._interpreter.reassembler.held == 0
         assert server._session.handling == 0
 
 
 async def test_what_is_held_of_a_peer_is_bounded(autojump_clock: MockClock) -> None:
     held: list[int] = []
     async with raw_peer(answer_by_size, max_message_size=4 * MIB) as (connection, peer):
-        for number in range(MAX_OPEN):
+        for number in range(MAX_IN_PIECES):
             await peer.send(b"part", b"%d" % number, b"%d" % (4 * MIB - 60_000), bytes(60_000))
             await settle()
-            held.append(connection._session._pieces.held)
+            held.append(connection._session._interpreter.reassembler.held)
         assert held == [60_000, 120_000, 180_000, 240_000]
         await peer.stream.send_all(packet(b"part", b"9", b"1", b"x"))
         await connection.wait_closed()

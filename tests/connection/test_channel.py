@@ -82,11 +82,13 @@ def assert_nothing_is_left(*connections: Connection) -> None:
         assert not connection._calls._calls
         assert not connection._handlers
         if not connection.closed:
-            assert not len(session.channels)
-            assert not session._asked
-            assert not session._handling
+            assert not len(session.flow_control)
+            assert not session.local.states
+            assert not session.remote.answer_sizes
         outbox = session._outbox
-        assert not any((outbox._small, outbox._items, outbox._big, outbox._open, outbox._behind))
+        assert not any(
+            (outbox._small, outbox._items, outbox._big, outbox._in_pieces, outbox._blocked_by_order)
+        )
 
 
 async def test_items_go_both_ways_and_then_the_answer_comes(sealed: bool, autojump_clock: MockClock) -> None:
@@ -185,7 +187,7 @@ async def test_one_that_waits_for_a_slot_can_be_given_up(autojump_clock: MockClo
     async with open_pair(max_requests=1) as (client, _, _, handler):
         async with client.open_channel(["never seen"]):
             await settle()
-        assert len(client._session.channels) == 1
+        assert len(client._session.flow_control) == 1
         handler.may_end.set()
 
 
@@ -340,7 +342,7 @@ async def test_a_slow_reader_holds_a_fast_writer_and_memory(autojump_clock: Mock
                 await trio.sleep(0.01)
                 received += 1
                 most = max(most, sum(map(len, slow._buffer)))
-                assert channel._flows.by_id[0].queued < MAX_QUEUED + 1000
+                assert channel._flow_control.by_id[0].queued < MAX_QUEUED + 1000
         assert received == sent // 1000 + 2000
         assert most < WINDOW + 1000
         handler.may_end.set()

@@ -26,7 +26,7 @@ from bokbok_trio import (
 from bokbok_trio._connection.closing import CLOSE_TIMEOUT
 from bokbok_trio._connection.handlers import Handlers
 from bokbok_trio._protocol.coalescing import EARLY_FLUSH_PACKETS
-from bokbok_trio._protocol.outbox import HEAD_ROOM
+from bokbok_trio._protocol.queued_packet import HEAD_ROOM
 from bokbok_trio._stream.socket import SocketStream
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.support.helpers import busy_handler, echo, packet, raw_peer, settle
@@ -141,7 +141,8 @@ async def test_a_bad_call_raises_and_sends_nothing(fields: Any, error: type[Exce
         with pytest.raises(error):
             await client.request(fields)
         assert await client.request(["still"]) == [b"still"]
-        assert server_session._max_body_size == client._session._max_body_size == 4096 - HEAD_ROOM
+        for session in (server_session, client._session):
+            assert session.local._max_body_size == session.remote._max_body_size == 4096 - HEAD_ROOM
 
 
 async def test_an_answer_that_is_too_large_is_an_error_and_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -328,7 +329,7 @@ async def test_a_cancelled_request_cancels_the_handler(sealed: bool) -> None:
         await settle()
         assert seen == ["cancelled"]
         assert server._session.handling == 0
-        assert client._session._asked == {}
+        assert client._session.local.states == {}
 
 
 async def test_a_handler_may_answer_though_it_was_cancelled() -> None:
@@ -351,7 +352,7 @@ async def test_a_handler_may_answer_though_it_was_cancelled() -> None:
                 scope.cancel()
         await settle()
         assert server._session.handling == 0
-        assert client._session._asked == {}
+        assert client._session.local.states == {}
 
 
 async def test_a_crash_while_being_cancelled_is_logged_and_answered(
@@ -375,7 +376,7 @@ async def test_a_crash_while_being_cancelled_is_logged_and_answered(
                 scope.cancel()
         await settle()
         assert server._session.handling == 0
-        assert client._session._asked == {}
+        assert client._session.local.states == {}
     assert "the handler of request 0 failed" in caplog.text
 
 
@@ -424,7 +425,7 @@ async def test_a_request_cancelled_at_any_step_comes_back_at_once_and_disturbs_n
             others.clear()
             assert await client.request(["ping", "after"]) == [b"pong", b"after"]
             await settle()
-            assert client._session._asked == {}
+            assert client._session.local.states == {}
             assert server._session.handling == 0
     assert (answers == 0) if stalled else (0 < answers < 30)
 
@@ -1213,7 +1214,7 @@ async def test_a_request_takes_along_the_items_that_wait_and_their_channel_goes_
             assert (await peer.receive())[0] == b"chan"
             await peer.send(b"credit", b"0", b"1000000")
             await settle()
-            flows = connection._session.channels
+            flows = connection._session.flow_control
             count = 0
             while flows.may_send(0):  # and nobody wakes the sender
                 flows.send(0, *flows.encode([bytes(10_000)]))

@@ -181,17 +181,17 @@ async def test_it_seals_and_opens_nothing(over: str) -> None:
     await peer.send_all(b"for the parent")
 
     for act in (
-        lambda: stream._seal(b"x"),
+        lambda: stream._sealer.seal_all(b"x"),
         lambda: run_coroutine(stream.send_all(b"x")),
         lambda: run_coroutine(stream.send_eof()),
         lambda: run_coroutine(stream.receive_some()),
         lambda: run_coroutine(stream.receive_view()),
-        lambda: stream._opener.open(memoryview(b"")),
+        lambda: stream._opener.direction.open(memoryview(b"")),
     ):
         assert "ClosedResourceError" in in_child(act)
     assert in_child(stream._seal_end) == repr(b"")
     assert in_child(lambda: run_coroutine(stream.aclose())) == "None"
-    assert in_child(lambda: (stream._sealer._key, stream._opener._key)) == "(b'', b'')"
+    assert in_child(lambda: (stream._sealer._key, stream._opener.direction._key)) == "(b'', b'')"
     await stream.send_all(b"for the peer")
     assert await peer.receive_some() == b"for the peer"
     assert await stream.receive_some() == b"for the parent"
@@ -321,9 +321,9 @@ async def test_all_sockets_are_closed_and_no_file_is_removed(
     assert dialled.socket.fileno() == accepted.socket.fileno() == -1
     sealed.close_nowait()
     with pytest.raises(trio.ClosedResourceError, match="the process that this one was forked from"):
-        sealed._seal(b"x")
+        sealed._sealer.seal_all(b"x")
     with pytest.raises(trio.ClosedResourceError):
-        sealed._opener.open(memoryview(b"x"))
+        sealed._opener.direction.open(memoryview(b"x"))
     for each in (tcp, unix):
         with pytest.raises(trio.ClosedResourceError):
             await each.accept()

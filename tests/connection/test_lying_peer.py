@@ -753,16 +753,16 @@ class LyingPeer(RuleBasedStateMachine):
     def send_item(self, which: int, size: int) -> None:
         ids = [id for id in self.model.used if not self.model.talk(id).out_ended]
         id = one_of(which, [id for id in ids if self.model.talk(id).out_credit > 0])
-        if id is not None and self.engine.channels.may_send(id):
+        if id is not None and self.engine.flow_control.may_send(id):
             fields = self.fields(size)
-            self.do(lambda engine: engine.channels.send(id, *engine.channels.encode(fields)))
+            self.do(lambda engine: engine.flow_control.send(id, *engine.flow_control.encode(fields)))
             self.model.send_item(id, body(fields))
 
     def end(self, which: int, _size: int) -> None:
         used = self.model.used
         id = one_of(which, [id for id in used if id in self.model.backlog and which % 2] or used)
         if id is not None:
-            self.do(lambda engine: engine.channels.end(id))
+            self.do(lambda engine: engine.flow_control.end(id))
             self.model.end(id)
 
     def grant(self, which: int, _size: int) -> None:
@@ -771,7 +771,7 @@ class LyingPeer(RuleBasedStateMachine):
         new = [id for id in model.used if id in model.theirs and not model.theirs[id].has_begun]
         id = one_of(which, new)
         if id is not None:
-            self.do(lambda engine: engine.channels.accept(id))
+            self.do(lambda engine: engine.flow_control.accept(id))
             self.model.grant(id, WINDOW)
 
     def consume(self, which: int, _size: int) -> None:
@@ -782,7 +782,7 @@ class LyingPeer(RuleBasedStateMachine):
         for _ in range(len(talk.held) if which % 2 else 1):
             size, before = talk.held[0], talk.in_credit
             self.model.consume(id)
-            granted = self.do(partial(lambda size, engine: engine.channels.consume(id, size), size))
+            granted = self.do(partial(lambda size, engine: engine.flow_control.consume(id, size), size))
             assert granted == (talk.in_credit > before)
 
     def ping(self, _which: int, _size: int) -> None:
@@ -808,7 +808,7 @@ class LyingPeer(RuleBasedStateMachine):
 
     def check_writable(self, before: dict[int, bool]) -> None:
         """Who waits to send an item must be told."""
-        told = self.do(lambda engine: set(engine.channels.take_writable()))
+        told = self.do(lambda engine: set(engine.flow_control.take_writable()))
         for id, talk in self.model.channels.items():
             if before.get(id) is False and talk.may_send and not talk.is_cancelled:
                 assert id in told
@@ -1111,7 +1111,7 @@ class LyingPeer(RuleBasedStateMachine):
         assert engine.is_drained == over
         assert engine.is_mid_packet == bool(model.buffer)
         assert engine.is_ping_queued == ([b"ping"] in model.control)
-        assert len(engine.channels) == len(model.channels)
+        assert len(engine.flow_control) == len(model.channels)
         assert not any(engine.is_unsent(id) for id in model.gone[-4:])
         for id, talk in (model.ours | model.backlog).items():
             assert engine.is_unsent(id) == (not talk.has_left)
@@ -1123,7 +1123,7 @@ class LyingPeer(RuleBasedStateMachine):
             items = [len(x[-1]) + ITEM_OVERHEAD for x in talk.due if x[0] == b"item"]
             assert sum(items[:-1]) < MAX_QUEUED
             if not talk.is_cancelled:
-                assert engine.channels.may_send(id) == talk.may_send
+                assert engine.flow_control.may_send(id) == talk.may_send
 
     def teardown(self) -> None:
         """When all are answered, all that waits leaves, and nothing stays."""
@@ -1144,7 +1144,7 @@ class LyingPeer(RuleBasedStateMachine):
         self.check()
         assert not self.model.theirs
         assert not self.engine.queued
-        assert not len(self.engine.channels)
+        assert not len(self.engine.flow_control)
 
 
 def test_an_engine_does_what_is_due_whatever_its_peer_does() -> None:

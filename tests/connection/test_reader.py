@@ -1024,7 +1024,7 @@ async def test_items_that_come_together_are_received(waits_before: bool, over_so
         await settle()
         await settle()
         check_idle(connection)
-        assert len(connection._channels) == len(connection._session.channels) == 0
+        assert len(connection._channels) == len(connection._session.flow_control) == 0
 
 
 @in_memory_and_over_sockets
@@ -1043,7 +1043,7 @@ async def test_items_for_a_channel_that_was_answered_at_once_are_dropped(
         await settle()
         await settle()
         check_idle(connection)
-        assert len(connection._channels) == len(connection._session.channels) == 0
+        assert len(connection._channels) == len(connection._session.flow_control) == 0
 
 
 @in_memory_and_over_sockets
@@ -1073,7 +1073,7 @@ async def test_room_that_the_first_wait_of_a_handler_makes_wakes_it_only_when_it
 
     async def handler(connection: Connection, request: list[bytes]) -> None:
         nonlocal filled
-        while connection._session.channels.may_send(0):
+        while connection._session.flow_control.may_send(0):
             queue = channel.send([bytes(2**12)])
             queue.send(None)  # as if another task had done it in this moment
             queue.close()

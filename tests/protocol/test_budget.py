@@ -31,7 +31,8 @@ from bokbok_trio._protocol.events import Answer, Failure, Request
 from bokbok_trio._protocol.flow_control import WINDOW
 from bokbok_trio._protocol.options import decode_options, encode_options, find_room
 from bokbok_trio._protocol.outbox import MIN_BATCH_SIZE
-from bokbok_trio._protocol.session import MAX_DEPTH, Session
+from bokbok_trio._protocol.session import Session
+from bokbok_trio._protocol.slots import MAX_DEPTH
 from bokbok_trio.testing import open_connection_pair
 
 from ..support.helpers import RawPeer, echo, open_peer, outcomes, packet, req, settle
@@ -108,7 +109,7 @@ def move(source: Session, target: Session) -> list[object]:
 def test_requests_wait_until_there_is_room_and_in_order() -> None:
     client, server = make_engines(budget=2 * MIB, slots=10)
     ids = [client.request([bytes(size)]) for size in (200_000, 150_000, 150_000, 10)]
-    assert [client.is_waiting(id) for id in ids] == [False, False, True, True], "480 KiB are theirs"
+    assert [client.local.is_waiting(id) for id in ids] == [False, False, True, True], "480 KiB are theirs"
     assert [event.id for event in move(client, server) if isinstance(event, Request)] == ids[:2]
     server.answer(ids[1], [])
     move(server, client)
@@ -120,9 +121,9 @@ def test_a_big_one_that_is_cancelled_lets_those_behind_it_go() -> None:
     client, _ = make_engines(budget=2 * MIB, slots=10)
     client.request([bytes(300_000)])
     big, small = client.request([bytes(300_000)]), client.request([b"small"])
-    assert client.is_waiting(small)
+    assert client.local.is_waiting(small)
     client.cancel(big)
-    assert not client.is_waiting(small)
+    assert not client.local.is_waiting(small)
 
 
 def test_those_that_wait_for_room_do_not_go_when_the_peer_drains() -> None:
@@ -169,7 +170,7 @@ def test_the_bytes_of_answers_count_until_they_have_left() -> None:
 def test_windows_become_smaller_where_there_are_many_channels() -> None:
     client, server = make_engines(budget=32 * MIB, slots=1000)
     ids = [client.open_channel([]) for _ in range(900)]
-    windows = [client.channels.by_id[id].receive_credit for id in ids]
+    windows = [client.flow_control.by_id[id].receive_credit for id in ids]
     assert windows[0] == WINDOW
     assert sorted(windows, reverse=True) == windows
     assert windows[-1] == MIN_WINDOW
@@ -177,10 +178,10 @@ def test_windows_become_smaller_where_there_are_many_channels() -> None:
     for id in ids:
         client.cancel(id)
     again = client.open_channel([])
-    assert client.channels.by_id[again].window == WINDOW
+    assert client.flow_control.by_id[again].window == WINDOW
     move(client, server)
-    server.channels.accept(again)
-    assert server.channels.by_id[again].window == WINDOW
+    server.flow_control.accept(again)
+    assert server.flow_control.by_id[again].window == WINDOW
 
 
 PLANS = st.lists(
@@ -404,8 +405,8 @@ async def test_a_channel_that_is_closed_gives_up_what_it_held() -> None:
         for _ in range(3):
             async with connection.open_channel([]):
                 await trio.testing.wait_all_tasks_blocked()
-                assert connection._session.channels.held == 4 * 50_005
-            assert connection._session.channels.held == 0
+                assert connection._session.flow_control.held == 4 * 50_005
+            assert connection._session.flow_control.held == 0
 
 
 # ---- a peer that reads slowly ----

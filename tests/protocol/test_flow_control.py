@@ -11,33 +11,34 @@ from bokbok_trio._protocol.flow_control import (
     MAX_CREDIT,
     MAX_QUEUED,
     WINDOW,
-    Flow,
-    Flows,
+    ChannelCredit,
+    FlowControl,
 )
-from bokbok_trio._protocol.outbox import TURN, Outbox, Outgoing
+from bokbok_trio._protocol.outbox import QUANTUM, Outbox
 from bokbok_trio._protocol.packets import PacketDecoder
+from bokbok_trio._protocol.queued_packet import QueuedPacket
 from tests.support.helpers import decode
 
 
-def make_flow(send_credit: int = 0, receive_credit: int = 0) -> Flow:
-    return Flow(send_credit=send_credit, receive_credit=receive_credit, started=True)
+def make_flow(send_credit: int = 0, receive_credit: int = 0) -> ChannelCredit:
+    return ChannelCredit(send_credit=send_credit, receive_credit=receive_credit, started=True)
 
 
 class Ends:
-    """Flows, and what leaves of them."""
+    """FlowControl, and what leaves of them."""
 
     def __init__(self) -> None:
         self.outbox = Outbox()
-        self.flows = Flows(self.outbox, 2**20, 2**30, lambda: 0)
+        self.flow_control = FlowControl(self.outbox, 2**20, 2**30, lambda: 0)
 
     def take(self) -> list[list[bytes]]:
         chunks, _, items = self.outbox.take(0)
         for id, size in items:
-            self.flows.left(id, size)
+            self.flow_control.item_departed(id, size)
         return decode(PacketDecoder(2**20), b"".join(chunks))
 
     def send(self, id: int, size: int) -> None:
-        self.flows.send(id, *self.flows.encode([bytes(size - 5)]))
+        self.flow_control.send(id, *self.flow_control.encode([bytes(size - 5)]))
 
 
 # ---- one flow ----
@@ -85,7 +86,7 @@ def test_the_smallest_items_that_wait_are_bounded_too() -> None:
         sent += 1
     assert sent <= MAX_QUEUED / ITEM_OVERHEAD
     for _ in range(sent):
-        flow.left(1)
+        flow.item_departed(1)
     assert flow.queued == 0
 
 
@@ -121,12 +122,12 @@ def test_credit_is_granted_by_half_windows_and_none_is_forgotten() -> None:
 
 def test_credit_goes_first_in_one_packet_and_the_end_last() -> None:
     ends = Ends()
-    ends.flows.add_theirs(0, WINDOW)
-    ends.flows.accept(0)
+    ends.flow_control.add_remote(0, WINDOW)
+    ends.flow_control.accept(0)
     ends.send(0, 10)
-    ends.flows.grant(0, 7)
-    ends.flows.end(0)
-    ends.flows.end(0)
+    ends.flow_control.grant(0, 7)
+    ends.flow_control.end(0)
+    ends.flow_control.end(0)
     sent = ends.take()
     assert [packet[:1] + packet[2:] for packet in sent] == [
         [b"credit", b"%d" % (WINDOW + 7)],
@@ -138,30 +139,30 @@ def test_credit_goes_first_in_one_packet_and_the_end_last() -> None:
 
 def test_credit_goes_before_the_items_of_others() -> None:
     ends = Ends()
-    ends.flows.add_theirs(0, WINDOW)
-    ends.flows.add_theirs(2, 0)
+    ends.flow_control.add_remote(0, WINDOW)
+    ends.flow_control.add_remote(2, 0)
     ends.send(0, 10)
-    ends.flows.grant(2, 7)
+    ends.flow_control.grant(2, 7)
     assert [packet[:2] for packet in ends.take()] == [[b"credit", b"2"], [b"item", b"0"]]
 
 
 def test_an_end_waits_for_the_beginning() -> None:
     ends = Ends()
-    ends.flows.add_ours(0)
-    ends.flows.end(0)
+    ends.flow_control.add_local(0)
+    ends.flow_control.end(0)
     assert ends.take() == []
-    ends.flows.start(0)
+    ends.flow_control.start(0)
     assert ends.take() == [[b"end", b"0"]]
-    ends.flows.add_ours(2)
-    ends.flows.start(2)
+    ends.flow_control.add_local(2)
+    ends.flow_control.start(2)
     assert ends.take() == []
 
 
 def test_channels_take_turns() -> None:
     ends = Ends()
-    for id, size in ((0, 10), (2, TURN // 2), (4, MAX_QUEUED - 1000)):
-        ends.flows.add_theirs(id, WINDOW)
-        while ends.flows.may_send(id):
+    for id, size in ((0, 10), (2, QUANTUM // 2), (4, MAX_QUEUED - 1000)):
+        ends.flow_control.add_remote(id, WINDOW)
+        while ends.flow_control.may_send(id):
             ends.send(id, size)
     taken = [int(packet[1]) for _ in range(9) for packet in ends.take()]
     turns = [(id, len(list(items))) for id, items in groupby(taken)]
@@ -172,11 +173,11 @@ def test_channels_take_turns() -> None:
 def test_a_channel_of_small_items_gets_as_much_as_one_of_large_ones() -> None:
     ends = Ends()
     for id in (0, 2, 4):
-        ends.flows.add_theirs(id, MAX_CREDIT)
+        ends.flow_control.add_remote(id, MAX_CREDIT)
     shares = {0: 0, 2: 0, 4: 0}
     for _ in range(200):
         for id, size in ((0, 1000), (2, MAX_QUEUED - 2000), (4, 20)):
-            while ends.flows.may_send(id):
+            while ends.flow_control.may_send(id):
                 ends.send(id, size)
         for packet in ends.take():
             shares[int(packet[1])] += len(packet[2])
@@ -187,60 +188,60 @@ def test_a_channel_of_small_items_gets_as_much_as_one_of_large_ones() -> None:
 def test_small_packets_go_between_the_items_of_many_channels() -> None:
     ends = Ends()
     for id in range(0, 40, 2):
-        ends.flows.add_theirs(id, MAX_CREDIT)
+        ends.flow_control.add_remote(id, MAX_CREDIT)
         ends.send(id, MAX_QUEUED - 2000)
-    ends.outbox.put(Outgoing(b"ok", 100, body=[b"\0"], body_size=1))
+    ends.outbox.put(QueuedPacket(b"ok", 100, body=[b"\0"], body_size=1))
     assert [b"ok", b"100", b"\0"] in ends.take()
 
 
 def test_items_are_not_starved_by_small_packets() -> None:
     ends = Ends()
-    ends.flows.add_theirs(0, MAX_CREDIT)
+    ends.flow_control.add_remote(0, MAX_CREDIT)
     ends.send(0, 1000)
     for id in range(100, 1000, 2):
-        ends.outbox.put(Outgoing(b"ok", id, body=[bytes(1000)], body_size=1000))
+        ends.outbox.put(QueuedPacket(b"ok", id, body=[bytes(1000)], body_size=1000))
     assert b"item" in [packet[0] for packet in ends.take()]
 
 
 def test_writers_are_told_when_credit_comes_and_when_items_have_left() -> None:
     ends = Ends()
-    ends.flows.add_theirs(0, 10)
-    ends.flows.on_credit(0, 2**20)
-    assert ends.flows.take_writable() == {0}
-    assert ends.flows.take_writable() == set()
+    ends.flow_control.add_remote(0, 10)
+    ends.flow_control.on_credit(0, 2**20)
+    assert ends.flow_control.take_writable() == {0}
+    assert ends.flow_control.take_writable() == set()
     ends.send(0, MAX_QUEUED)
-    assert not ends.flows.may_send(0)
-    while not ends.flows.may_send(0):
-        assert ends.flows.take_writable() == set()
+    assert not ends.flow_control.may_send(0)
+    while not ends.flow_control.may_send(0):
+        assert ends.flow_control.take_writable() == set()
         assert ends.take()
-    assert ends.flows.take_writable() == {0}
-    ends.flows.on_credit(0, 1)
-    ends.flows.remove(0)
-    assert ends.flows.take_writable() == set()
+    assert ends.flow_control.take_writable() == {0}
+    ends.flow_control.on_credit(0, 1)
+    ends.flow_control.remove(0)
+    assert ends.flow_control.take_writable() == set()
 
 
 def test_credit_that_is_not_enough_wakes_nobody() -> None:
     ends = Ends()
-    ends.flows.add_theirs(0, 10)
+    ends.flow_control.add_remote(0, 10)
     ends.send(0, 100)
-    ends.flows.on_credit(0, 90)
+    ends.flow_control.on_credit(0, 90)
     ends.take()
-    assert ends.flows.take_writable() == set()
+    assert ends.flow_control.take_writable() == set()
 
 
 def test_what_is_done_does_nothing() -> None:
     ends = Ends()
-    assert not ends.flows.may_send(0)
-    ends.flows.end(0)
-    ends.flows.consume(0, WINDOW)
-    ends.flows.left(0, 10)
-    ends.flows.start(0)
-    ends.flows.remove(0)
+    assert not ends.flow_control.may_send(0)
+    ends.flow_control.end(0)
+    ends.flow_control.consume(0, WINDOW)
+    ends.flow_control.item_departed(0, 10)
+    ends.flow_control.start(0)
+    ends.flow_control.remove(0)
     assert ends.take() == []
 
 
 def test_an_item_has_the_limit_of_a_packet() -> None:
-    flows = Flows(Outbox(), 100, 2**30, lambda: 0)
+    flows = FlowControl(Outbox(), 100, 2**30, lambda: 0)
     assert flows.encode([bytes(95)])[1] == 100
     with pytest.raises(MessageTooLarge):
         flows.encode([bytes(96)])

@@ -24,7 +24,7 @@ from bokbok_trio import (
     Key,
 )
 from bokbok_trio._keys import MAX_KEYS
-from bokbok_trio._protocol import handshake
+from bokbok_trio._protocol import handshake, key_schedule
 from bokbok_trio._protocol.handshake import (
     BOX_SIZE,
     EPHEMERAL_SIZE,
@@ -32,14 +32,14 @@ from bokbok_trio._protocol.handshake import (
     MAX_REASON_SIZE,
     OPEN_SIZE,
     ClientHandshake,
-    DirectionKeys,
-    Limits,
     ServerHandshake,
     encode_hello,
     encode_refused,
 )
+from bokbok_trio._protocol.key_schedule import DirectionKeys
+from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._protocol.options import GREASE_DICE, MAX_OPTIONS_SIZE, MAX_OWN_OPTIONS_SIZE, decode_options
-from bokbok_trio._protocol.packets import LENGTH_SIZE, decode_body, encode_head
+from bokbok_trio._protocol.packets import LENGTH_SIZE, decode_body, encode_packet
 
 from ..support.helpers import check_holds_no_secret
 from ..support.strategies import options, packet_bytes
@@ -137,7 +137,7 @@ class Schedule:
     def __post_init__(self) -> None:
         *fields, _ = fields_of(self.messages[2])
         service = bytes((len(self.service),)) + self.service
-        h1 = spec_hash(32, b"", b"bokbok1 open", self._h0() + service + encode_head(*fields))
+        h1 = spec_hash(32, b"", b"bokbok1 open", self._h0() + service + encode_packet(*fields))
         object.__setattr__(self, "h1", h1)
 
     def _h0(self) -> bytes:
@@ -153,7 +153,7 @@ class Schedule:
     def h2(self) -> bytes:
         box = fields_of(self.messages[2])[-1]
         *fields, _ = fields_of(self.messages[3])
-        return spec_hash(32, b"", b"bokbok1 accept", self.h1 + box + encode_head(*fields))
+        return spec_hash(32, b"", b"bokbok1 accept", self.h1 + box + encode_packet(*fields))
 
     def proof(self) -> bytes:
         return spec_hash(32, self.key, b"bokbok1 server", self.h2())
@@ -191,7 +191,7 @@ def test_sealed_messages_and_keys_are_as_specified(service: str) -> None:
     )
     for side, secret, hello in ((b"client", secret_c, messages[0]), (b"server", secret_s, messages[1])):
         public = crypto_scalarmult_base(secret)
-        assert hello == b"bokbok1\n" + encode_head(b"hello", side, b"sealed", public)
+        assert hello == b"bokbok1\n" + encode_packet(b"hello", side, b"sealed", public)
     assert len(messages[2]) == 512
     *fields, _ = fields_of(messages[2])
     assert fields == [b"open", b"myuser", b"65536", b"10", options_with(grease_c), bytes(len(fields[-1]))]
@@ -208,10 +208,10 @@ def test_plain_messages_are_as_specified() -> None:
     client = make_client(None, None, randomness=client_dice)
     server = make_server(sealed=False, randomness=server_dice)
     assert shake(client, server) == [
-        b"bokbok1\n" + encode_head(b"hello", b"client", b"plain", b""),
-        b"bokbok1\n" + encode_head(b"hello", b"server", b"plain", b""),
-        encode_head(b"open", b"", b"65536", b"10", options_with(*client_dice.given), b"", b""),
-        encode_head(b"accepted", b"1000000", b"20", options_with(*server_dice.given), b""),
+        b"bokbok1\n" + encode_packet(b"hello", b"client", b"plain", b""),
+        b"bokbok1\n" + encode_packet(b"hello", b"server", b"plain", b""),
+        encode_packet(b"open", b"", b"65536", b"10", options_with(*client_dice.given), b"", b""),
+        encode_packet(b"accepted", b"1000000", b"20", options_with(*server_dice.given), b""),
     ]
     assert client.final_keys is server.final_keys is None
     assert server.user is None
@@ -399,7 +399,7 @@ def test_whoever_does_not_get_in_takes_the_same_path(
     send_open_as(name, client, server)
     drawn = len(dice.given)
     calls: list[tuple[object, ...]] = []
-    hash_ = handshake.keyed_hash
+    hash_ = key_schedule.keyed_hash
 
     def spy_hash(size: int, key: bytes, label: bytes, data: bytes) -> bytes:
         calls.append(("hash", size, len(key), label, len(data)))
@@ -409,7 +409,7 @@ def test_whoever_does_not_get_in_takes_the_same_path(
         calls.append(("open", len(box), len(nonce), len(key)))
         return crypto_secretbox_open(box, nonce, key)
 
-    monkeypatch.setattr(handshake, "keyed_hash", spy_hash)
+    monkeypatch.setattr(key_schedule, "keyed_hash", spy_hash)
     monkeypatch.setattr(handshake, "crypto_secretbox_open", spy_open)
     check_fails_to_accept(client, server, keys)
     assert calls == [("hash", 32, 32, b"bokbok1 box", 32), ("open", BOX_SIZE, 24, 32)] * MAX_KEYS
@@ -452,10 +452,10 @@ def test_our_own_hello_is_refused(side: ClientHandshake | ServerHandshake) -> No
 @pytest.mark.parametrize(
     ("ours", "theirs", "told"),
     [
-        (make_client(), make_plain()[1], "we are sealed, and the peer may be plain"),
-        (make_server(), make_plain()[0], "we are sealed, and the peer may be plain"),
-        (make_plain()[0], make_server(), "we are plain, and the peer may be sealed"),
-        (make_plain()[1], make_client(), "we are plain, and the peer may be sealed"),
+        (make_client(), make_plain()[1], "this side is sealed, and the peer may be plain"),
+        (make_server(), make_plain()[0], "this side is sealed, and the peer may be plain"),
+        (make_plain()[0], make_server(), "this side is plain, and the peer may be sealed"),
+        (make_plain()[1], make_client(), "this side is plain, and the peer may be sealed"),
     ],
 )
 def test_the_other_mode_is_refused_as_soon_as_it_shows(
@@ -498,7 +498,7 @@ def test_every_fixed_field_of_a_hello_is_checked(field_: int) -> None:
     fields = fields_of(client.hello[len(MAGIC) :])
     fields[field_] = fields[field_].swapcase()
     with pytest.raises(HandshakeError, match="does not fit"):
-        server.receive_hello(MAGIC + encode_head(*fields))
+        server.receive_hello(MAGIC + encode_packet(*fields))
 
 
 # ---- open ----
@@ -511,9 +511,9 @@ def with_open(**changes: bytes) -> tuple[ServerHandshake, bytes]:
     names = ["tag", "user", "size", "requests", "options", "pad", "box"]
     fields = dict(zip(names, fields_of(client.open()), strict=True)) | changes
     if "pad" not in changes:
-        missing = OPEN_SIZE - len(encode_head(*fields.values()))
+        missing = OPEN_SIZE - len(encode_packet(*fields.values()))
         fields["pad"] = bytes(len(fields["pad"]) + missing)
-    return server, encode_head(*fields.values())
+    return server, encode_packet(*fields.values())
 
 
 BAD_OPTIONS = [
@@ -589,7 +589,7 @@ def test_an_open_in_mode_plain_has_no_user_pad_or_box(field_: int) -> None:
     fields = fields_of(client.open())
     fields[field_] = b"\0"
     with pytest.raises(HandshakeError, match="in mode plain"):
-        server.receive_open(encode_head(*fields))
+        server.receive_open(encode_packet(*fields))
 
 
 def not_one_packet(packet: bytes) -> list[bytes]:
@@ -602,9 +602,9 @@ def not_one_packet(packet: bytes) -> list[bytes]:
         packet + b"\0",
         packet * 2,
         bytes(4),
-        encode_head(),
-        encode_head(*fields[:-1]),
-        encode_head(*fields, b""),
+        encode_packet(),
+        encode_packet(*fields[:-1]),
+        encode_packet(*fields, b""),
         packet[:4] + b"\xff" + packet[5:],
         packet[:4] + b"\1" + packet[5:],
         packet[:5] + b"\xff" + packet[6:],
@@ -632,7 +632,7 @@ def test_a_box_under_the_right_key_must_hold_the_hash() -> None:
     box_key = spec_hash(32, K.raw, b"bokbok1 box", h1)
     for inside, opens in ((bytes(32) + h1, True), (bytes(32) + flip(h1, 0), False), (bytes(64), False)):
         fields[-1] = crypto_secretbox(inside, h1[:24], box_key)
-        server.receive_open(encode_head(*fields))
+        server.receive_open(encode_packet(*fields))
         if opens:
             server.accept([K])
         else:
@@ -649,7 +649,7 @@ def test_a_server_must_prove_the_key() -> None:
     *fields, proof = fields_of(server.accept([K]))
     for wrong in (b"", proof[:-1], proof + b"\0", bytes(32), proof[::-1]):
         with pytest.raises(AuthenticationError, match="did not prove"):
-            client.receive_reply(encode_head(*fields, wrong))
+            client.receive_reply(encode_packet(*fields, wrong))
         assert client.final_keys is None
 
 
@@ -657,18 +657,18 @@ def test_a_server_that_only_knows_another_key_proves_nothing() -> None:
     client, server = make_client(), make_server()
     send_open(client, server)
     accepted = [b"accepted", b"1000000", b"20", b"\0"]
-    messages = [client.hello, server.hello, client.open(), encode_head(*accepted, b"")]
+    messages = [client.hello, server.hello, client.open(), encode_packet(*accepted, b"")]
     spec = Schedule(messages=messages, key=OTHER.raw, ee=b"")
-    for proof in (spec.proof(), handshake._proof(OTHER, spec.h2())):
+    for proof in (spec.proof(), key_schedule.make_proof(OTHER, spec.h2())):
         with pytest.raises(AuthenticationError, match="did not prove"):
-            client.receive_reply(encode_head(*accepted, proof))
+            client.receive_reply(encode_packet(*accepted, proof))
 
 
 def test_a_proof_in_mode_plain_is_refused() -> None:
     client, server = make_plain()
     send_open(client, server)
     with pytest.raises(HandshakeError, match="a proof in mode plain"):
-        client.receive_reply(encode_head(b"accepted", b"1000000", b"20", b"\0", bytes(32)))
+        client.receive_reply(encode_packet(b"accepted", b"1000000", b"20", b"\0", bytes(32)))
 
 
 @pytest.mark.parametrize("limits", [Limits(4095, 1), Limits(-1, 1), Limits(4096, 0), Limits(4096, 10**6 + 1)])
@@ -711,7 +711,7 @@ def test_nothing_is_believed_before_the_proof() -> None:
     client, server = make_client(), make_server()
     send_open(client, server)
     with pytest.raises(AuthenticationError):
-        client.receive_reply(encode_head(b"accepted", b"no number", b"0", b"no options", bytes(32)))
+        client.receive_reply(encode_packet(b"accepted", b"no number", b"0", b"no options", bytes(32)))
     assert not client.peer_options
 
 
@@ -779,13 +779,21 @@ def test_options_are_bound_by_the_hashes(altered: str) -> None:
         (encode_refused("authentication", "no"), AuthenticationError, "the server refused: 'no'"),
         (encode_refused("busy", "wait"), ConnectionRefused, r"the server refused: 'wait' \[busy\]"),
         (encode_refused("stopping", ""), ConnectionRefused, r"the server refused: '' \[stopping\]"),
-        (encode_head(b"refused", b"x" * 30, b""), HandshakeError, f"unknown code b'{'x' * 20}'"),
-        (encode_head(b"refused", b"busy", b"x" * MAX_REASON_SIZE), ConnectionRefused, "x" * MAX_REASON_SIZE),
-        (encode_head(b"refused", b"busy", b"x" * (MAX_REASON_SIZE + 1)), HandshakeError, "257 bytes exceeds"),
-        (encode_head(b"refused", b"busy", b"\xff\x1b[2J"), ConnectionRefused, r"'\ufffd\\x1b\[2J'"),
-        (encode_head(b"refused", b"busy"), HandshakeError, "expected accepted or refused"),
-        (encode_head(b"pong", b""), HandshakeError, r"accepted or refused, got b'pong' with 2 fields"),
-        (encode_head(), HandshakeError, r"accepted or refused, got no field at all"),
+        (encode_packet(b"refused", b"x" * 30, b""), HandshakeError, f"unknown code b'{'x' * 20}'"),
+        (
+            encode_packet(b"refused", b"busy", b"x" * MAX_REASON_SIZE),
+            ConnectionRefused,
+            "x" * MAX_REASON_SIZE,
+        ),
+        (
+            encode_packet(b"refused", b"busy", b"x" * (MAX_REASON_SIZE + 1)),
+            HandshakeError,
+            "257 bytes exceeds",
+        ),
+        (encode_packet(b"refused", b"busy", b"\xff\x1b[2J"), ConnectionRefused, r"'\ufffd\\x1b\[2J'"),
+        (encode_packet(b"refused", b"busy"), HandshakeError, "expected accepted or refused"),
+        (encode_packet(b"pong", b""), HandshakeError, r"accepted or refused, got b'pong' with 2 fields"),
+        (encode_packet(), HandshakeError, r"accepted or refused, got no field at all"),
     ],
 )
 def test_what_is_not_accepted(packet: bytes, error: type[HandshakeError], told: str) -> None:
@@ -804,7 +812,7 @@ def test_an_error_quotes_only_the_beginning_of_what_a_stranger_sent() -> None:
     send_open(client, server)
     for receive in (client.receive_reply, server.receive_open):
         with pytest.raises(HandshakeError) as caught:
-            receive(encode_head(b"\xff" * 4000, *[b""] * 6))
+            receive(encode_packet(b"\xff" * 4000, *[b""] * 6))
         assert len(str(caught.value)) < 200
 
 
@@ -905,7 +913,7 @@ def test_a_box_for_one_user_opens_for_no_other_with_the_same_key() -> None:
     exchange_hello(client, server)
     fields = fields_of(client.open())
     fields[1] = b"carol"
-    server.receive_open(encode_head(*fields))
+    server.receive_open(encode_packet(*fields))
     assert server.user == "carol"
     with pytest.raises(AuthenticationError):
         server.accept([K])
@@ -984,13 +992,13 @@ def test_nothing_secret_shows_in_a_repr_an_error_or_a_log(caplog: pytest.LogCapt
         fails(client.receive_hello, hello)
     exchange_hello(client, server)
     opening = client.open()
-    for packet in (b"", opening[:-1], encode_head(b"x"), flip(opening, 8 * 100)):
+    for packet in (b"", opening[:-1], encode_packet(b"x"), flip(opening, 8 * 100)):
         fails(server.receive_open, packet)
     server.receive_open(opening)
     fails(server.accept, ())
     fails(server.accept, [OTHER])
     accepted = server.accept([K])
-    for packet in (b"", encode_head(b"x"), flip(accepted, 8 * 40), encode_refused("authentication", "no")):
+    for packet in (b"", encode_packet(b"x"), flip(accepted, 8 * 40), encode_refused("authentication", "no")):
         fails(client.receive_reply, packet)
     client.receive_reply(accepted)
 

@@ -4,29 +4,19 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from bokbok_trio import ProtocolError
-from bokbok_trio._protocol.outbox import (
-    HEAD_ROOM,
-    MAX_BATCH_SIZE,
-    MAX_OPEN,
-    MAX_PIECE_SIZE,
-    MAX_WHOLE_SIZE,
-    MIN_BATCH_SIZE,
-    SHARE,
-    SLOW_SEND,
-    Outbox,
-    Outgoing,
-    Reassembler,
-)
-from bokbok_trio._protocol.packets import PacketDecoder, decode_body, encode_head
-from bokbok_trio._stream.secretbox import MAX_PLAINTEXT_SIZE
+from bokbok_trio._protocol.outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE, RESERVED_FRACTION, SLOW_SEND, Outbox
+from bokbok_trio._protocol.packets import PacketDecoder, decode_body, encode_packet
+from bokbok_trio._protocol.pieces import MAX_IN_PIECES, MAX_PIECE_SIZE, Reassembler
+from bokbok_trio._protocol.queued_packet import HEAD_ROOM, MAX_WHOLE_SIZE, QueuedPacket
+from bokbok_trio._stream.records import MAX_PLAINTEXT_SIZE
 from tests.support.helpers import decode
 
 LIMIT = 2**20
 
 
-def message(id: int, size: int) -> Outgoing:
+def message(id: int, size: int) -> QueuedPacket:
     """A packet whose body is of so many bytes, each of them the id."""
-    return Outgoing(b"ok", id, body=[bytes((id,)) * size], body_size=size)
+    return QueuedPacket(b"ok", id, body=[bytes((id,)) * size], body_size=size)
 
 
 class Receiver:
@@ -60,9 +50,9 @@ class Receiver:
 
 def take(outbox: Outbox, now: float, room: int = MAX_BATCH_SIZE) -> tuple[bytes, list[int]]:
     """The next batch, and the ids of what has wholly left with it."""
-    taken = outbox.take(now, room)
-    assert taken.items == []
-    return b"".join(taken.chunks), taken.left
+    batch = outbox.take(now, room)
+    assert batch.items == []
+    return b"".join(batch.chunks), batch.departed
 
 
 def kinds(packets: list[list[bytes]]) -> list[bytes]:
@@ -107,7 +97,7 @@ def test_what_is_too_big_leaves_in_pieces(size: int) -> None:
 
 def test_a_piece_with_the_longest_head_fits_one_record() -> None:
     longest = b"9" * 18
-    head = encode_head(b"part", longest, longest, body_size=MAX_PIECE_SIZE)
+    head = encode_packet(b"part", longest, longest, body_size=MAX_PIECE_SIZE)
     assert len(head) + MAX_PIECE_SIZE == MAX_PLAINTEXT_SIZE
 
 
@@ -129,7 +119,7 @@ def test_small_packets_and_pieces_do_not_starve_each_other() -> None:
         packets = receiver.receive(batch)
         assert kinds(packets)[-1] == b"part"
         assert kinds(packets).count(b"part") == 1
-        assert len(packets[-1][3]) >= MAX_BATCH_SIZE // SHARE or 200 not in outbox
+        assert len(packets[-1][3]) >= MAX_BATCH_SIZE * RESERVED_FRACTION or 200 not in outbox
         sizes.append(len(batch))
     assert receiver.whole == [*((id, 4000) for id in range(100)), (200, LIMIT // 2)]
     assert max(sizes) <= MAX_BATCH_SIZE + 5000
@@ -145,8 +135,8 @@ def test_big_packets_take_turns_and_four_at_most_are_open() -> None:
         parts = receiver.receive(batch)
         [number] = {int(part[1]) for part in parts}
         turns.append(number)
-        assert receiver.pieces.held <= MAX_OPEN * LIMIT
-        assert len(receiver.pieces._open) <= MAX_OPEN
+        assert receiver.pieces.held <= MAX_IN_PIECES * LIMIT
+        assert len(receiver.pieces._in_pieces) <= MAX_IN_PIECES
     assert turns[:9] == [*[0, 1, 2, 3] * 2, 0], "the first is done, its last bytes too, and makes room"
     assert turns[9] == 4
     assert sorted(turns) == sorted([0, 1, 2, 3, 4, 5] * 3)
@@ -306,7 +296,7 @@ def test_whatever_is_queued_arrives_once_unless_it_was_taken_back(operations: li
         ([(0, 5, b"x"), (0, 5, b"x")], "a piece with 5 bytes to come after one with 5"),
         ([(0, 5, b"x"), (0, 0, b"x")], "a piece with 0 bytes to come after one with 5"),
         ([(0, 5, b"x"), (0, 0, b"123456")], "a piece with 0 bytes to come"),
-        ([(n, 5, b"x") for n in range(MAX_OPEN + 1)], "more than 4 packets in pieces"),
+        ([(n, 5, b"x") for n in range(MAX_IN_PIECES + 1)], "more than 4 packets in pieces"),
     ],
 )
 def test_pieces_that_break_the_rules(pieces: list[tuple[int, int, bytes]], error: str) -> None:

@@ -10,21 +10,20 @@ import pytest
 from hypothesis import given, strategies as st
 
 from bokbok_trio import Field, MessageTooLarge, ProtocolError
+from bokbok_trio._protocol.context import decode_context, encode_context
 from bokbok_trio._protocol.packets import (
     LARGE,
     LENGTH_SIZE,
     MAX_FIELDS,
     PacketDecoder,
     decode_body,
-    decode_context,
     decode_number,
     decode_text,
     encode_body,
-    encode_context,
-    encode_head,
     encode_number,
-    encode_small,
-    encode_start,
+    encode_packet,
+    encode_prefix,
+    encode_small_packet,
 )
 from tests.support.helpers import decode as decode_all
 from tests.support.strategies import chunked, fields, packet_bytes, packets, user_fields
@@ -167,8 +166,8 @@ def test_no_two_bodies_mean_the_same(body: bytes) -> None:
 
 @given(st.lists(fields, max_size=4), fields)
 def test_a_head_is_a_packet_or_all_but_its_last_field(head: list[bytes], body: bytes) -> None:
-    assert encode_head(*head) == packet_bytes(head)
-    assert encode_head(*head, body_size=len(body)) + body == packet_bytes([*head, body])
+    assert encode_packet(*head) == packet_bytes(head)
+    assert encode_packet(*head, body_size=len(body)) + body == packet_bytes([*head, body])
 
 
 @given(packets, st.integers(0, 10**18 - 1), st.booleans())
@@ -177,8 +176,8 @@ def test_a_small_packet_encoded_in_one_step_is_the_same(
 ) -> None:
     body = b"".join(encode_body(packet, LIMIT)[0])
     fields = [b"kind", b"%d" % id, *[b""] * has_timeout, body]
-    start = encode_start(b"kind", len(fields))
-    assert encode_small(start, id, bytes(LENGTH_SIZE) * has_timeout, body) == packet_bytes(fields)
+    start = encode_prefix(b"kind", len(fields))
+    assert encode_small_packet(start, id, bytes(LENGTH_SIZE) * has_timeout, body) == packet_bytes(fields)
 
 
 # ---- the decoder ----

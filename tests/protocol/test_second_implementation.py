@@ -82,7 +82,7 @@ def test_the_engine_takes_packets_of_a_connection(vector: dict[str, Any]) -> Non
                 as_context(context),
             )
             if credit:
-                assert server.channels.may_send(int(id)) is (credit != [b"0"])
+                assert server.flow_control.may_send(int(id)) is (credit != [b"0"])
         case [b"item", id, body]:
             assert events == [Item(int(id), len(body), second.unpack_body(body), body)]
         case [b"end", id]:
@@ -146,11 +146,11 @@ def test_the_engine_sends_packets_as_in_the_vectors() -> None:
         answerer.fail(3, code.decode(), message.decode(), details)
         sends(answerer, name)
     receive(answerer, second.packet([b"chan", b"5", b"", b"", b"", b"262144", b"\0"]))
-    answerer.channels.send(5, *answerer.channels.encode([b"line", b"12345"]))
+    answerer.flow_control.send(5, *answerer.flow_control.encode([b"line", b"12345"]))
     sends(answerer, "item")
-    answerer.channels.grant(5, 1000)
+    answerer.flow_control.grant(5, 1000)
     sends(answerer, "credit")
-    answerer.channels.end(5)
+    answerer.flow_control.end(5)
     sends(answerer, "end")
     receive(answerer, due["ping"] + due["bye"])
     sends(answerer, "pong", "bye-ok")
@@ -197,7 +197,7 @@ def receive_sequence(server: Session, data: bytes) -> list[Event]:
         for event in receive(server, packet):
             events.append(event)
             if isinstance(event, Request) and event.has_channel and (event.depth or not server.is_draining):
-                server.channels.grant(event.id, CONNECTION["credit"])
+                server.flow_control.grant(event.id, CONNECTION["credit"])
     return events
 
 
@@ -332,8 +332,8 @@ def test_the_second_implementation_sees_that_an_item_was_dropped(how: str) -> No
     package.open_channel([])
     pump(package, other)
     receive(package, other.replies.pop())
-    package.channels.send(0, *package.channels.encode([bytes(250_000)]))
-    package.channels.end(0)
+    package.flow_control.send(0, *package.flow_control.encode([bytes(250_000)]))
+    package.flow_control.end(0)
     for fields in decode(PacketDecoder(second.MAX_WHOLE), package.take(0.0)):
         assert other.take(second.packet(fields)) is None
     assert other.pieces
@@ -356,10 +356,10 @@ def test_both_count_the_credit_of_the_packages_items_alike() -> None:
     # An item takes up 69 bytes more than its field. After the last of each row nothing may start.
     for sizes, more in [([30, 0], 1), ([100_000], 100_068), ([], 70), ([0, 0], 0)]:
         for size in sizes:
-            package.channels.send(0, *package.channels.encode([bytes(size)]))
+            package.flow_control.send(0, *package.flow_control.encode([bytes(size)]))
             assert [len(fields[2]) for fields in pump(package, other)] == [size + 5]
-        assert not package.channels.may_send(0)
-        assert other.to_take[0] == package.channels.by_id[0].send_credit <= 0
+        assert not package.flow_control.may_send(0)
+        assert other.to_take[0] == package.flow_control.by_id[0].send_credit <= 0
         receive(package, b"".join(other.put([b"credit", b"0", b"%d" % more])))
     assert other.to_take[0] == -68
 
@@ -370,10 +370,10 @@ def test_both_count_the_credit_of_the_second_implementations_items_alike() -> No
     package.open_channel([])
     pump(package, other)
     for size in (0, 70_000, 250_000):
-        assert other.to_send[0] == package.channels.by_id[0].receive_credit > 0
+        assert other.to_send[0] == package.flow_control.by_id[0].receive_credit > 0
         [event] = receive(package, b"".join(other.put([b"item", b"0", second.body([bytes(size)])])))
         assert event[:3] == (0, size + 5, [bytes(size)])
-        package.channels.consume(0, size + 5)
+        package.flow_control.consume(0, size + 5)
         pump(package, other)
     receive(package, b"".join(other.put([b"item", b"0", second.body([bytes(WINDOW - 69)])])))
     assert other.to_send[0] == 0, "all was given back before"

@@ -21,9 +21,11 @@ from bokbok_trio import MessageTooLarge, ProtocolError
 from bokbok_trio._errors import MAX_ERROR_TEXT_SIZE
 from bokbok_trio._protocol.events import Abort, Answer, Bye, Cancel, End, Event, Failure, Item, Pong, Request
 from bokbok_trio._protocol.flow_control import MAX_CREDIT, MAX_QUEUED, WINDOW
-from bokbok_trio._protocol.outbox import HEAD_ROOM, MAX_WHOLE_SIZE, Outgoing
-from bokbok_trio._protocol.packets import LARGE, encode_body, encode_head
-from bokbok_trio._protocol.session import CROSSING, CROSSING_ITEMS, MAX_IGNORED, Session, State
+from bokbok_trio._protocol.interpreter import CROSSING, CROSSING_ITEMS, MAX_IGNORED
+from bokbok_trio._protocol.local_requests import State
+from bokbok_trio._protocol.packets import LARGE, encode_body, encode_packet
+from bokbok_trio._protocol.queued_packet import HEAD_ROOM, MAX_WHOLE_SIZE, QueuedPacket
+from bokbok_trio._protocol.session import Session
 
 LIMIT = 4096
 
@@ -34,9 +36,9 @@ def make(side: Any = "client", *, max_requests: int = 3, slots: int = 3, limit: 
 
 def packet(*fields: bytes, body: list[bytes] | None = None) -> bytes:
     if body is None:
-        return encode_head(*fields)
+        return encode_packet(*fields)
     chunks, size = encode_body(body, 2**32)
-    return encode_head(*fields, body_size=size) + b"".join(chunks)
+    return encode_packet(*fields, body_size=size) + b"".join(chunks)
 
 
 def receive(session: Session, data: bytes) -> list[Event]:
@@ -247,7 +249,7 @@ def test_nothing_is_copied_before_it_is_taken() -> None:
     client.request([big])
     for queue, field in ((client._outbox._small, small), (client._outbox._big, big)):
         [queued] = queue.values()
-        assert isinstance(queued, Outgoing)
+        assert isinstance(queued, QueuedPacket)
         assert queued._body is not None
         assert any(chunk is field for chunk in queued._body)
 
@@ -259,7 +261,7 @@ def test_what_fits_does_not_depend_on_the_id(queue: str) -> None:
     list(engine.receive(packet(b"req", b"9" * 17 + b"8", b"", b"", b"", body=[])))
     if queue == "request":
         put: Callable[[list[bytes]], object] = engine.request
-        engine._next_id = int("9" * 18)
+        engine.local.next_id = int("9" * 18)
     else:
         put = lambda fields: engine.answer(int("9" * 17 + "8"), fields)  # noqa: E731
     with pytest.raises(MessageTooLarge) as caught:
@@ -440,13 +442,13 @@ def test_a_big_request_cancelled_half_way_never_existed() -> None:
     client.request([bytes(2**18)])
     list(receive(server, client.take(0)))
     assert client.is_unsent(0)
-    assert server._pieces.held > 0
+    assert server._interpreter.reassembler.held > 0
     client.cancel(0)
     client.request(["next"])
     sent = client.take(0)
     assert sent.startswith(packet(b"drop", b"0"))
     assert list(receive(server, sent)) == [Request(2, math.inf, [b"next"])]
-    assert server._pieces.held == 0
+    assert server._interpreter.reassembler.held == 0
 
 
 def test_a_big_answer_holds_its_slot_until_its_last_piece_leaves() -> None:
@@ -605,7 +607,7 @@ def test_after_close_only_what_is_queued_leaves_and_no_request() -> None:
 def test_big_answers_still_arrive_when_big_requests_were_cut_off_by_closing() -> None:
     client, server = (make(side, max_requests=9, slots=9, limit=2**20) for side in ("client", "server"))
     list(receive(server, b"".join(packet(b"req", b"%d" % n, b"", b"", b"", body=[]) for n in (0, 2))))
-    client._next_id, client._asked = 4, {0: State.ASKED, 2: State.ASKED}
+    client.local.next_id, client.local.states = 4, {0: State.SENT, 2: State.SENT}
     for _ in range(4):
         server.request([bytes(2**18)])
         list(receive(client, server.take(0)))
@@ -644,13 +646,13 @@ def open_pair(limit: int = LIMIT) -> tuple[Session, Session]:
     client, server = make("client", limit=limit), make("server", limit=limit)
     client.open_channel(["hello"])
     list(receive(server, client.take(0)))
-    server.channels.accept(0)
+    server.flow_control.accept(0)
     assert list(receive(client, server.take(0))) == []
     return client, server
 
 
 def send_item(engine: Session, id: int, *fields: bytes) -> None:
-    engine.channels.send(id, *engine.channels.encode(fields))
+    engine.flow_control.send(id, *engine.flow_control.encode(fields))
 
 
 def test_a_channel_with_items_both_ways_and_its_answer() -> None:
@@ -659,15 +661,15 @@ def test_a_channel_with_items_both_ways_and_its_answer() -> None:
     sent = client.take(0)
     assert sent == packet(b"chan", b"0", b"2500000", b"", b"", b"%d" % WINDOW, body=[b"hello"])
     assert list(receive(server, sent)) == [Request(0, 2.5, [b"hello"], has_channel=True)]
-    assert not client.channels.may_send(0)
-    assert server.channels.may_send(0)
-    server.channels.accept(0)
+    assert not client.flow_control.may_send(0)
+    assert server.flow_control.may_send(0)
+    server.flow_control.accept(0)
     sent = server.take(0)
     assert sent == packet(b"credit", b"0", b"%d" % WINDOW)
     assert list(receive(client, sent)) == []
-    assert client.channels.take_writable() == {0}
+    assert client.flow_control.take_writable() == {0}
     send_item(client, 0, b"up")
-    client.channels.end(0)
+    client.flow_control.end(0)
     sent = client.take(0)
     assert sent == packet(b"item", b"0", body=[b"up"]) + packet(b"end", b"0")
     assert list(receive(server, sent)) == [item_event(0, b"up"), End(0)]
@@ -676,8 +678,8 @@ def test_a_channel_with_items_both_ways_and_its_answer() -> None:
     sent = server.take(0)
     assert sent == packet(b"item", b"0", body=[b"down"]) + packet(b"ok", b"0", body=[b"answer"])
     assert list(receive(client, sent)) == [item_event(0, b"down"), Answer(0, [b"answer"])]
-    assert not len(client.channels)
-    assert not len(server.channels)
+    assert not len(client.flow_control)
+    assert not len(server.flow_control)
     assert server.handling == 0
 
 
@@ -687,8 +689,8 @@ def test_the_answer_waits_for_big_items_and_small_ones_of_other_channels_do_not(
     send_item(server, 0, bytes(2**17))
     send_item(server, 2, b"small")
     server.answer(0, [])
-    client._asked[2] = State.ASKED
-    client.channels.add_ours(2)
+    client.local.states[2] = State.SENT
+    client.flow_control.add_local(2)
     events: list[object] = []
     while sent := server.take(0):
         events += receive(client, sent)
@@ -700,10 +702,10 @@ def test_cancelling_a_channel_drops_what_has_not_left() -> None:
     client, server = open_pair(2**20)
     send_item(client, 0, bytes(2**17))
     list(receive(server, client.take(0)))
-    assert server._pieces.held
+    assert server._interpreter.reassembler.held
     send_item(server, 0, b"crosses")
-    server.channels.end(0)
-    client.channels.end(0)
+    server.flow_control.end(0)
+    client.flow_control.end(0)
     client.cancel(0)
     sent = client.take(0)
     assert sent == packet(b"drop", b"0") + packet(b"cancel", b"0")
@@ -711,13 +713,13 @@ def test_cancelling_a_channel_drops_what_has_not_left() -> None:
     assert list(receive(client, server.take(0))) == [], "nobody wants it"
     server.fail(0, "cancelled", "")
     assert list(receive(client, server.take(0))) == []
-    assert not len(client.channels)
+    assert not len(client.flow_control)
 
 
 def test_what_a_cancelled_channel_gets_is_still_checked() -> None:
     client, server = open_pair()
     client.cancel(0)
-    server.channels.end(0)
+    server.flow_control.end(0)
     list(receive(client, server.take(0)))
     with pytest.raises(ProtocolError, match="`item` after `end`"):
         list(receive(client, packet(b"item", b"0", body=[])))
@@ -727,12 +729,12 @@ def test_a_channel_cancelled_before_it_leaves_never_existed() -> None:
     client = make("client", slots=1)
     client.open_channel([])
     client.open_channel([])
-    client.channels.end(0)
-    client.channels.end(2)
+    client.flow_control.end(0)
+    client.flow_control.end(2)
     client.cancel(2)
     client.cancel(0)
     assert client.take(0) == b""
-    assert not len(client.channels)
+    assert not len(client.flow_control)
 
 
 def test_a_channel_that_was_ended_while_it_had_no_slot() -> None:
@@ -740,7 +742,7 @@ def test_a_channel_that_was_ended_while_it_had_no_slot() -> None:
     client.request([])
     client.take(0)
     client.open_channel([])
-    client.channels.end(2)
+    client.flow_control.end(2)
     list(receive(client, packet(b"ok", b"0", body=[])))
     chan = packet(b"chan", b"2", b"", b"", b"", b"%d" % WINDOW, body=[])
     assert client.take(0) == chan + packet(b"end", b"2")
@@ -750,7 +752,7 @@ def test_who_is_cancelled_takes_back_the_items_that_have_not_left() -> None:
     client, server = open_pair(2**20)
     send_item(server, 0, bytes(2**17))
     list(receive(client, server.take(0)))
-    assert client._pieces.held
+    assert client._interpreter.reassembler.held
     client.cancel(0)
     assert list(receive(server, client.take(0))) == [Cancel(0)]
     server.drop_items(0)
@@ -758,7 +760,7 @@ def test_who_is_cancelled_takes_back_the_items_that_have_not_left() -> None:
     sent = server.take(0)
     assert sent == packet(b"drop", b"0") + packet(b"err", b"0", b"cancelled", b"", b"")
     assert list(receive(client, sent)) == []
-    assert client._pieces.held == client.asked == 0
+    assert client._interpreter.reassembler.held == client.asked == 0
 
 
 def test_a_cancel_that_crosses_the_answer_leaves_what_comes_before_it() -> None:
@@ -779,7 +781,7 @@ def test_the_answer_drops_our_items_that_have_not_left() -> None:
     sent = client.take(0)
     assert sent == packet(b"drop", b"0")
     list(receive(server, sent))
-    assert server._pieces.held == 0
+    assert server._interpreter.reassembler.held == 0
 
 
 def test_a_channel_without_a_slot_fails_when_the_peer_drains() -> None:
@@ -788,15 +790,15 @@ def test_a_channel_without_a_slot_fails_when_the_peer_drains() -> None:
     client.open_channel([])
     assert list(receive(client, packet(b"bye"))) == [Bye([2])]
     client.cancel(0)
-    assert not len(client.channels)
+    assert not len(client.flow_control)
 
 
 def test_after_close_no_item_of_ours_leaves() -> None:
     client, server = open_pair()
     send_item(client, 0, b"x")
     client.close()
-    client.channels.end(0)
-    client.channels.consume(0, WINDOW)
+    client.flow_control.end(0)
+    client.flow_control.consume(0, WINDOW)
     assert client.take(0) == b""
     send_item(server, 0, b"x")
     server.answer(0, [])
@@ -810,7 +812,7 @@ def test_what_is_not_in_flight_is_ignored_of_either_parity() -> None:
     for id in (b"0", b"1", b"7"):
         for crossing in (packet(b"item", id, body=[]), packet(b"credit", id, b"5"), packet(b"end", id)):
             assert list(receive(server, crossing)) == []
-    assert not server.channels.may_send(1)
+    assert not server.flow_control.may_send(1)
 
 
 BAD_CHANNELS = {
@@ -879,16 +881,16 @@ def test_a_request_waits_only_for_slots_of_its_own_depth_and_kind() -> None:
     waiting = [client.request(["0"]), client.request(["0"]), client.request(["1"], depth=1)]
     assert client.asked == 3
     assert client.waiting == 3
-    assert client.oldest_waiting() == waiting[0]
-    assert all(map(client.is_waiting, waiting))
-    assert not client.is_waiting(channel)
+    assert client.local.oldest_waiting() == waiting[0]
+    assert all(map(client.local.is_waiting, waiting))
+    assert not client.local.is_waiting(channel)
     client.cancel(waiting[0])
     client.take(0)
     receive(client, packet(b"ok", b"%d" % deeper, body=[]))
     assert client.take(0) == packet(b"req", b"%d" % waiting[2], b"", b"1", b"", body=[b"1"])
     receive(client, packet(b"ok", b"0", body=[]))
     assert client.take(0) == packet(b"req", b"%d" % waiting[1], b"", b"", b"", body=[b"0"])
-    assert client.oldest_waiting() is None
+    assert client.local.oldest_waiting() is None
 
 
 def test_depth_context_and_details_arrive() -> None:
@@ -925,7 +927,7 @@ def test_only_depth_0_is_refused_by_a_bye() -> None:
     waiting, deeper = client.request(["0"]), client.request(["1"], depth=1)
     server.drain()
     assert receive(client, server.take(0)) == [Bye([waiting])]
-    assert client.is_waiting(deeper)
+    assert client.local.is_waiting(deeper)
     assert len(receive(server, client.take(0))) == 2
     receive(client, packet(b"ok", b"2", body=[]))
     server.answer(2, [])
@@ -968,10 +970,12 @@ def test_items_and_channels_may_come_in_pieces() -> None:
 
 def test_the_longest_head_fits_its_room() -> None:
     client = make("client", limit=2**20)
-    client._next_id = int("9" * 17 + "8")
+    client.local.next_id = int("9" * 17 + "8")
     client.open_channel([bytes(2**20 - HEAD_ROOM - 5)], 1e11)
     while client.take(0):
-        assert not client._outbox._open or next(iter(client._outbox._open.values())).left < 2**20
+        assert (
+            not client._outbox._in_pieces or next(iter(client._outbox._in_pieces.values())).remaining < 2**20
+        )
 
 
 # ---- two engines, in any order ----
@@ -1051,7 +1055,7 @@ class TwoEngines(RuleBasedStateMachine):
     @rule(side=st.integers(0, 1), which=st.integers(0, 9), size=st.sampled_from([0, 10, 30_000, 200_000]))
     def send_item(self, side: int, which: int, size: int) -> None:
         id = self.channel_of(side, which)
-        if id is not None and id not in self.ended[side] and self.engines[side].channels.may_send(id):
+        if id is not None and id not in self.ended[side] and self.engines[side].flow_control.may_send(id):
             self.items[side][id].append(bytes(size))
             send_item(self.engines[side], id, bytes(size))
 
@@ -1059,14 +1063,14 @@ class TwoEngines(RuleBasedStateMachine):
     def end(self, side: int, which: int) -> None:
         id = self.channel_of(side, which)
         if id is not None:
-            self.engines[side].channels.end(id)
+            self.engines[side].flow_control.end(id)
             self.ended[side].add(id)
 
     @rule(side=st.integers(0, 1), which=st.integers(0, 9))
     def consume(self, side: int, which: int) -> None:
         id = self.channel_of(side, which)
         if id is not None and self.held[side][id]:
-            self.engines[side].channels.consume(id, self.held[side][id].pop(0))
+            self.engines[side].flow_control.consume(id, self.held[side][id].pop(0))
 
     @rule(side=st.integers(0, 1), which=st.integers(0, 9), good=st.booleans())
     def answer(self, side: int, which: int, good: bool) -> None:
@@ -1127,7 +1131,7 @@ class TwoEngines(RuleBasedStateMachine):
                 assert has_channel == (id in self.items[side])
                 if has_channel:
                     self.held[side][id] = []
-                    self.engines[side].channels.accept(id)
+                    self.engines[side].flow_control.accept(id)
                 assert timeout == self.timeouts[1 - side].get(id, timeout)
                 assert id not in self.seen[1 - side]
                 assert self.waiting[1 - side].get(id, text) == text
@@ -1163,14 +1167,14 @@ class TwoEngines(RuleBasedStateMachine):
     @invariant()
     def nothing_is_over_its_bound(self) -> None:
         for side in (0, 1):
-            assert max(self.engines[side]._used) <= self.slots[1 - side]
-            assert max(self.engines[side]._handling_used) <= self.slots[side]
-            assert sum(self.engines[side]._used) == self.engines[side].asked
-            assert self.engines[side]._pieces.held <= 4 * 2**20
-            assert len(self.engines[side]._outbox._open) <= 4
+            assert max(self.engines[side].local._used) <= self.slots[1 - side]
+            assert max(self.engines[side].remote._used) <= self.slots[side]
+            assert sum(self.engines[side].local._used) == self.engines[side].asked
+            assert self.engines[side]._interpreter.reassembler.held <= 4 * 2**20
+            assert len(self.engines[side]._outbox._in_pieces) <= 4
             for sizes in self.held[side].values():
                 assert sum(sizes) < WINDOW + 200_005
-            for flow in self.engines[side].channels.by_id.values():
+            for flow in self.engines[side].flow_control.by_id.values():
                 assert 0 <= flow.queued < MAX_QUEUED + 200_005
             for id in self.seen[side]:
                 assert not self.engines[side].is_unsent(id)
@@ -1184,17 +1188,19 @@ class TwoEngines(RuleBasedStateMachine):
             assert self.waiting[side] == {}
             engine = self.engines[side]
             left = (
-                engine._asked,
-                engine._handling,
-                engine._backlogs,
-                engine._asked_classes,
-                engine._handling_classes,
+                engine.local.states,
+                engine.remote.answer_sizes,
+                engine.local._backlogs,
+                engine.local._classes,
+                engine.remote._classes,
             )
             assert not any(left), left
-            assert not len(engine.channels)
+            assert not len(engine.flow_control)
             outbox = engine._outbox
-            assert not any((outbox._control, outbox._small, outbox._big, outbox._open, outbox._behind))
-            assert engine._pieces.held == 0
+            assert not any(
+                (outbox._control, outbox._small, outbox._big, outbox._in_pieces, outbox._blocked_by_order)
+            )
+            assert engine._interpreter.reassembler.held == 0
             assert engine.is_drained == self.has_drained[side]
 
     def step(self) -> bool:

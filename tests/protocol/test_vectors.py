@@ -24,7 +24,8 @@ from bokbok_trio import (
     open_server,
 )
 from bokbok_trio._keys import encode_user
-from bokbok_trio._protocol.handshake import ClientHandshake, Limits, ServerHandshake
+from bokbok_trio._protocol.handshake import ClientHandshake, ServerHandshake
+from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._protocol.options import decode_options
 from bokbok_trio._protocol.packets import PacketDecoder, decode_number
 from bokbok_trio._stream.secretbox import SecretboxStream

@@ -26,7 +26,7 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._protocol.handshake import DirectionKeys
+from bokbok_trio._protocol.key_schedule import DirectionKeys
 
 from ..support import second_implementation as second
 
@@ -428,7 +428,7 @@ async def test_nobody_is_talked_down_to_plain() -> None:
 async def test_a_keyed_client_says_nothing_to_a_plain_server() -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     await theirs.send_all(PLAIN_HELLOS[SERVER])
-    with pytest.raises(HandshakeError, match="we are sealed, and the peer may be plain"):
+    with pytest.raises(HandshakeError, match="this side is sealed, and the peer may be plain"):
         async with open_connection(ours, user="user", key=K):
             raise AssertionError
     said = b""

@@ -19,9 +19,10 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._protocol.handshake import Limits, ServerHandshake
-from bokbok_trio._protocol.packets import encode_head
-from bokbok_trio._stream.establish import _exchange_hello, _receive_packet
+from bokbok_trio._protocol.handshake import ServerHandshake
+from bokbok_trio._protocol.limits import Limits
+from bokbok_trio._protocol.packets import encode_packet
+from bokbok_trio._stream.handshake_io import exchange_hello, receive_packet
 from bokbok_trio._stream.socket import make_fast
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.support.helpers import MAGIC, echo, packet
@@ -173,9 +174,9 @@ async def test_a_fake_server_is_found_out() -> None:
 
         async def fake() -> None:
             handshake = ServerHandshake(sealed=True, service="", limits=Limits(4096, 1))
-            channel = await _exchange_hello(make_fast(accept), handshake)
-            handshake.receive_open(await _receive_packet(channel))
-            await channel.send_all(encode_head(b"accepted", b"4096", b"1", b"\0", bytes(32)))
+            channel = await exchange_hello(make_fast(accept), handshake)
+            handshake.receive_open(await receive_packet(channel))
+            await channel.send_all(encode_packet(b"accepted", b"4096", b"1", b"\0", bytes(32)))
 
         nursery.start_soon(fake)
         with pytest.raises(AuthenticationError, match="did not prove"):

@@ -77,7 +77,7 @@ async def test_channels_that_are_cancelled_before_their_handlers_begin_leave_not
             while accepted._session.handling:
                 await client.ping()
             assert len(accepted._channels) == 0
-            assert accepted._session.channels.held == 0
+            assert accepted._session.flow_control.held == 0
         server.stop(0)
 
 

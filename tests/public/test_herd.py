@@ -24,7 +24,8 @@ from bokbok_trio import (
     open_server,
 )
 from bokbok_trio._addresses import Address
-from bokbok_trio._protocol.handshake import ClientHandshake, Limits
+from bokbok_trio._protocol.handshake import ClientHandshake
+from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._stream.establish import MAX_WAIT_SHARE
 from bokbok_trio.testing import MemoryListener
 from tests.support.helpers import echo, settle

@@ -164,7 +164,7 @@ def judge(server: Session, packets: list[bytes]) -> dict[str, Any]:
         received = server.receive(packet)
         for event in received:
             if isinstance(event, Request) and event.has_channel and (event.depth or not server.is_draining):
-                server.channels.grant(event.id, CONNECTION["credit"])
+                server.flow_control.grant(event.id, CONNECTION["credit"])
         events += received
         drained = drained or server.is_drained
         if server.error is not None:

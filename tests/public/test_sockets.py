@@ -33,8 +33,8 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._protocol.outbox import MAX_WHOLE_SIZE
 from bokbok_trio._protocol.packets import PacketDecoder
+from bokbok_trio._protocol.queued_packet import MAX_WHOLE_SIZE
 from tests.support.helpers import MAGIC, busy_handler, decode, echo, packet
 
 KEY = Key(bytes(range(32)))

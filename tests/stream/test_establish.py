@@ -27,19 +27,19 @@ from bokbok_trio import (
 from bokbok_trio._keys import MAX_KEYS
 from bokbok_trio._places import Places
 from bokbok_trio._protocol import options
-from bokbok_trio._protocol.handshake import ClientHandshake, Limits, ServerHandshake
-from bokbok_trio._protocol.packets import encode_head
+from bokbok_trio._protocol.handshake import ClientHandshake, ServerHandshake
+from bokbok_trio._protocol.limits import Limits
+from bokbok_trio._protocol.packets import encode_packet
 from bokbok_trio._stream.establish import (
-    MAX_EARLY_RECORD_SIZE,
-    MAX_PACKET_SIZE,
     REFUSAL_DELAY,
-    NothingCame,
-    Opened,
+    Established,
     Refusal,
-    open_as_client,
-    open_as_server,
+    establish_as_client,
+    establish_as_server,
 )
-from bokbok_trio._stream.secretbox import HEADER_SIZE, MAX_PLAINTEXT_SIZE, SecretboxStream
+from bokbok_trio._stream.handshake_io import MAX_EARLY_RECORD_SIZE, MAX_PACKET_SIZE, NothingCame
+from bokbok_trio._stream.records import HEADER_SIZE, MAX_PLAINTEXT_SIZE
+from bokbok_trio._stream.secretbox import SecretboxStream
 from bokbok_trio._trio_util import MAX_CAUSES, describe_error
 from tests.support.inside import take_few
 
@@ -137,16 +137,20 @@ def make_wires(
     return Wire(left, **client or {}), Wire(right, **server or {})
 
 
-def as_client(wire: trio.abc.Stream, mode: Mode = "sealed", **options: Any) -> Coroutine[Any, Any, Opened]:
+def as_client(
+    wire: trio.abc.Stream, mode: Mode = "sealed", **options: Any
+) -> Coroutine[Any, Any, Established]:
     who = {"user": "myuser", "key": K} if mode == "sealed" else {"user": None, "key": None}
-    return open_as_client(wire, **{**who, "service": "", "settings": Settings(), **options})
+    return establish_as_client(wire, **{**who, "service": "", "settings": Settings(), **options})
 
 
 def log_failure(kind: str, message: str, *args: object, error: BaseException | None) -> None:
     logging.getLogger("bokbok_trio").error(message, *args, exc_info=error)
 
 
-def as_server(wire: trio.abc.Stream, mode: Mode = "sealed", **options: Any) -> Coroutine[Any, Any, Opened]:
+def as_server(
+    wire: trio.abc.Stream, mode: Mode = "sealed", **options: Any
+) -> Coroutine[Any, Any, Established]:
     user_key = {"myuser": K} if mode == "sealed" else None
     place = Places(1, 1).take(None)
     others = {
@@ -156,10 +160,12 @@ def as_server(wire: trio.abc.Stream, mode: Mode = "sealed", **options: Any) -> C
         "place": place,
         "log": log_failure,
     }
-    return open_as_server(wire, **{"user_key": user_key, "log": log_failure, **others, **options})
+    return establish_as_server(wire, **{"user_key": user_key, "log": log_failure, **others, **options})
 
 
-def as_side(side: Side, wire: trio.abc.Stream, mode: Mode, **options: Any) -> Coroutine[Any, Any, Opened]:
+def as_side(
+    side: Side, wire: trio.abc.Stream, mode: Mode, **options: Any
+) -> Coroutine[Any, Any, Established]:
     return (as_client if side == "client" else as_server)(wire, mode, **options)
 
 
@@ -167,12 +173,12 @@ def as_side(side: Side, wire: trio.abc.Stream, mode: Mode, **options: Any) -> Co
 class Ending:
     """How a side's part ended, and how long it took."""
 
-    result: Opened | HandshakeError
+    result: Established | HandshakeError
     seconds: float
 
     @property
-    def opened(self) -> Opened:
-        assert isinstance(self.result, Opened)
+    def opened(self) -> Established:
+        assert isinstance(self.result, Established)
         return self.result
 
     @property
@@ -181,11 +187,11 @@ class Ending:
         return self.result
 
 
-async def end_of(wire: trio.abc.Stream, opening: Awaitable[Opened]) -> Ending:
+async def end_of(wire: trio.abc.Stream, opening: Awaitable[Established]) -> Ending:
     """Do a side's part as those do who call it: where it fails, the stream is closed."""
     start = trio.current_time()
     try:
-        result: Opened | HandshakeError = await opening
+        result: Established | HandshakeError = await opening
     except HandshakeError as exc:
         result = exc
     seconds = trio.current_time() - start
@@ -313,7 +319,7 @@ async def test_tls_that_is_cut_is_told_of_with_its_cause(side: Side, autojump_cl
 # ---- it opens ----
 
 
-async def check_both_ways(client: Opened, server: Opened) -> None:
+async def check_both_ways(client: Established, server: Established) -> None:
     sent = bytes(range(256)) * (MAX_PLAINTEXT_SIZE // 256 + 1)
     for sender, receiver in ((client, server), (server, client)):
         await sender.stream.send_all(sent)
@@ -499,8 +505,8 @@ WRONG_RECORDS: dict[str, Wrong] = {
     "an end record": lambda stream, _packet: stream.send_eof(),
     "an oversized record": lambda stream, _packet: stream.send_all(bytes(MAX_PACKET_SIZE + 1)),
     "an oversized record with a packet": lambda stream, packet: stream.send_all(packet + bytes(5000)),
-    "an oversized packet": lambda stream, _packet: stream.send_all(encode_head(bytes(9999))[:4000]),
-    "another packet": lambda stream, _packet: stream.send_all(encode_head(b"ping")),
+    "an oversized packet": lambda stream, _packet: stream.send_all(encode_packet(bytes(9999))[:4000]),
+    "another packet": lambda stream, _packet: stream.send_all(encode_packet(b"ping")),
     "a record under another key": lambda stream, packet: SecretboxStream(
         stream._transport, send_key=K.raw, receive_key=K.raw
     ).send_all(packet),
@@ -726,7 +732,7 @@ async def test_every_refusal_of_a_user_looks_the_same_and_comes_at_the_same_time
         assert refusal == refusals["unknown user"][0]
         assert type(ending.error) is AuthenticationError
     assert refusal.seconds == REFUSAL_DELAY
-    assert refusal.packet == encode_head(b"refused", b"authentication", b"authentication failed")
+    assert refusal.packet == encode_packet(b"refused", b"authentication", b"authentication failed")
 
 
 @pytest.mark.parametrize("late", [0.0, 0.45, 0.5, 1.0, 3.0])
@@ -863,7 +869,7 @@ async def test_a_server_without_the_key_is_no_server(autojump_clock: MockClock) 
 
     async def pretend() -> None:
         stream, _ = await enter_as_server(server)
-        await stream.send_all(encode_head(b"accepted", b"65536", b"10", b"\0", bytes(32)))
+        await stream.send_all(encode_packet(b"accepted", b"65536", b"10", b"\0", bytes(32)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pretend)
@@ -952,10 +958,10 @@ async def test_a_message_in_pieces_is_read_no_further_than_its_end(
                 return
             stream = over(theirs, handshake)
             handshake.receive_open(await stream.receive_some())
-            accepted = stream._seal(handshake.accept([K]))
+            accepted = stream._sealer.seal_all(handshake.accept([K]))
             assert handshake.final_keys is not None
             stream.rekey(**handshake.final_keys.for_side("server"))
-            await theirs.send_all(accepted + stream._seal(b"more"))
+            await theirs.send_all(accepted + stream._sealer.seal_all(b"more"))
 
         nursery.start_soon(serve)
         opened = await as_client(ours, mode)

@@ -25,7 +25,7 @@ from bokbok_trio import (
     Settings,
     open_connection,
 )
-from bokbok_trio._protocol.packets import PacketDecoder, encode_body, encode_head
+from bokbok_trio._protocol.packets import PacketDecoder, encode_body, encode_packet
 
 MAGIC = b"bokbok1\n"
 
@@ -53,9 +53,9 @@ async def busy_handler(connection: Connection, request: list[bytes]) -> list[byt
 def packet(*fields: bytes, body: list[bytes] | None = None) -> bytes:
     """A packet, with a body as its last field where one is given."""
     if body is None:
-        return encode_head(*fields)
+        return encode_packet(*fields)
     chunks, size = encode_body(body, 2**32)
-    return encode_head(*fields, body_size=size) + b"".join(chunks)
+    return encode_packet(*fields, body_size=size) + b"".join(chunks)
 
 
 def decode(decoder: PacketDecoder, data: bytes | bytearray) -> list[list[bytes]]:

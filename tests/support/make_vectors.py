@@ -20,16 +20,13 @@ from bokbok_trio._keys import ARGON2ID_MEMORY, ARGON2ID_PASSES, Key, encode_user
 from bokbok_trio._protocol.handshake import (
     MAGIC,
     ClientHandshake,
-    Limits,
     ServerHandshake,
-    _box_key,
-    _hash_accepted,
-    _proof,
     encode_hello,
     encode_refused,
-    keyed_hash,
 )
-from bokbok_trio._protocol.packets import decode_body, encode_body, encode_head, encode_number
+from bokbok_trio._protocol.key_schedule import derive_box_key, hash_accepted, keyed_hash, make_proof
+from bokbok_trio._protocol.limits import Limits
+from bokbok_trio._protocol.packets import decode_body, encode_body, encode_number, encode_packet
 from bokbok_trio._stream.secretbox import SecretboxStream
 
 from . import second_implementation as second
@@ -60,9 +57,9 @@ OPEN_CREDIT = 140
 
 def _packet(*fields: bytes, body: Sequence[bytes] | None = None) -> bytes:
     if body is None:
-        return encode_head(*fields)
+        return encode_packet(*fields)
     chunks, size = encode_body(body, 2**32)
-    return encode_head(*fields, body_size=size) + b"".join(chunks)
+    return encode_packet(*fields, body_size=size) + b"".join(chunks)
 
 
 def _flip(data: bytes) -> bytes:
@@ -133,7 +130,11 @@ def _packets() -> Vectors:
     }
     return {
         "good": [
-            {"name": name, "fields": [field.hex() for field in fields], "packet": encode_head(*fields).hex()}
+            {
+                "name": name,
+                "fields": [field.hex() for field in fields],
+                "packet": encode_packet(*fields).hex(),
+            }
             for name, fields in good.items()
         ],
         "bad": [{"name": name, "limit": 4096, "packet": packet} for name, packet in bad.items()],
@@ -174,7 +175,7 @@ def _users() -> Vectors:
 
 
 def _body(*fields: bytes) -> bytes:
-    return encode_head(*fields)[4:]
+    return encode_packet(*fields)[4:]
 
 
 BAD_OPTIONS = {
@@ -251,8 +252,8 @@ def _sealed() -> Vectors:
     accepted = server.accept([Key(KEY)])
     client.receive_reply(accepted)
     h1, box = client._h1, client._box
-    head = encode_head(b"accepted", *_declared(server))
-    h2 = _hash_accepted(h1, box, head)
+    head = encode_packet(b"accepted", *_declared(server))
+    h2 = hash_accepted(h1, box, head)
     hs, fk = client.channel_keys(), client.final_keys
     assert fk is not None
     assert fk == server.final_keys
@@ -264,15 +265,15 @@ def _sealed() -> Vectors:
         "ee": client._ee,
         "h0": client._h0,
         "hs": hs.c2s + hs.s2c,
-        "O": encode_head(*_fields(open)[:6]),
+        "O": encode_packet(*_fields(open)[:6]),
         "h1": h1,
         "session_key": SESSION_KEY,
-        "box_key": _box_key(Key(KEY), h1),
+        "box_key": derive_box_key(Key(KEY), h1),
         "box": box,
         "open": open,
         "A": head,
         "h2": h2,
-        "proof": _proof(Key(KEY), h2),
+        "proof": make_proof(Key(KEY), h2),
         "accepted": accepted,
         "fk": fk.c2s + fk.s2c,
     }
@@ -330,7 +331,7 @@ def _bad_hellos() -> list[Vectors]:
             "server",
             "sealed",
             "mode plain in 78 bytes",
-            MAGIC + encode_head(b"hello", b"client", b"plain", bytes(33)),
+            MAGIC + encode_packet(b"hello", b"client", b"plain", bytes(33)),
         ),
         ("server", "sealed", "a key of 31 bytes", encode_hello("client", bytes(range(31)))),
         ("server", "sealed", "a key of zeros", encode_hello("client", bytes(32))),
@@ -348,7 +349,7 @@ def _bad_hellos() -> list[Vectors]:
 
 def _open(*head: bytes, key: bytes = KEY, service: str = SERVICE, pad: int = 0) -> str:
     """A sealed `open` of any first five fields, its box right for them, of 512 bytes and `pad` more."""
-    size = 512 - len(encode_head(*head, b"", bytes(80)))
+    size = 512 - len(encode_packet(*head, b"", bytes(80)))
     return _open_padded(*head, bytes(size + pad), key=key, service=service)
 
 
@@ -356,8 +357,8 @@ def _open_padded(*head: bytes, key: bytes = KEY, service: str = SERVICE) -> str:
     client = _client(key, service)
     client.receive_hello(_server().hello)
     h1 = client._hash_open(head)
-    box = crypto_secretbox(SESSION_KEY + h1, h1[:24], _box_key(Key(key), h1))
-    return encode_head(*head, box).hex()
+    box = crypto_secretbox(SESSION_KEY + h1, h1[:24], derive_box_key(Key(key), h1))
+    return encode_packet(*head, box).hex()
 
 
 def _bad_opens() -> list[Vectors]:
@@ -377,25 +378,25 @@ def _bad_opens() -> list[Vectors]:
         ("sealed", "511 bytes", None, _open(*good, pad=-1)),
         ("sealed", "513 bytes", None, _open(*good, pad=1)),
         ("sealed", "a pad that is not zeros", None, _open_padded(*good, _flip(pad))),
-        ("sealed", "no box", None, encode_head(*good, pad + bytes(80), b"").hex()),
+        ("sealed", "no box", None, encode_packet(*good, pad + bytes(80), b"").hex()),
         ("sealed", "another first field", None, _open(b"nope", *good[1:])),
-        ("sealed", "six fields", None, encode_head(*good, pad + bytes(84)).hex()),
+        ("sealed", "six fields", None, encode_packet(*good, pad + bytes(84)).hex()),
         ("sealed", "without options", None, _open(*good[:4])),
         ("sealed", "messages of 4,095 bytes", None, _open(*good[:2], b"4095", count, options)),
         ("sealed", "no request at once", None, _open(*good[:3], b"0", options)),
         ("sealed", "1,000,001 requests at once", None, _open(*good[:3], b"1000001", options)),
         ("sealed", "a number with a leading zero", None, _open(*good[:3], b"0100", options)),
-        ("plain", "a user", None, encode_head(b"open", user, *plain[2:]).hex()),
-        ("plain", "a pad", None, encode_head(*plain[:5], b"\0", b"").hex()),
-        ("plain", "a box", None, encode_head(*plain[:6], bytes(80)).hex()),
-        ("plain", "messages of 4,095 bytes", None, encode_head(*plain[:2], b"4095", *plain[3:]).hex()),
-        ("plain", "without options", None, encode_head(*plain[:4], *plain[5:]).hex()),
+        ("plain", "a user", None, encode_packet(b"open", user, *plain[2:]).hex()),
+        ("plain", "a pad", None, encode_packet(*plain[:5], b"\0", b"").hex()),
+        ("plain", "a box", None, encode_packet(*plain[:6], bytes(80)).hex()),
+        ("plain", "messages of 4,095 bytes", None, encode_packet(*plain[:2], b"4095", *plain[3:]).hex()),
+        ("plain", "without options", None, encode_packet(*plain[:4], *plain[5:]).hex()),
     ]
     for name, bad in BAD_OPTIONS.items():
         told = f"options: {name}"
         table += [
             ("sealed", told, None, _open(*good[:4], bad)),
-            ("plain", told, None, encode_head(*plain[:4], bad, b"", b"").hex()),
+            ("plain", told, None, encode_packet(*plain[:4], bad, b"", b"").hex()),
         ]
     return [
         {"mode": mode, "name": name, "refused": refused, "open": packet}
@@ -408,7 +409,7 @@ def _bad_replies(sealed: Vectors) -> list[Vectors]:
 
     def accept(*declared: bytes, key: bytes = KEY) -> bytes:
         head = (b"accepted", *declared)
-        return encode_head(*head, _proof(Key(key), _hash_accepted(h1, box, encode_head(*head))))
+        return encode_packet(*head, make_proof(Key(key), hash_accepted(h1, box, encode_packet(*head))))
 
     size, count, options = _declared(_server())
     proof = _fields(accepted)[4]
@@ -416,27 +417,27 @@ def _bad_replies(sealed: Vectors) -> list[Vectors]:
     table: list[tuple[str, str, bool, bytes]] = [
         ("sealed", "another key", True, accept(size, count, options, key=OTHER_KEY)),
         ("sealed", "a bit of the proof changed", True, _flip(accepted)),
-        ("sealed", "a limit changed", True, encode_head(b"accepted", b"65537", count, options, proof)),
-        ("sealed", "an option changed", True, encode_head(b"accepted", size, count, other_options, proof)),
-        ("sealed", "no proof", True, encode_head(b"accepted", size, count, options, b"")),
-        ("sealed", "half a proof", True, encode_head(b"accepted", size, count, options, proof[:16])),
+        ("sealed", "a limit changed", True, encode_packet(b"accepted", b"65537", count, options, proof)),
+        ("sealed", "an option changed", True, encode_packet(b"accepted", size, count, other_options, proof)),
+        ("sealed", "no proof", True, encode_packet(b"accepted", size, count, options, b"")),
+        ("sealed", "half a proof", True, encode_packet(b"accepted", size, count, options, proof[:16])),
         ("sealed", "refused", True, encode_refused("authentication", "authentication failed")),
         ("sealed", "messages of 4,095 bytes", False, accept(b"4095", count, options)),
         ("sealed", "no request at once", False, accept(size, b"0", options)),
         ("sealed", "without options", False, accept(size, count)),
-        ("sealed", "four fields", False, encode_head(b"accepted", size, count, options)),
+        ("sealed", "four fields", False, encode_packet(b"accepted", size, count, options)),
         ("sealed", "a byte after the packet", False, accepted + b"\0"),
-        ("sealed", "an unknown code", False, encode_head(b"refused", b"perhaps", b"")),
-        ("sealed", "a message of 257 bytes", False, encode_head(b"refused", b"authentication", b"a" * 257)),
+        ("sealed", "an unknown code", False, encode_packet(b"refused", b"perhaps", b"")),
+        ("sealed", "a message of 257 bytes", False, encode_packet(b"refused", b"authentication", b"a" * 257)),
         ("plain", "a proof", False, accepted),
         ("plain", "refused", False, encode_refused("busy", "the server is busy")),
-        ("plain", "without options", False, encode_head(b"accepted", size, count, b"")),
+        ("plain", "without options", False, encode_packet(b"accepted", size, count, b"")),
     ]
     for name, bad in BAD_OPTIONS.items():
         told = f"options: {name}"
         table += [
             ("sealed", told, False, accept(size, count, bad)),
-            ("plain", told, False, encode_head(b"accepted", size, count, bad, b"")),
+            ("plain", told, False, encode_packet(b"accepted", size, count, bad, b"")),
         ]
     return [
         {"mode": mode, "name": name, "authentication": authentication, "reply": packet.hex()}
@@ -500,7 +501,7 @@ def _chan(
 
 
 def _part(number: int, left: int, piece: bytes) -> bytes:
-    return encode_head(b"part", encode_number(number), encode_number(left), piece)
+    return encode_packet(b"part", encode_number(number), encode_number(left), piece)
 
 
 def _connection_packets() -> Vectors:
@@ -521,9 +522,9 @@ def _connection_packets() -> Vectors:
         "req with the most pairs in its context": _req(4, context=most),
         "cancel": _of(b"cancel 0"),
         "ok": _packet(b"ok", b"1", body=[b"pong", b"12345"]),
-        "err": encode_head(b"err", b"3", b"unknown-request", b"no such request", b""),
-        "err with details": encode_head(b"err", b"3", b"no-room", b"the disk is full", b"\0\xff"),
-        "err with the longest details": encode_head(b"err", b"3", b"no-room", b"", bytes(16_384)),
+        "err": encode_packet(b"err", b"3", b"unknown-request", b"no such request", b""),
+        "err with details": encode_packet(b"err", b"3", b"no-room", b"the disk is full", b"\0\xff"),
+        "err with the longest details": encode_packet(b"err", b"3", b"no-room", b"", bytes(16_384)),
         "part": _part(0, 3, b"abc"),
         "drop": _of(b"drop 0"),
         "ping": _of(b"ping"),
@@ -536,31 +537,31 @@ def _connection_packets() -> Vectors:
         "chan of depth 2, with a context": _chan(6, b"log", depth=b"2", context=trace, credit=b"100"),
         "item": _packet(b"item", b"5", body=[b"line", b"12345"]),
         "item with no fields": _packet(b"item", b"5", body=[]),
-        "credit": encode_head(b"credit", b"5", b"1000"),
-        "credit of nothing": encode_head(b"credit", b"5", b"0"),
+        "credit": encode_packet(b"credit", b"5", b"1000"),
+        "credit of nothing": encode_packet(b"credit", b"5", b"0"),
         "end": _of(b"end 5"),
-        "abort": encode_head(b"abort", b"protocol", b"`item` without credit"),
-        "abort with the longest text": encode_head(b"abort", b"protocol", b"a" * 256),
+        "abort": encode_packet(b"abort", b"protocol", b"`item` without credit"),
+        "abort with the longest text": encode_packet(b"abort", b"protocol", b"a" * 256),
     }
     size = OPEN_LIMITS.max_message_size
     bad = {
-        "no fields": encode_head(),
-        "an unknown first field": encode_head(b"hello"),
+        "no fields": encode_packet(),
+        "an unknown first field": encode_packet(b"hello"),
         "66,561 bytes that are not in pieces, only the length of them": bytes.fromhex("00010401"),
-        "req of five fields": encode_head(b"req", b"0", b"", b"", _body()),
+        "req of five fields": encode_packet(b"req", b"0", b"", b"", _body()),
         "req with an id of the server's": _req(1),
         "req with an invalid id": _packet(b"req", b"00", b"", b"", b"", body=[]),
         "req with an invalid timeout": _req(0, timeout=b"1.5"),
         "req with a timeout of 19 digits": _req(0, timeout=b"1" + b"0" * 18),
-        "req with an invalid body": encode_head(b"req", b"0", b"", b"", b"", b""),
+        "req with an invalid body": encode_packet(b"req", b"0", b"", b"", b"", b""),
         "ok to nothing": _packet(b"ok", b"1", body=[]),
-        "err to nothing": encode_head(b"err", b"1", b"handler-error", b"", b""),
-        "err of four fields": encode_head(b"err", b"1", b"handler-error", b""),
+        "err to nothing": encode_packet(b"err", b"1", b"handler-error", b"", b""),
+        "err of four fields": encode_packet(b"err", b"1", b"handler-error", b""),
         "cancel with an id of the server's": _of(b"cancel 1"),
-        "cancel of three fields": encode_head(b"cancel", b"0", b""),
-        "part of three fields": encode_head(b"part", b"0", b"3"),
-        "part with an invalid number": encode_head(b"part", b"", b"3", b"abc"),
-        "part with an invalid left": encode_head(b"part", b"0", b"-3", b"abc"),
+        "cancel of three fields": encode_packet(b"cancel", b"0", b""),
+        "part of three fields": encode_packet(b"part", b"0", b"3"),
+        "part with an invalid number": encode_packet(b"part", b"", b"3", b"abc"),
+        "part with an invalid left": encode_packet(b"part", b"0", b"-3", b"abc"),
         "part with an empty piece": _part(0, 3, b""),
         "part with an empty piece and nothing left": _part(0, 0, b""),
         "part of a packet one byte over the limit": _part(0, size - 2, b"abc"),
@@ -568,37 +569,37 @@ def _connection_packets() -> Vectors:
         "part, the only one, of no body": _part(0, 0, b"\1"),
         "part, the only one, of no fields": _part(0, 0, _body()),
         "drop of nothing": _of(b"drop 0"),
-        "drop of three fields": encode_head(b"drop", b"0", b""),
-        "ping of two fields": encode_head(b"ping", b"12345"),
-        "pong of two fields": encode_head(b"pong", b"12345"),
-        "bye of two fields": encode_head(b"bye", b""),
+        "drop of three fields": encode_packet(b"drop", b"0", b""),
+        "ping of two fields": encode_packet(b"ping", b"12345"),
+        "pong of two fields": encode_packet(b"pong", b"12345"),
+        "bye of two fields": encode_packet(b"bye", b""),
         "bye-ok without bye": _of(b"bye-ok"),
-        "chan of six fields": encode_head(b"chan", b"0", b"", b"", b"", _body()),
+        "chan of six fields": encode_packet(b"chan", b"0", b"", b"", b"", _body()),
         "chan with an id of the server's": _chan(1),
         "chan with an invalid id": _packet(b"chan", b"00", b"", b"", b"", b"0", body=[]),
         "chan with an invalid timeout": _chan(0, timeout=b"1.5"),
         "chan with an invalid credit": _chan(0, credit=b""),
         "chan with more than the most credit": _chan(0, credit=b"4294967296"),
-        "chan with an invalid body": encode_head(b"chan", b"0", b"", b"", b"", b"0", b""),
+        "chan with an invalid body": encode_packet(b"chan", b"0", b"", b"", b"", b"0", b""),
         "chan of depth 16": _chan(0, depth=b"16"),
-        "abort of two fields": encode_head(b"abort", b"protocol"),
-        "abort with a code that is not UTF-8": encode_head(b"abort", b"\xff", b""),
-        "abort with a text that is not UTF-8": encode_head(b"abort", b"protocol", b"\xff"),
-        "abort with a text of 257 bytes": encode_head(b"abort", b"protocol", b"a" * 257),
+        "abort of two fields": encode_packet(b"abort", b"protocol"),
+        "abort with a code that is not UTF-8": encode_packet(b"abort", b"\xff", b""),
+        "abort with a text that is not UTF-8": encode_packet(b"abort", b"protocol", b"\xff"),
+        "abort with a text of 257 bytes": encode_packet(b"abort", b"protocol", b"a" * 257),
         **{
             f"req with the depth {depth.decode()}": _req(0, depth=depth)
             for depth in (b"0", b"16", b"01", b"-1", b"+1", b"1.0", b" 1", b"1" + b"0" * 17)
         },
         **{f"req with a context: {name}": _req(0, context=context) for name, context in BAD_CONTEXTS.items()},
         "chan with a context: a name twice": _chan(0, context=BAD_CONTEXTS["a name twice"]),
-        "item of two fields": encode_head(b"item", b"0"),
+        "item of two fields": encode_packet(b"item", b"0"),
         "item with an invalid id": _packet(b"item", b"-1", body=[]),
-        "item of nothing in flight, with an invalid body": encode_head(b"item", b"0", b"\1"),
-        "credit of two fields": encode_head(b"credit", b"0"),
-        "credit with an invalid id": encode_head(b"credit", b"", b"5"),
-        "credit of nothing in flight, with an invalid number of bytes": encode_head(b"credit", b"0", b"05"),
-        "end of three fields": encode_head(b"end", b"0", b""),
-        "end with an invalid id": encode_head(b"end", b"01"),
+        "item of nothing in flight, with an invalid body": encode_packet(b"item", b"0", b"\1"),
+        "credit of two fields": encode_packet(b"credit", b"0"),
+        "credit with an invalid id": encode_packet(b"credit", b"", b"5"),
+        "credit of nothing in flight, with an invalid number of bytes": encode_packet(b"credit", b"0", b"05"),
+        "end of three fields": encode_packet(b"end", b"0", b""),
+        "end with an invalid id": encode_packet(b"end", b"01"),
     }
     return {
         "max_message_size": OPEN_LIMITS.max_message_size,
@@ -725,7 +726,7 @@ def _channel_sequences() -> tuple[Sequences, Sequences]:
 
 def _of(words: bytes) -> bytes:
     """A packet of these fields."""
-    return encode_head(*words.split())
+    return encode_packet(*words.split())
 
 
 def _sequences() -> Vectors:
@@ -735,8 +736,8 @@ def _sequences() -> Vectors:
     nested = _req(4, b"again?", depth=b"1")
     a1, a2, a3 = _pieces(0, first, 10, 20)
     b1, b2 = _pieces(1, other, 40)
-    err = encode_head(b"err", b"3", b"no-room", b"", bytes(300))
-    abort = encode_head(b"abort", b"protocol", b"unknown packet")
+    err = encode_packet(b"err", b"3", b"no-room", b"", bytes(300))
+    abort = encode_packet(b"abort", b"protocol", b"unknown packet")
     five = [_req(id) for id in range(0, 10, 2)]
     five_deeper = [_req(id, depth=b"1") for id in range(10, 20, 2)]
     ping, pong, bye, bye_ok = _of(b"ping"), _of(b"pong"), _of(b"bye"), _of(b"bye-ok")
@@ -796,7 +797,7 @@ def _sequences() -> Vectors:
         "one request of depth 1 too many": (False, [*five_deeper, _req(20, depth=b"1")]),
         "one request too many, after deeper ones": (False, [*five, *five_deeper, _req(20)]),
         "a request of another depth with an id in flight": (False, [first, _req(0, depth=b"1")]),
-        "details of 16,385 bytes": (False, [encode_head(b"err", b"3", b"no-room", b"", bytes(16_385))]),
+        "details of 16,385 bytes": (False, [encode_packet(b"err", b"3", b"no-room", b"", bytes(16_385))]),
         "a left that is too large": (False, [a1, _part(0, len(first) - 4 - 29, first[14:34])]),
         "a left that is too small": (False, [a1, _part(0, len(first) - 4 - 31, first[14:34])]),
         "a left of 0 too early": (False, [a1, _part(0, 0, first[14:34])]),
@@ -813,7 +814,7 @@ def _sequences() -> Vectors:
         "ping in pieces": (False, _pieces(0, ping, 5)),
         "a piece in pieces": (False, _pieces(0, a1, 5)),
         "drop in pieces": (False, [a1, *_pieces(1, drop, 5)]),
-        "an unknown first field in pieces": (False, _pieces(0, encode_head(b"hello"), 5)),
+        "an unknown first field in pieces": (False, _pieces(0, encode_packet(b"hello"), 5)),
         "bye twice": (False, [bye, bye]),
         "bye-ok twice": (True, [bye_ok, bye_ok]),
         "bye-ok to the client's own bye": (False, [bye, bye_ok]),

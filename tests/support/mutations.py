@@ -51,9 +51,9 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "h1-without-service",
-        "_protocol/handshake.py",
-        "self._h0 + service + encode_head(*fields))",
-        "self._h0 + encode_head(*fields))",
+        "_protocol/key_schedule.py",
+        "h0 + bytes((len(service),)) + service + open_packet)",
+        "h0 + open_packet)",
         "public/test_server.py::test_services_must_agree",
     ),
     Mutation(
@@ -61,7 +61,7 @@ MUTATIONS: Final = [
         "_stream/establish.py",
         "                place.note_failure()\n",
         "                if (full := admit(None)) is not None:\n"
-        "                    raise await _refuse(transport, stream, full) from None\n",
+        "                    raise await _refuse(stream, full) from None\n",
         "public/test_server.py::test_without_the_key_nobody_is_told_that_the_server_is_full",
     ),
     Mutation(
@@ -74,21 +74,21 @@ MUTATIONS: Final = [
     Mutation(
         "h1-without-user",
         "_protocol/handshake.py",
-        "service + encode_head(*fields))",
-        "service + encode_head(*fields[2:]))",
+        "self._service, encode_packet(*fields))",
+        "self._service, encode_packet(*fields[2:]))",
         "protocol/test_handshake.py::test_a_box_for_one_user_opens_for_no_other_with_the_same_key",
     ),
     # ---- nobody without the user's key poses as the server ----
     Mutation(
         "proof-unchecked",
         "_protocol/handshake.py",
-        "        if not hmac.compare_digest(proof, _proof(self.key, h2)):\n",
+        "        if not hmac.compare_digest(proof, make_proof(self.key, h2)):\n",
         "        if len(proof) != KEY_SIZE:\n",
         "public/test_client.py::test_a_fake_server_is_found_out",
     ),
     Mutation(
         "proof-without-key",
-        "_protocol/handshake.py",
+        "_protocol/key_schedule.py",
         'return keyed_hash(32, key.raw, b"bokbok1 server", h2)',
         'return keyed_hash(32, b"", b"bokbok1 server", h2)',
         "protocol/test_handshake.py::test_a_server_that_only_knows_another_key_proves_nothing",
@@ -105,24 +105,24 @@ MUTATIONS: Final = [
     # ---- nobody in the middle ----
     Mutation(
         "h1-without-hellos",
-        "_protocol/handshake.py",
-        "self._h0 + service + encode_head(*fields))",
-        "service + encode_head(*fields))",
+        "_protocol/key_schedule.py",
+        "h0 + bytes((len(service),)) + service + open_packet)",
+        "bytes((len(service),)) + service + open_packet)",
         "public/test_attacks.py::test_an_impostor_between_the_two_can_pass_on_neither_box_nor_proof",
     ),
     Mutation(
         "h2-without-h1",
-        "_protocol/handshake.py",
-        'return keyed_hash(32, b"", b"bokbok1 accept", h1 + box + accepted)',
-        'return keyed_hash(32, b"", b"bokbok1 accept", accepted)',
+        "_protocol/key_schedule.py",
+        'return keyed_hash(32, b"", b"bokbok1 accept", h1 + box + accepted_packet)',
+        'return keyed_hash(32, b"", b"bokbok1 accept", accepted_packet)',
         "protocol/test_handshake.py::test_a_recorded_server_session_does_not_open_again",
     ),
     # ---- nobody changes the options of the handshake ----
     Mutation(
         "h1-without-options",
         "_protocol/handshake.py",
-        "service + encode_head(*fields))",
-        "service + encode_head(*fields[:4]))",
+        "self._service, encode_packet(*fields))",
+        "self._service, encode_packet(*fields[:4]))",
         "protocol/test_handshake.py::test_options_are_bound_by_the_hashes",
     ),
     Mutation(
@@ -135,14 +135,14 @@ MUTATIONS: Final = [
     # ---- nobody reads ----
     Mutation(
         "nonce-repeats",
-        "_stream/secretbox.py",
+        "_stream/records.py",
         "        self._counter += 1\n",
         "        self._counter = (self._counter + 1) % 3\n",
         "stream/test_secretbox_stream.py::test_no_nonce_is_used_twice_under_a_key",
     ),
     Mutation(
         "one-key-both-ways",
-        "_protocol/handshake.py",
+        "_protocol/key_schedule.py",
         "return cls(derived[:KEY_SIZE], derived[KEY_SIZE:])",
         "return cls(derived[:KEY_SIZE], derived[:KEY_SIZE])",
         "public/test_attacks.py::test_a_record_out_of_its_place_ends_the_connection",
@@ -157,7 +157,7 @@ MUTATIONS: Final = [
     # ---- nothing is altered, reordered, repeated, reflected or cut short unnoticed ----
     Mutation(
         "records-out-of-place",
-        "_stream/secretbox.py",
+        "_stream/records.py",
         "        return crypto_secretbox_open(box, self._nonce(), self._key)",
         "        for count in range(self._counter + 3):\n"
         "            try:\n"
@@ -172,7 +172,7 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "seal-unchecked",
-        "_stream/secretbox.py",
+        "_stream/records.py",
         "        return crypto_secretbox_open(box, self._nonce(), self._key)",
         "        stream = crypto_secretbox(bytes(len(box) - MAC_SIZE), self._nonce(), self._key)[MAC_SIZE:]\n"
         "        return bytes(one ^ other for one, other in zip(box[MAC_SIZE:], stream))",
@@ -180,22 +180,22 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "cut-is-an-end",
-        "_stream/secretbox.py",
+        "_stream/records.py",
         '            raise self._broken("the stream was cut short: it ended without an end record")',
-        "            self._receive_ended = True",
+        "            self.has_ended = True",
         "public/test_attacks.py::test_an_end_that_nobody_sealed_is_no_end",
     ),
     Mutation(
         "end-unsealed",
-        "_stream/secretbox.py",
+        "_stream/records.py",
         "            plaintext = None\n",
         '            plaintext = b"" if size == MAC_SIZE else None\n',
         "stream/test_secretbox_stream.py::test_an_empty_record_must_be_sealed_to_be_an_end",
     ),
     Mutation(
         "failed-record-is-skipped",
-        "_stream/secretbox.py",
-        "        self._receive_failure = reason\n",
+        "_stream/records.py",
+        "        self.failure = reason\n",
         "",
         "stream/test_secretbox_stream.py::test_a_failed_record_ends_receiving_though_good_ones_follow",
     ),
@@ -225,31 +225,31 @@ MUTATIONS: Final = [
     # ---- recordings stay unreadable when a user's key leaks later ----
     Mutation(
         "keys-without-ee",
-        "_protocol/handshake.py",
-        'keyed_hash(64, self._ee, b"bokbok1 shake", self._h0)',
-        'keyed_hash(64, b"", b"bokbok1 shake", self._h0)',
+        "_protocol/key_schedule.py",
+        'keyed_hash(64, ee, b"bokbok1 shake", h0)',
+        'keyed_hash(64, b"", b"bokbok1 shake", h0)',
         "protocol/test_handshake.py::test_a_recording_stays_unreadable_to_who_has_the_key_later",
     ),
     # ---- a listener learns neither the user name nor its length ----
     Mutation(
         "no-pad",
         "_protocol/handshake.py",
-        "fields[-1] = bytes(OPEN_SIZE - len(encode_head(*fields, bytes(BOX_SIZE))))",
+        "fields[-1] = bytes(OPEN_SIZE - len(encode_packet(*fields, bytes(BOX_SIZE))))",
         'fields[-1] = b""',
         "protocol/test_handshake.py::test_open_is_512_bytes_whatever_the_name_the_limits_and_the_options",
     ),
     Mutation(
         "open-in-the-clear",
         "_stream/establish.py",
-        "                await _send(stream, handshake.open())\n",
-        "                await _send(fast, handshake.open())\n",
+        "                await send_packet(stream, handshake.open())\n",
+        "                await send_packet(fast, handshake.open())\n",
         "stream/test_establish.py::test_a_listener_sees_neither_the_user_name_nor_its_length",
     ),
     # ---- an unknown user and a wrong key look the same ----
     Mutation(
         "refused-at-once",
         "_stream/establish.py",
-        "                if handshake.sealed:  # whom the system names has nothing to guess\n",
+        "                if handshake.sealed:  # a peer that the system names has nothing to guess\n",
         "                if handshake.sealed and keys:\n",
         "stream/test_establish.py::test_every_refusal_of_a_user_looks_the_same_and_comes_at_the_same_time",
     ),
@@ -279,7 +279,7 @@ MUTATIONS: Final = [
     Mutation(
         "reads-all",
         "_stream/secretbox.py",
-        "await self._transport.receive_some(HEADER_SIZE + self._max_record_size)",
+        "await self._transport.receive_some(HEADER_SIZE + opener.max_record_size)",
         "await self._transport.receive_some(2**20)",
         "stream/test_secretbox_stream.py::test_reads_ask_for_no_more_than_a_record_of_the_limit",
     ),
@@ -329,8 +329,8 @@ MUTATIONS: Final = [
     # ---- one connection holds no more than its budget, and does not hold up others ----
     Mutation(
         "budget-unchecked",
-        "_protocol/session.py",
-        "        if not taken or self._held_total <= self.budget.requests:\n",
+        "_protocol/remote_requests.py",
+        "        if not others or self._held_total <= self.budget.requests:\n",
         "        if True:\n",
         "protocol/test_budget.py::test_a_peer_that_sends_too_much_is_refused_and_may_ask_again",
     ),
@@ -350,7 +350,7 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "nonsense-unbounded",
-        "_protocol/session.py",
+        "_protocol/interpreter.py",
         "        self._ignored += 1\n",
         "",
         "protocol/test_session.py::test_packets_that_mean_nothing_are_bounded",
@@ -365,7 +365,7 @@ MUTATIONS: Final = [
     ),
     Mutation(
         "keys-show-themselves",
-        "_protocol/handshake.py",
+        "_protocol/key_schedule.py",
         '        return "<DirectionKeys>"\n',
         '        return f"<DirectionKeys {self.c2s!r}>"\n',
         "protocol/test_handshake.py::test_nothing_secret_shows_in_a_repr_an_error_or_a_log",
@@ -380,7 +380,7 @@ MUTATIONS: Final = [
     Mutation(
         "closed-keeps-keys",
         "_stream/secretbox.py",
-        "            self._sealer = self._opener = _Keyless(_CLOSED)\n",
+        "            self._drop_keys(_CLOSED)\n",
         "            pass\n",
         "connection/test_connection_end.py::test_a_connection_that_is_kept_has_no_keys_any_more",
     ),
@@ -394,7 +394,7 @@ MUTATIONS: Final = [
     # ---- on a plain UNIX-domain socket, only those get in whom `peer_user` names ----
     Mutation(
         "nameless-get-in",
-        "_stream/establish.py",
+        "_stream/identify.py",
         '    raise AuthenticationError(f"peer_user has no name for {credentials}")\n',
         '    return ""\n',
         "public/test_server.py::test_whom_peer_user_does_not_name_is_refused_before_all_else",
