@@ -198,7 +198,7 @@ class Connection:
         What is passed to methods is as ever: middleware, callbacks and streams of arguments are async, and
         run in the Trio thread. It needs the extra ``interface``.
 
-        Arguments and errors are those of `bokbok_trio.interface.consume`, and errors those of `call`.
+        Arguments are those of `bokbok_trio.interface.consume`; errors too, and those of `call`.
         """
         from .interface import consume  # noqa: PLC0415  (the rest of this module works without msgspec)
 

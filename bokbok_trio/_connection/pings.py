@@ -37,9 +37,9 @@ class _Asker:
             self._sleeper = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(self._abort)
         outcome = self.outcome
-        if isinstance(outcome, float):
-            return outcome
         assert outcome is not None
+        if not isinstance(outcome, BokbokError):
+            return outcome
         try:
             raise outcome
         finally:
