@@ -869,7 +869,9 @@ async def test_an_upload_breaks_with_its_connection(autojump_clock: MockClock) -
         assert source.closed == 1
 
 
-@pytest.mark.parametrize("wrong", [[Line(1)], iter([Line(1)]), None, 3], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [[Line(1)], iter([Line(1)]), None, 3], ids=["list", "iterator", "None", "int"]
+)
 async def test_what_is_no_stream_is_told_before_anything_is_sent(wrong: Any) -> None:
     async with consume_local(Logs, Implementation()) as logs:
         with pytest.raises(TypeError, match=r"Logs\.upload: lines is a stream, which goes by 'async for'"):
