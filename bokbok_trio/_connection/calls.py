@@ -120,7 +120,8 @@ class Calls:
         Raises:
             TypeError, ValueError, MessageTooLarge: as `Session.request` does.
         """
-        queue = self._session.open_channel if has_channel else self._session.request
+        local = self._session.local
+        queue = local.open_channel if has_channel else local.request
         if self._observer is None:
             id = queue(fields, deadline, depth=depth, context=context)
         else:

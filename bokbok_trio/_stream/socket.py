@@ -124,10 +124,10 @@ class SocketStream(FastStream):
         if self._rest:
             self._rest += data
             return False
-        sent = 0
-        if self.socket.fileno() >= 0:
-            with suppress(OSError):
-                sent = self._borrowed.send(data, NO_SIGNAL)
+        try:
+            sent = self._borrowed.send(data, NO_SIGNAL) if self.socket.fileno() >= 0 else 0
+        except OSError:
+            sent = 0
         if sent == len(data):
             return True
         self._rest = bytes(data[sent:])
