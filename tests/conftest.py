@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 
 import pytest
 from hypothesis import settings
@@ -10,6 +11,11 @@ settings.register_profile("quick", max_examples=50, deadline=None)
 settings.load_profile("quick")
 
 pytest_plugins = ["pytester"]
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and so would be the programs that tests
+# start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
