@@ -172,6 +172,7 @@ class Connection:
             self._session,
             self._stream,
             self._watchdog,
+            self._ending,
             wake_writers=self._wake_writers,
             on_idle=self._close_if_drained,
             on_defect=self._on_defect,
@@ -194,6 +195,7 @@ class Connection:
             self._sender,
             self._watchdog,
             self._handlers,
+            ending=self._ending,
             table=_DISPATCH,
             owner=self,
             on_protocol_error=self._on_protocol_error,
@@ -602,7 +604,7 @@ class Connection:
         if not self._ending.begin(reason, is_ours=is_ours, until=until, cause=cause):
             return
         self._note_draining()
-        self._sender.stop(until)
+        self._sender.stop()
         self._reader.discard()
         self._watchdog.stop()
         if self._opening is not None:

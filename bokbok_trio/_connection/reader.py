@@ -37,6 +37,7 @@ from .._protocol.packets import Buffer
 from .._protocol.session import Session
 from .._trio_util import LazyEvent, describe_error, keep
 from .eager import start_eagerly
+from .ending import Ending
 from .handlers import Handlers, HandlerScope
 from .read_turn import ReadTurn
 from .sender import Sender
@@ -67,6 +68,7 @@ class Reader:
         sender: is told when dispatching begins and ends.
         watchdog: is told when something was received.
         handlers: get the requests.
+        ending: the connection's. Once it is over, nothing more is dispatched.
         table, owner: what to call with each type of event, and with which connection.
         on_protocol_error: is told how the peer broke the protocol.
         lose: is told why the connection is lost, and by which error.
@@ -78,9 +80,9 @@ class Reader:
     """
 
     __slots__ = (
+        "_ending",
         "_events",
         "_handlers",
-        "_is_discarding",
         "_log",
         "_lose",
         "_nursery",
@@ -106,6 +108,7 @@ class Reader:
         watchdog: Watchdog,
         handlers: Handlers,
         *,
+        ending: Ending,
         table: DispatchTable,
         owner: object,
         on_protocol_error: Callable[[ProtocolError], object],
@@ -118,6 +121,7 @@ class Reader:
         self._sender = sender
         self._watchdog = watchdog
         self._handlers = handlers
+        self._ending = ending
         self._table = table
         self._owner = owner
         self._on_protocol_error = on_protocol_error
@@ -129,7 +133,6 @@ class Reader:
         self._scope: HandlerScope | None = None  # of the task that reads
         self._spoiled: list[trio.lowlevel.Task] = []  # tasks that sleep until the end
         self._events: list[Event] = []  # decoded, and not dispatched; the next one is the last
-        self._is_discarding = False
         self.ended = LazyEvent()
 
     def start(self, nursery: trio.Nursery) -> None:
@@ -143,8 +146,7 @@ class Reader:
         self._handlers.new_context().run(partial(self._nursery.start_soon, self.run, name=_NAME))
 
     def discard(self) -> None:
-        """Dispatch nothing more. Go on receiving, and drop everything, until the peer's end."""
-        self._is_discarding = True
+        """The connection is over: drop what is not dispatched. What is still received is dropped too."""
         self._events.clear()
 
     def stop(self) -> None:
@@ -216,7 +218,7 @@ class Reader:
             has_waited = await start_eagerly(work, context, partial(self._hand_over, task, context))
             del request, call, work, context  # or they would be kept while this receives
             # Most handlers never wait, and leave nothing to do.
-            if (has_waited or has_deadline or scope.is_spoiled or self._is_discarding) and (
+            if (has_waited or has_deadline or scope.is_spoiled or self._ending.is_over) and (
                 not await self._go_on(task, scope, has_waited=has_waited)
             ):
                 return
@@ -261,21 +263,21 @@ class Reader:
 
     def _end_dispatch(self) -> None:
         """Everything that was decoded is dispatched."""
-        if self._session.error is not None and not self._is_discarding:
+        if self._session.error is not None and not self._ending.is_over:
             self._on_protocol_error(self._session.error)
         self._sender.uncork()
 
     # ---- receiving ----
 
     async def _receive_more(self) -> None:
-        if self._session.has_undecoded and not self._is_discarding:
+        if self._session.has_undecoded and not self._ending.is_over:
             await trio.lowlevel.checkpoint()  # other tasks have their turn
             self._decode(b"")
             return
         try:
             data = await self._receive()
         except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
-            if not isinstance(exc, STREAM_ERRORS) and not self._is_discarding:
+            if not isinstance(exc, STREAM_ERRORS) and not self._ending.is_over:
                 self._log("a stream raised an error that streams do not raise", exc)
             self.ended.set()
             self._lose(f"receiving failed: {describe_error(exc)}", exc)
@@ -293,7 +295,7 @@ class Reader:
             self._decode(data)
 
     def _decode(self, data: Buffer | bytearray) -> None:
-        if not self._is_discarding:
+        if not self._ending.is_over:
             events = self._session.receive(data)
             self._sender.cork(len(events))
             events.reverse()

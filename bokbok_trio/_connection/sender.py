@@ -12,7 +12,6 @@ Two write to the stream, and never at the same time:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import final
 
@@ -23,6 +22,7 @@ from .._protocol.outbox import MAX_BATCH_SIZE
 from .._protocol.session import Session
 from .._stream.fast import FastStream
 from .._stream.pacing import PAUSE, Pacer
+from .ending import Ending
 from .watchdog import Watchdog
 
 
@@ -74,19 +74,19 @@ class Sender:
         session: queues the packets.
         stream: the connection's.
         watchdog: is told of sends.
+        ending: the connection's. Once it is over, this ends when nothing is queued any more.
         wake_writers: called when packets have left, so that channels may queue items.
-        on_idle: called when nothing is queued; it may `stop` this.
+        on_idle: called when nothing is queued; it may end the connection.
         on_defect: is told of a defect that may have lost bytes of the stream.
 
     Attributes:
         is_in_stream: whether the task is in the stream's code: an exception is the stream's then.
         lock: held by whoever writes.
-        until: the moment, by Trio's clock, when sending must have ended.
     """
 
     __slots__ = (
         "_coalescing",
-        "_is_stopping",
+        "_ending",
         "_on_defect",
         "_on_idle",
         "_pacer",
@@ -98,7 +98,6 @@ class Sender:
         "_watchdog",
         "is_in_stream",
         "lock",
-        "until",
     )
 
     def __init__(
@@ -106,6 +105,7 @@ class Sender:
         session: Session,
         stream: FastStream,
         watchdog: Watchdog,
+        ending: Ending,
         *,
         wake_writers: Callable[[], object],
         on_idle: Callable[[], object],
@@ -117,14 +117,13 @@ class Sender:
         self._coalescing = Coalescing()
         self._pacer = Pacer(stream.load, stream.is_drained)
         self._watchdog = watchdog
+        self._ending = ending
         self._wake_writers = wake_writers
         self._on_idle = on_idle
         self._on_defect = on_defect
         self.is_in_stream = False
-        self.until = math.inf
         self._scope: trio.CancelScope | None = None  # of the send under way
         self._sleeper: trio.lowlevel.Task | None = None  # the sender task, while it sleeps
-        self._is_stopping = False
 
     # ---- what others say ----
 
@@ -157,19 +156,17 @@ class Sender:
         if sleeper is not None:
             trio.lowlevel.reschedule(sleeper)
 
-    def stop(self, until: float) -> None:
-        """End when nothing is queued any more, and at `until`, by Trio's clock, at the latest."""
-        self._is_stopping = True
-        self.until = until
+    def stop(self) -> None:
+        """The connection is over: end when nothing is queued any more, at `Ending.until` at the latest."""
         if self._scope is not None:
-            self._scope.deadline = until
+            self._scope.deadline = self._ending.until
         self.wake_task()
 
     # ---- writing without waiting ----
 
     def _write_now(self) -> None:
         """Write what is queued, as much as the stream takes at once. The sender task sends the rest."""
-        if self._is_stopping or not self._stream.can_send_nowait or not self.lock.try_acquire():
+        if self._ending.is_over or not self._stream.can_send_nowait or not self.lock.try_acquire():
             self.wake_task()
             return
         try:
@@ -233,11 +230,11 @@ class Sender:
             elif room == 0:
                 with trio.move_on_after(PAUSE):
                     await self._park()
-            elif self._is_stopping:
+            elif self._ending.is_over:
                 return
             else:
                 self._on_idle()
-                if not self._is_stopping:
+                if not self._ending.is_over:
                     await self._sleep()
 
     async def _send(self, batch: bytes, now: float) -> bool:
@@ -246,7 +243,7 @@ class Sender:
         if session.flow_control.writable or session.is_holding_back:
             self._wake_writers()
         self._watchdog.send_begins(now)
-        with trio.CancelScope(deadline=self.until) as self._scope:
+        with trio.CancelScope(deadline=self._ending.until) as self._scope:
             self.is_in_stream = True
             await self._stream.send_all(batch)
             self.is_in_stream = False
@@ -282,6 +279,6 @@ class Sender:
 
     def _room(self, now: float) -> int:
         """How many bytes of big packets may be sent now. In the last second there is no bound."""
-        if self._is_stopping or not self._session.has_big:
+        if self._ending.is_over or not self._session.has_big:
             return MAX_BATCH_SIZE
         return self._pacer.room(now)
