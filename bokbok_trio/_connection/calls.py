@@ -15,6 +15,7 @@ from .._protocol.session import Session
 from .._types import Context, Fields
 from .ending import Ending
 from .timeouts import is_own_timeout
+from .waiting import Waiter
 
 if TYPE_CHECKING:
     from .._types import Connection
@@ -27,25 +28,23 @@ logger = logging.getLogger("bokbok_trio")
 
 
 @final
-class Call:
+class Call(Waiter[list[bytes]]):
     """A request of this side, until its answer comes or nobody wants that any more.
 
     Attributes:
         id: of the request.
-        outcome: the fields of the answer, or the error that came in its place; None before.
         embargo: the moment, by Trio's clock, before which nobody may see the outcome: it is the peer's
             ``timeout``, and our own deadline has not quite passed. None: it may be seen at once.
         on_settled: called once there is an outcome.
     """
 
-    __slots__ = ("_asked_at", "_deadline", "_sleeper", "embargo", "id", "on_settled", "outcome")
+    __slots__ = ("_asked_at", "_deadline", "embargo", "id", "on_settled")
 
     def __init__(self, id: int, deadline: float, asked_at: float) -> None:
+        super().__init__()
         self.id = id
         self._deadline = deadline
         self._asked_at = asked_at
-        self._sleeper: trio.lowlevel.Task | None = None
-        self.outcome: list[bytes] | BokbokError | None = None
         self.embargo: float | None = None
         self.on_settled: Callable[[], object] | None = None
 
@@ -56,32 +55,14 @@ class Call:
             self.embargo = self._deadline
         if self.on_settled is not None:
             self.on_settled()
-        sleeper, self._sleeper = self._sleeper, None
-        if sleeper is not None:
-            trio.lowlevel.reschedule(sleeper)
+        self._wake()
 
     async def wait(self) -> list[bytes]:
         """Wait for the outcome, for one task, once. Return the fields, or raise the error."""
-        if self.outcome is None:
-            self._sleeper = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._abort)
-        else:
-            await trio.lowlevel.checkpoint()
-        outcome = self.outcome
-        assert outcome is not None
-        if isinstance(outcome, list):
-            return outcome
+        await self.settled()
         if self.embargo is not None:
             await trio.sleep_until(self.embargo)
-        try:
-            raise outcome
-        finally:
-            self.outcome = None  # or this frame and the error would keep each other alive
-            del outcome
-
-    def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
-        self._sleeper = None
-        return trio.lowlevel.Abort.SUCCEEDED
+        return self.take()
 
 
 @final

@@ -8,47 +8,7 @@ from typing import final
 import trio
 
 from .._errors import BokbokError
-
-
-@final
-class _Asker:
-    """A task that waits for a pong.
-
-    Attributes:
-        outcome: the round trip in seconds, or the error that came in its place; None before.
-    """
-
-    __slots__ = ("_sleeper", "outcome")
-
-    def __init__(self) -> None:
-        self.outcome: float | BokbokError | None = None
-        self._sleeper: trio.lowlevel.Task | None = None
-
-    def wake(self, outcome: float | BokbokError) -> None:
-        """Let the task go on with that; where it does not wait any more, nothing happens."""
-        self.outcome = outcome
-        sleeper, self._sleeper = self._sleeper, None
-        if sleeper is not None:
-            trio.lowlevel.reschedule(sleeper)
-
-    async def wait(self) -> float:
-        """Return the round trip, or raise the error. The outcome may be there before."""
-        while self.outcome is None:
-            self._sleeper = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._abort)
-        outcome = self.outcome
-        assert outcome is not None
-        if not isinstance(outcome, BokbokError):
-            return outcome
-        try:
-            raise outcome
-        finally:
-            self.outcome = None  # or this frame and the error would keep each other alive
-            del outcome
-
-    def _abort(self, _raise_cancel: object) -> trio.lowlevel.Abort:
-        self._sleeper = None
-        return trio.lowlevel.Abort.SUCCEEDED
+from .waiting import Waiter
 
 
 @final
@@ -65,8 +25,8 @@ class Pings:
     __slots__ = ("_began_at", "_next", "_now", "is_out")
 
     def __init__(self) -> None:
-        self._now: list[_Asker] = []  # for the ping that is out
-        self._next: list[_Asker] = []  # for the one after it
+        self._now: list[Waiter[float]] = []  # for the ping that is out
+        self._next: list[Waiter[float]] = []  # for the one after it
         self._began_at = 0.0
         self.is_out = False
 
@@ -79,12 +39,13 @@ class Pings:
         Raises:
             ConnectionClosed, ConnectionLost: the connection is over.
         """
-        asker = _Asker()
+        asker: Waiter[float] = Waiter()
         self._next.append(asker)
         if not self.is_out:
             send_ping()
         try:
-            return await asker.wait()
+            await asker.settled()
+            return asker.take()
         finally:
             for askers in (self._now, self._next):
                 if asker in askers:
@@ -102,10 +63,10 @@ class Pings:
             self.is_out = False
             answered, self._now = self._now, []  # or an end that follows would take their answer away
             for asker in answered:
-                asker.wake(trio.current_time() - self._began_at)
+                asker.settle(trio.current_time() - self._began_at)
         return bool(self._next)
 
     def end(self, make_error: Callable[[], BokbokError]) -> None:
         """The connection is over; `make_error` makes what each task sees."""
         for asker in (*self._now, *self._next):
-            asker.wake(make_error())
+            asker.settle(make_error())
