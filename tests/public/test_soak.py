@@ -1,41 +1,21 @@
 """The soak, for some seconds: nothing hangs, no answer is wrong, and all comes to rest."""
 
-import pathlib
-import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Iterator
 
 import pytest
 
-SOAK = str(pathlib.Path(__file__).parents[2] / "benchmarks" / "soak.py")
-
-
-MODES = ("plain", "sealed")
+from tests.support.scripts import MODES, Processes, check_output, started_in_each_mode
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 
 
 @pytest.fixture(scope="module")
-def processes() -> Generator[dict[str, subprocess.Popen[str]]]:
-    """One for each mode, which run at the same time: they mostly wait."""
-    started = {
-        mode: subprocess.Popen(
-            [sys.executable, SOAK, "--seconds", "1.5", "--seed", "1", f"--{mode}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for mode in MODES
-    }
-    yield started
-    for process in started.values():
-        process.kill()
-        process.communicate()
+def processes() -> Iterator[Processes]:
+    with started_in_each_mode("soak.py", "--seconds", "1.5", "--seed", "1") as started:
+        yield started
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_short_soak_finds_nothing_wrong(mode: str, processes: dict[str, subprocess.Popen[str]]) -> None:
-    process = processes[mode]
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, (output + errors)[-20_000:]
-    assert "handled each second" in output
+def test_a_short_soak_finds_nothing_wrong(mode: str, processes: Processes) -> None:
+    assert "handled each second" in check_output(processes[mode])
