@@ -72,16 +72,3 @@ def full_backlog(family: int, where: Any) -> Generator[socket.socket]:
         finally:
             for sock in waiting:
                 sock.close()
-
-
-def find_link_local() -> str | None:
-    """A link-local IPv6 address of this machine, with its zone, if it has one."""
-    try:
-        with open("/proc/net/if_inet6") as lines:
-            for line in lines:
-                digits, _, _, scope, _, zone = line.split()
-                if scope == "20":
-                    return f"{socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))}%{zone}"
-    except OSError:
-        pass
-    return None
