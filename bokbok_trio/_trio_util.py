@@ -269,31 +269,36 @@ async def check_cancelled() -> None:
 
 @final
 class LazyEvent:
-    """A `trio.Event` that is made only where somebody waits for it: most connections need none."""
+    """Something that happens once. A `trio.Event` is made only where a task waits for it.
 
-    __slots__ = ("_event", "_is_set")
+    Attributes:
+        has_happened: whether `set` was called.
+    """
+
+    __slots__ = ("_event", "has_happened")
 
     def __init__(self) -> None:
-        self._is_set = False
+        self.has_happened = False
         self._event: trio.Event | None = None
 
-    def is_set(self) -> bool:
-        """Whether it has happened."""
-        return self._is_set
-
     def set(self) -> None:
-        """It has happened."""
-        self._is_set = True
+        """Note that it happens now."""
+        self.has_happened = True
         if self._event is not None:
             self._event.set()
 
-    async def wait(self) -> None:
-        """Wait until it has happened."""
+    @property
+    def event(self) -> trio.Event:
+        """The event to wait for."""
         if self._event is None:
             self._event = trio.Event()
-            if self._is_set:
+            if self.has_happened:
                 self._event.set()
-        await self._event.wait()
+        return self._event
+
+    async def wait(self) -> None:
+        """Wait until it has happened."""
+        await self.event.wait()
 
 
 def is_within(ancestor: trio.lowlevel.Task | None) -> bool:

@@ -293,7 +293,7 @@ class Talk:
         depth = (0, 0, 1, 15)[which % 4]
         try:
             match action:
-                case 0 | 1 if depth or not self.engine.peer_drains:
+                case 0 | 1 if depth or not self.engine.draining.peer_drains:
                     ask = self.engine.request if action else self.engine.open_channel
                     self.ours.append(ask([bytes(size)], depth=depth))
                 case 2 | 3 if self.handling:

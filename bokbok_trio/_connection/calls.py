@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, final
 import trio
 
 from .._errors import BokbokError, ConnectionLost, RemoteError, escape
-from .._protocol.events import Failure
+from .._protocol.events import Answer, Bye, Failure
 from .._protocol.session import Session
 from .._types import Context, Fields
 from .ending import Ending
@@ -20,6 +20,9 @@ from .waiting import Waiter
 if TYPE_CHECKING:
     from .._types import Connection
     from .observer import Observer
+
+DRAINING_MESSAGE: Final = "the peer takes no new request"
+"""The message of an error that a request ends with, because its peer drains."""
 
 SLOT_PATIENCE: Final = 1.0
 """Seconds that a request waits for a slot before the log says so, once for each connection."""
@@ -57,13 +60,6 @@ class Call(Waiter[list[bytes]]):
             self.on_settled()
         self._wake()
 
-    async def wait(self) -> list[bytes]:
-        """Wait for the outcome, for one task, once. Return the fields, or raise the error."""
-        await self.settled()
-        if self.embargo is not None:
-            await trio.sleep_until(self.embargo)
-        return self.take()
-
 
 @final
 class Calls:
@@ -71,16 +67,22 @@ class Calls:
 
     Arguments:
         session: it has their packets and slots.
-        packet_queued: called where a packet was queued.
+        ending: the connection's.
+        packet_queued: `Sender.packet_queued`.
         observer: is told of them; None where nobody is.
     """
 
-    __slots__ = ("_calls", "_has_warned", "_observer", "_packet_queued", "_session", "_slot_watch")
+    __slots__ = ("_calls", "_ending", "_has_warned", "_observer", "_packet_queued", "_session", "_slot_watch")
 
     def __init__(
-        self, session: Session, packet_queued: Callable[[], object], observer: Observer | None
+        self,
+        session: Session,
+        ending: Ending,
+        packet_queued: Callable[[], object],
+        observer: Observer | None,
     ) -> None:
         self._session = session
+        self._ending = ending
         self._packet_queued = packet_queued
         self._observer = observer
         self._calls: dict[int, Call] = {}
@@ -113,13 +115,34 @@ class Calls:
         call = self._calls[id] = Call(id, deadline, asked_at)
         return call
 
-    def settle(self, id: int, outcome: list[bytes] | BokbokError) -> None:
-        """Give a request its outcome, if anybody still wants it."""
+    def on_answer(self, answer: Answer) -> None:
+        """Give a request its answer, if anybody still wants it."""
+        call = self._calls.pop(answer.id, None)
+        if call is not None:
+            if self._observer is not None:
+                self._observer.tell_answered(answer.id, answer.fields)
+            call.settle(answer.fields)
+
+    def on_failure(self, failure: Failure) -> None:
+        """The peer answered a request with an error."""
+        if failure.code == "closing":
+            self._fail(failure.id, ConnectionLost(escape(failure.message), may_have_run=False))
+        else:
+            self._fail(failure.id, RemoteError(failure.message, failure.code, failure.details))
+
+    def on_bye(self, bye: Bye) -> None:
+        """The peer drains, and takes no new request: neither those that waited for a slot."""
+        self._ending.draining.set()
+        for id in bye.ids:
+            self._fail(id, ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
+
+    def _fail(self, id: int, error: BokbokError) -> None:
+        """Give a request an error for its outcome, if anybody still wants it."""
         call = self._calls.pop(id, None)
         if call is not None:
             if self._observer is not None:
-                self._observer.tell_answered(id, outcome)
-            call.settle(outcome)
+                self._observer.tell_answered(id, error)
+            call.settle(error)
 
     def cancel(self, call: Call) -> None:
         """Nobody wants the outcome any more, if there is none yet."""
@@ -130,16 +153,12 @@ class Calls:
             self._session.cancel(call.id)
             self._packet_queued()
 
-    def lose_all(self, ending: Ending) -> None:
+    def lose_all(self) -> None:
         """The connection is over."""
         if self._slot_watch is not None:
             self._slot_watch.cancel()
         for id in list(self._calls):
-            self.settle(id, ending.make_error(may_have_run=not self._session.is_unsent(id)))
-
-    def forget(self) -> None:
-        """There will be no more of them: forget whom to wake and to tell."""
-        del self._packet_queued, self._observer
+            self._fail(id, self._ending.make_error(may_have_run=not self._session.is_unsent(id)))
 
     # ---- slots ----
 
@@ -168,10 +187,3 @@ class Calls:
                     )
                     break
         self._slot_watch = None
-
-
-def as_error(failure: Failure) -> BokbokError:
-    """What the asker of a request that failed sees."""
-    if failure.code == "closing":
-        return ConnectionLost(escape(failure.message), may_have_run=False)
-    return RemoteError(failure.message, failure.code, failure.details)

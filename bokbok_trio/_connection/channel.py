@@ -460,10 +460,6 @@ class Channels:
         if id in self._channels:
             self._channels[id]._break(trio.BrokenResourceError("the other side has cancelled it"))
 
-    def forget(self) -> None:
-        """There will be no more of them: forget whom to wake and to tell."""
-        del self._packet_queued, self._on_item
-
     def wake_writers(self) -> None:
         """Let items be queued, where the peer has granted credit or items have left."""
         for id in self._flow_control.take_writable():

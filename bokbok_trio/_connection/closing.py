@@ -1,54 +1,134 @@
-"""`Closing`: says over the stream that nothing follows, and waits until the peer has said so too.
+"""`Closing`: ends the stream of a connection that is over.
 
-To close a socket while something is on its way may reset it, and destroy what the peer has not read yet. So
-the side that closes says its end, goes on receiving, and drops everything, until the peer's end comes.
+A socket that is closed while bytes are on their way may be reset, and a reset destroys what the peer has not
+read yet. So the side that closes says its end, goes on receiving, and drops everything, until the peer's end
+comes.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import suppress
-from typing import Final, final
+from types import TracebackType
+from typing import final
 
 import trio
 
 from .._protocol.session import Session
 from .._stream.fast import FastStream
-from .._trio_util import LazyEvent
-from .ending import Ending
-from .reader import STREAM_ERRORS
+from .._trio_util import keep, split_exception
+from .ending import CLOSE_TIMEOUT, STREAM_ERRORS, Ending
+from .reader import Reader
+from .sender import Sender
 
-CLOSE_TIMEOUT: Final = 1.0
-"""Seconds that a send under way and the end may take when a connection is closed, and that a connection which
-can no longer send goes on receiving."""
+logger = logging.getLogger("bokbok_trio")
 
 
 @final
 class Closing:
-    """The orderly end of a connection's stream.
+    """A context for the sender task. On leaving it, the stream's end is said, and the stream is closed.
+
+    Whatever was raised inside is a stream's failure, or comes from outside and is raised on.
 
     Arguments:
-        stream: written to by the sender task, which holds the send lock and never gives it back.
-        peer_ended: set when nothing more is received.
+        stream, session, reader, sender, ending: the connection's.
+        is_server: whether a server accepted the connection.
     """
 
-    __slots__ = ("_ending", "_is_hastened", "_linger", "_peer_ended", "_session", "_stream")
+    __slots__ = (
+        "_ending",
+        "_is_hastened",
+        "_is_server",
+        "_linger",
+        "_reader",
+        "_sender",
+        "_session",
+        "_stream",
+    )
 
-    def __init__(self, stream: FastStream, session: Session, peer_ended: LazyEvent, ending: Ending) -> None:
+    def __init__(
+        self,
+        stream: FastStream,
+        session: Session,
+        reader: Reader,
+        sender: Sender,
+        *,
+        ending: Ending,
+        is_server: bool,
+    ) -> None:
         self._stream = stream
         self._session = session
-        self._peer_ended = peer_ended
+        self._reader = reader
+        self._sender = sender
         self._ending = ending
+        self._is_server = is_server
         self._linger: trio.CancelScope | None = None  # while this waits for the peer's end
         self._is_hastened = False
 
     def hasten(self) -> None:
-        """Wait no longer than `CLOSE_TIMEOUT` from now on, where this waits."""
+        """Wait no longer than `CLOSE_TIMEOUT` from now on for the peer's end."""
         if self._linger is not None:
             self._is_hastened = True
             self._linger.deadline = min(self._linger.deadline, trio.current_time() + CLOSE_TIMEOUT)
 
-    async def say_end(self) -> None:
+    async def __aenter__(self) -> None:
+        """Do nothing, without a checkpoint."""
+
+    async def __aexit__(
+        self,
+        _type: type[BaseException] | None,
+        exc: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> bool:
+        try:
+            if exc is None:
+                await self._say_end()
+            else:
+                await self._handle(exc)
+        except BaseException as raised:  # noqa: BLE001  (`keep` raises it on, if it came from outside)
+            keep(raised, self._ending.log_closing)
+        finally:
+            del exc, _traceback  # or this frame and the traceback would keep each other alive
+            self._ending.close("the connection was cancelled", graceful=False)
+            self._reader.stop()
+            await self._close()
+        return True
+
+    async def _close(self) -> None:
+        try:
+            if not self._stream.close_nowait():
+                await trio.aclose_forcefully(self._stream)
+        except BaseException as exc:  # noqa: BLE001  (as above)
+            keep(exc, self._ending.log_closing)
+        finally:
+            self._ending.stream_closed.set()
+
+    async def _handle(self, exc: BaseException) -> None:
+        """Sending failed, or was cancelled from outside, or both."""
+        error, rest = split_exception(exc)
+        if error is not None:
+            await self._note_failure(error)
+        if rest is not None:
+            # The peer must know: else this looks like a stream that somebody cut.
+            if self._is_server:
+                self._session.drain()  # it is the server that ends
+            self._sender.say_end_now()
+            try:
+                raise rest from rest.__cause__
+            finally:
+                del exc, error, rest  # as above
+
+    async def _note_failure(self, error: BaseException) -> None:
+        """Sending failed. Answers that came before are still good, so the reader gets a moment for them."""
+        if not self._sender.is_in_stream:
+            self._ending.on_defect(error)
+            return
+        with trio.move_on_after(CLOSE_TIMEOUT):
+            await self._ending.over.wait()
+        self._ending.stream_failed("sending", error)
+
+    async def _say_end(self) -> None:
         """Say to the peer that nothing follows, and wait until it has said so too, a second at most.
 
         What a drained connection has sent may still be on its way: as long as the peer acknowledges some of
@@ -63,9 +143,9 @@ class Closing:
             if not await self._stream.send_end() and not self._session.is_draining:
                 return  # the peer would not learn of it, so there is nothing to wait for
             unacknowledged = math.inf
-            while not self._peer_ended.is_set():
+            while not self._reader.ended.has_happened:
                 with trio.move_on_after(CLOSE_TIMEOUT / 2):
-                    await self._peer_ended.wait()
+                    await self._reader.ended.wait()
                 remaining = self._stream.count_unacknowledged()
                 if self._session.is_draining and not self._is_hastened and 0 < remaining < unacknowledged:
                     unacknowledged = remaining

@@ -39,15 +39,11 @@ import logging
 import math
 from collections.abc import AsyncGenerator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, final
+from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import trio
 
-from .._errors import (
-    ConnectionLost,
-    ProtocolError,
-    escape,
-)
+from .._errors import ConnectionLost
 from .._protocol.budget import Budget
 from .._protocol.events import Abort, Answer, Bye, Cancel, End, Failure, Item, Pong, Request
 from .._protocol.options import find_room
@@ -56,26 +52,21 @@ from .._statistics import ConnectionStatistics
 from .._trio_util import (
     bare_nursery,
     block,
-    call_user,
     check_cancelled,
     check_run,
-    contain,
-    describe_error,
     is_within,
-    keep,
-    split_exception,
 )
 from .._types import ChannelHandler, ConnectionHandler, RequestHandler
-from .calls import Calls, as_error
+from .calls import DRAINING_MESSAGE, Calls
 from .channel import Channel, Channels
-from .closing import CLOSE_TIMEOUT, Closing
+from .closing import Closing
 from .current import next_depth
 from .ending import Ending
-from .handlers import DRAINING_MESSAGE, Handlers
+from .handlers import Handlers
 from .observer import Observer
 from .pings import Pings
-from .reader import STREAM_ERRORS, DispatchTable, Reader, leave_to_reader
-from .sender import Sender
+from .reader import DispatchTable, Reader
+from .sender import Sender, SendLock
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -113,7 +104,6 @@ class Connection:
         "_nursery",
         "_observer",
         "_opened",
-        "_opening",
         "_pings",
         "_reader",
         "_sender",
@@ -148,69 +138,80 @@ class Connection:
         self._settings = settings
         self._close_handler = close_handler
         self._server = server
-        self._session = Session(
-            side,
-            max_message_size=opened.max_message_size,
-            max_requests=settings.max_requests,
-            slots=opened.peer_max_requests,
-            budget=Budget.share_out(settings.effective_budget),
-            peer_room=find_room(opened.peer_options),
-        )
+        self._ending = Ending(self)
+        self._session = session = _make_session(side, opened, settings)
+        self._draining = session.draining
         watching = settings._instruments
-        self._observer = None if watching is None else Observer(watching, self, self._session)
-        on_item = None if self._observer is None else self._observer.tell_item
-        self._ending = Ending()
-        self._watchdog = Watchdog(
-            settings.ping_after,
-            settings.ping_timeout,
-            ping=self._send_ping,
-            lose=self._lose,
-            least_rate=settings.least_rate,
-            count_waiting=self._count_waiting,
-        )
+        self._observer = observer = None if watching is None else Observer(watching, self, session)
+        self._watchdog = self._make_watchdog()
         self._sender = Sender(
-            self._session,
+            session,
             self._stream,
             self._watchdog,
-            self._ending,
-            wake_writers=self._wake_writers,
-            on_idle=self._close_if_drained,
-            on_defect=self._on_defect,
+            ending=self._ending,
+            lock=SendLock(),
+            connection=self,
         )
-        self._channels = Channels(self._session.flow_control, self._sender.packet_queued, on_item)
-        self._calls = Calls(self._session, self._sender.packet_queued, self._observer)
+        packet_queued = self._sender.packet_queued
+        self._pings = Pings(session, packet_queued)
+        self._calls = Calls(session, self._ending, packet_queued, observer)
+        on_item = None if observer is None else observer.tell_item
+        self._channels = Channels(session.flow_control, packet_queued, on_item)
         self._handlers = Handlers(
             self,
-            self._session,
+            session,
             self._channels,
             request_handler=request_handler,
             channel_handler=channel_handler,
             describe_error=settings.describe_error,
-            packet_queued=self._sender.packet_queued,
-            observer=self._observer,
+            packet_queued=packet_queued,
+            observer=observer,
+            ending=self._ending,
         )
         self._reader = Reader(
             self._stream.receive_view,
-            self._session,
+            session,
             self._sender,
             self._watchdog,
             self._handlers,
             ending=self._ending,
-            table=_DISPATCH,
-            owner=self,
-            on_protocol_error=self._on_protocol_error,
-            lose=self._lose,
-            on_defect=self._on_defect,
-            log=self._log,
+            table=self._make_dispatch_table(),
         )
-        self._closing = Closing(self._stream, self._session, self._reader.ended, self._ending)
-        self._pings = Pings()
-        self._draining: trio.Event | None = None  # made for whoever asks first
-        self._opening: trio.CancelScope | None = None  # while the open handler runs
-        self._nursery: trio.Nursery | None = None
-        self._task: trio.lowlevel.Task | None = None
-        if self._observer is not None:
-            self._observer.tell_opened()  # now: requests can be made before `_run` begins
+        self._closing = Closing(
+            self._stream,
+            session,
+            self._reader,
+            self._sender,
+            ending=self._ending,
+            is_server=server is not None,
+        )
+        self._nursery: trio.Nursery | None = None  # while it runs
+        self._task: trio.lowlevel.Task | None = None  # until all has ended
+        if observer is not None:
+            observer.tell_opened()  # now: requests can be made before `_run` begins
+
+    def _make_watchdog(self) -> Watchdog:
+        return Watchdog(
+            self._settings.ping_after,
+            self._settings.ping_timeout,
+            ping=lambda: self._pings.send(),  # noqa: PLW0108  (those are made later)
+            lose=self._ending.lose,
+            least_rate=self._settings.least_rate,
+            count_waiting=lambda: self._session.waiting_bytes,
+        )
+
+    def _make_dispatch_table(self) -> DispatchTable:
+        return {
+            Request: None,
+            Answer: self._calls.on_answer,
+            Failure: self._calls.on_failure,
+            Item: self._channels.on_event,
+            End: self._channels.on_event,
+            Cancel: self._handlers.on_cancel,
+            Bye: self._calls.on_bye,
+            Pong: self._pings.on_pong,
+            Abort: self._ending.on_abort,
+        }
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
@@ -269,7 +270,7 @@ class Connection:
     @property
     def _is_ended_on_purpose(self) -> bool:
         """Whether it has ended, or is about to, because one of the sides wanted so."""
-        drains = self._session.is_draining or self._session.peer_drains
+        drains = self._session.is_draining or self._draining.peer_drains
         return drains or self._ending.is_ours
 
     @property
@@ -284,11 +285,7 @@ class Connection:
         A handler that sends items for as long as there are any should wait for it too, end its stream and
         return; else it uses up the grace of a stopping server, and is cancelled.
         """
-        if self._draining is None:
-            self._draining = trio.Event()
-            if self._ending.is_over or self._session.is_draining or self._session.peer_drains:
-                self._draining.set()
-        return self._draining
+        return self._ending.draining.event
 
     def statistics(self) -> ConnectionStatistics:
         """Count what goes on, for logs and gauges.
@@ -344,14 +341,17 @@ class Connection:
         if deadline < math.inf and deadline <= trio.current_time():
             await trio.lowlevel.checkpoint()
         depth = next_depth()
-        if not self._may_ask(depth):
+        if self._ending.is_over or (self._draining.peer_drains and not depth):
             await self._refuse()
         call = self._calls.ask(fields, deadline, depth=depth, context=context)
         try:
             self._sender.packet_queued(interactive=True)
             if self._session.local.has_waiting:
                 self._watch_slots()
-            return await call.wait()
+            await call.settled()
+            if call.embargo is not None:
+                await trio.sleep_until(call.embargo)
+            return call.take()
         except BaseException:
             self._calls.cancel(call)
             raise
@@ -411,7 +411,7 @@ class Connection:
 
     def _may_ask(self, depth: int = 0) -> bool:
         """Whether the peer takes a request of that depth, as far as is known."""
-        return not self._ending.is_over and (depth > 0 or not self._session.peer_drains)
+        return not self._ending.is_over and (depth > 0 or not self._draining.peer_drains)
 
     async def _refuse(self) -> NoReturn:
         """Raise why nothing can be asked any more."""
@@ -439,7 +439,7 @@ class Connection:
         await check_cancelled()
         if self._ending.is_over:
             await self._refuse()
-        return await self._pings.ask(self._send_ping)
+        return await self._pings.ask()
 
     @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
@@ -471,12 +471,8 @@ class Connection:
         check_run(self._home, self)
         if not self._ending.is_over:
             self._session.drain()
-            self._note_draining()
+            self._ending.draining.set()
             self._sender.packet_queued()
-
-    def _note_draining(self) -> None:
-        if self._draining is not None:
-            self._draining.set()
 
     async def wait_closed(self) -> None:
         """Wait until all of it has ended: transport, handlers and close handler.
@@ -501,210 +497,70 @@ class Connection:
             async with bare_nursery() as nursery:
                 self._nursery = nursery
                 self._watchdog.start()
-                self._reader.start(nursery)
-                if open_handler is None:
-                    self._handlers.ready.set()
-                else:
-                    self._opening = trio.CancelScope()  # now, as it may be over before that task runs
-                    nursery.start_soon(self._open, open_handler, self._opening)
-                await self._send()
+                nursery.start_soon(self._reader.run, nursery)  # it starts a task for each request that waits
+                self._handlers.start(nursery, open_handler)
+                async with self._closing:
+                    await self._sender.run()  # this task holds the send lock whenever it writes
         except Exception as exc:
             # But one that a handler left a nursery open in, for which Trio raises this at its end.
             logger.error("%r: a task of the connection ended badly", self, exc_info=exc)
         except BaseException as exc:  # noqa: BLE001  (raised again below)
             ended_by = exc
         try:
-            if self._handlers.ready.is_set() and self._close_handler is not None:
-                with contain(partial(self._log, "the close handler failed")):
-                    # Under a cancellation from outside, it gets that at its first checkpoint.
-                    await call_user(self._close_handler, self)
+            await self._handlers.end(self._close_handler)
         except trio.Cancelled as exc:
             ended_by = ended_by or exc  # it must not replace what ends the program
         finally:
+            self._nursery = self._task = None
             self._ending.ended.set()
             if self._observer is not None:
                 self._observer.tell_ended()
-            self._let_go()
         if ended_by is not None:
             try:
                 raise ended_by
             finally:
                 del ended_by  # or this frame and its traceback would keep each other alive
 
-    def _let_go(self) -> None:
-        """Break the reference cycles, so that the connection is freed at once."""
-        del self._sender, self._reader
-        self._handlers.forget()
-        self._channels.forget()
-        self._calls.forget()
-        self._task = self._nursery = self._observer = None
-
-    @trio.lowlevel.enable_ki_protection
-    async def _open(self, open_handler: ConnectionHandler, scope: trio.CancelScope) -> None:
-        """Run the open handler, and let requests be handled if it returned; if not, it is over."""
-        try:
-            with scope, contain(partial(self._log, "the open handler failed")):
-                await call_user(open_handler, self)
-                self._handlers.ready.set()
-                self._sender.wake_task()  # a drained connection ends now
-        finally:
-            if not self._handlers.ready.is_set():
-                self._close("the open handler failed")
-
-    def _log(self, what: str, error: BaseException) -> None:
-        logger.error("%r: %s", self, what, exc_info=error)
-
     def _wake_writers(self) -> None:
         self._channels.wake_writers()
         if self._session.has_room_for_answers:
             self._handlers.let_begin()
 
-    def _count_waiting(self) -> int:
-        return self._session.waiting_bytes
-
-    def _send_ping(self) -> None:
-        """Queue a ping. The watchdog's go also where one is out that the peer has not answered."""
-        if not self._pings.is_out:
-            self._pings.start_round()
-        self._session.ping()
-        self._sender.packet_queued()
-
     # ---- its end ----
 
     def _close_if_drained(self) -> None:
-        if self._session.is_drained and self._handlers.ready.is_set():
+        if self._session.is_drained and self._handlers.ready.has_happened:
             self._close("this side drained the connection")
 
     def _close(self, reason: str) -> None:
         """Close from this side; `aclose` without the waiting."""
-        self._end(reason, is_ours=True, graceful=True)
+        self._ending.close(reason)
         self._closing.hasten()
 
-    def _lose(self, reason: str, cause: BaseException | None = None, *, graceful: bool = False) -> None:
-        peer = self._describe_peer()
-        self._end(f"{reason} ({peer})" if peer else reason, is_ours=False, cause=cause, graceful=graceful)
+    def _stop(self) -> None:
+        """The connection is over, as `ending` says: stop all of its parts."""
+        self._sender.stop()
+        self._reader.discard()
+        self._watchdog.stop()
+        # Handlers first: one that waits for an answer here must end by its cancellation.
+        self._handlers.cancel_all()
+        self._calls.lose_all()
+        self._pings.end(partial(self._ending.make_error, may_have_run=True))
+        self._channels.break_all(self._ending.make_error(may_have_run=True))
+        self._session.close()
 
     def _describe_peer(self) -> str:
         user = f"user {self.user!r}" if self.user is not None and self._side == "server" else ""
         where = "" if self._address is None else f"at {self._address}"
         return " ".join(filter(None, (user, where)))
 
-    def _on_defect(self, error: BaseException) -> None:
-        logger.error("%r: a defect of bokbok_trio ends the connection", self, exc_info=error)
-        self._lose(f"internal error: {describe_error(error)}", error)
 
-    def _on_protocol_error(self, error: ProtocolError) -> None:
-        logger.warning("%r: the peer broke the protocol: %s", self, error)
-        self._session.abort(str(error))
-        self._lose(f"the peer broke the protocol: {error}", error, graceful=True)
-
-    def _end(self, reason: str, *, is_ours: bool, graceful: bool, cause: BaseException | None = None) -> None:
-        """It is over. `graceful`: send what is queued, and say so to the peer, within `CLOSE_TIMEOUT`."""
-        until = trio.current_time() + CLOSE_TIMEOUT if graceful else -math.inf
-        if not self._ending.begin(reason, is_ours=is_ours, until=until, cause=cause):
-            return
-        self._note_draining()
-        self._sender.stop()
-        self._reader.discard()
-        self._watchdog.stop()
-        if self._opening is not None:
-            self._opening.cancel()
-        # Handlers first: one that waits for an answer here must end by its cancellation.
-        self._handlers.cancel_all()
-        self._calls.lose_all(self._ending)
-        self._pings.end(partial(self._ending.make_error, may_have_run=True))
-        self._channels.break_all(self._ending.make_error(may_have_run=True))
-        self._session.close()
-
-    # ---- the sender ----
-
-    async def _send(self) -> None:
-        """Send until it is over, and close the stream."""
-        try:
-            try:
-                await self._sender.run()
-            except BaseException as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
-                error, rest = split_exception(exc)
-                if error is not None:
-                    await self._note_send_failure(error)
-                if rest is not None:
-                    self._part()
-                    try:
-                        raise rest from rest.__cause__
-                    finally:
-                        del error, rest  # or this frame and the traceback would keep each other alive
-            else:
-                await self._closing.say_end()
-        except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
-            keep(exc, self._log_closing)
-        finally:
-            self._end("the connection was cancelled", is_ours=True, graceful=False)
-            self._reader.stop()
-            try:
-                if not self._stream.close_nowait():
-                    await trio.aclose_forcefully(self._stream)
-            except BaseException as exc:  # noqa: BLE001  (as above)
-                keep(exc, self._log_closing)
-            finally:
-                self._ending.stream_closed.set()
-
-    def _part(self) -> None:
-        """Cancelled from outside, let the peer know: else this looks like a stream that somebody cut."""
-        if self._server is not None:
-            self._session.drain()  # it is the server that ends
-        self._sender.say_end_now()
-
-    async def _note_send_failure(self, error: BaseException) -> None:
-        """Sending failed. Answers that came before are still good: the reader gets a moment for them."""
-        if not self._sender.is_in_stream:
-            self._on_defect(error)
-            return
-        if not isinstance(error, STREAM_ERRORS) and not self._ending.is_over:
-            logger.error("%r: a stream raised an error that streams do not raise", self, exc_info=error)
-        with trio.move_on_after(CLOSE_TIMEOUT):
-            await self._ending.over.wait()
-        self._lose(f"sending failed: {describe_error(error)}", error)
-
-    def _log_closing(self, error: BaseException) -> None:
-        self._log("closing the stream failed", error)
-
-    # ---- what arrives ----
-
-    def _on_answer(self, answer: Answer) -> None:
-        self._calls.settle(answer.id, answer.fields)
-
-    def _on_failure(self, failure: Failure) -> None:
-        self._calls.settle(failure.id, as_error(failure))
-
-    def _on_channel(self, event: Item | End) -> None:
-        self._channels.on_event(event)
-
-    def _on_cancel(self, event: Cancel) -> None:
-        self._handlers.cancel(event.id)
-
-    def _on_bye(self, bye: Bye) -> None:
-        self._note_draining()
-        for id in bye.ids:
-            self._calls.settle(id, ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
-
-    def _on_pong(self, _pong: Pong) -> None:
-        if self._pings.on_pong():
-            self._send_ping()
-
-    def _on_abort(self, abort: Abort) -> None:
-        text = f"this side broke the protocol, says the peer: {escape(abort.message)} [{escape(abort.code)}]"
-        logger.warning("%r: %s", self, text)
-        self._lose(text)
-
-
-_DISPATCH: Final[DispatchTable] = {
-    Request: leave_to_reader,
-    Answer: Connection._on_answer,
-    Failure: Connection._on_failure,
-    Item: Connection._on_channel,
-    End: Connection._on_channel,
-    Cancel: Connection._on_cancel,
-    Bye: Connection._on_bye,
-    Pong: Connection._on_pong,
-    Abort: Connection._on_abort,
-}
+def _make_session(side: Side, opened: Established, settings: Settings) -> Session:
+    return Session(
+        side,
+        max_message_size=opened.max_message_size,
+        max_requests=settings.max_requests,
+        slots=opened.peer_max_requests,
+        budget=Budget.share_out(settings.effective_budget),
+        peer_room=find_room(opened.peer_options),
+    )

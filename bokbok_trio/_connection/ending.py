@@ -2,54 +2,142 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import final
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, cast, final
 
-from .._errors import BokbokError, ConnectionClosed, ConnectionLost
-from .._trio_util import LazyEvent
+import trio
+
+from .._errors import BokbokError, ConnectionClosed, ConnectionLost, ProtocolError, escape
+from .._protocol.events import Abort
+from .._trio_util import LazyEvent, describe_error
+
+if TYPE_CHECKING:
+    from .._types import Connection
+
+CLOSE_TIMEOUT: Final = 1.0
+"""Seconds that a send under way and the end may take when a connection is closed, and that a connection which
+can no longer send goes on receiving."""
+
+STREAM_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
+"""The errors of a stream that is broken. Any other error is a defect, of ours or of the stream."""
+
+logger = logging.getLogger("bokbok_trio")
+
+
+def refer_up(connection: Connection) -> Callable[[], Connection]:
+    """Return a reference from a part of a connection up to the connection.
+
+    It is weak, so that a connection that has ended is freed at once, and not by the garbage collector. Until
+    then the connection's task holds it, so the reference may be used wherever something goes on.
+    """
+    return cast("Callable[[], Connection]", weakref.ref(connection))
 
 
 @final
 class Ending:
     """A connection is open; then it is over; then its stream is closed; then all its tasks have ended.
 
-    All parts of the connection hold this one, and ask it.
+    All parts of the connection hold this object. They ask it whether the connection is over, and tell it why
+    that must be.
+
+    Arguments:
+        connection: stopped by `Connection._stop` when it is over.
 
     Attributes:
         is_over: whether it is over: nothing can be asked any more, and nothing is handled.
         is_ours: whether this side closed it; else it was lost.
         reason: why it is over, in words; None while it is open.
         until: the moment, by Trio's clock, until which it may send what is queued, and say that it ends.
+        draining: set once either side drains the connection, or it is over.
         over, stream_closed, ended: events, set as it goes on.
     """
 
-    __slots__ = ("_cause", "ended", "is_ours", "is_over", "over", "reason", "stream_closed", "until")
+    __slots__ = (
+        "_cause",
+        "_connection",
+        "draining",
+        "ended",
+        "is_ours",
+        "is_over",
+        "over",
+        "reason",
+        "stream_closed",
+        "until",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = refer_up(connection)
         self.is_over = False
         self.is_ours = False
         self.reason: str | None = None
         self._cause: BaseException | None = None
         self.until = math.inf
+        self.draining = LazyEvent()
         self.over = LazyEvent()
         self.stream_closed = LazyEvent()
         self.ended = LazyEvent()
 
-    def begin(self, reason: str, *, is_ours: bool, until: float, cause: BaseException | None = None) -> bool:
-        """It is over. Return whether that is new: the first reason stays.
+    def close(self, reason: str, *, graceful: bool = True) -> None:
+        """This side ends the connection.
 
         Arguments:
-            cause: the error that it was lost by.
+            reason: why, in words.
+            graceful: whether to send what is queued, and say the end, within `CLOSE_TIMEOUT`.
         """
+        self._begin(reason, is_ours=True, graceful=graceful)
+
+    def lose(self, reason: str, cause: BaseException | None = None, *, graceful: bool = False) -> None:
+        """The connection is lost. Arguments are those of `close`, and the error that it was lost by."""
+        peer = self._connection()._describe_peer()
+        text = f"{reason} ({peer})" if peer else reason
+        self._begin(text, is_ours=False, graceful=graceful, cause=cause)
+
+    def stream_failed(self, what: str, error: BaseException) -> None:
+        """Receiving or sending failed."""
+        if not isinstance(error, STREAM_ERRORS) and not self.is_over:
+            self._log("a stream raised an error that streams do not raise", error)
+        self.lose(f"{what} failed: {describe_error(error)}", error)
+
+    def on_defect(self, error: BaseException) -> None:
+        """This package has a defect, which ends the connection."""
+        self._log("a defect of bokbok_trio ends the connection", error)
+        self.lose(f"internal error: {describe_error(error)}", error)
+
+    def on_protocol_error(self, error: ProtocolError) -> None:
+        """The peer broke the protocol, and the session is about to tell it so."""
+        logger.warning("%r: the peer broke the protocol: %s", self._connection(), error)
+        self.lose(f"the peer broke the protocol: {error}", error, graceful=True)
+
+    def on_abort(self, abort: Abort) -> None:
+        """The peer says that this side broke the protocol."""
+        text = f"this side broke the protocol, says the peer: {escape(abort.message)} [{escape(abort.code)}]"
+        logger.warning("%r: %s", self._connection(), text)
+        self.lose(text)
+
+    def log_closing(self, error: BaseException) -> None:
+        """Log that closing the stream failed."""
+        self._log("closing the stream failed", error)
+
+    def _log(self, what: str, error: BaseException) -> None:
+        logger.error("%r: %s", self._connection(), what, exc_info=error)
+
+    def _begin(
+        self, reason: str, *, is_ours: bool, graceful: bool, cause: BaseException | None = None
+    ) -> None:
+        """The connection is over. The first reason stays."""
         if self.is_over:
-            return False
+            return
         self.is_over = True
         self.is_ours = is_ours
         self.reason = reason
         self._cause = cause
-        self.until = until
+        self.until = trio.current_time() + CLOSE_TIMEOUT if graceful else -math.inf
+        self.draining.set()
         self.over.set()
-        return True
+        self._connection()._stop()
 
     def make_error(self, *, may_have_run: bool) -> BokbokError:
         """Make what a waiter sees, given whether its request may have run."""

@@ -20,19 +20,22 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, final
 import trio
 
 from .._errors import MessageTooLarge, RequestError
-from .._protocol.events import Request
+from .._protocol.events import Cancel, Request
 from .._protocol.session import Session
 from .._trio_util import (
     LazyEvent,
     call_user,
     call_user_sync,
+    contain,
     find_single,
     innermost_scope,
     keep,
 )
-from .._types import ChannelHandler, Fields, RequestHandler
+from .._types import ChannelHandler, ConnectionHandler, Fields, RequestHandler
+from .calls import DRAINING_MESSAGE
 from .channel import Channel, Channels
 from .current import CURRENT, CurrentRequest
+from .ending import Ending, refer_up
 
 if TYPE_CHECKING:
     from .._types import CombinedHandler, Connection
@@ -43,8 +46,6 @@ _AnyHandler: TypeAlias = Callable[..., Awaitable["Fields | None"]]
 
 AddedHandlers: TypeAlias = "dict[bytes, CombinedHandler]"
 """Those that `add_handler` has added, by the first field of their requests."""
-
-DRAINING_MESSAGE: Final = "the peer takes no new request"
 
 LEFT_OPEN: Final = "the handler left a cancel scope or a nursery open; enter them by `with` and `async with`"
 
@@ -112,7 +113,8 @@ class Handlers:
         request_handler, channel_handler: the user's.
         describe_error: of `Settings`.
         packet_queued: `Sender.packet_queued`.
-        observer: is told of them, where anybody asks.
+        observer: is told of them; None where nobody is.
+        ending: the connection's.
 
     Attributes:
         ready: set once those of depth 0 may begin.
@@ -125,7 +127,9 @@ class Handlers:
         "_connection",
         "_context",
         "_describe_error",
+        "_ending",
         "_observer",
+        "_opening",
         "_packet_queued",
         "_request_handler",
         "_scopes",
@@ -146,8 +150,9 @@ class Handlers:
         describe_error: Callable[[BaseException], str] | None,
         packet_queued: Callable[..., object],
         observer: Observer | None,
+        ending: Ending,
     ) -> None:
-        self._connection = connection
+        self._connection = refer_up(connection)
         self._session = session
         self._channels = channels
         self._request_handler = request_handler
@@ -155,6 +160,8 @@ class Handlers:
         self._describe_error = describe_error
         self._packet_queued = packet_queued
         self._observer = observer
+        self._ending = ending
+        self._opening: trio.CancelScope | None = None  # of the open handler
         self._context = copy_context()  # only ever copied: a context runs once at a time
         self._scopes: dict[int, HandlerScope] = {}
         self.ready = LazyEvent()
@@ -196,12 +203,39 @@ class Handlers:
             scope.handler = handler
             self._scopes[request.id] = scope
             context = self._context.copy()
-            current = CurrentRequest(self._connection, request, deadline)
+            current = CurrentRequest(self._connection(), request, deadline)
             context.run(CURRENT.set, current)
             if self._observer is not None:
                 self._observer.tell_received(request, deadline, context)
             return self._handle(request, channel, scope, current), context
         return None
+
+    def start(self, nursery: trio.Nursery, open_handler: ConnectionHandler | None) -> None:
+        """Let requests be handled, from now on or when the open handler has returned."""
+        if open_handler is None:
+            self.ready.set()
+        else:
+            self._opening = trio.CancelScope()  # now, as the connection may be over before that task runs
+            nursery.start_soon(self._open, open_handler, self._opening)
+
+    @trio.lowlevel.enable_ki_protection
+    async def _open(self, open_handler: ConnectionHandler, scope: trio.CancelScope) -> None:
+        """Run the open handler. If it does not return, the connection is over."""
+        try:
+            with scope, contain(partial(self._log, "the open handler failed")):
+                await call_user(open_handler, self._connection())
+                self.ready.set()
+                self._packet_queued()  # a drained connection ends now
+        finally:
+            if not self.ready.has_happened:
+                self._ending.close("the open handler failed")
+
+    async def end(self, close_handler: ConnectionHandler | None) -> None:
+        """All handlers have ended: run the close handler, unless the open handler did not return."""
+        if self.ready.has_happened and close_handler is not None:
+            with contain(partial(self._log, "the close handler failed")):
+                # Under a cancellation from outside, it gets that at its first checkpoint.
+                await call_user(close_handler, self._connection())
 
     def name_task(self, context: Context) -> str:
         """Name the task of a handler, for those who look at what goes on."""
@@ -248,22 +282,20 @@ class Handlers:
             self._note_end(scope.id, "lost")
         self._packet_queued(interactive=True)
 
-    def cancel(self, id: int) -> None:
+    def on_cancel(self, event: Cancel) -> None:
         """The peer no longer wants an answer. Nothing is done if the handler has ended."""
-        scope = self._scopes.get(id)
+        scope = self._scopes.get(event.id)
         if scope is not None:
-            self._session.drop_items(id)
+            self._session.drop_items(event.id)
             scope.cancel_scope.cancel()
-            self._channels.on_cancel(id)
+            self._channels.on_cancel(event.id)
 
     def cancel_all(self) -> None:
-        """Nobody wants any answer."""
+        """The connection is over: nobody wants any answer."""
+        if self._opening is not None:
+            self._opening.cancel()
         for scope in list(self._scopes.values()):
             scope.cancel_scope.cancel()
-
-    def forget(self) -> None:
-        """There will be no more of them: forget the connection."""
-        del self._connection, self._packet_queued, self._observer
 
     async def _handle(
         self, request: Request, channel: Channel | None, scope: HandlerScope, current: CurrentRequest
@@ -273,11 +305,11 @@ class Handlers:
         try:
             assert scope.handler is not None
             if channel is not None:
-                fields = await self._use_channel(scope.handler, request, channel)
+                fields = await self._use_channel(scope.handler, request, channel, current)
             else:
-                if not (request.depth or (self.ready.is_set() and self._session.has_room_for_answers)):
+                if not (request.depth or (self.ready.has_happened and self._session.has_room_for_answers)):
                     await self._wait_to_begin(request.id)
-                fields = await call_user(scope.handler, self._connection, request.fields)
+                fields = await call_user(scope.handler, current.connection, request.fields)
             if task.child_nurseries or innermost_scope(task) is not scope.innermost:
                 raise RuntimeError(LEFT_OPEN)
             self._answer(request.id, () if fields is None else fields)
@@ -316,12 +348,12 @@ class Handlers:
             self._session.is_holding_back = False
 
     async def _use_channel(
-        self, handler: ChannelHandler, request: Request, channel: Channel
+        self, handler: ChannelHandler, request: Request, channel: Channel, current: CurrentRequest
     ) -> Fields | None:
         try:
-            if not (request.depth or (self.ready.is_set() and self._session.has_room_for_answers)):
+            if not (request.depth or (self.ready.has_happened and self._session.has_room_for_answers)):
                 await self._wait_to_begin(request.id)
-            return await call_user(handler, self._connection, request.fields, channel)
+            return await call_user(handler, current.connection, request.fields, channel)
         finally:
             channel._close(answered=True)  # before the answer is queued
             self._channels.remove(request.id)
@@ -330,7 +362,7 @@ class Handlers:
         try:
             self._session.remote.answer(id, fields)
         except MessageTooLarge as exc:
-            logger.error("%r: the answer to request %d is too large: %s", self._connection, id, exc)
+            logger.error("%r: the answer to request %d is too large: %s", self._connection(), id, exc)
             self._session.fail(id, "too-large", str(exc))
             self._note_end(id, "error", "too-large")
             return
@@ -353,13 +385,13 @@ class Handlers:
             if not self._session.fail(id, code, single.message, single.details):
                 logger.error(
                     "%r: request %d failed with %d bytes of details, which do not fit the agreed size",
-                    self._connection,
+                    self._connection(),
                     id,
                     len(single.details),
                 )
         else:
             code = "handler-error"
-            logger.error("%r: the handler of request %d failed", self._connection, id, exc_info=error)
+            logger.error("%r: the handler of request %d failed", self._connection(), id, exc_info=error)
             self._session.fail(id, code, self._describe(single))
         self._note_end(id, outcome, code)
 
@@ -370,11 +402,11 @@ class Handlers:
                 return f"{text}: {error}"
             return str(call_user_sync(self._describe_error, error))
         except BaseException as exc:  # noqa: BLE001  (as above)
-            keep(exc, self._log_description)
+            keep(exc, partial(self._log, "describe_error failed"))
             return text
 
-    def _log_description(self, error: BaseException) -> None:
-        logger.error("%r: describe_error failed", self._connection, exc_info=error)
+    def _log(self, what: str, error: BaseException) -> None:
+        logger.error("%r: %s", self._connection(), what, exc_info=error)
 
 
 @trio.lowlevel.enable_ki_protection

@@ -28,6 +28,7 @@ from ..instruments import (
     RequestOutcome,
     RequestStarted,
 )
+from .ending import refer_up
 from .timeouts import is_own_timeout
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Observer:
 
     def __init__(self, instruments: Instruments, connection: Connection, session: Session) -> None:
         self._instruments = instruments
-        self._connection = connection
+        self._connection = refer_up(connection)
         self._session = session
         self._began = trio.current_time()
         self._in_flight: dict[int, _InFlight] = {}
@@ -92,15 +93,15 @@ class Observer:
 
     def tell_opened(self) -> None:
         """The connection can be used."""
-        self._instruments.tell(ConnectionOpened(connection=self._connection))
+        self._instruments.tell(ConnectionOpened(connection=self._connection()))
 
     def tell_ended(self) -> None:
         """All of it has ended. Nothing more is told."""
         self._session.local.on_slot = None
         self._instruments.tell(
             ConnectionEnded(
-                connection=self._connection,
-                reason=self._connection.reason or "",
+                connection=self._connection(),
+                reason=self._connection().reason or "",
                 seconds=trio.current_time() - self._began,
                 requests_in=self._session.received,
                 requests_out=self._session.made,
@@ -129,7 +130,7 @@ class Observer:
         size = session.local.measure(frozen, context)
         id = session.local.next_id
         request = RequestStarted(
-            connection=self._connection,
+            connection=self._connection(),
             id=id,
             direction="out",
             name=_name(frozen),
@@ -170,7 +171,7 @@ class Observer:
     def tell_received(self, request: Request, deadline: float, context: ContextVariables) -> None:
         """A request of the peer has a handler, which will run in that context."""
         started = RequestStarted(
-            connection=self._connection,
+            connection=self._connection(),
             id=request.id,
             direction="in",
             name=_name(request.fields),
@@ -184,7 +185,7 @@ class Observer:
 
     def tell_handled(self, id: int, outcome: RequestOutcome, code: str) -> None:
         """The handler of a request of the peer has ended, and its answer is queued."""
-        if self._connection.closed:
+        if self._connection().closed:
             outcome = "lost"
         size = self._session.remote.answer_sizes[id] if outcome == "ok" else 0
         self._end(id, outcome, code if outcome == "error" else "", size=size)

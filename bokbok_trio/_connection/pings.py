@@ -8,6 +8,8 @@ from typing import final
 import trio
 
 from .._errors import BokbokError
+from .._protocol.events import Pong
+from .._protocol.session import Session
 from .waiting import Waiter
 
 
@@ -18,31 +20,31 @@ class Pings:
     Pongs have no ids, and a peer may answer several pings by one, so one is out at a time. (The watchdog's go
     nevertheless, after long silence; then a figure may come out too small.)
 
-    Attributes:
-        is_out: whether a ping is out.
+    Arguments:
+        session: queues the pings.
+        packet_queued: `Sender.packet_queued`.
     """
 
-    __slots__ = ("_began_at", "_next", "_now", "is_out")
+    __slots__ = ("_began_at", "_is_out", "_next", "_now", "_packet_queued", "_session")
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session, packet_queued: Callable[[], object]) -> None:
+        self._session = session
+        self._packet_queued = packet_queued
         self._now: list[Waiter[float]] = []  # for the ping that is out
         self._next: list[Waiter[float]] = []  # for the one after it
         self._began_at = 0.0
-        self.is_out = False
+        self._is_out = False  # a ping is
 
-    async def ask(self, send_ping: Callable[[], object]) -> float:
+    async def ask(self) -> float:
         """Wait for the answer to a ping that leaves from now on. Return the round trip in seconds.
-
-        Arguments:
-            send_ping: sends one, and calls `start_round`; called unless one is out.
 
         Raises:
             ConnectionClosed, ConnectionLost: the connection is over.
         """
         asker: Waiter[float] = Waiter()
         self._next.append(asker)
-        if not self.is_out:
-            send_ping()
+        if not self._is_out:
+            self.send()
         try:
             await asker.settled()
             return asker.take()
@@ -51,20 +53,24 @@ class Pings:
                 if asker in askers:
                     askers.remove(asker)
 
-    def start_round(self) -> None:
-        """A ping is queued."""
-        self.is_out = True
-        self._began_at = trio.current_time()
-        self._now, self._next = self._next, []
+    def send(self) -> None:
+        """Queue a ping. The watchdog calls this even if the peer has not answered the ping that is out."""
+        if not self._is_out:
+            self._is_out = True
+            self._began_at = trio.current_time()
+            self._now, self._next = self._next, []
+        self._session.ping()
+        self._packet_queued()
 
-    def on_pong(self) -> bool:
-        """A pong has come. Returns whether another ping is wanted."""
-        if self.is_out:
-            self.is_out = False
+    def on_pong(self, _pong: Pong) -> None:
+        """Tell the tasks that wait. If others have come meanwhile, send another ping for them."""
+        if self._is_out:
+            self._is_out = False
             answered, self._now = self._now, []  # or an end that follows would take their answer away
             for asker in answered:
                 asker.settle(trio.current_time() - self._began_at)
-        return bool(self._next)
+        if self._next:
+            self.send()
 
     def end(self, make_error: Callable[[], BokbokError]) -> None:
         """The connection is over; `make_error` makes what each task sees."""

@@ -53,7 +53,11 @@ class ReadTurn(Generic[_Task]):
         self.follower = task
         return True
 
-    def leave(self, task: _Task) -> None:
-        """A task ends. If it was the follower, there is none now."""
+    def leave(self, task: _Task) -> bool:
+        """A task ends: it reads no more, and follows no more. Return whether it was the one that read."""
         if self.follower is task:
             self.follower = None
+        if self.reader is not task:
+            return False
+        self.reader = None
+        return True

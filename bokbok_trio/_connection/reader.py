@@ -27,15 +27,14 @@ import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import Context
 from functools import partial
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, TypeAlias, cast, final
 
 import trio
 
-from .._errors import ProtocolError
 from .._protocol.events import Event, Request
 from .._protocol.packets import Buffer
 from .._protocol.session import Session
-from .._trio_util import LazyEvent, describe_error, keep
+from .._trio_util import LazyEvent, keep
 from .eager import start_eagerly
 from .ending import Ending
 from .handlers import Handlers, HandlerScope
@@ -43,19 +42,11 @@ from .read_turn import ReadTurn
 from .sender import Sender
 from .watchdog import Watchdog
 
-STREAM_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
-"""How a stream says that it is broken. Anything else that it raises is a defect, ours or its own."""
+NAME: Final = "bokbok_trio reader"
+"""The name of a task that reads."""
 
-_NAME: Final = "bokbok_trio reader"
-
-DispatchTable: TypeAlias = Mapping[type[Event], Callable[[Any, Any], Request | None]]
-"""By the type of an event: what to call with the connection and the event. A request that is returned is the
-reader's."""
-
-
-def leave_to_reader(_connection: object, request: Request) -> Request:
-    """Do nothing with a request: the reader begins its handler."""
-    return request
+DispatchTable: TypeAlias = Mapping[type[Event], Callable[[Any], None] | None]
+"""By the type of an event: the function that is called with it. None: the reader itself handles it."""
 
 
 @final
@@ -69,11 +60,7 @@ class Reader:
         watchdog: is told when something was received.
         handlers: get the requests.
         ending: the connection's. Once it is over, nothing more is dispatched.
-        table, owner: what to call with each type of event, and with which connection.
-        on_protocol_error: is told how the peer broke the protocol.
-        lose: is told why the connection is lost, and by which error.
-        on_defect: is told of a defect of this package, which ends the connection.
-        log: logs an error, with the name of the connection.
+        table: says what to call with each type of event.
 
     Attributes:
         ended: set when nothing more is received.
@@ -83,12 +70,7 @@ class Reader:
         "_ending",
         "_events",
         "_handlers",
-        "_log",
-        "_lose",
         "_nursery",
-        "_on_defect",
-        "_on_protocol_error",
-        "_owner",
         "_receive",
         "_scope",
         "_sender",
@@ -110,11 +92,6 @@ class Reader:
         *,
         ending: Ending,
         table: DispatchTable,
-        owner: object,
-        on_protocol_error: Callable[[ProtocolError], object],
-        lose: Callable[[str, BaseException | None], object],
-        on_defect: Callable[[BaseException], object],
-        log: Callable[[str, BaseException], object],
     ) -> None:
         self._receive = receive
         self._session = session
@@ -123,27 +100,12 @@ class Reader:
         self._handlers = handlers
         self._ending = ending
         self._table = table
-        self._owner = owner
-        self._on_protocol_error = on_protocol_error
-        self._lose = lose
-        self._on_defect = on_defect
-        self._log = log
         self._nursery: trio.Nursery | None = None
         self._turn: ReadTurn[trio.lowlevel.Task] = ReadTurn()
         self._scope: HandlerScope | None = None  # of the task that reads
         self._spoiled: list[trio.lowlevel.Task] = []  # tasks that sleep until the end
         self._events: list[Event] = []  # decoded, and not dispatched; the next one is the last
         self.ended = LazyEvent()
-
-    def start(self, nursery: trio.Nursery) -> None:
-        """Start the reader task in a nursery, which also gets the tasks of handlers."""
-        self._nursery = nursery
-        self._start_task()
-
-    def _start_task(self) -> None:
-        assert self._nursery is not None
-        # The task's context is a copy of the one that it is started in.
-        self._handlers.new_context().run(partial(self._nursery.start_soon, self.run, name=_NAME))
 
     def discard(self) -> None:
         """The connection is over: drop what is not dispatched. What is still received is dropped too."""
@@ -165,9 +127,15 @@ class Reader:
     # ---- a task that reads ----
 
     @trio.lowlevel.enable_ki_protection
-    async def run(self) -> None:
-        """Read; become the task of a handler that waits; after that, follow; read again; and so on."""
+    async def run(self, nursery: trio.Nursery) -> None:
+        """Read; become the task of a handler that waits; after that, follow; read again; and so on.
+
+        Arguments:
+            nursery: the connection's, which also gets the tasks of handlers.
+        """
+        self._nursery = nursery
         task = trio.lowlevel.current_task()
+        task.name = NAME
         self._turn.begin(task)
         try:
             while await self._take_turn(task):
@@ -177,10 +145,9 @@ class Reader:
                 if scope.is_spoiled or task.child_nurseries:
                     break
         except BaseException as exc:  # noqa: BLE001  (`keep` raises it on, where it ends the program)
-            keep(exc, self._on_defect)
+            keep(exc, self._ending.on_defect)
         finally:
-            self._turn.leave(task)
-            if self._turn.reader is task:
+            if self._turn.leave(task):
                 self.ended.set()
         if task.child_nurseries:
             await self._sleep_until_end(task)
@@ -193,18 +160,18 @@ class Reader:
             return trio.lowlevel.Abort.SUCCEEDED
 
         if self._turn.reader is not task:
-            if self.ended.is_set() or not self._turn.follow(task):
+            if self.ended.has_happened or not self._turn.follow(task):
                 return False
             task.context = self._handlers.new_context()  # both are a handler's still
-            task.name = _NAME
+            task.name = NAME
             await trio.lowlevel.wait_task_rescheduled(abort)
-        return not self.ended.is_set()
+        return not self.ended.has_happened
 
     async def _read(self, task: trio.lowlevel.Task, scope: HandlerScope) -> None:
         """Dispatch and receive in turn, while the task has the turn to read and its scope is good."""
         self._scope = scope
         self._dispatch_rest()
-        while not self.ended.is_set():
+        while not self.ended.has_happened:
             request = self._dispatch()
             if request is None:
                 self._end_dispatch()
@@ -243,12 +210,13 @@ class Reader:
 
     def _dispatch(self) -> Request | None:
         """Dispatch the events up to the next request, and return that."""
-        events, table, owner = self._events, self._table, self._owner
+        events, table = self._events, self._table
         while events:
             event = events.pop()
-            request = table[type(event)](owner, event)
-            if request is not None:
-                return request
+            handle = table[type(event)]
+            if handle is None:
+                return cast("Request", event)
+            handle(event)
         return None
 
     def _dispatch_rest(self) -> None:
@@ -264,7 +232,8 @@ class Reader:
     def _end_dispatch(self) -> None:
         """Everything that was decoded is dispatched."""
         if self._session.error is not None and not self._ending.is_over:
-            self._on_protocol_error(self._session.error)
+            self._session.abort(str(self._session.error))
+            self._ending.on_protocol_error(self._session.error)
         self._sender.uncork()
 
     # ---- receiving ----
@@ -277,19 +246,17 @@ class Reader:
         try:
             data = await self._receive()
         except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
-            if not isinstance(exc, STREAM_ERRORS) and not self._ending.is_over:
-                self._log("a stream raised an error that streams do not raise", exc)
             self.ended.set()
-            self._lose(f"receiving failed: {describe_error(exc)}", exc)
+            self._ending.stream_failed("receiving", exc)
             return
         if not data:
             self.ended.set()
             text = "the peer closed the connection"
             if self._session.is_mid_packet:
                 text = "the peer cut a packet short"
-            elif self._session.peer_drains:
+            elif self._session.draining.peer_drains:
                 text += ", which it was draining, as a server does that stops"
-            self._lose(text, None)
+            self._ending.lose(text)
         else:
             self._watchdog.heard()
             self._decode(data)
@@ -319,7 +286,10 @@ class Reader:
         if follower is not None:
             trio.lowlevel.reschedule(follower)
         else:
-            self._start_task()
+            assert self._nursery is not None
+            # The task's context is a copy of the one that it is started in.
+            start = partial(self._nursery.start_soon, self.run, self._nursery)
+            self._handlers.new_context().run(start)
 
     async def _sleep_until_end(self, task: trio.lowlevel.Task) -> None:
         """Keep a task in which a handler left a nursery open, until the connection ends.
@@ -328,6 +298,6 @@ class Reader:
         """
         for nursery in task.child_nurseries:
             nursery.cancel_scope.cancel()
-        if not self.ended.is_set():
+        if not self.ended.has_happened:
             self._spoiled.append(task)
             await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)

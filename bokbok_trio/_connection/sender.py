@@ -12,8 +12,7 @@ Two write to the stream, and never at the same time:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import trio
 
@@ -22,8 +21,11 @@ from .._protocol.outbox import MAX_BATCH_SIZE
 from .._protocol.session import Session
 from .._stream.fast import FastStream
 from .._stream.pacing import PAUSE, Pacer
-from .ending import Ending
+from .ending import Ending, refer_up
 from .watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from .._types import Connection
 
 
 @final
@@ -75,26 +77,22 @@ class Sender:
         stream: the connection's.
         watchdog: is told of sends.
         ending: the connection's. Once it is over, this ends when nothing is queued any more.
-        wake_writers: called when packets have left, so that channels may queue items.
-        on_idle: called when nothing is queued; it may end the connection.
-        on_defect: is told of a defect that may have lost bytes of the stream.
+        lock: held by whoever writes.
+        connection: when packets have left, its writers are woken; when nothing is queued, it may end.
 
     Attributes:
         is_in_stream: whether the task is in the stream's code: an exception is the stream's then.
-        lock: held by whoever writes.
     """
 
     __slots__ = (
         "_coalescing",
+        "_connection",
         "_ending",
-        "_on_defect",
-        "_on_idle",
         "_pacer",
         "_scope",
         "_session",
         "_sleeper",
         "_stream",
-        "_wake_writers",
         "_watchdog",
         "is_in_stream",
         "lock",
@@ -105,22 +103,19 @@ class Sender:
         session: Session,
         stream: FastStream,
         watchdog: Watchdog,
-        ending: Ending,
         *,
-        wake_writers: Callable[[], object],
-        on_idle: Callable[[], object],
-        on_defect: Callable[[BaseException], object],
+        ending: Ending,
+        lock: SendLock,
+        connection: Connection,
     ) -> None:
-        self.lock = SendLock()
         self._stream = stream
         self._session = session
         self._coalescing = Coalescing()
         self._pacer = Pacer(stream.load, stream.is_drained)
         self._watchdog = watchdog
         self._ending = ending
-        self._wake_writers = wake_writers
-        self._on_idle = on_idle
-        self._on_defect = on_defect
+        self.lock = lock
+        self._connection = refer_up(connection)
         self.is_in_stream = False
         self._scope: trio.CancelScope | None = None  # of the send under way
         self._sleeper: trio.lowlevel.Task | None = None  # the sender task, while it sleeps
@@ -148,7 +143,7 @@ class Sender:
         if session.has_queued:
             self._write_now()
         elif session.is_draining:
-            self.wake_task()  # for `on_idle`
+            self.wake_task()  # it may be drained now
 
     def wake_task(self) -> None:
         """Let the sender task look for something to do, if it sleeps."""
@@ -172,7 +167,7 @@ class Sender:
         try:
             is_all = self._write_batches()
         except BaseException as exc:  # noqa: BLE001  (the batch is lost, and so is its place in the stream)
-            self._on_defect(exc)
+            self._ending.on_defect(exc)
             return
         finally:
             self.lock.release()
@@ -212,6 +207,14 @@ class Sender:
             self._stream.send_end_nowait()
 
     # ---- the sender task ----
+
+    def _wake_writers(self) -> None:
+        """Packets have left: let channels queue items, and let handlers begin that wait for room."""
+        self._connection()._wake_writers()
+
+    def _on_idle(self) -> None:
+        """Nothing is queued."""
+        self._connection()._close_if_drained()
 
     async def run(self) -> None:
         """Send what is queued until `stop`. Raises what the stream raises.

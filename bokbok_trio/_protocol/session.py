@@ -52,6 +52,7 @@ class Session:
         local: the requests that this side makes.
         remote: the requests that the peer makes.
         flow_control: sends and grants, for the channels in flight.
+        draining: which side takes no new request of depth 0.
         error: how the peer broke the protocol, once it has.
         has_more: whether the last `take` left packets behind.
         has_undecoded: whether `receive` has packets left to decode: call it again, without data.
@@ -64,11 +65,11 @@ class Session:
     __slots__ = (
         "_abort",
         "_decoder",
-        "_draining",
         "_interpret",
         "_interpreter",
         "_outbox",
         "_peer_parity",
+        "draining",
         "error",
         "flow_control",
         "has_more",
@@ -95,7 +96,7 @@ class Session:
         max_body_size = max_message_size - HEAD_ROOM
         self._peer_parity = 1 - parity
         self._outbox = Outbox()
-        self._draining = Draining()
+        self.draining = Draining()
         self.remote = RemoteRequests(max_requests, max_body_size, budget, self._outbox)
         self.flow_control = FlowControl(self._outbox, max_body_size, budget.items, self.remote.count_free)
         self.local = LocalRequests(
@@ -113,7 +114,7 @@ class Session:
             remote=self.remote,
             flow_control=self.flow_control,
             outbox=self._outbox,
-            draining=self._draining,
+            draining=self.draining,
         )
         self._interpret = self._interpreter.interpret
         self._decoder = PacketDecoder(min(max_message_size, MAX_WHOLE_SIZE))
@@ -201,18 +202,13 @@ class Session:
     def drain(self) -> None:
         """Say that this side takes no new request of depth 0. A second call does nothing."""
         if not self.is_draining:
-            self.is_draining = self._draining.awaits_bye_ok = True
+            self.is_draining = self.draining.awaits_bye_ok = True
             self._outbox.put_control(b"bye")
-
-    @property
-    def peer_drains(self) -> bool:
-        """Whether the peer takes no new request of depth 0."""
-        return self._draining.peer_drains
 
     @property
     def is_drained(self) -> bool:
         """Whether nothing is in flight after this side's `bye`, and nothing will be."""
-        return self._draining.peer_is_done and not (
+        return self.draining.peer_is_done and not (
             self.local.states or self.local.has_waiting or self.remote.answer_sizes
         )
 
@@ -225,14 +221,14 @@ class Session:
         """End all requests. Only the answers and control packets that are queued still leave."""
         self.remote.close()
         self.local.close()
-        self._draining.owes_bye_ok = False
+        self.draining.owes_bye_ok = False
 
     # ---- sending ----
 
     @property
     def has_queued(self) -> bool:
         """Whether a packet waits to be sent."""
-        return not self._outbox.is_empty or self._draining.owes_bye_ok or self._abort is not None
+        return not self._outbox.is_empty or self.draining.owes_bye_ok or self._abort is not None
 
     @property
     def has_big(self) -> bool:
@@ -262,8 +258,8 @@ class Session:
                 self.local.states[id] = State.SENT
         for id, size in items:
             self.flow_control.item_departed(id, size)
-        if self._draining.owes_bye_ok and not self.local.has_queued_at_depth_0():
-            self._draining.owes_bye_ok = False
+        if self.draining.owes_bye_ok and not self.local.has_queued_at_depth_0():
+            self.draining.owes_bye_ok = False
             chunks.append(encode_packet(b"bye-ok"))
         if self._abort is not None and self._outbox.is_empty:
             chunks.append(self._abort)
