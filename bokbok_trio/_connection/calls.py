@@ -44,7 +44,7 @@ class Call(Waiter[list[bytes]]):
     __slots__ = ("_asked_at", "_deadline", "embargo", "id", "on_settled")
 
     def __init__(self, id: int, deadline: float, asked_at: float) -> None:
-        super().__init__()
+        self.outcome = self._sleeper = None  # without `super().__init__`: one is made for each request
         self.id = id
         self._deadline = deadline
         self._asked_at = asked_at

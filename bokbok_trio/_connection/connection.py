@@ -9,26 +9,24 @@ starts the **reader task** in it (`Reader`), and is itself the **sender task** (
 whose handler waits, each in a cancel scope of its own; the open handler, while it runs; and for a moment the
 task that warns where our requests wait for slots.
 
-The `Watchdog`, which pings a silent peer, and notices one that is gone, has no task here.
+The `Watchdog`, which pings a silent peer and notices a peer that is gone, has no task here.
 
-`request` queues a packet, has it sent, and sleeps until the reader or `_end` wakes it.
+`request` queues a packet, has it sent, and sleeps until its answer comes or the connection is over.
 
 Ending
 ======
 
-`_end` is called once, by whoever first sees that it is over: `aclose`, the reader, the sender, or
-the nursery being cancelled. It is synchronous: it sets the reason, cancels the handlers, fails the waiters,
-and gives the sender `CLOSE_TIMEOUT` to say goodbye. Whatever happens after that cannot be seen by a waiter.
-Where this side closes, it says so, and the reader goes on, and drops everything, until the peer has said so
-too: to close a socket earlier may reset it, and destroy what the peer has not read yet. The handlers may take
-their time to end; `close_handler` runs after the last of them.
+`Ending` takes the first reason why the connection is over, from any part, and calls `Connection._stop`. That
+cancels the handlers and gives all waiters their errors, without a checkpoint, so a waiter sees nothing that
+happens later. Then `Closing` says the end to the peer, and closes the stream. The handlers may take their
+time to end; `close_handler` runs after the last of them.
 
 Invariants
 ==========
 
 - No task of the connection raises into anybody's nursery, except ``KeyboardInterrupt`` and
   ``SystemExit``, which end the program; and ``Cancelled``, which comes from outside.
-- A waiter is woken at most once: by its answer, or by `_end`. Where a request ends in any other way, it is
+- A waiter is woken at most once: by its answer, or by `_stop`. Where a request ends in any other way, it is
   cancelled.
 - All of it belongs to one Trio run, and what is public says so to others before it changes anything.
 """

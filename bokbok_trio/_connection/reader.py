@@ -264,7 +264,7 @@ class Reader:
     def _decode(self, data: Buffer | bytearray) -> None:
         if not self._ending.is_over:
             events = self._session.receive(data)
-            self._sender.cork(len(events))
+            self._sender.coalescing.cork(len(events))
             events.reverse()
             self._events = events  # all events before these are dispatched
 

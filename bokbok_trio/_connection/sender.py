@@ -81,11 +81,11 @@ class Sender:
         connection: when packets have left, its writers are woken; when nothing is queued, it may end.
 
     Attributes:
+        coalescing: says when packets leave. The reader corks it.
         is_in_stream: whether the task is in the stream's code: an exception is the stream's then.
     """
 
     __slots__ = (
-        "_coalescing",
         "_connection",
         "_ending",
         "_pacer",
@@ -94,6 +94,7 @@ class Sender:
         "_sleeper",
         "_stream",
         "_watchdog",
+        "coalescing",
         "is_in_stream",
         "lock",
     )
@@ -110,7 +111,7 @@ class Sender:
     ) -> None:
         self._stream = stream
         self._session = session
-        self._coalescing = Coalescing()
+        self.coalescing = Coalescing()
         self._pacer = Pacer(stream.load, stream.is_drained)
         self._watchdog = watchdog
         self._ending = ending
@@ -124,19 +125,15 @@ class Sender:
 
     def packet_queued(self, *, interactive: bool = False) -> None:
         """A packet was queued: send it, now or later. `interactive`: see `Coalescing.queued`."""
-        when = self._coalescing.queued(interactive=interactive)
+        when = self.coalescing.queued(interactive=interactive)
         if when is NOW:
             self._write_now()
         elif when is LATER:
             self.wake_task()
 
-    def cork(self, received: int) -> None:
-        """Hold packets back until `uncork`: so many events of a receive are being dispatched."""
-        self._coalescing.cork(received)
-
     def uncork(self) -> None:
-        """All events of the receive are dispatched: send the packets that were queued meanwhile."""
-        self._coalescing.uncork()
+        """All events of a receive are dispatched: send the packets that were queued meanwhile."""
+        self.coalescing.uncork()
         session = self._session
         if session.flow_control.writable or session.is_holding_back:
             self._wake_writers()
@@ -260,7 +257,7 @@ class Sender:
 
     async def _sleep(self) -> None:
         """Sleep until `wake_task`. Meanwhile the lock is free for others."""
-        self._coalescing.idle()
+        self.coalescing.idle()
         self.lock.release()
         try:
             await self._park()

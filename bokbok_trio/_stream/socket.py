@@ -17,8 +17,9 @@ import socket
 import struct
 import sys
 import threading
+from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Final, final
+from typing import Any, Final, final
 
 import trio
 
@@ -231,9 +232,9 @@ class SocketStream(FastStream):
             raise ValueError("max_bytes must be at least 1")
         return bytes(await self._receive_into(_scratch.view[:max_bytes]))
 
-    async def receive_view(self) -> memoryview:
+    def receive_view(self) -> Coroutine[Any, Any, memoryview]:
         """See `FastStream`."""
-        return await self._receive_into(_scratch.view)
+        return self._receive_into(_scratch.view)
 
     async def _receive_into(self, view: memoryview) -> memoryview:
         fileno = self.socket.fileno
