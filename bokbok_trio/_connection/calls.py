@@ -32,12 +32,12 @@ logger = logging.getLogger("bokbok_trio")
 
 @final
 class Call(Waiter[list[bytes]]):
-    """A request of this side, until its answer comes or nobody wants that any more.
+    """A request of this side, until its answer comes or nobody wants it any more.
 
     Attributes:
         id: of the request.
-        embargo: the moment, by Trio's clock, before which nobody may see the outcome: it is the peer's
-            ``timeout``, and our own deadline has not quite passed. None: it may be seen at once.
+        embargo: the moment, by Trio's clock, before which nobody may see the outcome. The outcome is the
+            peer's ``timeout`` then, and our own deadline has not quite passed. None: it may be seen at once.
         on_settled: called once there is an outcome.
     """
 
@@ -52,7 +52,7 @@ class Call(Waiter[list[bytes]]):
         self.on_settled: Callable[[], object] | None = None
 
     def settle(self, outcome: list[bytes] | BokbokError) -> None:
-        """Let whoever waits go on with the outcome."""
+        """Note the outcome, and wake the task that waits for it."""
         self.outcome = outcome
         if not isinstance(outcome, list) and is_own_timeout(outcome, self._deadline, self._asked_at):
             self.embargo = self._deadline
@@ -66,7 +66,7 @@ class Calls:
     """The requests of this side that are in flight.
 
     Arguments:
-        session: it has their packets and slots.
+        session: queues their packets, and has their slots.
         ending: the connection's.
         packet_queued: `Sender.packet_queued`.
         observer: is told of them; None where nobody is.
@@ -86,7 +86,7 @@ class Calls:
         self._packet_queued = packet_queued
         self._observer = observer
         self._calls: dict[int, Call] = {}
-        self._slot_watch: trio.CancelScope | None = None  # while a task watches those that wait for slots
+        self._slot_watch: trio.CancelScope | None = None  # of the task that warns, while it runs
         self._has_warned = False
 
     def ask(
@@ -145,7 +145,7 @@ class Calls:
             call.settle(error)
 
     def cancel(self, call: Call) -> None:
-        """Nobody wants the outcome any more, if there is none yet."""
+        """Drop the interest in the outcome, if there is none yet."""
         if self._calls.pop(call.id, None) is not None:
             call.on_settled = None
             if self._observer is not None:
@@ -154,7 +154,7 @@ class Calls:
             self._packet_queued()
 
     def lose_all(self) -> None:
-        """The connection is over."""
+        """Fail all requests, because the connection is over."""
         if self._slot_watch is not None:
             self._slot_watch.cancel()
         for id in list(self._calls):
@@ -163,7 +163,7 @@ class Calls:
     # ---- slots ----
 
     def watch_slots(self, nursery: trio.Nursery, connection: Connection) -> None:
-        """See to it that the log says, once, that requests wait for slots for long."""
+        """Start the task that logs a warning when requests wait long for slots. It warns once."""
         if self._slot_watch is None and not self._has_warned:
             self._slot_watch = trio.CancelScope()
             nursery.start_soon(self._warn_of_waiting, connection, self._slot_watch)

@@ -3,12 +3,12 @@
 Theory
 ======
 
-Credit is counted by the session's `FlowControl`; here are the tasks that wait. An item is queued or
-handed over in the very moment that its waiter is woken, as Trio's memory channels do it: so tasks are
-served in turn, and a cancelled `send` or `receive` either did all of its work or none of it.
+The session's `FlowControl` counts credit; this file has the tasks that wait. An item is queued or handed over
+in the very moment in which its waiter is woken, as in Trio's memory channels. So tasks are served in turn,
+and a cancelled `send` or `receive` has done all of its work or none of it.
 
-Small items that no task waits for are kept as they came, encoded: lists of fields would take up a
-multiple of the window.
+Small items that no task waits for are kept encoded, as they came: lists of fields would take up a multiple of
+the window.
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ OVER_BUDGET: Final = (
 
 @final
 class _Waiter:
-    """A task in `send` or `receive`, and the item that it has, or gets. `done`: it was sent, or came."""
+    """A task in `send`, `receive` or `answer`.
+
+    Attributes:
+        item: the encoded item to send, and its size in bytes.
+        fields: the item that was received.
+        done: whether the item was sent or received, or the answer is here.
+    """
 
     __slots__ = ("done", "fields", "item", "task")
 
@@ -80,13 +86,13 @@ def _wake_all(waiters: dict[_Waiter, None]) -> None:
 class Channel(trio.abc.Channel[list[bytes]]):
     """Items both ways, as part of a request; made by `Connection.open_channel`, and for a channel handler.
 
-    An item is a list of fields, as a request is. Several tasks may send, and several receive, at
-    once; each item goes to one of them, and they are served in turn. Cancelling one loses no item and
-    repeats none. Items that were received and not taken are bounded by 256 KiB, where each counts its encoded
-    size and 64 bytes, and one item more; past that the other side's `send` waits.
-    ``async for item in channel`` ends where the other side has ended its direction, or answered.
+    An item is a list of fields, as a request is. Several tasks may send at once, and several may receive;
+    each item goes to one of them, and they are served in turn. A cancelled call loses no item and repeats
+    none. Items that came and that nobody has received are bounded: 256 KiB, where each item counts with its
+    encoded size and 64 bytes more, and one item beyond. Then the other side's `send` waits.
+    ``async for item in channel`` ends when the other side has ended its direction, or has answered.
 
-    On the handler's side the channel is closed when the handler returns; what it sent before arrives
+    On the handler's side the channel is closed when the handler returns. The items that it sent before arrive
     before its answer.
     """
 
@@ -105,7 +111,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._id = id
         self._packet_queued = packet_queued
         self._home = home
-        self._call = call  # None on the handler's side, and so is what cancels it
+        self._call = call  # None on the handler's side, as `cancel` is
         self._cancel = cancel
         self._on_item_passed = on_item
         self._senders: dict[_Waiter, None] = {}
@@ -142,8 +148,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
             MessageTooLarge: it is larger than the two sides agreed on.
             trio.ClosedResourceError: this side called `end` or `aclose`, or closed the connection.
             trio.BrokenResourceError: the handler over there has answered, or the other side cancelled
-                it; its error, if it answered with one, is the cause.
-            ConnectionLost: which is such an error too.
+                the channel. If the handler answered with an error, that is the cause.
+            ConnectionLost: the connection was lost; this is a `trio.BrokenResourceError` too.
             RuntimeError: called from another Trio run.
         """
         check_run(self._home, self)
@@ -164,10 +170,10 @@ class Channel(trio.abc.Channel[list[bytes]]):
                 items have been received.
             trio.ClosedResourceError: this side called `aclose`, or closed the connection before the
                 answer came.
-            trio.BrokenResourceError: the other side cancelled, or answered with an error, which is
-                the cause, before it ended its direction. Or items that nobody received took up too much
-                of `Settings.budget`.
-            ConnectionLost: which is such an error too.
+            trio.BrokenResourceError: before the other side ended its direction, it cancelled the channel,
+                or answered with an error, which is the cause. Or items that nobody received took up too
+                much of `Settings.budget`.
+            ConnectionLost: the connection was lost; this is a `trio.BrokenResourceError` too.
             RuntimeError: called from another Trio run.
         """
         check_run(self._home, self)
@@ -182,9 +188,9 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     @trio.lowlevel.enable_ki_protection
     async def end(self) -> None:
-        """Send no more items; receiving goes on. Tasks that wait in `send` get `trio.ClosedResourceError`.
+        """Send no more items. Receiving goes on. Tasks that wait in `send` get `trio.ClosedResourceError`.
 
-        Again, or after the channel was closed, it does nothing.
+        A second call, or one after the channel was closed, does nothing.
 
         Raises:
             RuntimeError: called from another Trio run.
@@ -199,12 +205,15 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     @trio.lowlevel.enable_ki_protection
     async def answer(self) -> list[bytes]:
-        """Wait for the answer of the handler over there. Again gives the same.
+        """Wait for the answer of the handler over there. A second call gives the same answer.
 
-        Items that nobody receives may hold that handler up: take them first, or at the same time.
+        Items that nobody receives may hold that handler up: receive them first, or at the same time.
+
+        Returns:
+            The fields of the answer.
 
         Raises:
-            RemoteError: it answered with an error.
+            RemoteError: the handler answered with an error.
             ConnectionLost, ConnectionClosed: as for `Connection.request`.
             trio.ClosedResourceError: the channel was closed here before the answer came.
             RuntimeError: called on the handler's side, which gives the answer, or from another Trio run.
@@ -223,10 +232,10 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
-        """Close both directions; what is there or still comes is dropped.
+        """Close both directions. Items that are here or still come are dropped.
 
-        On the side that opened it, it cancels the handler over there unless its answer came. On the
-        handler's side, the handler goes on and is still to answer.
+        On the side that opened the channel, this cancels the handler over there unless its answer came. On
+        the handler's side, the handler goes on, and must still answer.
 
         Raises:
             RuntimeError: called from another Trio run.
@@ -243,7 +252,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         return self._unless_embargoed(self._broken)
 
     def _receive_error(self) -> Exception | None:
-        """Why nothing can be received, where nothing is buffered."""
+        """Return the reason why nothing can be received, if nothing is buffered."""
         if self._is_closed:
             return trio.ClosedResourceError("this side closed the channel")
         if self._lost is not None:
@@ -271,7 +280,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
     async def _wait(
         self, waiters: dict[_Waiter, None], waiter: _Waiter, find_error: Callable[[], Exception | None]
     ) -> None:
-        """Sleep among others until done, or raise why that cannot be."""
+        """Sleep among others until `waiter` is done, or raise the reason why it cannot be."""
         while not waiter.done:
             error = find_error()
             if error is not None:
@@ -291,7 +300,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
     # ---- for the connection ----
 
     def _on_settled(self) -> None:
-        """The answer came, or none will."""
+        """The answer came, or none will come."""
         assert self._call is not None
         self._call.on_settled = None
         outcome = self._call.outcome
@@ -372,7 +381,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
             await trio.lowlevel.checkpoint()
 
     def _close(self, *, answered: bool = False) -> None:
-        """Close both directions. `answered`: the handler's answer is what follows."""
+        """Close both directions. `answered`: the handler's answer follows next."""
         was_ended, self._has_ended = self._has_ended, True
         _wake_all(self._senders)
         if self._cancel is not None:
@@ -392,7 +401,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._buffer.clear()
 
     def _stop_receiving(self) -> None:
-        """Drop what is there and what still comes, as if it were received: nobody is to wait for us."""
+        """Drop items that are here or still come, as if they were received, so that nobody waits for us."""
         self._is_closed = True
         _wake_all(self._receivers)
         while self._buffer:
@@ -401,12 +410,12 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
 @final
 class Channels:
-    """The channels of a connection that are in use here, of both sides, by id.
+    """The channels of a connection, of both sides, by id, while they are in use here.
 
     Arguments:
-        flows: their credit.
+        flows: has their credit.
         packet_queued: `Sender.packet_queued`.
-        on_item: called with the id, the direction and the size of each item; None where nobody asks.
+        on_item: called with the id, the direction and the size of each item; None if nobody asks.
     """
 
     __slots__ = ("_channels", "_flow_control", "_home", "_on_item", "_packet_queued")
@@ -424,7 +433,7 @@ class Channels:
         return len(self._channels)
 
     def open(self, call: Call, cancel: Callable[[], object]) -> Channel:
-        """One of ours: `cancel` is called when nobody wants its answer any more."""
+        """Add a channel of ours. `cancel` is called when nobody wants its answer any more."""
         channel = self._channels[call.id] = Channel(
             self._flow_control,
             call.id,
@@ -437,7 +446,7 @@ class Channels:
         return channel
 
     def take(self, id: int) -> Channel:
-        """One of the peer's, which may send from now on."""
+        """Add a channel of the peer, which may send from now on."""
         channel = self._channels[id] = Channel(
             self._flow_control, id, self._packet_queued, self._home, on_item=self._on_item
         )
@@ -445,23 +454,26 @@ class Channels:
         return channel
 
     def remove(self, id: int) -> None:
-        """Nobody here uses it any more."""
+        """Forget a channel: nobody here uses it any more."""
         del self._channels[id]
 
     def on_event(self, event: Item | End) -> None:
-        """Items may come for one whose handler has ended, until its answer has left."""
+        """Give an item, or the end, to its channel.
+
+        It is dropped if the handler has ended: items may come until its answer has left.
+        """
         if event.id in self._channels:
             if self._on_item is not None and isinstance(event, Item):
                 self._on_item(event.id, "in", event.size)
             self._channels[event.id]._on_event(event)
 
     def on_cancel(self, id: int) -> None:
-        """The peer has cancelled one of its own, or a request that is none."""
+        """The peer has cancelled one of its requests. Break its channel, if it has one."""
         if id in self._channels:
             self._channels[id]._break(trio.BrokenResourceError("the other side has cancelled it"))
 
     def wake_writers(self) -> None:
-        """Let items be queued, where the peer has granted credit or items have left."""
+        """Let channels queue items, if the peer has granted credit or items have left."""
         for id in self._flow_control.take_writable():
             if id in self._channels:
                 self._channels[id]._on_writable()

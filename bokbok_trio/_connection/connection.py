@@ -3,11 +3,11 @@
 Theory
 ======
 
-`Connection._run` is the connection's whole life, in a task of its own. It opens the connection's nursery,
-starts the **reader task** in it (`Reader`), and is itself the **sender task** (`Sender`), which holds the
-`SendLock` whenever it is awake, and closes the stream. The nursery also holds **a task per incoming request**
-whose handler waits, each in a cancel scope of its own; the open handler, while it runs; and for a moment the
-task that warns where our requests wait for slots.
+`Connection._run` is the whole life of a connection, in a task of its own. It opens the connection's nursery
+and starts the **reader task** in it (`Reader`). It is itself the **sender task** (`Sender`), which holds the
+`SendLock` whenever it is awake, and closes the stream. The nursery also has **a task per incoming request**
+whose handler waits, each in a cancel scope of its own; the open handler, while it runs; and the task that
+warns when requests wait long for slots.
 
 The `Watchdog`, which pings a silent peer and notices a peer that is gone, has no task here.
 
@@ -28,7 +28,7 @@ Invariants
   ``SystemExit``, which end the program; and ``Cancelled``, which comes from outside.
 - A waiter is woken at most once: by its answer, or by `_stop`. Where a request ends in any other way, it is
   cancelled.
-- All of it belongs to one Trio run, and what is public says so to others before it changes anything.
+- A connection belongs to one Trio run. Its public methods raise in any other, before they change anything.
 """
 
 from __future__ import annotations
@@ -224,8 +224,10 @@ class Connection:
 
     @property
     def user(self) -> str | None:
-        """The user: with a key, whom both sides authenticated; else, on a server with `peer_user`, whom
-        that named; else None.
+        """The user of this connection, or None.
+
+        With a key, both sides have authenticated the user. Without one, a server with `peer_user` has the
+        name that this function gave.
         """
         return self._opened.user
 
@@ -236,8 +238,7 @@ class Connection:
 
     @property
     def key_fingerprint(self) -> str | None:
-        """The `Key.fingerprint` of the user's key that the connection was opened with; None where it is
-        plain.
+        """The `Key.fingerprint` of the key that the connection was opened with; None if it is plain.
 
         While a user has two keys, this tells which connections still need the old one.
         """
@@ -245,29 +246,30 @@ class Connection:
 
     @property
     def address(self) -> Address | None:
-        """The peer's address; of a UNIX socket its path; None of a stream that is no socket."""
+        """The peer's address: the path of a UNIX socket; None if the stream is no socket."""
         return self._address
 
     @property
     def peer_credentials(self) -> PeerCredentials | None:
-        """Who is at the other end of a UNIX socket, by the system's word; None of other streams, and on
-        systems but Linux.
+        """The process at the other end of a UNIX socket, as the system tells it.
+
+        None for other streams, and on other systems than Linux.
         """
         return self._opened.peer_credentials
 
     @property
     def server(self) -> Server | None:
-        """The server that accepted this connection, if it was one here."""
+        """The server that accepted this connection; None if this side dialled."""
         return self._server
 
     @property
     def closed(self) -> bool:
-        """Whether it is over: no request can be made any more. `wait_closed` waits for the rest."""
+        """Whether the connection is over: no request can be made. `wait_closed` waits until all has ended."""
         return self._ending.is_over
 
     @property
     def _is_ended_on_purpose(self) -> bool:
-        """Whether it has ended, or is about to, because one of the sides wanted so."""
+        """Whether the connection ends because one of the sides wanted it to."""
         drains = self._session.is_draining or self._draining.peer_drains
         return drains or self._ending.is_ours
 
@@ -278,15 +280,15 @@ class Connection:
 
     @property
     def draining(self) -> trio.Event:
-        """An event that is set once either side drains the connection, or it is over.
+        """An event that is set once either side drains the connection, or the connection is over.
 
-        A handler that sends items for as long as there are any should wait for it too, end its stream and
-        return; else it uses up the grace of a stopping server, and is cancelled.
+        A handler that sends items for as long as there are any should wait for this event too, end its stream
+        and return. Otherwise it uses up the grace of a server that stops, and is cancelled.
         """
         return self._ending.draining.event
 
     def statistics(self) -> ConnectionStatistics:
-        """Count what goes on, for logs and gauges.
+        """Count requests, handlers and packets, for logs and gauges.
 
         A closed connection has no requests of its own; only handlers that have not ended are counted.
         """
@@ -307,31 +309,31 @@ class Connection:
     async def request(self, fields: Fields, *, context: Context | None = None) -> list[bytes]:
         """Send a request and wait for its answer.
 
-        Where the peer already has as many requests in flight as it takes, this waits its turn.
-        Cancelled, it returns at once, and the handler over there is cancelled too; the connection
-        and all other requests go on undisturbed. The deadline in force here holds for the handler
-        over there as well, and for the requests that it makes in turn. Under a cancelled scope or after the
-        deadline, nothing is sent.
+        If the peer already has as many requests in flight as it takes, this one waits for its turn.
 
-        Requests that are made at the same time may arrive in any order, large ones last. A request that was
-        cancelled keeps its slot until its handler over there has ended.
+        A cancelled request returns at once, and its handler over there is cancelled too. The connection and
+        all other requests go on. The deadline in force here also holds for the handler over there, and for
+        the requests that it makes in turn. In a cancelled scope, or after the deadline, nothing is sent.
+
+        Requests that are made at the same time may arrive in any order, large ones last. A cancelled request
+        keeps its slot until its handler over there has ended.
 
         Arguments:
             fields: 0 to 255 of bytes or str (sent as UTF-8).
             context: names (1 to 64 lower-case ASCII letters, digits, ``.``, ``-``, ``_``) and values (bytes
-                or str), 32 at most and 8 KiB in all, which the handler over there finds in
-                `current_request`. Nothing passes them on by itself.
+                or str), at most 32 of them and 8 KiB in all. The handler over there finds them in
+                `current_request`. They are not passed on to the requests that it makes.
 
         Returns:
             The fields of the answer.
 
         Raises:
-            TypeError, ValueError: `fields` or `context` cannot be sent. Nothing was.
-            MessageTooLarge: it is larger than the two sides agreed on. Nothing was sent.
+            TypeError, ValueError: `fields` or `context` cannot be sent. Nothing was sent.
+            MessageTooLarge: the request is larger than the two sides agreed on. Nothing was sent.
             RemoteError: the other side answered with an error.
             ConnectionClosed: this side closed the connection.
             ConnectionLost: the connection was lost; see its `may_have_run`.
-            RecursionError: it is nested in more than 15 others, which handlers of both sides made.
+            RecursionError: the request is nested in more than 15 others, made by handlers of both sides.
             RuntimeError: called from another Trio run.
         """
         check_run(self._home, self)
@@ -358,7 +360,7 @@ class Connection:
     async def open_channel(
         self, fields: Fields, *, context: Context | None = None
     ) -> AsyncGenerator[Channel]:
-        """Send a request with a channel, which lasts for as long as the block, or until it is answered.
+        """Send a request with a channel, which lasts until the block ends or the answer comes.
 
         ::
 
@@ -368,25 +370,24 @@ class Connection:
                 await channel.end()
                 answer = await channel.answer()
 
-        Entering does not wait for the peer; a failure shows in the channel's methods. The deadline in force
-        here, on entering, holds for the handler over there as well; it cannot be put off later, so a
-        time limit for each item goes around `Channel.receive`. The channel takes up a slot, as a
-        request does, for as long as it lasts.
+        Entering the block does not wait for the peer; a failure shows in the channel's methods. The deadline
+        in force on entering also holds for the handler over there. It cannot be put off later, so put a time
+        limit for each item around `Channel.receive`. The channel takes up a slot, as a request does, for as
+        long as it lasts.
 
-        Leaving the block closes the channel, and cancels the handler over there unless its answer
-        came; items that have not left yet are dropped. But if the block called `Channel.end`, and
-        is left by no exception, then all was said, and leaving waits for the answer, as if by
-        `Channel.answer` if that was not called; items that still come are dropped.
+        Leaving the block closes the channel. The handler over there is cancelled unless its answer came, and
+        items that have not left are dropped. But if the block called `Channel.end`, and no exception leaves
+        it, then leaving waits for the answer, as `Channel.answer` does; items that still come are dropped.
 
         Arguments:
             fields: 0 to 255 of bytes or str (sent as UTF-8).
             context: as for `request`.
 
         Raises:
-            TypeError, ValueError: `fields` or `context` cannot be sent. Nothing was.
-            MessageTooLarge: it is larger than the two sides agreed on. Nothing was sent.
-            ConnectionClosed, ConnectionLost: it was over before. Nothing was sent.
-            RemoteError: on leaving, where the answer is waited for: it is an error.
+            TypeError, ValueError: `fields` or `context` cannot be sent. Nothing was sent.
+            MessageTooLarge: the request is larger than the two sides agreed on. Nothing was sent.
+            ConnectionClosed, ConnectionLost: the connection was over before. Nothing was sent.
+            RemoteError: on leaving, if that waits for the answer, and the answer is an error.
             RecursionError, RuntimeError: as by `request`.
         """
         check_run(self._home, self)
@@ -408,11 +409,11 @@ class Connection:
             self._channels.remove(call.id)
 
     def _may_ask(self, depth: int = 0) -> bool:
-        """Whether the peer takes a request of that depth, as far as is known."""
+        """Whether the peer takes a request of that depth, as far as this side knows."""
         return not self._ending.is_over and (depth > 0 or not self._draining.peer_drains)
 
     async def _refuse(self) -> NoReturn:
-        """Raise why nothing can be asked any more."""
+        """Raise the reason why no request can be made."""
         await trio.lowlevel.checkpoint()
         if self._ending.is_over:
             raise self._ending.make_error(may_have_run=False)
@@ -424,10 +425,10 @@ class Connection:
 
     @trio.lowlevel.enable_ki_protection
     async def ping(self) -> float:
-        """Ask the peer for a sign of life and wait for it.
+        """Ask the peer for a sign of life, and wait for it.
 
         Returns:
-            The round trip in seconds, with the time that the ping waits behind what is being sent.
+            The round trip in seconds. The time that the ping waits behind other packets is part of it.
 
         Raises:
             ConnectionClosed, ConnectionLost: the connection is over.
@@ -443,10 +444,10 @@ class Connection:
     async def aclose(self) -> None:
         """Close the connection, and wait until the transport is closed, for at most a second or so.
 
-        Requests of this side that wait for an answer fail with `ConnectionClosed`, handlers are
-        cancelled, but not waited for, so a handler may call this; being cancelled, it does not
-        return to it. Again, or after the connection was lost, it does nothing. Cancelled, it
-        returns at once, and the closing goes on.
+        Requests of this side that wait for an answer fail with `ConnectionClosed`. Handlers are cancelled,
+        but this does not wait for them. So a handler may call this; it is cancelled there. A second call, or
+        one after the connection was lost, does nothing. If the caller is cancelled, this returns at once, and
+        the closing goes on.
 
         Raises:
             RuntimeError: called from another Trio run.
@@ -457,10 +458,10 @@ class Connection:
 
     @trio.lowlevel.enable_ki_protection
     def drain(self) -> None:
-        """Take no new request, let those in flight finish both ways, and close. Returns at once.
+        """Take no new request, let those in flight finish both ways, and close. Return at once.
 
-        New requests of the peer fail there as not run; those in flight may take their time, with all
-        requests that their handlers, here and there, make in turn. `wait_closed` waits for the end, and
+        New requests of the peer fail over there as not run. Requests in flight may take their time, and so
+        may all requests that their handlers make in turn, on both sides. `wait_closed` waits for the end, and
         `aclose` hastens it.
 
         Raises:
@@ -473,10 +474,10 @@ class Connection:
             self._sender.packet_queued()
 
     async def wait_closed(self) -> None:
-        """Wait until all of it has ended: transport, handlers and close handler.
+        """Wait until all has ended: the transport, the handlers and the close handler.
 
         Raises:
-            RuntimeError: called from one of the connection's own tasks (a handler, or a task it
+            RuntimeError: called from one of the connection's own tasks (a handler, or a task that it
                 started), which would wait for itself; or from another Trio run.
         """
         check_run(self._home, self)
@@ -500,14 +501,14 @@ class Connection:
                 async with self._closing:
                     await self._sender.run()  # this task holds the send lock whenever it writes
         except Exception as exc:
-            # But one that a handler left a nursery open in, for which Trio raises this at its end.
+            # A handler left a nursery open in its task, for which Trio raises this when the task ends.
             logger.error("%r: a task of the connection ended badly", self, exc_info=exc)
         except BaseException as exc:  # noqa: BLE001  (raised again below)
             ended_by = exc
         try:
             await self._handlers.end(self._close_handler)
         except trio.Cancelled as exc:
-            ended_by = ended_by or exc  # it must not replace what ends the program
+            ended_by = ended_by or exc  # it must not replace an exception that ends the program
         finally:
             self._nursery = self._task = None
             self._ending.ended.set()
@@ -536,7 +537,7 @@ class Connection:
         self._closing.hasten()
 
     def _stop(self) -> None:
-        """The connection is over, as `ending` says: stop all of its parts."""
+        """Stop all parts. `Ending` calls this, once."""
         self._sender.stop()
         self._reader.discard()
         self._watchdog.stop()

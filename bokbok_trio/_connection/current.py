@@ -19,13 +19,13 @@ class CurrentRequest:
     """The request being handled; see `current_request`.
 
     Attributes:
-        connection: where it came from.
+        connection: the connection that it came over.
         id: its number on that connection, for logs.
-        deadline: until when its asker wants the answer, by Trio's clock; `math.inf` if it did not say.
-        context: the names and values that its asker sent along, which cannot be changed.
+        deadline: the moment, by Trio's clock, until which the peer wants the answer; `math.inf`: no limit.
+        context: the names and values that the peer sent along. They cannot be changed.
         depth: how many requests it was made inside of, 0 to 15.
         has_channel: whether it came with a channel.
-        method: what it calls, as in ``"Files.stat"``, where it is a call of an interface; else None.
+        method: for a call of an interface, its name, as in ``"Files.stat"``; else None.
     """
 
     __slots__ = ("_has_ended", "connection", "context", "deadline", "depth", "has_channel", "id", "method")
@@ -35,7 +35,7 @@ class CurrentRequest:
         self.connection = connection
         self.id, _, _, self.has_channel, self.depth, self.context = request
         self.deadline = deadline
-        self._has_ended = False  # its handler has
+        self._has_ended = False  # whether its handler has
         self.method: str | None = None
 
     @property
@@ -54,7 +54,7 @@ CURRENT: Final[ContextVar[CurrentRequest]] = ContextVar("bokbok_trio current req
 def current_request() -> CurrentRequest:
     """Return the request being handled.
 
-    It is a context variable: it is right in a handler, and in the tasks and threads that it starts.
+    This is a context variable, so it is right in a handler, and in the tasks and threads that it starts.
 
     Raises:
         RuntimeError: called anywhere else.
@@ -68,9 +68,9 @@ def current_request() -> CurrentRequest:
 
 
 def next_depth() -> int:
-    """How deep a request made here is nested: one deeper than the request being handled here.
+    """Return the depth of a request that is made here: one more than that of the request being handled.
 
-    A task that outlives the handler that started it makes requests that are nested in none.
+    A task that outlives the handler that started it makes requests of depth 0.
 
     Raises:
         RecursionError: that is too deep.

@@ -1,8 +1,8 @@
 """Eager start: run a coroutine in the current task, and make the task its own when it first waits.
 
-asyncio calls tasks that begin like this eager tasks. A handler that waits for nothing needs no task of
-its own; one that waits finds everything as in a task of its own from then on: its context variables are the
-task's context, and its frames are the task's frames.
+asyncio calls tasks that begin like this eager tasks. A handler that never waits needs no task of its own. A
+handler that waits finds everything as in a task of its own from then on: its context variables are the task's
+context, and its frames are the task's frames.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, cast, final
 
 @final
 class _Started:
-    """A coroutine that has begun and waits, to be gone on with by ``yield from``.
+    """A coroutine that has begun and waits, in a form that ``yield from`` continues.
 
-    That would begin it by ``send(None)``; this gives the message that it has yielded already in return. To
-    Trio's introspection it looks like the coroutine itself.
+    ``yield from`` begins with ``send(None)``. The first of these returns the message that the coroutine has
+    yielded already. Trio's introspection takes this object for the coroutine itself.
     """
 
     __slots__ = ("_message", "_work", "close", "send", "throw")
@@ -52,17 +52,17 @@ class _Started:
 def start_eagerly(
     work: Coroutine[Any, Any, object], context: Context, on_first_wait: Callable[[], object]
 ) -> Generator[Any, Any, bool]:
-    """Await some work, begun in a context of its own.
+    """Begin a coroutine in a context of its own, and await it.
 
     Arguments:
         work: a native coroutine that has not begun.
         context: its context variables until it first waits.
-        on_first_wait: called when it first waits. The event loop does not know yet that the current task
-            waits, so this must not wake it. It is to make `context` the task's.
+        on_first_wait: called when it first waits. It makes `context` the task's. The event loop does not know
+            yet that the current task waits, so this function must not wake the task.
 
     Returns:
-        Whether it waited. An exception of the work comes out, and so does one of `on_first_wait`, when
-        the work has ended: the work is never abandoned.
+        Whether the coroutine waited. An exception of the coroutine is raised here. So is an exception of
+        `on_first_wait`, after the coroutine has ended: it is never abandoned.
     """
     try:
         message = context.run(work.send, None)

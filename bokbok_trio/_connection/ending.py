@@ -1,4 +1,4 @@
-"""`Ending`: how a connection ends, once, and who waits for that."""
+"""`Ending`: how a connection ends, once, and the events of its end."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Ending:
         is_over: whether it is over: nothing can be asked any more, and nothing is handled.
         is_ours: whether this side closed it; else it was lost.
         reason: why it is over, in words; None while it is open.
-        until: the moment, by Trio's clock, until which it may send what is queued, and say that it ends.
+        until: the moment, by Trio's clock, until which it may send queued packets, and say its end.
         draining: set once either side drains the connection, or it is over.
         over, stream_closed, ended: events, set as it goes on.
     """
@@ -85,7 +85,7 @@ class Ending:
 
         Arguments:
             reason: why, in words.
-            graceful: whether to send what is queued, and say the end, within `CLOSE_TIMEOUT`.
+            graceful: whether to send queued packets, and say the end, within `CLOSE_TIMEOUT`.
         """
         self._begin(reason, is_ours=True, graceful=graceful)
 
@@ -140,7 +140,7 @@ class Ending:
         self._connection()._stop()
 
     def make_error(self, *, may_have_run: bool) -> BokbokError:
-        """Make what a waiter sees, given whether its request may have run."""
+        """Make the error that a waiter gets, given whether its request may have run."""
         assert self.reason is not None
         if self.is_ours:
             return ConnectionClosed(self.reason, may_have_run)

@@ -1,10 +1,9 @@
 """The requests of the peer: the user's handler for each, and its one answer.
 
-Each handler runs in a cancel scope that cancels nothing else for as long as it waits. The task that runs
-it has that scope, and tells of its end.
+Each handler runs in a cancel scope. As long as the handler waits, the scope cancels nothing else.
 
-Whatever a handler does, it is answered once, and its task raises into nobody's nursery (but for what
-ends the program, see `_trio_util`).
+Whatever a handler does, its request is answered once. Its task raises into nobody's nursery, except what ends
+the program (see `_trio_util`).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 _AnyHandler: TypeAlias = Callable[..., Awaitable["Fields | None"]]
 
 AddedHandlers: TypeAlias = "dict[bytes, CombinedHandler]"
-"""Those that `add_handler` has added, by the first field of their requests."""
+"""The handlers that `add_handler` has added, by the first field of their requests."""
 
 LEFT_OPEN: Final = "the handler left a cancel scope or a nursery open; enter them by `with` and `async with`"
 
@@ -54,19 +53,19 @@ logger = logging.getLogger("bokbok_trio")
 
 @final
 class HandlerScope:
-    """A cancel scope for handlers to run in one after another, until one has waited for something.
+    """A cancel scope in which handlers run one after another, until one of them waits.
 
     From then on the scope belongs to that handler alone, so cancelling it affects no other. Handlers that
     never wait share one scope and need none of their own.
 
     Arguments:
-        handlers: where they come from.
+        handlers: the connection's.
 
     Attributes:
         cancel_scope: Trio's.
-        handler: the one that ran last.
-        id: of its request.
-        innermost: stands for it where it is the innermost scope of its task; see `innermost_scope`.
+        handler: the handler that ran last.
+        id: the id of its request.
+        innermost: stands for this scope where it is the innermost one of its task; see `innermost_scope`.
         is_spoiled: whether a handler has left a scope or a nursery open within it.
     """
 
@@ -107,18 +106,18 @@ class Handlers:
     """The handlers that run, by the ids of their requests.
 
     Arguments:
-        connection: what the handlers get.
-        session: where their answers are queued.
-        channels: where the channels of their requests are.
+        connection: given to the handlers.
+        session: queues their answers.
+        channels: has the channels of their requests.
         request_handler, channel_handler: the user's.
-        describe_error: of `Settings`.
+        describe_error: as in `Settings`.
         packet_queued: `Sender.packet_queued`.
         observer: is told of them; None where nobody is.
         ending: the connection's.
 
     Attributes:
-        ready: set once those of depth 0 may begin.
-        added: what handles requests with a certain first field in place of these handlers; see `add_handler`.
+        ready: set once handlers of depth 0 may begin.
+        added: the handlers of requests with a certain first field; see `add_handler`.
     """
 
     __slots__ = (
@@ -166,20 +165,20 @@ class Handlers:
         self._scopes: dict[int, HandlerScope] = {}
         self.ready = LazyEvent()
         self.added: AddedHandlers = {}
-        self._waiting: dict[trio.Event, None] = {}  # handlers that have not begun
+        self._waiting: dict[trio.Event, None] = {}  # of handlers that wait to begin
 
     def __len__(self) -> int:
         return len(self._scopes)
 
     @property
     def ids(self) -> list[int]:
-        """The requests whose handlers run."""
+        """The ids of the requests whose handlers run."""
         return list(self._scopes)
 
     def accept(
         self, request: Request, scope: HandlerScope
     ) -> tuple[Coroutine[Any, Any, None], Context] | None:
-        """Return a coroutine that handles a request, to be run in `scope`, and the context to run it in.
+        """Return a coroutine that handles a request, and the context to run it in. Run it in `scope`.
 
         None: the request was refused, and the refusal is queued.
         """
@@ -238,7 +237,7 @@ class Handlers:
                 await call_user(close_handler, self._connection())
 
     def name_task(self, context: Context) -> str:
-        """Name the task of a handler, for those who look at what goes on."""
+        """Return the name of a handler's task, for debuggers."""
         request = context[CURRENT]
         handler = self._scopes[request.id].handler
         name = getattr(handler, "__qualname__", type(handler).__qualname__)
@@ -253,7 +252,9 @@ class Handlers:
         """Handle a request in a task of its own from the beginning.
 
         Arguments:
-            sleep_until_end: called at the end of a task that a handler left a nursery open in.
+            nursery: gets the task.
+            request: the request.
+            sleep_until_end: called at the end of a task in which a handler left a nursery open.
         """
         scope = HandlerScope(self)
         call = self.accept(request, scope)
@@ -268,7 +269,7 @@ class Handlers:
         return self._context.copy()
 
     def on_scope_left(self, scope: HandlerScope) -> None:
-        """Answer the request of a handler that has ended by its cancellation."""
+        """Answer a request whose handler has ended because it was cancelled."""
         if self._scopes.get(scope.id) is not scope:
             return
         within = scope.cancel_scope
@@ -283,7 +284,7 @@ class Handlers:
         self._packet_queued(interactive=True)
 
     def on_cancel(self, event: Cancel) -> None:
-        """The peer no longer wants an answer. Nothing is done if the handler has ended."""
+        """Cancel a handler whose answer the peer no longer wants. If the handler has ended, do nothing."""
         scope = self._scopes.get(event.id)
         if scope is not None:
             self._session.drop_items(event.id)
@@ -291,7 +292,7 @@ class Handlers:
             self._channels.on_cancel(event.id)
 
     def cancel_all(self) -> None:
-        """The connection is over: nobody wants any answer."""
+        """Cancel all handlers, because the connection is over."""
         if self._opening is not None:
             self._opening.cancel()
         for scope in list(self._scopes.values()):
@@ -321,7 +322,7 @@ class Handlers:
             self._packet_queued(interactive=True)
 
     async def _wait_to_begin(self, id: int) -> None:
-        """Wait for the open handler, and until the peer has read enough of the answers before."""
+        """Wait for the open handler, and until the peer has read enough of earlier answers."""
         if self._observer is not None:
             self._observer.note_waiting(id)
         await self.ready.wait()
@@ -333,13 +334,13 @@ class Handlers:
                 await waiter.wait()
             finally:
                 self._waiting.pop(waiter, None)
-        # The next one's turn is after this handler's first step, which may take up the room.
+        # The next handler looks after this one's first step, which may take up the room.
         self.let_begin()
         if self._observer is not None:
             self._observer.note_begun(id)
 
     def let_begin(self) -> None:
-        """Let the first of the handlers that wait look whether it may begin."""
+        """Let the first handler that waits look whether it may begin."""
         if self._waiting:
             waiter = next(iter(self._waiting))
             del self._waiting[waiter]
@@ -372,13 +373,13 @@ class Handlers:
         self._note_end(id, "ok")
 
     def _note_end(self, id: int, outcome: RequestOutcome, code: str = "") -> None:
-        """A handler has ended, and its answer is queued, if there is one."""
+        """Forget a handler that has ended. Its answer is queued, if there is one."""
         del self._scopes[id]
         if self._observer is not None:
             self._observer.tell_handled(id, outcome, code)
 
     def _fail(self, id: int, error: BaseException, outcome: RequestOutcome = "error") -> None:
-        """Queue the answer to a request whose handler raised, or was stopped."""
+        """Queue the error for a request whose handler raised, or was stopped."""
         single = find_single(error)
         if isinstance(single, RequestError):
             code = single.code
@@ -421,4 +422,4 @@ async def _run_in(
             await work
     finally:
         if task.child_nurseries:
-            await sleep_until_end(task)  # nothing cancels that, but the connection's end ends it
+            await sleep_until_end(task)  # only the connection's end ends this

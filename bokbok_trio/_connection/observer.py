@@ -1,8 +1,8 @@
-"""`Observer`: tells the instruments of a side what goes on over one connection.
+"""`Observer`: tells the instruments of one side what happens on a connection.
 
-There is one only where there are instruments. It knows which requests are in flight, either way: one of this
-side's until its waiter is taken away, one of the peer's until its handler is forgotten. So each that started
-ends once.
+A connection has an observer only if it has instruments. The observer knows the requests in flight, both ways:
+a request of this side until `Calls` forgets it, a request of the peer until `Handlers` forgets it. So each
+request that started ends once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CALL: Final = b"%call"
 """The first field of a typed call; its method follows. (``docs/interfaces.rst`` has this and the next.)"""
 
 BACK: Final = b"%back"
-"""The first field of a call of what was lent; a number and its method follow."""
+"""The first field of a call of an object that was lent; a number and its method follow."""
 
 
 class Ask(Protocol):
@@ -55,9 +55,9 @@ class _InFlight:
     """A request that has started and not ended.
 
     Attributes:
-        waits_since: since when it waits; None where it does not.
+        waits_since: the moment, by Trio's clock, since which it waits; None if it does not wait.
         waited: seconds that it has waited before.
-        bytes, items: that went each way.
+        bytes, items: how many went each way.
     """
 
     __slots__ = ("began", "bytes", "items", "request", "waited", "waits_since")
@@ -74,11 +74,12 @@ class _InFlight:
 
 @final
 class Observer:
-    """Tells of one connection, from when it is made.
+    """Tells the events of one connection, from the moment when it is made.
 
     Arguments:
-        instruments: whom to tell.
-        session: what has the requests of this side.
+        instruments: are told.
+        connection: the connection.
+        session: has the requests of this side.
     """
 
     __slots__ = ("_began", "_connection", "_in_flight", "_instruments", "_session")
@@ -92,11 +93,11 @@ class Observer:
         session.local.on_slot = self.note_begun
 
     def tell_opened(self) -> None:
-        """The connection can be used."""
+        """Tell that the connection can be used."""
         self._instruments.tell(ConnectionOpened(connection=self._connection()))
 
     def tell_ended(self) -> None:
-        """All of it has ended. Nothing more is told."""
+        """Tell that the connection has ended. Nothing is told after this."""
         self._session.local.on_slot = None
         self._instruments.tell(
             ConnectionEnded(
@@ -120,10 +121,10 @@ class Observer:
         context: Context | None,
         has_channel: bool = False,
     ) -> int:
-        """Queue a request of this side, with what the instruments add to its context, and return its id.
+        """Queue a request of this side, and return its id. The instruments may add to its context.
 
         Raises:
-            TypeError, ValueError, MessageTooLarge: as `ask` does; then nothing was told.
+            TypeError, ValueError, MessageTooLarge: as `ask` does. Then nothing was told.
         """
         session = self._session
         frozen = encode_fields(fields)
@@ -149,7 +150,7 @@ class Observer:
         return id
 
     def tell_answered(self, id: int, outcome: list[bytes] | BokbokError) -> None:
-        """A request of this side was answered, or will not be, and its asker still waits."""
+        """Tell that a request of this side was answered, or will not be, while its task still waits."""
         if isinstance(outcome, list):
             self._end(id, "ok", size=size_of(outcome))
         elif isinstance(outcome, RemoteError):
@@ -162,14 +163,14 @@ class Observer:
             self._end(id, "lost")
 
     def tell_cancelled(self, id: int) -> None:
-        """Nobody waits for the answer to a request of this side any more."""
+        """Tell that nobody waits for the answer to a request of this side any more."""
         is_late = trio.current_time() >= self._in_flight[id].request.deadline
         self._end(id, "timeout" if is_late else "cancelled")
 
     # ---- requests of the peer ----
 
     def tell_received(self, request: Request, deadline: float, context: ContextVariables) -> None:
-        """A request of the peer has a handler, which will run in that context."""
+        """Tell that a request of the peer has a handler, which will run in that context."""
         started = RequestStarted(
             connection=self._connection(),
             id=request.id,
@@ -184,7 +185,7 @@ class Observer:
         context.run(self._start, started)
 
     def tell_handled(self, id: int, outcome: RequestOutcome, code: str) -> None:
-        """The handler of a request of the peer has ended, and its answer is queued."""
+        """Tell that the handler of a request of the peer has ended. Its answer is queued."""
         if self._connection().closed:
             outcome = "lost"
         size = self._session.remote.answer_sizes[id] if outcome == "ok" else 0
@@ -193,20 +194,20 @@ class Observer:
     # ---- both ----
 
     def note_waiting(self, id: int) -> None:
-        """A request waits until it may begin."""
+        """Note that a request waits until it may begin."""
         self._in_flight[id].waits_since = trio.current_time()
 
     def note_begun(self, id: int) -> None:
-        """It waits no more."""
+        """Note that a request waits no more."""
         in_flight = self._in_flight[id]
         assert in_flight.waits_since is not None
         in_flight.waited = trio.current_time() - in_flight.waits_since
         in_flight.waits_since = None
 
     def tell_item(self, id: int, direction: Direction, size: int) -> None:
-        """An item of a channel came or went."""
+        """Tell that an item of a channel came or went."""
         in_flight = self._in_flight.get(id)
-        if in_flight is not None:  # else it came together with what ended the request
+        if in_flight is not None:  # else it came together with the packet that ended the request
             in_flight.items[direction] += 1
             in_flight.bytes[direction] += size
             self._instruments.tell(ItemPassed(request=in_flight.request, direction=direction, size=size))
@@ -237,7 +238,7 @@ class Observer:
 
 
 def _name(fields: list[bytes]) -> str:
-    """What a request asks for, short and in one line."""
+    """Return a name for a request, short and in one line."""
     match fields:
         case [first, method, *_] if first == CALL:
             name = method

@@ -17,8 +17,8 @@ from .waiting import Waiter
 class Pings:
     """The tasks that wait for a pong.
 
-    Pongs have no ids, and a peer may answer several pings by one, so one is out at a time. (The watchdog's go
-    nevertheless, after long silence; then a figure may come out too small.)
+    Pongs have no ids, and a peer may answer several pings by one pong, so one ping is out at a time. (The
+    watchdog sends another one after long silence. Then the round trip may come out too small.)
 
     Arguments:
         session: queues the pings.
@@ -33,7 +33,7 @@ class Pings:
         self._now: list[Waiter[float]] = []  # for the ping that is out
         self._next: list[Waiter[float]] = []  # for the one after it
         self._began_at = 0.0
-        self._is_out = False  # a ping is
+        self._is_out = False  # whether a ping is
 
     async def ask(self) -> float:
         """Wait for the answer to a ping that leaves from now on. Return the round trip in seconds.
@@ -73,6 +73,6 @@ class Pings:
             self.send()
 
     def end(self, make_error: Callable[[], BokbokError]) -> None:
-        """The connection is over; `make_error` makes what each task sees."""
+        """Fail all tasks, because the connection is over. `make_error` makes the error of each."""
         for asker in (*self._now, *self._next):
             asker.settle(make_error())

@@ -17,10 +17,10 @@ _Task = TypeVar("_Task")
 
 @final
 class ReadTurn(Generic[_Task]):
-    """The turn to read, and who waits for it.
+    """The turn to read, and the task that waits for it.
 
     Attributes:
-        reader: the task that reads; None while the one to read next is being started.
+        reader: the task that reads; None while the next one is being started.
         follower: the task that waits to read next; None where there is none.
     """
 

@@ -1,17 +1,17 @@
 """`Reader`: receives, decodes, dispatches.
 
 One task reads; `ReadTurn` says which. It receives, decodes everything that came, and then dispatches the
-events one after another, through one table with a function for each type of event. Nothing cancels a receive
-but the end of the connection. Even after this side has said that it is done, the reader receives, and drops
-everything, until the peer has said so too.
+events one after another, through one table with a function for each type of event. Only the end of the
+connection cancels a receive. After this side has said its end, the reader receives, and drops everything,
+until the peer's end comes.
 
 **Requests.** The task that reads begins the handler of each request by itself (see `eager`). A handler that
 never waits needs no task of its own, and wakes none. When a handler waits, the task becomes the handler's,
-and another task reads. That one first dispatches the events that are left, and starts a task for each request
-among them.
+and another task reads. The other task first dispatches the remaining events, and starts a task for each
+request among them.
 
-**Turns.** A receive may bring very many packets. Some are decoded and dispatched, then other tasks have their
-turn, then the next ones follow. So a peer that sends a stream of tiny packets holds up nobody else.
+**Turns.** A receive may bring very many packets. Some are decoded and dispatched, then other tasks run, then
+the next packets follow. So a peer that sends a stream of tiny packets holds up nobody else.
 
 **Sending.** Packets that are queued while events are dispatched are held back, and leave together at the end
 (see `Coalescing`).
@@ -54,7 +54,7 @@ class Reader:
     """Reads for one connection.
 
     Arguments:
-        receive: receives what has arrived, as `FastStream.receive_view` does.
+        receive: receives, as `FastStream.receive_view` does.
         session: decodes it.
         sender: is told when dispatching begins and ends.
         watchdog: is told when something was received.
@@ -104,11 +104,11 @@ class Reader:
         self._turn: ReadTurn[trio.lowlevel.Task] = ReadTurn()
         self._scope: HandlerScope | None = None  # of the task that reads
         self._spoiled: list[trio.lowlevel.Task] = []  # tasks that sleep until the end
-        self._events: list[Event] = []  # decoded, and not dispatched; the next one is the last
+        self._events: list[Event] = []  # decoded, and not dispatched; reversed, so the next is the last
         self.ended = LazyEvent()
 
     def discard(self) -> None:
-        """The connection is over: drop what is not dispatched. What is still received is dropped too."""
+        """Drop all events, because the connection is over. Data that still comes is dropped too."""
         self._events.clear()
 
     def stop(self) -> None:
@@ -128,7 +128,7 @@ class Reader:
 
     @trio.lowlevel.enable_ki_protection
     async def run(self, nursery: trio.Nursery) -> None:
-        """Read; become the task of a handler that waits; after that, follow; read again; and so on.
+        """Read, become the task of a handler that waits, follow, read again, and so on.
 
         Arguments:
             nursery: the connection's, which also gets the tasks of handlers.
@@ -153,7 +153,7 @@ class Reader:
             await self._sleep_until_end(task)
 
     async def _take_turn(self, task: trio.lowlevel.Task) -> bool:
-        """Wait for the turn to read. False: the task must end; another one follows, or nothing more comes."""
+        """Wait for the turn to read. False: the task must end: another one follows, or nothing more comes."""
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             self._turn.leave(task)
@@ -162,13 +162,13 @@ class Reader:
         if self._turn.reader is not task:
             if self.ended.has_happened or not self._turn.follow(task):
                 return False
-            task.context = self._handlers.new_context()  # both are a handler's still
+            task.context = self._handlers.new_context()  # context and name are still a handler's
             task.name = NAME
             await trio.lowlevel.wait_task_rescheduled(abort)
         return not self.ended.has_happened
 
     async def _read(self, task: trio.lowlevel.Task, scope: HandlerScope) -> None:
-        """Dispatch and receive in turn, while the task has the turn to read and its scope is good."""
+        """Dispatch and receive, while the task has the turn to read and its scope is good."""
         self._scope = scope
         self._dispatch_rest()
         while not self.ended.has_happened:
@@ -191,7 +191,7 @@ class Reader:
                 return
 
     async def _go_on(self, task: trio.lowlevel.Task, scope: HandlerScope, *, has_waited: bool) -> bool:
-        """A handler has ended: if it waited, wait for the turn. Returns whether to read on in that scope."""
+        """A handler has ended. If it waited, wait for the turn. Return whether to read on in that scope."""
         if scope.is_spoiled:
             if self._turn.reader is task:
                 self._promote_follower()
@@ -209,7 +209,7 @@ class Reader:
     # ---- dispatching ----
 
     def _dispatch(self) -> Request | None:
-        """Dispatch the events up to the next request, and return that."""
+        """Dispatch the events before the next request, and return that request."""
         events, table = self._events, self._table
         while events:
             event = events.pop()
@@ -222,15 +222,15 @@ class Reader:
     def _dispatch_rest(self) -> None:
         """Dispatch the events that the task before this one left, with a task for each request.
 
-        If this task began their handlers, each one that waits would delay the next one by a turn of the
-        event loop.
+        If this task began the handlers, each handler that waits would delay the next by a turn of the event
+        loop.
         """
         assert self._nursery is not None
         while (request := self._dispatch()) is not None:
             self._handlers.start_task(self._nursery, request, self._sleep_until_end)
 
     def _end_dispatch(self) -> None:
-        """Everything that was decoded is dispatched."""
+        """Send what was queued: all decoded events are dispatched."""
         if self._session.error is not None and not self._ending.is_over:
             self._session.abort(str(self._session.error))
             self._ending.on_protocol_error(self._session.error)
@@ -240,12 +240,12 @@ class Reader:
 
     async def _receive_more(self) -> None:
         if self._session.has_undecoded and not self._ending.is_over:
-            await trio.lowlevel.checkpoint()  # other tasks have their turn
+            await trio.lowlevel.checkpoint()  # let other tasks run
             self._decode(b"")
             return
         try:
             data = await self._receive()
-        except Exception as exc:  # noqa: BLE001  (whatever a stream raises, it is broken)
+        except Exception as exc:  # noqa: BLE001  (a stream that raises anything is broken)
             self.ended.set()
             self._ending.stream_failed("receiving", exc)
             return
@@ -266,15 +266,15 @@ class Reader:
             events = self._session.receive(data)
             self._sender.coalescing.cork(len(events))
             events.reverse()
-            self._events = events  # all events before these are dispatched
+            self._events = events  # all earlier events are dispatched
 
     # ---- where a handler waits ----
 
     def _hand_over(self, task: trio.lowlevel.Task, context: Context) -> None:
-        """A handler that this task began waits: the task is the handler's from now on, and another one reads.
+        """Make this task the handler's: the handler that it began waits. Another task reads from now on.
 
-        The event loop does not know yet that this task waits, so nothing may wake it. An event that is
-        dispatched may. Hence the other task dispatches the events that are left.
+        The event loop does not know yet that this task waits, so nothing may wake it. Dispatching an event
+        may. Hence the other task dispatches the remaining events.
         """
         task.context = context
         task.name = self._handlers.name_task(context)

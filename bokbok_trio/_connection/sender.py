@@ -1,10 +1,10 @@
-"""`Sender`: sends what a session has queued, under the `SendLock`.
+"""`Sender`: sends the packets that a session has queued, under the `SendLock`.
 
-Two write to the stream, and never at the same time:
+Two kinds of tasks write to the stream, never at the same time:
 
-- the sender task, which alone waits for the stream. So no cancelled task can leave half a packet behind, and
-  packets that are queued while a send is under way leave together in the next one;
-- any other task, while the sender task sleeps: it writes as much as the stream takes without waiting, which
+- the sender task. It alone waits for the stream. So no cancelled task can leave half a packet behind, and
+  packets that are queued during a send leave together in the next one;
+- any other task, while the sender task sleeps. It writes as much as the stream takes without waiting, which
   saves waking the sender task.
 
 `Coalescing` decides which of them writes a packet, and when.
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
 
 @final
 class SendLock:
-    """The right to write to the stream, and so to seal for it.
+    """The right to write to the stream, and so to seal records for it.
 
     ================= =======================================================================================
-    who holds it      when
+    holder            when
     ================= =======================================================================================
     the sender task   while it is awake, and so for as long as each of its sends takes
     any other task    for one `Sender._write_now`, which never waits, while the sender task sleeps
     closing           from the end of `Sender.run` on, for ever: it runs in the sender task
     ================= =======================================================================================
 
-    Nobody waits for it: a task that does not get it leaves the packets to the sender task.
+    Nobody waits for the lock: a task that does not get it leaves the packets to the sender task.
 
     Attributes:
-        is_held: whether anybody holds it.
+        is_held: whether a task holds it.
     """
 
     __slots__ = ("is_held",)
@@ -52,7 +52,7 @@ class SendLock:
         self.is_held = False
 
     def try_acquire(self) -> bool:
-        """Acquire the lock, if nobody holds it. Returns whether this succeeded."""
+        """Acquire the lock, if nobody holds it. Return whether this succeeded."""
         if self.is_held:
             return False
         self.is_held = True
@@ -76,13 +76,14 @@ class Sender:
         session: queues the packets.
         stream: the connection's.
         watchdog: is told of sends.
-        ending: the connection's. Once it is over, this ends when nothing is queued any more.
-        lock: held by whoever writes.
-        connection: when packets have left, its writers are woken; when nothing is queued, it may end.
+        ending: the connection's. Once it is over, the sender ends when nothing is queued any more.
+        lock: held by the task that writes.
+        connection: wakes the tasks that wait to queue packets, when some have left. If it is drained, it ends
+            when nothing is queued.
 
     Attributes:
         coalescing: says when packets leave. The reader corks it.
-        is_in_stream: whether the task is in the stream's code: an exception is the stream's then.
+        is_in_stream: whether the sender task is in the stream's code. Then an exception is the stream's.
     """
 
     __slots__ = (
@@ -121,10 +122,10 @@ class Sender:
         self._scope: trio.CancelScope | None = None  # of the send under way
         self._sleeper: trio.lowlevel.Task | None = None  # the sender task, while it sleeps
 
-    # ---- what others say ----
+    # ---- for other tasks ----
 
     def packet_queued(self, *, interactive: bool = False) -> None:
-        """A packet was queued: send it, now or later. `interactive`: see `Coalescing.queued`."""
+        """Send a packet that was queued, now or later. `interactive`: see `Coalescing.queued`."""
         when = self.coalescing.queued(interactive=interactive)
         if when is NOW:
             self._write_now()
@@ -132,7 +133,7 @@ class Sender:
             self.wake_task()
 
     def uncork(self) -> None:
-        """All events of a receive are dispatched: send the packets that were queued meanwhile."""
+        """Send the packets that were queued meanwhile: all events of a receive are dispatched."""
         self.coalescing.uncork()
         session = self._session
         if session.flow_control.writable or session.is_holding_back:
@@ -143,13 +144,13 @@ class Sender:
             self.wake_task()  # it may be drained now
 
     def wake_task(self) -> None:
-        """Let the sender task look for something to do, if it sleeps."""
+        """Wake the sender task, if it sleeps."""
         sleeper, self._sleeper = self._sleeper, None
         if sleeper is not None:
             trio.lowlevel.reschedule(sleeper)
 
     def stop(self) -> None:
-        """The connection is over: end when nothing is queued any more, at `Ending.until` at the latest."""
+        """End when nothing is queued any more, at `Ending.until` at the latest: the connection is over."""
         if self._scope is not None:
             self._scope.deadline = self._ending.until
         self.wake_task()
@@ -157,7 +158,7 @@ class Sender:
     # ---- writing without waiting ----
 
     def _write_now(self) -> None:
-        """Write what is queued, as much as the stream takes at once. The sender task sends the rest."""
+        """Write queued packets, as much as the stream takes at once. The sender task sends the rest."""
         if self._ending.is_over or not self._stream.can_send_nowait or not self.lock.try_acquire():
             self.wake_task()
             return
@@ -172,7 +173,7 @@ class Sender:
             self.wake_task()
 
     def _write_batches(self) -> bool:
-        """Write a few batches. Returns whether everything was written."""
+        """Write a few batches. Return whether everything was written."""
         session = self._session
         for _ in range(MAX_BATCHES_IN_A_ROW):
             if session.is_all_encoded:  # mostly; then `take` needs neither the time nor the room
@@ -193,9 +194,9 @@ class Sender:
         return False
 
     def say_end_now(self) -> None:
-        """Write what is queued, and the end, as much as the stream takes at once.
+        """Write queued packets and the end, as much as the stream takes at once.
 
-        For the sender task, when it is cancelled from outside.
+        For a sender task that was cancelled from outside.
         """
         if not self.is_in_stream and self._stream.can_send_nowait:
             batch = self._session.take(trio.current_time())
@@ -206,7 +207,7 @@ class Sender:
     # ---- the sender task ----
 
     def _wake_writers(self) -> None:
-        """Packets have left: let channels queue items, and let handlers begin that wait for room."""
+        """Let channels queue items and handlers begin, if they waited for packets to leave."""
         self._connection()._wake_writers()
 
     def _on_idle(self) -> None:
@@ -214,10 +215,10 @@ class Sender:
         self._connection()._close_if_drained()
 
     async def run(self) -> None:
-        """Send what is queued until `stop`. Raises what the stream raises.
+        """Send queued packets until `stop`. Exceptions of the stream are raised here.
 
-        The first packet need not wait until this is called: if it is alone, it is written at once. When this
-        ends, by an exception too, its task goes on to hold the lock, for closing.
+        The first packet does not wait until this is called: if it is alone, it is written at once. When this
+        ends, even by an exception, its task still holds the lock, for closing.
         """
         self.lock.acquire()
         while True:
@@ -238,7 +239,7 @@ class Sender:
                     await self._sleep()
 
     async def _send(self, batch: bytes, now: float) -> bool:
-        """Send a batch, and wait until the stream has taken it. Returns whether there was time for it."""
+        """Send a batch, and wait until the stream has taken it. Return whether there was time for it."""
         session = self._session
         if session.flow_control.writable or session.is_holding_back:
             self._wake_writers()
@@ -278,7 +279,7 @@ class Sender:
         await trio.lowlevel.wait_task_rescheduled(abort)
 
     def _room(self, now: float) -> int:
-        """How many bytes of big packets may be sent now. In the last second there is no bound."""
+        """Return how many bytes of big packets may be sent now. In the last second there is no bound."""
         if self._ending.is_over or not self._session.has_big:
             return MAX_BATCH_SIZE
         return self._pacer.room(now)

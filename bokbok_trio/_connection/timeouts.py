@@ -1,4 +1,4 @@
-"""When a ``timeout`` of the peer's is our own deadline, which ran out over there first."""
+"""Tell when a ``timeout`` of the peer is our own deadline, which ran out over there first."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from .._errors import RemoteError
 
 CLOCK_DRIFT: Final = 0.05
 """Seconds by which the peer's clock may be ahead of ours at the end of a deadline, besides a thousandth of
-its span: the peer counts the same span from later on, so only drift makes it run out there first."""
+its span. The peer begins to count the same span later, so only drift makes it run out there first."""
 
 
 def is_own_timeout(error: BaseException, deadline: float, asked_at: float) -> bool:
-    """Whether an error says that our own deadline, as good as reached, ran out over there first.
+    """Whether an error says that our own deadline ran out over there first.
 
-    The asker should see its own cancellation then. Where the deadline is farther off, the handler chose the
-    code ``"timeout"`` for an error of its own.
+    Then the caller should see its own cancellation. If the deadline is farther off, the handler has chosen
+    the code ``"timeout"`` for an error of its own.
 
     Arguments:
         error: the answer.
-        deadline, asked_at: until when we want the answer and since when, by Trio's clock.
+        deadline: the moment, by Trio's clock, until which the caller wants the answer.
+        asked_at: the moment of the request.
     """
     return (
         isinstance(error, RemoteError)

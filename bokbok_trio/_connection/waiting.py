@@ -16,7 +16,7 @@ class Waiter(Generic[_T]):
     """One task that waits, once.
 
     Attributes:
-        outcome: what it waits for, or the error that came in its place; None before.
+        outcome: the result, or the error that came in its place; None before.
     """
 
     __slots__ = ("_sleeper", "outcome")
@@ -26,7 +26,7 @@ class Waiter(Generic[_T]):
         self._sleeper: trio.lowlevel.Task | None = None
 
     def settle(self, outcome: _T | BokbokError) -> None:
-        """Let the task go on with the outcome. If it does not wait, nothing else happens."""
+        """Note the outcome, and wake the task if it waits."""
         self.outcome = outcome
         self._wake()
 
@@ -36,7 +36,7 @@ class Waiter(Generic[_T]):
             trio.lowlevel.reschedule(sleeper)
 
     def settled(self) -> Awaitable[object]:
-        """Return what to await until there is an outcome."""
+        """Return an awaitable, which the caller awaits until there is an outcome."""
         if self.outcome is not None:
             return trio.lowlevel.checkpoint()  # noqa: ASYNC105  (the caller awaits it)
         self._sleeper = trio.lowlevel.current_task()

@@ -1,36 +1,35 @@
 """Notice a peer that is gone, and do not accuse one that is there.
 
-Silence means that nothing authentic was received. After ``ping_after`` of it a ping is sent;
-``ping_timeout`` after the ping was *written* the peer is lost. It is lost too when one send takes as
-long as both together: it does not read, though it may go on to send. And so it is where much waits for it and
-leaves more slowly than the least rate, over as long: it reads, but only to hold what waits here.
+Silence means that nothing authentic was received. After ``ping_after`` of silence a ping is sent.
+``ping_timeout`` after the ping was *written* the peer is lost. It is also lost when one send takes as long as
+both together: then it does not read, though it may go on to send. And it is lost when much waits for it and
+leaves more slowly than the least rate, for as long: then it reads, but so slowly that it holds memory here.
 
 False accusations that this avoids:
 
-- a long upload: its pings wait behind what is being sent, so their time begins when they are written;
-- a blocked event loop, a suspended machine, a clock that leaps: whoever wakes late has not yet read what
-  the peer sent meanwhile. So what has arrived is read first. And where it is late by more than `LATENESS`,
-  one more ``ping_timeout`` is granted, as the network may need time too; and again where that was slept
-  through, but not otherwise, or a program that blocks again and again would never lose anybody.
+- a long upload: its pings wait behind other packets, so their time begins when they are written;
+- a blocked event loop, a suspended machine, a clock that leaps: a program that wakes late has not yet read
+  what the peer sent meanwhile. So it reads first. If it is late by more than `LATENESS`, one more
+  ``ping_timeout`` is granted, as the network may need time too. It is granted again only if it was slept
+  through: a program that blocks again and again must lose a dead peer some time.
 
 The pings follow websockets' keepalive; the rest is learned from its issues.
 
 Alarms
 ======
 
-A `Watchdog` is no task. It notes what happens, and `Watchdog.alarm` says when it is to be called next;
-one task for each Trio run (`_Rounds`) does that for the connections of the run. So nothing is
-done when something happens but noting it, provided that an alarm set at a time s never goes off
-later than something becomes due that is not known at s. It does not:
+A `Watchdog` is no task. It notes what happens, and `Watchdog.alarm` returns when it must be called next. One
+task for each Trio run calls it, for all connections of the run. So an event only records a time. That is safe
+if an alarm that was set at a time s never fires after a deadline that is created later than s:
 
 - A send that begins at t >= s is stuck at t + ping_after + ping_timeout, later than any alarm of s.
-- If the peer has been heard of since the last ping, or there was none, the alarm is at most
-  s + ping_after, when a ping is due. What is heard at t >= s puts that off to t + ping_after; and no
-  answer is due before the ping.
-- If not, the alarm is at most s + min(ping_after, ping_timeout). Should the ping be written at t >= s,
-  its time ends at t + ping_timeout; should something be heard, the next ping is due at t + ping_after.
+- If the peer has been heard since the last ping, or there was no ping, the alarm is at most s + ping_after,
+  when a ping is due. Something heard at t >= s puts this off to t + ping_after; and no answer is due before
+  the ping.
+- If not, the alarm is at most s + min(ping_after, ping_timeout). If the ping is written at t >= s, its time
+  ends at t + ping_timeout; if something is heard, the next ping is due at t + ping_after.
 
-Only what is granted after a late alarm may put off a ping, by less than ``ping_timeout``.
+Only the time that is granted after a late alarm may put off a ping, by less than ``ping_timeout``.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ MUCH: Final = 2**20
 """Bytes of answers and items that may wait for a peer however slowly it reads."""
 
 SPARE_ALARMS: Final = 64
-"""Alarms of stopped watchdogs that are kept, besides as many as there are of others; with fewer, each
-connection that is closed would have all of a few looked through."""
+"""Alarms of stopped watchdogs that are kept, besides as many as there are of others. With fewer, each
+connection that is closed would make all alarms be looked through."""
 
 logger = logging.getLogger("bokbok_trio")
 
@@ -65,14 +64,14 @@ class Watchdog:
     Arguments:
         ping_after, ping_timeout: seconds; see `Settings`.
         ping: queues a ping and wakes the sender.
-        lose: is told why the connection is lost, once; the watchdog has stopped then.
+        lose: is told, once, why the connection is lost. The watchdog has stopped then.
         least_rate: bytes a second; see `Settings`.
         count_waiting: counts the bytes of answers and items that wait to be sent.
 
     Attributes:
         sent: bytes that were written.
 
-    What `ping` and `lose` raise is logged.
+    Exceptions of `ping` and `lose` are logged.
     """
 
     __slots__ = (
@@ -107,9 +106,9 @@ class Watchdog:
         self.sent = 0
         self._least_rate = least_rate
         self._count_waiting = count_waiting
-        # Since when the rate is measured, `sent` then, and how much was waiting.
+        # When the measurement of the rate began, `sent` then, and how many bytes were waiting.
         self._measured: tuple[float, int, int] | None = None
-        self._alarm_at = math.inf  # as last told
+        self._alarm_at = math.inf  # as last returned
         self._ping_after = ping_after
         self._ping_timeout = ping_timeout
         self._ping = ping
@@ -117,10 +116,10 @@ class Watchdog:
         self._rounds: _Rounds | None = None
         self._heard_at = trio.current_time()
         self._send_began: float | None = None
-        self._asked_after: float | None = None  # as `_heard_at`: not heard of since a ping went out
-        self._ping_waits = False  # to be written
+        self._asked_after: float | None = None  # equal to `_heard_at`: not heard since a ping went out
+        self._ping_waits = False  # whether a ping is queued and not written
         self._answer_due = math.inf  # counts if a ping is out
-        self._forgiven_until = -math.inf  # what was due before then was granted its time
+        self._forgiven_until = -math.inf  # the end of the time that was granted
 
     def heard(self) -> None:
         """Something authentic was received."""
@@ -138,7 +137,7 @@ class Watchdog:
             self._answer_due = trio.current_time() + self._ping_timeout
 
     def start(self) -> None:
-        """Watch from now on, until stopped; not if it was stopped before, or a time is infinite."""
+        """Watch from now on, until stopped. Do nothing if it was stopped before, or a time is infinite."""
         if self._lose is not None and not math.isinf(self._ping_after + self._ping_timeout):
             self._rounds = _find_rounds()
             self._rounds.add(self, self._heard_at + self._ping_after)
@@ -154,14 +153,14 @@ class Watchdog:
 
     @property
     def has_stopped(self) -> bool:
-        """Whether it watches no more."""
+        """Whether `stop` was called."""
         return self._lose is None
 
     def alarm(self, now: float) -> float | None:
-        """Do what is due at the time `now`.
+        """Look after the peer at the time `now`.
 
         Returns:
-            When to call this again, not later; None if never.
+            The latest moment at which to call this again; None: never.
         """
         if self._lose is None:
             return None
@@ -181,7 +180,7 @@ class Watchdog:
         return at
 
     def _is_too_slow(self, now: float) -> bool:
-        """Whether much waits, and less left than should have since that was first seen."""
+        """Whether much waits, and too little has left since that was first seen."""
         waiting = self._count_waiting()
         if waiting < MUCH:
             self._measured = None
@@ -191,12 +190,12 @@ class Watchdog:
             since, sent_then, waiting_then = self._measured
             self._measured = now, self.sent, waiting
             sent = self.sent - sent_then
-            # Where all that was waiting has left, this is a new burst.
+            # If all bytes that waited have left, this is a new burst.
             return sent < waiting_then and sent < self._least_rate * (now - since)
         return False
 
     def _look(self, now: float, lose: Callable[[str], object]) -> float | None:
-        """As `alarm`, but for the rate."""
+        """Do the work of `alarm`, without the rate."""
         patience = self._ping_after + self._ping_timeout
         stuck_at = math.inf if self._send_began is None else self._send_began + patience
         is_asked = self._asked_after == self._heard_at
@@ -215,19 +214,19 @@ class Watchdog:
         return None if self.has_stopped else min(stuck_at, self._next_look(now))
 
     def _has_slept_through_grace(self, now: float) -> bool:
-        """Whether this wakes later after the end of what was granted than that lasted."""
+        """Whether this wakes so late that the granted time was slept through, and as much again."""
         return now > self._forgiven_until + max(LATENESS, self._ping_timeout)
 
     def _next_look(self, now: float) -> float:
-        """When to look again while a ping is out."""
+        """Return when to look again while a ping is out."""
         return now + min(self._ping_after, self._ping_timeout)
 
     def _ask(self, answer_due: float) -> None:
-        """Send a ping. Should it never be written, it is to be answered by `answer_due`."""
+        """Send a ping. If it is never written, its answer is due at `answer_due`."""
         self._asked_after = self._heard_at
         self._answer_due = answer_due
         if self._ping_waits:
-            return  # one from an earlier silence is as good
+            return  # a ping of an earlier silence is as good
         self._ping_waits = True
         try:
             self._ping()
@@ -251,29 +250,28 @@ def _do_nothing() -> None:
 class _Rounds:
     """The alarms of a Trio run, and the task that looks after them.
 
-    The task sleeps in a scope whose deadline is the earliest alarm. To put that forward or off, it
-    need not be woken.
+    The task sleeps in a scope whose deadline is the earliest alarm. The deadline is moved without waking it.
 
-    The heap holds an alarm for each watchdog that was started and has not stopped, but for those
-    being served; and at most as many of stopped ones, and `SPARE_ALARMS`.
+    The heap holds an alarm for each watchdog that was started and has not stopped, except those being served;
+    and of stopped watchdogs at most as many, and `SPARE_ALARMS` more.
     """
 
     __slots__ = ("_heap", "_numbers", "_scope", "_watching")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Watchdog]] = []
-        self._numbers = count()  # so that no two alarms are equal, and watchdogs need not be compared
+        self._numbers = count()  # so that no two alarms are equal: watchdogs cannot be compared
         self._watching = 0
         self._scope = trio.CancelScope()
 
     def add(self, watchdog: Watchdog, at: float) -> None:
-        """Take on a watchdog, with its first alarm."""
+        """Add a watchdog, with its first alarm."""
         self._watching += 1
         self._push(at, watchdog)
         self._scope.deadline = min(self._scope.deadline, at)
 
     def note_stopped(self) -> None:
-        """One that was added has stopped."""
+        """Note that a watchdog that was added has stopped."""
         self._watching -= 1
         if not self._watching or len(self._heap) > 2 * self._watching + SPARE_ALARMS:
             self._heap = [alarm for alarm in self._heap if not alarm[2].has_stopped]
@@ -286,13 +284,13 @@ class _Rounds:
             with self._scope:
                 await trio.sleep_forever()
             self._scope = trio.CancelScope()
-            await trio.lowlevel.checkpoint()  # who wakes with this task reads first, what came before it
+            await trio.lowlevel.checkpoint()  # readers that wake with this task read first
             self._serve(trio.current_time())
             self._set_deadline()
 
     def _serve(self, now: float) -> None:
-        # First who is due, then what they do: that may stop others and start new ones, and set an
-        # alarm to this very moment.
+        # First collect the due watchdogs, then call them: they may stop others and start new ones, and set
+        # alarms to this very moment.
         due: list[Watchdog] = []
         while self._heap and self._heap[0][0] <= now:
             due.append(heappop(self._heap)[2])
@@ -312,12 +310,12 @@ _rounds: trio.lowlevel.RunVar[_Rounds | None] = trio.lowlevel.RunVar("bokbok_tri
 
 
 def _find_rounds() -> _Rounds:
-    """Those of this run."""
+    """Return the alarms of this run."""
     rounds = _rounds.get()
     if rounds is None:
         rounds = _Rounds()
-        # It raises where the run is past its main task. What is connected there is not watched, as
-        # it would not be if the task had been started before, and so were cancelled by now.
+        # This raises after the end of the run's main task. Connections of that time are not watched; a task
+        # that had been started before would be cancelled by now.
         with suppress(RuntimeError):
             trio.lowlevel.spawn_system_task(rounds.run, name="bokbok_trio watchdogs")
         _rounds.set(rounds)
