@@ -130,7 +130,7 @@ class Calls:
             self._session.cancel(call.id)
             self._packet_queued()
 
-    def lose_all(self, ending: Ending) -> None:
+    def fail_all(self, ending: Ending) -> None:
         """The connection is over."""
         if self._slot_watch is not None:
             self._slot_watch.cancel()

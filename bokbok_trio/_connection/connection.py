@@ -59,10 +59,10 @@ from .._trio_util import (
     call_user,
     check_cancelled,
     check_run,
-    contain,
+    current_task_is_under,
     describe_error,
-    is_within,
-    keep,
+    isolate_failures,
+    log_or_reraise,
     split_exception,
 )
 from .._types import ChannelHandler, ConnectionHandler, RequestHandler
@@ -164,7 +164,7 @@ class Connection:
             settings.ping_after,
             settings.ping_timeout,
             ping=self._send_ping,
-            lose=self._lose,
+            fail=self._fail,
             least_rate=settings.least_rate,
             count_waiting=self._count_waiting,
         )
@@ -199,7 +199,7 @@ class Connection:
             table=_DISPATCH,
             owner=self,
             on_protocol_error=self._on_protocol_error,
-            lose=self._lose,
+            fail=self._fail,
             on_defect=self._on_defect,
             log=self._log,
         )
@@ -270,7 +270,7 @@ class Connection:
     def _is_ended_on_purpose(self) -> bool:
         """Whether it has ended, or is about to, because one of the sides wanted so."""
         drains = self._session.is_draining or self._session.peer_drains
-        return drains or self._ending.is_ours
+        return drains or self._ending.is_local
 
     @property
     def reason(self) -> str | None:
@@ -486,7 +486,7 @@ class Connection:
                 started), which would wait for itself; or from another Trio run.
         """
         check_run(self._home, self)
-        if is_within(self._task):
+        if current_task_is_under(self._task):
             raise RuntimeError("a task of the connection cannot wait until it has ended")
         await self._ending.ended.wait()
 
@@ -515,7 +515,7 @@ class Connection:
             ended_by = exc
         try:
             if self._handlers.ready.is_set() and self._close_handler is not None:
-                with contain(partial(self._log, "the close handler failed")):
+                with isolate_failures(partial(self._log, "the close handler failed")):
                     # Under a cancellation from outside, it gets that at its first checkpoint.
                     await call_user(self._close_handler, self)
         except trio.Cancelled as exc:
@@ -524,14 +524,14 @@ class Connection:
             self._ending.ended.set()
             if self._observer is not None:
                 self._observer.tell_ended()
-            self._let_go()
+            self._break_cycles()
         if ended_by is not None:
             try:
                 raise ended_by
             finally:
                 del ended_by  # or this frame and its traceback would keep each other alive
 
-    def _let_go(self) -> None:
+    def _break_cycles(self) -> None:
         """Break the reference cycles, so that the connection is freed at once."""
         del self._sender, self._reader
         self._handlers.forget()
@@ -543,7 +543,7 @@ class Connection:
     async def _open(self, open_handler: ConnectionHandler, scope: trio.CancelScope) -> None:
         """Run the open handler, and let requests be handled if it returned; if not, it is over."""
         try:
-            with scope, contain(partial(self._log, "the open handler failed")):
+            with scope, isolate_failures(partial(self._log, "the open handler failed")):
                 await call_user(open_handler, self)
                 self._handlers.ready.set()
                 self._sender.wake_task()  # a drained connection ends now
@@ -577,12 +577,12 @@ class Connection:
 
     def _close(self, reason: str) -> None:
         """Close from this side; `aclose` without the waiting."""
-        self._end(reason, is_ours=True, graceful=True)
+        self._end(reason, is_local=True, graceful=True)
         self._closing.hasten()
 
-    def _lose(self, reason: str, cause: BaseException | None = None, *, graceful: bool = False) -> None:
+    def _fail(self, reason: str, cause: BaseException | None = None, *, graceful: bool = False) -> None:
         peer = self._describe_peer()
-        self._end(f"{reason} ({peer})" if peer else reason, is_ours=False, cause=cause, graceful=graceful)
+        self._end(f"{reason} ({peer})" if peer else reason, is_local=False, cause=cause, graceful=graceful)
 
     def _describe_peer(self) -> str:
         user = f"user {self.user!r}" if self.user is not None and self._side == "server" else ""
@@ -591,17 +591,19 @@ class Connection:
 
     def _on_defect(self, error: BaseException) -> None:
         logger.error("%r: a defect of bokbok_trio ends the connection", self, exc_info=error)
-        self._lose(f"internal error: {describe_error(error)}", error)
+        self._fail(f"internal error: {describe_error(error)}", error)
 
     def _on_protocol_error(self, error: ProtocolError) -> None:
         logger.warning("%r: the peer broke the protocol: %s", self, error)
         self._session.abort(str(error))
-        self._lose(f"the peer broke the protocol: {error}", error, graceful=True)
+        self._fail(f"the peer broke the protocol: {error}", error, graceful=True)
 
-    def _end(self, reason: str, *, is_ours: bool, graceful: bool, cause: BaseException | None = None) -> None:
+    def _end(
+        self, reason: str, *, is_local: bool, graceful: bool, cause: BaseException | None = None
+    ) -> None:
         """It is over. `graceful`: send what is queued, and say so to the peer, within `CLOSE_TIMEOUT`."""
         until = trio.current_time() + CLOSE_TIMEOUT if graceful else -math.inf
-        if not self._ending.begin(reason, is_ours=is_ours, until=until, cause=cause):
+        if not self._ending.begin(reason, is_local=is_local, until=until, cause=cause):
             return
         self._note_draining()
         self._sender.stop()
@@ -611,7 +613,7 @@ class Connection:
             self._opening.cancel()
         # Handlers first: one that waits for an answer here must end by its cancellation.
         self._handlers.cancel_all()
-        self._calls.lose_all(self._ending)
+        self._calls.fail_all(self._ending)
         self._pings.end(partial(self._ending.make_error, may_have_run=True))
         self._channels.break_all(self._ending.make_error(may_have_run=True))
         self._session.close()
@@ -635,16 +637,16 @@ class Connection:
                         del error, rest  # or this frame and the traceback would keep each other alive
             else:
                 await self._closing.say_end()
-        except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
-            keep(exc, self._log_closing)
+        except BaseException as exc:  # noqa: BLE001  (what is not logged is raised on)
+            log_or_reraise(exc, self._log_closing)
         finally:
-            self._end("the connection was cancelled", is_ours=True, graceful=False)
+            self._end("the connection was cancelled", is_local=True, graceful=False)
             self._reader.stop()
             try:
                 if not self._stream.close_nowait():
                     await trio.aclose_forcefully(self._stream)
             except BaseException as exc:  # noqa: BLE001  (as above)
-                keep(exc, self._log_closing)
+                log_or_reraise(exc, self._log_closing)
             finally:
                 self._ending.stream_closed.set()
 
@@ -663,7 +665,7 @@ class Connection:
             logger.error("%r: a stream raised an error that streams do not raise", self, exc_info=error)
         with trio.move_on_after(CLOSE_TIMEOUT):
             await self._ending.over.wait()
-        self._lose(f"sending failed: {describe_error(error)}", error)
+        self._fail(f"sending failed: {describe_error(error)}", error)
 
     def _log_closing(self, error: BaseException) -> None:
         self._log("closing the stream failed", error)
@@ -694,7 +696,7 @@ class Connection:
     def _on_abort(self, abort: Abort) -> None:
         text = f"this side broke the protocol, says the peer: {escape(abort.message)} [{escape(abort.code)}]"
         logger.warning("%r: %s", self, text)
-        self._lose(text)
+        self._fail(text)
 
 
 _DISPATCH: Final[DispatchTable] = {

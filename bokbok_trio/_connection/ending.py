@@ -17,17 +17,17 @@ class Ending:
 
     Attributes:
         is_over: whether it is over: nothing can be asked any more, and nothing is handled.
-        is_ours: whether this side closed it; else it was lost.
+        is_local: whether this side closed it; else it was lost.
         reason: why it is over, in words; None while it is open.
         until: the moment, by Trio's clock, until which it may send what is queued, and say that it ends.
         over, stream_closed, ended: events, set as it goes on.
     """
 
-    __slots__ = ("_cause", "ended", "is_ours", "is_over", "over", "reason", "stream_closed", "until")
+    __slots__ = ("_cause", "ended", "is_local", "is_over", "over", "reason", "stream_closed", "until")
 
     def __init__(self) -> None:
         self.is_over = False
-        self.is_ours = False
+        self.is_local = False
         self.reason: str | None = None
         self._cause: BaseException | None = None
         self.until = math.inf
@@ -35,7 +35,7 @@ class Ending:
         self.stream_closed = LazyEvent()
         self.ended = LazyEvent()
 
-    def begin(self, reason: str, *, is_ours: bool, until: float, cause: BaseException | None = None) -> bool:
+    def begin(self, reason: str, *, is_local: bool, until: float, cause: BaseException | None = None) -> bool:
         """It is over. Return whether that is new: the first reason stays.
 
         Arguments:
@@ -44,7 +44,7 @@ class Ending:
         if self.is_over:
             return False
         self.is_over = True
-        self.is_ours = is_ours
+        self.is_local = is_local
         self.reason = reason
         self._cause = cause
         self.until = until
@@ -54,7 +54,7 @@ class Ending:
     def make_error(self, *, may_have_run: bool) -> BokbokError:
         """Make what a waiter sees, given whether its request may have run."""
         assert self.reason is not None
-        if self.is_ours:
+        if self.is_local:
             return ConnectionClosed(self.reason, may_have_run)
         error = ConnectionLost(self.reason, may_have_run)
         error.__cause__ = self._cause

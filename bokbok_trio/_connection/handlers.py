@@ -28,7 +28,7 @@ from .._trio_util import (
     call_user_sync,
     find_single,
     innermost_scope,
-    keep,
+    log_or_reraise,
 )
 from .._types import ChannelHandler, Fields, RequestHandler
 from .channel import Channel, Channels
@@ -93,11 +93,11 @@ class HandlerScope:
             is_caught = self.cancel_scope.__exit__(type, exc, traceback)
         except RuntimeError:  # Trio mends what a handler has left open
             self.is_spoiled = True
-            self._handlers.on_scope_left(self)
+            self._handlers.on_scope_exited(self)
             return exc is None or isinstance(exc, trio.Cancelled)
         finally:
             del exc, traceback  # or the frames of a cancelled handler would live on in a cycle
-        self._handlers.on_scope_left(self)
+        self._handlers.on_scope_exited(self)
         return is_caught
 
 
@@ -233,7 +233,7 @@ class Handlers:
         """Return a context for a task that handles nothing yet."""
         return self._context.copy()
 
-    def on_scope_left(self, scope: HandlerScope) -> None:
+    def on_scope_exited(self, scope: HandlerScope) -> None:
         """Answer the request of a handler that has ended by its cancellation."""
         if self._scopes.get(scope.id) is not scope:
             return
@@ -281,9 +281,9 @@ class Handlers:
             if task.child_nurseries or innermost_scope(task) is not scope.innermost:
                 raise RuntimeError(LEFT_OPEN)
             self._answer(request.id, () if fields is None else fields)
-        except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
+        except BaseException as exc:  # noqa: BLE001  (what is not logged is raised on)
             scope.is_spoiled = bool(task.child_nurseries) or innermost_scope(task) is not scope.innermost
-            keep(exc, partial(self._fail, request.id))
+            log_or_reraise(exc, partial(self._fail, request.id))
         finally:
             current._has_ended = True
             self._packet_queued(interactive=True)
@@ -370,7 +370,7 @@ class Handlers:
                 return f"{text}: {error}"
             return str(call_user_sync(self._describe_error, error))
         except BaseException as exc:  # noqa: BLE001  (as above)
-            keep(exc, self._log_description)
+            log_or_reraise(exc, self._log_description)
             return text
 
     def _log_description(self, error: BaseException) -> None:

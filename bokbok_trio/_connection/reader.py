@@ -35,7 +35,7 @@ from .._errors import ProtocolError
 from .._protocol.events import Event, Request
 from .._protocol.packets import Buffer
 from .._protocol.session import Session
-from .._trio_util import LazyEvent, describe_error, keep
+from .._trio_util import LazyEvent, describe_error, log_or_reraise
 from .eager import start_eagerly
 from .ending import Ending
 from .handlers import Handlers, HandlerScope
@@ -71,7 +71,7 @@ class Reader:
         ending: the connection's. Once it is over, nothing more is dispatched.
         table, owner: what to call with each type of event, and with which connection.
         on_protocol_error: is told how the peer broke the protocol.
-        lose: is told why the connection is lost, and by which error.
+        fail: is told why the connection is lost, and by which error.
         on_defect: is told of a defect of this package, which ends the connection.
         log: logs an error, with the name of the connection.
 
@@ -82,9 +82,9 @@ class Reader:
     __slots__ = (
         "_ending",
         "_events",
+        "_fail",
         "_handlers",
         "_log",
-        "_lose",
         "_nursery",
         "_on_defect",
         "_on_protocol_error",
@@ -112,7 +112,7 @@ class Reader:
         table: DispatchTable,
         owner: object,
         on_protocol_error: Callable[[ProtocolError], object],
-        lose: Callable[[str, BaseException | None], object],
+        fail: Callable[[str, BaseException | None], object],
         on_defect: Callable[[BaseException], object],
         log: Callable[[str, BaseException], object],
     ) -> None:
@@ -125,7 +125,7 @@ class Reader:
         self._table = table
         self._owner = owner
         self._on_protocol_error = on_protocol_error
-        self._lose = lose
+        self._fail = fail
         self._on_defect = on_defect
         self._log = log
         self._nursery: trio.Nursery | None = None
@@ -176,8 +176,8 @@ class Reader:
                     await self._read(task, scope)
                 if scope.is_spoiled or task.child_nurseries:
                     break
-        except BaseException as exc:  # noqa: BLE001  (`keep` raises it on, where it ends the program)
-            keep(exc, self._on_defect)
+        except BaseException as exc:  # noqa: BLE001  (`log_or_reraise` raises it on, where it ends the program)
+            log_or_reraise(exc, self._on_defect)
         finally:
             self._turn.leave(task)
             if self._turn.reader is task:
@@ -280,7 +280,7 @@ class Reader:
             if not isinstance(exc, STREAM_ERRORS) and not self._ending.is_over:
                 self._log("a stream raised an error that streams do not raise", exc)
             self.ended.set()
-            self._lose(f"receiving failed: {describe_error(exc)}", exc)
+            self._fail(f"receiving failed: {describe_error(exc)}", exc)
             return
         if not data:
             self.ended.set()
@@ -289,7 +289,7 @@ class Reader:
                 text = "the peer cut a packet short"
             elif self._session.peer_drains:
                 text += ", which it was draining, as a server does that stops"
-            self._lose(text, None)
+            self._fail(text, None)
         else:
             self._watchdog.heard()
             self._decode(data)

@@ -206,7 +206,7 @@ class Interpreter:
         """Whether that channel is in flight. If nothing of that id is, the packet has crossed its end."""
         if id not in self._remote.answer_sizes and self._local.states.get(id) in (None, State.QUEUED):
             return False
-        if id not in self._flow_control.by_id:
+        if id not in self._flow_control.credits:
             raise ProtocolError(f"the request {id} has no channel")
         return True
 

@@ -211,7 +211,7 @@ class LocalRequests:
 
     def _free_slot(self, id: int) -> None:
         """Forget a request that has a slot."""
-        if id in self._flow_control.by_id:
+        if id in self._flow_control.credits:
             self._outbox.remove(id)  # items that nobody wants any more
             self._flow_control.remove(id)
         del self.states[id]

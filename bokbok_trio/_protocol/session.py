@@ -256,7 +256,7 @@ class Session:
         for id in departed:
             if id % 2 == self._peer_parity:
                 self.remote.end(id)
-                if id in self.flow_control.by_id:
+                if id in self.flow_control.credits:
                     self.flow_control.remove(id)
             else:
                 self.local.states[id] = State.SENT

@@ -1174,7 +1174,7 @@ class TwoEngines(RuleBasedStateMachine):
             assert len(self.engines[side]._outbox._in_pieces) <= 4
             for sizes in self.held[side].values():
                 assert sum(sizes) < WINDOW + 200_005
-            for flow in self.engines[side].flow_control.by_id.values():
+            for flow in self.engines[side].flow_control.credits.values():
                 assert 0 <= flow.queued < MAX_QUEUED + 200_005
             for id in self.seen[side]:
                 assert not self.engines[side].is_unsent(id)
