@@ -1,4 +1,4 @@
-"""The credit of channels: how many bytes of items each side may send, and what it must refuse.
+"""The credit of channels bounds the bytes of items that each side may send.
 
 Theory
 ======
@@ -14,7 +14,7 @@ Invariants
 ==========
 
 - Items that were received and not consumed take up less than the window and one item.
-- Items that were queued and have not left take up less than `MAX_QUEUED` and one item, whatever the peer
+- Items that wait in the queue take up less than `MAX_QUEUED` and one item, whatever the peer
   grants. Each counts `ITEM_OVERHEAD` besides its body, so this bounds the memory as well.
 - Every queued item has its credit, so no queued packet ever waits for the peer's user.
 """
@@ -63,7 +63,7 @@ class ChannelCredit:
         send_credit: bytes that this side may still send.
         receive_credit: bytes that the peer may still send.
         window: bytes that the peer was granted first.
-        queued: bytes of this side's items that wait to leave, as they count for `MAX_QUEUED`.
+        queued: bytes of this side's items that wait to be sent, as they count for `MAX_QUEUED`.
         ended, peer_ended: whether this side, or the peer, sends no more items.
     """
 
@@ -102,7 +102,7 @@ class ChannelCredit:
         self.queued += size + ITEM_OVERHEAD
 
     def item_departed(self, size: int) -> None:
-        """Note that an item has wholly left."""
+        """Note that an item has wholly departed."""
         self.queued -= size + ITEM_OVERHEAD
 
     def add_credit(self, size: int) -> None:
@@ -157,11 +157,11 @@ class FlowControl:
         outbox: where items, credit and ends are queued.
         max_body_size: bytes of an item.
         budget: bytes of the windows of all channels together, about.
-        count_free: counts the bytes that items may take up beyond that.
+        count_free: counts the bytes of the whole budget that requests and answers do not take up.
 
     Attributes:
         credits: the credit of each channel; for reading only.
-        queued: bytes of the items that wait to leave, as they count for `MAX_QUEUED`.
+        queued: bytes of the items that wait to be sent, as they count for `MAX_QUEUED`.
         held: bytes of the items that were received and that nobody has taken.
         total: how many channels there have been.
         writable: the channels that `take_writable` would return.
@@ -217,6 +217,7 @@ class FlowControl:
 
     def _take_window(self) -> int:
         """Take the window of one more channel out of the budget: less than `WINDOW` if there are many."""
+        # An eighth of the rest: windows shrink little by little, and each later channel still gets one.
         window = max(MIN_WINDOW, min(WINDOW, self._free // 8))
         self._free -= window
         return window
@@ -226,7 +227,7 @@ class FlowControl:
         channel = self.credits.get(id)
         if channel is not None:
             channel.started = True
-            if channel.ended:
+            if channel.ended:  # `end` must not be sent before `chan`, so it waited for this
                 self._put_end(id)
 
     def remove(self, id: int) -> None:
@@ -260,7 +261,7 @@ class FlowControl:
         self._outbox.put(QueuedPacket(b"item", id, body=body, body_size=size))
 
     def item_departed(self, id: int, size: int) -> None:
-        """Note that an item has wholly left."""
+        """Note that an item has wholly departed."""
         channel = self.credits.get(id)
         if channel is not None:
             channel.item_departed(size)
@@ -316,7 +317,7 @@ class FlowControl:
         return True
 
     def release(self, size: int) -> None:
-        """Count an item no more: it was taken, or dropped."""
+        """Stop counting an item: it was taken, or dropped."""
         self.held -= size
 
     def on_item(self, id: int, size: int) -> None:
