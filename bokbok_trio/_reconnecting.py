@@ -63,7 +63,7 @@ from ._errors import (
 from ._keys import Key
 from ._protocol.packets import encode_fields
 from ._settings import Settings
-from ._trio_util import bare_nursery, block, call_user, check_run, is_within, split_exception
+from ._trio_util import bare_nursery, block, call_user, check_run, current_task_is_under, split_exception
 from ._types import ChannelHandler, ConnectionHandler, Context, Fields, RequestHandler
 
 MIN_BACKOFF: Final = 0.1
@@ -272,7 +272,7 @@ class ReconnectingConnection:
             if self._closed:
                 await trio.lowlevel.checkpoint()
                 raise ConnectionClosed(_CLOSED)
-            if any(map(is_within, self._opening)):
+            if any(map(current_task_is_under, self._opening)):
                 raise RuntimeError("an open handler asks the connection that it was given")
             await self._changed.park()
         return connection

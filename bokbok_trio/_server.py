@@ -51,7 +51,7 @@ from ._statistics import ServerStatistics
 from ._stream.establish import Displaced, Refusal, ServerStopped, establish_as_server, linger
 from ._stream.handshake_io import NothingCame
 from ._throttle import Throttle
-from ._trio_util import bare_nursery, block, check_run, contain, describe_error, keep
+from ._trio_util import bare_nursery, block, check_run, describe_error, isolate_failures, log_or_reraise
 from ._types import ChannelHandler, ConnectionHandler, PeerUser, RequestHandler, UserKey
 
 DEFAULT_GRACE: Final = 5.0
@@ -227,7 +227,7 @@ class Server:
     @trio.lowlevel.enable_ki_protection
     async def _turn_away(self, stream: trio.abc.Stream, address: Address | None) -> None:
         """Close a connection that got no place."""
-        with contain(partial(self._log_failure, address)):
+        with isolate_failures(partial(self._log_failure, address)):
             try:
                 with watch_handshake(self._settings._instruments, "server", address):
                     raise Displaced("there was no place for its handshake")
@@ -256,13 +256,13 @@ class Server:
                     *(connection._session.received, connection._session.made, end_reason(connection)),
                 )
         except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
-            keep(exc, partial(self._log_failure, address))
+            log_or_reraise(exc, partial(self._log_failure, address))
         finally:
             if connection is None:
                 await trio.aclose_forcefully(stream)
             else:  # it has closed it itself
                 self._connections.discard(connection)
-                self._leave(connection.user)
+                self._connection_ended(connection.user)
 
     def _log_failure(self, address: Address | None, error: BaseException) -> None:
         if isinstance(error, NothingCame):
@@ -311,7 +311,7 @@ class Server:
     async def _shake_hands(
         self, stream: trio.abc.Stream, address: Address | None, place: Place
     ) -> Connection | None:
-        """Open a connection. When this returns one, it counts, until `_leave` is called.
+        """Open a connection. When this returns one, it counts, until `_connection_ended` is called.
 
         None: it came to nothing, which was logged, and the client had its time to read why.
         """
@@ -354,7 +354,7 @@ class Server:
             )
         except BaseException as exc:
             if admitted is not None:
-                self._leave(*admitted)
+                self._connection_ended(*admitted)
             if not isinstance(exc, HandshakeError):
                 raise
             self._log_failure(address, exc)
@@ -386,7 +386,7 @@ class Server:
             number = sum(len(each._handlers) for each in self._connections)
             logger.info("%s: cancelling %d requests in flight: %s", self._name, number, "; ".join(found))
 
-    def _leave(self, user: str | None) -> None:
+    def _connection_ended(self, user: str | None) -> None:
         """One connection less."""
         self._admitted -= 1
         self._of_user[user] -= 1

@@ -118,18 +118,18 @@ def forget_traceback(exc: BaseException) -> None:
 
 
 @contextmanager
-def contain(log: Callable[[BaseException], object]) -> Generator[None]:
-    """Keep the failure of a block from going further, and give it to `log`.
+def isolate_failures(log: Callable[[BaseException], object]) -> Generator[None]:
+    """Give the failure of a block to `log`, in place of raising it.
 
-    `split_exception` says what goes further nevertheless.
+    `split_exception` says what is raised nevertheless.
     """
     try:
         yield
-    except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
-        keep(exc, log)
+    except BaseException as exc:  # noqa: BLE001  (what is not logged is raised on)
+        log_or_reraise(exc, log)
 
 
-def keep(exc: BaseException, log: Callable[[BaseException], object]) -> None:
+def log_or_reraise(exc: BaseException, log: Callable[[BaseException], object]) -> None:
     """Give a failure to `log`, and raise what must go further, as `split_exception` tells."""
     error, rest = split_exception(exc)
     if error is not None:
@@ -172,7 +172,7 @@ class _Block(AbstractAsyncContextManager[_T]):
         try:
             return await self._inner.__aexit__(type, exc, traceback)
         finally:
-            del exc, traceback  # as in `keep`
+            del exc, traceback  # as in `log_or_reraise`
 
 
 def block(function: Callable[_P, AsyncGenerator[_T]]) -> Callable[_P, AbstractAsyncContextManager[_T]]:
@@ -301,7 +301,7 @@ class LazyEvent:
         await self.event.wait()
 
 
-def is_within(ancestor: trio.lowlevel.Task | None) -> bool:
+def current_task_is_under(ancestor: trio.lowlevel.Task | None) -> bool:
     """Whether the current task is that one, or was started by it, at any remove."""
     task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
     while task is not None and task is not ancestor:

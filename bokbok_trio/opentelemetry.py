@@ -95,16 +95,16 @@ class TracingInstrument(Instrument):
 
     def request_started(self, event: RequestStarted) -> None:
         """Begin a span; for a handler, make it current."""
-        is_ours = event.direction == "out"
+        is_local = event.direction == "out"
         parent = None  # what is current here
-        if not is_ours:
+        if not is_local:
             # Nothing is, but what was where the connection was opened, which has nothing to do with it.
             propagator = self._propagator or propagate.get_global_textmap()
             parent = propagator.extract(event.context, contexts.Context(), _GETTER)
         span = self._spans[event] = self._tracer.start_span(
             event.name or "request",
             parent,
-            trace.SpanKind.CLIENT if is_ours else trace.SpanKind.SERVER,
+            trace.SpanKind.CLIENT if is_local else trace.SpanKind.SERVER,
             {
                 "rpc.system.name": SYSTEM,
                 "rpc.method": event.name,
@@ -113,7 +113,7 @@ class TracingInstrument(Instrument):
                 **_describe("server", event.connection.address if _is_to_server(event) else None),
             },
         )
-        if not is_ours:
+        if not is_local:
             contexts.attach(trace.set_span_in_context(span, parent))
 
     def context_for(self, event: RequestStarted) -> Mapping[str, bytes | str]:

@@ -326,7 +326,7 @@ class Talk:
 
     def act_on_channel(self, which: int, size: int, *, ends: bool) -> None:
         flows = self.engine.flow_control
-        ids = [id for id in (*self.handling, *self.ours) if id in flows.by_id and id not in self.ended]
+        ids = [id for id in (*self.handling, *self.ours) if id in flows.credits and id not in self.ended]
         if ids and ends:
             self.ended.add(ids[which % len(ids)])
             flows.end(ids[which % len(ids)])

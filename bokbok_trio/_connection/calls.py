@@ -153,7 +153,7 @@ class Calls:
             self._session.cancel(call.id)
             self._packet_queued()
 
-    def lose_all(self) -> None:
+    def fail_all(self) -> None:
         """Fail all requests, because the connection is over."""
         if self._slot_watch is not None:
             self._slot_watch.cancel()

@@ -17,7 +17,7 @@ import trio
 
 from .._protocol.session import Session
 from .._stream.fast import FastStream
-from .._trio_util import keep, split_exception
+from .._trio_util import log_or_reraise, split_exception
 from .ending import CLOSE_TIMEOUT, STREAM_ERRORS, Ending
 from .reader import Reader
 from .sender import Sender
@@ -86,8 +86,8 @@ class Closing:
                 await self._say_end()
             else:
                 await self._handle(exc)
-        except BaseException as raised:  # noqa: BLE001  (`keep` raises it on, if it came from outside)
-            keep(raised, self._ending.log_closing)
+        except BaseException as raised:  # noqa: BLE001  (`log_or_reraise` raises it on, if it came from outside)
+            log_or_reraise(raised, self._ending.log_closing)
         finally:
             del exc, _traceback  # or this frame and the traceback would keep each other alive
             self._ending.close("the connection was cancelled", graceful=False)
@@ -100,7 +100,7 @@ class Closing:
             if not self._stream.close_nowait():
                 await trio.aclose_forcefully(self._stream)
         except BaseException as exc:  # noqa: BLE001  (as above)
-            keep(exc, self._ending.log_closing)
+            log_or_reraise(exc, self._ending.log_closing)
         finally:
             self._ending.stream_closed.set()
 

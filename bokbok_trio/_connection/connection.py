@@ -52,7 +52,7 @@ from .._trio_util import (
     block,
     check_cancelled,
     check_run,
-    is_within,
+    current_task_is_under,
 )
 from .._types import ChannelHandler, ConnectionHandler, RequestHandler
 from .calls import DRAINING_MESSAGE, Calls
@@ -193,7 +193,7 @@ class Connection:
             self._settings.ping_after,
             self._settings.ping_timeout,
             ping=lambda: self._pings.send(),  # noqa: PLW0108  (those are made later)
-            lose=self._ending.lose,
+            fail=self._ending.fail,
             least_rate=self._settings.least_rate,
             count_waiting=lambda: self._session.waiting_bytes,
         )
@@ -271,7 +271,7 @@ class Connection:
     def _is_ended_on_purpose(self) -> bool:
         """Whether the connection ends because one of the sides wanted it to."""
         drains = self._session.is_draining or self._draining.peer_drains
-        return drains or self._ending.is_ours
+        return drains or self._ending.is_local
 
     @property
     def reason(self) -> str | None:
@@ -481,7 +481,7 @@ class Connection:
                 started), which would wait for itself; or from another Trio run.
         """
         check_run(self._home, self)
-        if is_within(self._task):
+        if current_task_is_under(self._task):
             raise RuntimeError("a task of the connection cannot wait until it has ended")
         await self._ending.ended.wait()
 
@@ -543,7 +543,7 @@ class Connection:
         self._watchdog.stop()
         # Handlers first: one that waits for an answer here must end by its cancellation.
         self._handlers.cancel_all()
-        self._calls.lose_all()
+        self._calls.fail_all()
         self._pings.end(partial(self._ending.make_error, may_have_run=True))
         self._channels.break_all(self._ending.make_error(may_have_run=True))
         self._session.close()

@@ -48,7 +48,7 @@ class Ending:
 
     Attributes:
         is_over: whether it is over: nothing can be asked any more, and nothing is handled.
-        is_ours: whether this side closed it; else it was lost.
+        is_local: whether this side closed it; else it was lost.
         reason: why it is over, in words; None while it is open.
         until: the moment, by Trio's clock, until which it may send queued packets, and say its end.
         draining: set once either side drains the connection, or it is over.
@@ -60,7 +60,7 @@ class Ending:
         "_connection",
         "draining",
         "ended",
-        "is_ours",
+        "is_local",
         "is_over",
         "over",
         "reason",
@@ -71,7 +71,7 @@ class Ending:
     def __init__(self, connection: Connection) -> None:
         self._connection = refer_up(connection)
         self.is_over = False
-        self.is_ours = False
+        self.is_local = False
         self.reason: str | None = None
         self._cause: BaseException | None = None
         self.until = math.inf
@@ -87,35 +87,35 @@ class Ending:
             reason: why, in words.
             graceful: whether to send queued packets, and say the end, within `CLOSE_TIMEOUT`.
         """
-        self._begin(reason, is_ours=True, graceful=graceful)
+        self._begin(reason, is_local=True, graceful=graceful)
 
-    def lose(self, reason: str, cause: BaseException | None = None, *, graceful: bool = False) -> None:
+    def fail(self, reason: str, cause: BaseException | None = None, *, graceful: bool = False) -> None:
         """The connection is lost. Arguments are those of `close`, and the error that it was lost by."""
         peer = self._connection()._describe_peer()
         text = f"{reason} ({peer})" if peer else reason
-        self._begin(text, is_ours=False, graceful=graceful, cause=cause)
+        self._begin(text, is_local=False, graceful=graceful, cause=cause)
 
     def stream_failed(self, what: str, error: BaseException) -> None:
         """Receiving or sending failed."""
         if not isinstance(error, STREAM_ERRORS) and not self.is_over:
             self._log("a stream raised an error that streams do not raise", error)
-        self.lose(f"{what} failed: {describe_error(error)}", error)
+        self.fail(f"{what} failed: {describe_error(error)}", error)
 
     def on_defect(self, error: BaseException) -> None:
         """This package has a defect, which ends the connection."""
         self._log("a defect of bokbok_trio ends the connection", error)
-        self.lose(f"internal error: {describe_error(error)}", error)
+        self.fail(f"internal error: {describe_error(error)}", error)
 
     def on_protocol_error(self, error: ProtocolError) -> None:
         """The peer broke the protocol, and the session is about to tell it so."""
         logger.warning("%r: the peer broke the protocol: %s", self._connection(), error)
-        self.lose(f"the peer broke the protocol: {error}", error, graceful=True)
+        self.fail(f"the peer broke the protocol: {error}", error, graceful=True)
 
     def on_abort(self, abort: Abort) -> None:
         """The peer says that this side broke the protocol."""
         text = f"this side broke the protocol, says the peer: {escape(abort.message)} [{escape(abort.code)}]"
         logger.warning("%r: %s", self._connection(), text)
-        self.lose(text)
+        self.fail(text)
 
     def log_closing(self, error: BaseException) -> None:
         """Log that closing the stream failed."""
@@ -125,13 +125,13 @@ class Ending:
         logger.error("%r: %s", self._connection(), what, exc_info=error)
 
     def _begin(
-        self, reason: str, *, is_ours: bool, graceful: bool, cause: BaseException | None = None
+        self, reason: str, *, is_local: bool, graceful: bool, cause: BaseException | None = None
     ) -> None:
         """The connection is over. The first reason stays."""
         if self.is_over:
             return
         self.is_over = True
-        self.is_ours = is_ours
+        self.is_local = is_local
         self.reason = reason
         self._cause = cause
         self.until = trio.current_time() + CLOSE_TIMEOUT if graceful else -math.inf
@@ -142,7 +142,7 @@ class Ending:
     def make_error(self, *, may_have_run: bool) -> BokbokError:
         """Make the error that a waiter gets, given whether its request may have run."""
         assert self.reason is not None
-        if self.is_ours:
+        if self.is_local:
             return ConnectionClosed(self.reason, may_have_run)
         error = ConnectionLost(self.reason, may_have_run)
         error.__cause__ = self._cause

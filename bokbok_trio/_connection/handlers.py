@@ -25,10 +25,10 @@ from .._trio_util import (
     LazyEvent,
     call_user,
     call_user_sync,
-    contain,
     find_single,
     innermost_scope,
-    keep,
+    isolate_failures,
+    log_or_reraise,
 )
 from .._types import ChannelHandler, ConnectionHandler, Fields, RequestHandler
 from .calls import DRAINING_MESSAGE
@@ -93,11 +93,11 @@ class HandlerScope:
             is_caught = self.cancel_scope.__exit__(type, exc, traceback)
         except RuntimeError:  # Trio mends what a handler has left open
             self.is_spoiled = True
-            self._handlers.on_scope_left(self)
+            self._handlers.on_scope_exited(self)
             return exc is None or isinstance(exc, trio.Cancelled)
         finally:
             del exc, traceback  # or the frames of a cancelled handler would live on in a cycle
-        self._handlers.on_scope_left(self)
+        self._handlers.on_scope_exited(self)
         return is_caught
 
 
@@ -221,7 +221,7 @@ class Handlers:
     async def _open(self, open_handler: ConnectionHandler, scope: trio.CancelScope) -> None:
         """Run the open handler. If it does not return, the connection is over."""
         try:
-            with scope, contain(partial(self._log, "the open handler failed")):
+            with scope, isolate_failures(partial(self._log, "the open handler failed")):
                 await call_user(open_handler, self._connection())
                 self.ready.set()
                 self._packet_queued()  # a drained connection ends now
@@ -232,7 +232,7 @@ class Handlers:
     async def end(self, close_handler: ConnectionHandler | None) -> None:
         """All handlers have ended: run the close handler, unless the open handler did not return."""
         if self.ready.has_happened and close_handler is not None:
-            with contain(partial(self._log, "the close handler failed")):
+            with isolate_failures(partial(self._log, "the close handler failed")):
                 # Under a cancellation from outside, it gets that at its first checkpoint.
                 await call_user(close_handler, self._connection())
 
@@ -268,7 +268,7 @@ class Handlers:
         """Return a context for a task that handles nothing yet."""
         return self._context.copy()
 
-    def on_scope_left(self, scope: HandlerScope) -> None:
+    def on_scope_exited(self, scope: HandlerScope) -> None:
         """Answer a request whose handler has ended because it was cancelled."""
         if self._scopes.get(scope.id) is not scope:
             return
@@ -314,9 +314,9 @@ class Handlers:
             if task.child_nurseries or innermost_scope(task) is not scope.innermost:
                 raise RuntimeError(LEFT_OPEN)
             self._answer(request.id, () if fields is None else fields)
-        except BaseException as exc:  # noqa: BLE001  (what is not kept is raised on)
+        except BaseException as exc:  # noqa: BLE001  (what is not logged is raised on)
             scope.is_spoiled = bool(task.child_nurseries) or innermost_scope(task) is not scope.innermost
-            keep(exc, partial(self._fail, request.id))
+            log_or_reraise(exc, partial(self._fail, request.id))
         finally:
             current._has_ended = True
             self._packet_queued(interactive=True)
@@ -403,7 +403,7 @@ class Handlers:
                 return f"{text}: {error}"
             return str(call_user_sync(self._describe_error, error))
         except BaseException as exc:  # noqa: BLE001  (as above)
-            keep(exc, partial(self._log, "describe_error failed"))
+            log_or_reraise(exc, partial(self._log, "describe_error failed"))
             return text
 
     def _log(self, what: str, error: BaseException) -> None:

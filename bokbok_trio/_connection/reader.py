@@ -34,7 +34,7 @@ import trio
 from .._protocol.events import Event, Request
 from .._protocol.packets import Buffer
 from .._protocol.session import Session
-from .._trio_util import LazyEvent, keep
+from .._trio_util import LazyEvent, log_or_reraise
 from .eager import start_eagerly
 from .ending import Ending
 from .handlers import Handlers, HandlerScope
@@ -144,8 +144,8 @@ class Reader:
                     await self._read(task, scope)
                 if scope.is_spoiled or task.child_nurseries:
                     break
-        except BaseException as exc:  # noqa: BLE001  (`keep` raises it on, where it ends the program)
-            keep(exc, self._ending.on_defect)
+        except BaseException as exc:  # noqa: BLE001  (`log_or_reraise` raises it on, where it ends the program)
+            log_or_reraise(exc, self._ending.on_defect)
         finally:
             if self._turn.leave(task):
                 self.ended.set()
@@ -256,7 +256,7 @@ class Reader:
                 text = "the peer cut a packet short"
             elif self._session.draining.peer_drains:
                 text += ", which it was draining, as a server does that stops"
-            self._ending.lose(text)
+            self._ending.fail(text)
         else:
             self._watchdog.heard()
             self._decode(data)

@@ -184,7 +184,7 @@ class Sender:
             self._watchdog.sent += len(batch)
             if not batch or not self._stream.send_nowait(batch):
                 return False
-            self._watchdog.send_ended(ping_left=True)
+            self._watchdog.send_ended(ping_departed=True)
             has_more = session.has_more
             if session.flow_control.writable or session.is_holding_back:
                 self._wake_writers()
@@ -253,7 +253,7 @@ class Sender:
         self._scope = None
         self._watchdog.sent += len(batch)
         session.note_sent(trio.current_time() - now)
-        self._watchdog.send_ended(ping_left=not session.is_ping_queued)
+        self._watchdog.send_ended(ping_departed=not session.is_ping_queued)
         return True
 
     async def _sleep(self) -> None:

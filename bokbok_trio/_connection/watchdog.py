@@ -64,31 +64,31 @@ class Watchdog:
     Arguments:
         ping_after, ping_timeout: seconds; see `Settings`.
         ping: queues a ping and wakes the sender.
-        lose: is told, once, why the connection is lost. The watchdog has stopped then.
+        fail: is told, once, why the connection is lost. The watchdog has stopped then.
         least_rate: bytes a second; see `Settings`.
         count_waiting: counts the bytes of answers and items that wait to be sent.
 
     Attributes:
         sent: bytes that were written.
 
-    Exceptions of `ping` and `lose` are logged.
+    Exceptions of `ping` and `fail` are logged.
     """
 
     __slots__ = (
         "_alarm_at",
+        "_alarm_clock",
         "_answer_due",
         "_asked_after",
         "_count_waiting",
+        "_fail",
         "_forgiven_until",
         "_heard_at",
         "_least_rate",
-        "_lose",
         "_measured",
         "_ping",
         "_ping_after",
         "_ping_timeout",
         "_ping_waits",
-        "_rounds",
         "_send_began",
         "sent",
     )
@@ -99,7 +99,7 @@ class Watchdog:
         ping_timeout: float,
         *,
         ping: Callable[[], object],
-        lose: Callable[[str], object],
+        fail: Callable[[str], object],
         least_rate: float = 0.0,
         count_waiting: Callable[[], int] = int,
     ) -> None:
@@ -112,8 +112,8 @@ class Watchdog:
         self._ping_after = ping_after
         self._ping_timeout = ping_timeout
         self._ping = ping
-        self._lose: Callable[[str], object] | None = lose  # None: it has stopped
-        self._rounds: _Rounds | None = None
+        self._fail: Callable[[str], object] | None = fail  # None: it has stopped
+        self._alarm_clock: _AlarmClock | None = None
         self._heard_at = trio.current_time()
         self._send_began: float | None = None
         self._asked_after: float | None = None  # equal to `_heard_at`: not heard since a ping went out
@@ -129,32 +129,32 @@ class Watchdog:
         """A send is under way from now on."""
         self._send_began = now
 
-    def send_ended(self, *, ping_left: bool) -> None:
-        """It was written; `ping_left`: no ping is queued any more."""
+    def send_ended(self, *, ping_departed: bool) -> None:
+        """It was written; `ping_departed`: no ping is queued any more."""
         self._send_began = None
-        if ping_left and self._ping_waits:
+        if ping_departed and self._ping_waits:
             self._ping_waits = False
             self._answer_due = trio.current_time() + self._ping_timeout
 
     def start(self) -> None:
         """Watch from now on, until stopped. Do nothing if it was stopped before, or a time is infinite."""
-        if self._lose is not None and not math.isinf(self._ping_after + self._ping_timeout):
-            self._rounds = _find_rounds()
-            self._rounds.add(self, self._heard_at + self._ping_after)
+        if self._fail is not None and not math.isinf(self._ping_after + self._ping_timeout):
+            self._alarm_clock = _find_alarm_clock()
+            self._alarm_clock.add(self, self._heard_at + self._ping_after)
 
     def stop(self) -> None:
-        """Watch no more, and forget `ping` and `lose`."""
-        self._lose = None
+        """Watch no more, and forget `ping` and `fail`."""
+        self._fail = None
         self._ping = _do_nothing
         self._count_waiting = int
-        rounds, self._rounds = self._rounds, None
-        if rounds is not None:
-            rounds.note_stopped()
+        clock, self._alarm_clock = self._alarm_clock, None
+        if clock is not None:
+            clock.note_stopped()
 
     @property
     def has_stopped(self) -> bool:
         """Whether `stop` was called."""
-        return self._lose is None
+        return self._fail is None
 
     def alarm(self, now: float) -> float | None:
         """Look after the peer at the time `now`.
@@ -162,18 +162,18 @@ class Watchdog:
         Returns:
             The latest moment at which to call this again; None: never.
         """
-        if self._lose is None:
+        if self._fail is None:
             return None
         if now > self._alarm_at + LATENESS:
             self._measured = None
         elif self._is_too_slow(now):
             self._give_up(
-                self._lose,
+                self._fail,
                 f"the peer reads too slowly: {self._count_waiting()} bytes wait for it, and at least "
                 f"{self._least_rate:g} a second must leave then",
             )
             return None
-        at = self._look(now, self._lose)
+        at = self._look(now, self._fail)
         if at is not None and self._measured is not None:
             at = min(at, self._measured[0] + self._ping_after + self._ping_timeout)
         self._alarm_at = math.inf if at is None else at
@@ -194,7 +194,7 @@ class Watchdog:
             return sent < waiting_then and sent < self._least_rate * (now - since)
         return False
 
-    def _look(self, now: float, lose: Callable[[str], object]) -> float | None:
+    def _look(self, now: float, fail: Callable[[str], object]) -> float | None:
         """Do the work of `alarm`, without the rate."""
         patience = self._ping_after + self._ping_timeout
         stuck_at = math.inf if self._send_began is None else self._send_began + patience
@@ -208,7 +208,7 @@ class Watchdog:
             return self._forgiven_until
         if now >= stuck_at or is_asked:
             what = "not read" if now >= stuck_at else "not been heard of"
-            self._give_up(lose, f"the peer has {what} for {patience:g} seconds")
+            self._give_up(fail, f"the peer has {what} for {patience:g} seconds")
             return None
         self._ask(now + patience + self._ping_timeout)
         return None if self.has_stopped else min(stuck_at, self._next_look(now))
@@ -230,14 +230,14 @@ class Watchdog:
         self._ping_waits = True
         try:
             self._ping()
-        except BaseException:  # it would crash the program from the task of `_Rounds`
+        except BaseException:  # it would crash the program from the task of `_AlarmClock`
             self._ping_waits = False
             logger.exception("a ping could not be queued")
 
-    def _give_up(self, lose: Callable[[str], object], reason: str) -> None:
+    def _give_up(self, fail: Callable[[str], object], reason: str) -> None:
         self.stop()
         try:
-            lose(reason)
+            fail(reason)
         except BaseException:  # as above
             logger.exception("a connection could not be ended, though %s", reason)
 
@@ -247,7 +247,7 @@ def _do_nothing() -> None:
 
 
 @final
-class _Rounds:
+class _AlarmClock:
     """The alarms of a Trio run, and the task that looks after them.
 
     The task sleeps in a scope whose deadline is the earliest alarm. The deadline is moved without waking it.
@@ -306,17 +306,19 @@ class _Rounds:
         self._scope.deadline = self._heap[0][0] if self._heap else math.inf
 
 
-_rounds: trio.lowlevel.RunVar[_Rounds | None] = trio.lowlevel.RunVar("bokbok_trio watchdogs", default=None)
+_alarm_clock: trio.lowlevel.RunVar[_AlarmClock | None] = trio.lowlevel.RunVar(
+    "bokbok_trio watchdogs", default=None
+)
 
 
-def _find_rounds() -> _Rounds:
+def _find_alarm_clock() -> _AlarmClock:
     """Return the alarms of this run."""
-    rounds = _rounds.get()
-    if rounds is None:
-        rounds = _Rounds()
+    clock = _alarm_clock.get()
+    if clock is None:
+        clock = _AlarmClock()
         # This raises after the end of the run's main task. Connections of that time are not watched; a task
         # that had been started before would be cancelled by now.
         with suppress(RuntimeError):
-            trio.lowlevel.spawn_system_task(rounds.run, name="bokbok_trio watchdogs")
-        _rounds.set(rounds)
-    return rounds
+            trio.lowlevel.spawn_system_task(clock.run, name="bokbok_trio watchdogs")
+        _alarm_clock.set(clock)
+    return clock

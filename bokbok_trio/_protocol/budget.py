@@ -1,22 +1,22 @@
-"""How many bytes the peer may make a side hold, and who waits when they are used up.
+"""The budget: a bound on the bytes that the peer can make a side hold.
 
 The budget of a side has three shares:
 
 - *Requests* have five eighths, until they are answered. The side tells its peer how much that is, with the
   option `room`. The peer keeps requests that do not fit until there is room. A request that it sends
   nevertheless is answered `busy`, and does not run.
-- *Answers* have three sixteenths, until they have left. If they take up more, the handlers of requests of
+- *Answers* have three sixteenths, until they have departed. If they take up more, the handlers of requests of
   depth 0 do not begin until the peer has read some.
 - *Items* have three sixteenths, until somebody receives them. The windows of all channels share them, and
   become smaller if there are many. An item of any size may be sent while any of a window remains, so the
   windows are not a strict bound. Therefore items may take up the whole rest of the budget, and a channel
   whose items do not fit even then breaks.
 
-The pieces of a few packets that have partly come are not counted here, see `MAX_IN_PIECES`.
+The pieces of unfinished packets do not count here; `MAX_IN_PIECES` bounds them.
 
 Nobody waits for ever. The asker divides the peer's `room` among the slot classes (see `slots`). So a request
 waits only for others of its class, these wait only for deeper ones, and one request of each class may always
-be sent. And answers do leave: a peer that does not read is lost.
+be sent. Answers do not wait for ever either: if the peer does not read, the connection is lost.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Budget(NamedTuple):
 
     @classmethod
     def share_out(cls, budget: int) -> Budget:
-        """Share out so many bytes."""
+        """Share out a budget of so many bytes."""
         return cls(budget * 5 // 8, budget * 3 // 16, budget * 3 // 16, budget)
 
 
@@ -68,7 +68,7 @@ class Room:
         used = self._used.get(slot_class, 0)
         if self._total is None or size < COUNTED or not used:
             return True
-        share = self._total * (1 if slot_class % 2 else 3) // 8
+        share = self._total * (1 if slot_class % 2 else 3) // 8  # at depth 0
         return used + size <= share >> (slot_class // 2)
 
     def add(self, id: int, slot_class: int, size: int) -> None:
@@ -78,12 +78,12 @@ class Room:
             self._sizes[id] = slot_class, size
 
     def remove(self, id: int) -> None:
-        """Count a request no more, because it has ended."""
+        """Stop counting a request: it has ended."""
         if id in self._sizes:
             slot_class, size = self._sizes.pop(id)
             self._used[slot_class] -= size
 
     def clear(self) -> None:
-        """Count no request any more."""
+        """Stop counting all requests."""
         self._used.clear()
         self._sizes.clear()

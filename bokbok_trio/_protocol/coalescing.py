@@ -1,4 +1,4 @@
-"""`Coalescing`: when a queued packet is sent: at once, or later with others. No Trio, no I/O.
+"""`Coalescing`: the policy that sends a queued packet at once, or later with others. No Trio, no I/O.
 
 The rule:
 
@@ -7,10 +7,10 @@ The rule:
 2. Any other packet leaves when the sender task runs next, with all that is queued by then; but in interactive
    traffic the first request or answer leaves at once, and no other one does until that task has been idle, or
    another receive has been dispatched.
-3. Of requests and answers, every 16th (`EARLY_FLUSH_PACKETS`) lets all that is queued leave at once.
+3. Every 16th request or answer (`EARLY_FLUSH_PACKETS`) makes all queued packets leave at once.
 
 Traffic is interactive while each of the last `INTERACTIVE_RECEIVES` receives brought one event. Then the
-packet that is queued next is probably alone too, and to wait for others would only cost time. A burst is
+packet that is queued next is probably alone too, and waiting for others would only cost time. A burst is
 faster when its packets leave together.
 """
 
@@ -24,7 +24,8 @@ INTERACTIVE_RECEIVES: Final = 3
 groups that each pay for their own wakes."""
 
 EARLY_FLUSH_PACKETS: Final = 16
-"""Requests and answers that leave though more may follow soon: the peer begins with them meanwhile."""
+"""Requests and answers after which all queued packets leave, though more may follow soon: the peer can begin
+with them meanwhile."""
 
 MAX_BATCHES_IN_A_ROW: Final = 4
 """Batches that are written at once before other tasks have their turn. The sender task writes the rest."""
@@ -51,7 +52,7 @@ HOLD: Final = When.HOLD
 
 @final
 class Coalescing:
-    """Decides for one connection.
+    """Decides when the packets of one connection are sent.
 
     Attributes:
         is_corked: whether packets are held back.
@@ -64,10 +65,10 @@ class Coalescing:
         self._received = 0  # events of the receive that is being dispatched
         self._single_receives = INTERACTIVE_RECEIVES  # in a row; a connection begins as interactive
         self._may_leave_at_once = True  # the next request or answer, if it is not held back
-        self._queued = 0  # requests and answers since packets last left at once, or the sender was idle
+        self._queued = 0  # requests and answers since the last early flush, or since the sender was idle
 
     def queued(self, *, interactive: bool) -> When:
-        """Tell when a packet that was queued is sent.
+        """Note that a packet was queued. Return when it must be sent.
 
         Arguments:
             interactive: whether it is a request or an answer: a task waits for it, and may say nothing more.
@@ -93,7 +94,7 @@ class Coalescing:
         self._received = received
 
     def uncork(self) -> None:
-        """All events are dispatched, so everything that is queued leaves now. Again does no harm."""
+        """Note that all events are dispatched: all queued packets are sent now. It may be called twice."""
         self.is_corked = False
         self._queued = 0
         received, self._received = self._received, 0
@@ -105,6 +106,6 @@ class Coalescing:
             self._may_leave_at_once = False
 
     def idle(self) -> None:
-        """The sender task has sent everything that was queued, and goes to sleep."""
+        """Note that the sender task has sent everything that was queued, and goes to sleep."""
         self._queued = 0
         self._may_leave_at_once = self._single_receives >= INTERACTIVE_RECEIVES

@@ -14,13 +14,14 @@ from .._errors import ProtocolError
 
 @final
 class Draining:
-    """Which side has said `bye`, and which has answered it.
+    """The `bye` of either side, and the answers to them.
 
     Attributes:
         awaits_bye_ok: whether this side has said `bye`, and the peer has not answered it.
-        peer_is_done: whether the peer has answered it: then it makes no more requests of depth 0.
+        peer_is_done: whether the peer has answered this side's `bye`, so that it makes no more requests of
+            depth 0.
         peer_drains: whether the peer has said `bye`.
-        owes_bye_ok: whether it has, and this side has not answered it.
+        owes_bye_ok: whether the peer has said `bye`, and this side has not answered it.
     """
 
     __slots__ = ("awaits_bye_ok", "owes_bye_ok", "peer_drains", "peer_is_done")
@@ -32,10 +33,10 @@ class Draining:
         self.owes_bye_ok = False
 
     def receive_bye(self) -> None:
-        """The peer sent `bye`.
+        """Note that the peer sent `bye`.
 
         Raises:
-            ProtocolError: it has sent it before.
+            ProtocolError: the peer has sent it before.
         """
         if self.peer_drains:
             raise ProtocolError("`bye` sent twice")
@@ -43,7 +44,7 @@ class Draining:
         self.owes_bye_ok = True
 
     def receive_bye_ok(self) -> None:
-        """The peer sent `bye-ok`.
+        """Note that the peer sent `bye-ok`.
 
         Raises:
             ProtocolError: this side sent no `bye`, or it was answered before.

@@ -1,4 +1,4 @@
-"""The events of a `Session`: what the peer has sent, checked and decoded."""
+"""The events of a `Session`: the packets of the peer, checked and decoded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Request(NamedTuple):
     Attributes:
         timeout: seconds until its deadline, or `math.inf`.
         depth: how many requests this one was made inside of.
-        context: the asker's; it cannot be changed.
+        context: the asker's names and values; nobody can change them.
     """
 
     id: int
@@ -33,14 +33,14 @@ class Cancel(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The peer answered a request of ours."""
+    """The peer answered a request of this side."""
 
     id: int
     fields: list[bytes]
 
 
 class Failure(NamedTuple):
-    """The peer answered a request of ours with an error."""
+    """The peer answered a request of this side with an error."""
 
     id: int
     code: str
@@ -52,7 +52,7 @@ class Bye(NamedTuple):
     """The peer takes no new request of depth 0.
 
     Attributes:
-        ids: our requests that waited for a slot. They will not be sent.
+        ids: this side's requests that waited for a slot. They will not be sent.
     """
 
     ids: list[int]
@@ -79,7 +79,7 @@ class End(NamedTuple):
 
 
 class Pong(NamedTuple):
-    """The peer answered a ping of ours."""
+    """The peer answered a ping of this side."""
 
     def __bool__(self) -> bool:
         """Return True, although the tuple is empty: `Session.receive` drops what is false."""
@@ -87,7 +87,7 @@ class Pong(NamedTuple):
 
 
 class Abort(NamedTuple):
-    """The peer ends the connection, because we broke the protocol."""
+    """The peer ends the connection, because this side broke the protocol."""
 
     code: str
     message: str

@@ -1,4 +1,4 @@
-"""The credit of channels: how many bytes of items each side may send, and what it must refuse.
+"""The credit of channels bounds the bytes of items that each side may send.
 
 Theory
 ======
@@ -14,7 +14,7 @@ Invariants
 ==========
 
 - Items that were received and not consumed take up less than the window and one item.
-- Items that were queued and have not left take up less than `MAX_QUEUED` and one item, whatever the peer
+- Items that wait in the queue take up less than `MAX_QUEUED` and one item, whatever the peer
   grants. Each counts `ITEM_OVERHEAD` besides its body, so this bounds the memory as well.
 - Every queued item has its credit, so no queued packet ever waits for the peer's user.
 """
@@ -63,7 +63,7 @@ class ChannelCredit:
         send_credit: bytes that this side may still send.
         receive_credit: bytes that the peer may still send.
         window: bytes that the peer was granted first.
-        queued: bytes of this side's items that wait to leave, as they count for `MAX_QUEUED`.
+        queued: bytes of this side's items that wait to be sent, as they count for `MAX_QUEUED`.
         ended, peer_ended: whether this side, or the peer, sends no more items.
     """
 
@@ -102,7 +102,7 @@ class ChannelCredit:
         self.queued += size + ITEM_OVERHEAD
 
     def item_departed(self, size: int) -> None:
-        """Note that an item has wholly left."""
+        """Note that an item has wholly departed."""
         self.queued -= size + ITEM_OVERHEAD
 
     def add_credit(self, size: int) -> None:
@@ -157,11 +157,11 @@ class FlowControl:
         outbox: where items, credit and ends are queued.
         max_body_size: bytes of an item.
         budget: bytes of the windows of all channels together, about.
-        count_free: counts the bytes that items may take up beyond that.
+        count_free: counts the bytes of the whole budget that requests and answers do not take up.
 
     Attributes:
-        by_id: the credit of each channel; for reading only.
-        queued: bytes of the items that wait to leave, as they count for `MAX_QUEUED`.
+        credits: the credit of each channel; for reading only.
+        queued: bytes of the items that wait to be sent, as they count for `MAX_QUEUED`.
         held: bytes of the items that were received and that nobody has taken.
         total: how many channels there have been.
         writable: the channels that `take_writable` would return.
@@ -173,7 +173,7 @@ class FlowControl:
         "_free",
         "_max_body_size",
         "_outbox",
-        "by_id",
+        "credits",
         "held",
         "queued",
         "total",
@@ -188,21 +188,21 @@ class FlowControl:
         self._budget = budget
         self._free = budget  # the part that no window takes up; below 0 with very many channels
         self._max_body_size = max_body_size
-        self.by_id: dict[int, ChannelCredit] = {}
+        self.credits: dict[int, ChannelCredit] = {}
         self.writable: dict[int, None] = {}  # an empty dict takes up less memory than an empty set
         self.queued = 0
         self.held = 0
         self.total = 0
 
     def __len__(self) -> int:
-        return len(self.by_id)
+        return len(self.credits)
 
     # ---- beginning and ending ----
 
     def add_local(self, id: int) -> int:
         """Add a channel that this side opens. Return its window, which its `chan` grants."""
         window = self._take_window()
-        self.by_id[id] = ChannelCredit(send_credit=0, receive_credit=window, started=False)
+        self.credits[id] = ChannelCredit(send_credit=0, receive_credit=window, started=False)
         self.total += 1
         return window
 
@@ -212,26 +212,27 @@ class FlowControl:
         Raises:
             ProtocolError: the window exceeds `MAX_CREDIT`.
         """
-        self.by_id[id] = ChannelCredit(send_credit=credit, receive_credit=0, started=True)
+        self.credits[id] = ChannelCredit(send_credit=credit, receive_credit=0, started=True)
         self.total += 1
 
     def _take_window(self) -> int:
         """Take the window of one more channel out of the budget: less than `WINDOW` if there are many."""
+        # An eighth of the rest: windows shrink little by little, and each later channel still gets one.
         window = max(MIN_WINDOW, min(WINDOW, self._free // 8))
         self._free -= window
         return window
 
     def start(self, id: int) -> None:
         """Note that the `chan` of a channel was queued."""
-        channel = self.by_id.get(id)
+        channel = self.credits.get(id)
         if channel is not None:
             channel.started = True
-            if channel.ended:
+            if channel.ended:  # `end` must not be sent before `chan`, so it waited for this
                 self._put_end(id)
 
     def remove(self, id: int) -> None:
         """Forget a channel, because its request has ended."""
-        channel = self.by_id.pop(id, None)
+        channel = self.credits.pop(id, None)
         if channel is not None:
             self._free += channel.window
             self.queued -= channel.queued
@@ -249,19 +250,19 @@ class FlowControl:
 
     def may_send(self, id: int) -> bool:
         """Whether an item may be queued now."""
-        channel = self.by_id.get(id)
+        channel = self.credits.get(id)
         return channel is not None and channel.may_send
 
     def send(self, id: int, body: Chunks, size: int) -> None:
         """Queue an item. `may_send` must be true."""
-        channel = self.by_id[id]
+        channel = self.credits[id]
         channel.send(size)
         self.queued += size + ITEM_OVERHEAD
         self._outbox.put(QueuedPacket(b"item", id, body=body, body_size=size))
 
     def item_departed(self, id: int, size: int) -> None:
-        """Note that an item has wholly left."""
-        channel = self.by_id.get(id)
+        """Note that an item has wholly departed."""
+        channel = self.credits.get(id)
         if channel is not None:
             channel.item_departed(size)
             self.queued -= size + ITEM_OVERHEAD
@@ -269,7 +270,7 @@ class FlowControl:
 
     def end(self, id: int) -> None:
         """Send no more items. A second call does nothing."""
-        channel = self.by_id.get(id)
+        channel = self.credits.get(id)
         if channel is not None and not channel.ended:
             channel.ended = True
             if channel.started:
@@ -292,17 +293,17 @@ class FlowControl:
 
     def accept(self, id: int) -> None:
         """Take items of a channel that the peer opened: grant its window."""
-        self.by_id[id].window = window = self._take_window()
+        self.credits[id].window = window = self._take_window()
         self.grant(id, window)
 
     def grant(self, id: int, size: int) -> None:
         """Grant more credit."""
-        self.by_id[id].receive_credit += size
+        self.credits[id].receive_credit += size
         self._outbox.put_credit(id, size)
 
     def consume(self, id: int, size: int) -> bool:
         """Note that our user took an item, or never will. Return whether credit was granted for it."""
-        channel = self.by_id.get(id)
+        channel = self.credits.get(id)
         due = 0 if channel is None else channel.consume(size)
         if due:
             self.grant(id, due)
@@ -316,7 +317,7 @@ class FlowControl:
         return True
 
     def release(self, size: int) -> None:
-        """Count an item no more: it was taken, or dropped."""
+        """Stop counting an item: it was taken, or dropped."""
         self.held -= size
 
     def on_item(self, id: int, size: int) -> None:
@@ -325,7 +326,7 @@ class FlowControl:
         Raises:
             ProtocolError: as `ChannelCredit.receive`.
         """
-        self.by_id[id].receive(size)
+        self.credits[id].receive(size)
 
     def on_credit(self, id: int, size: int) -> None:
         """Take credit that the peer granted for a channel in flight.
@@ -333,7 +334,7 @@ class FlowControl:
         Raises:
             ProtocolError: as `ChannelCredit.add_credit`.
         """
-        channel = self.by_id[id]
+        channel = self.credits[id]
         channel.add_credit(size)
         self._note_writable(id, channel)
 
@@ -343,4 +344,4 @@ class FlowControl:
         Raises:
             ProtocolError: as `ChannelCredit.receive_end`.
         """
-        self.by_id[id].receive_end()
+        self.credits[id].receive_end()

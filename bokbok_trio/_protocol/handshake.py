@@ -355,6 +355,8 @@ class ServerHandshake(_Handshake):
         return encode_packet(b"accepted", *self._declared, proof)
 
     def _open_box(self, keys: Sequence[Key]) -> tuple[Key, bytes]:
+        # A client without a key must not learn from the time how many keys the user has. So as many are tried
+        # in any case; only a client that knows a key gets its answer sooner.
         own = keys[:MAX_KEYS]
         for at in range(MAX_KEYS):
             key = own[at] if at < len(own) else _NOBODYS_KEY
@@ -370,7 +372,7 @@ class ServerHandshake(_Handshake):
 
 
 def encode_refused(code: Literal["authentication", "busy", "stopping"], message: str) -> bytes:
-    """Make a `refused` packet. The message must fit 256 bytes."""
+    """Make a `refused` packet. The message takes at most `MAX_REASON_SIZE` bytes."""
     return encode_packet(b"refused", code.encode(), message.encode())
 
 

@@ -1,11 +1,11 @@
-"""What each packet of the peer means: it changes the state of the session, and mostly becomes an event.
+"""Interprets the packets of the peer. Each changes the state of the session, and most become an event.
 
 `KINDS` lists every kind of packet. Its function decodes the fields, checks that the peer may send this now,
 and returns the event for `Connection`, or None if there is none.
 
-Packets may cross: the peer can send a `cancel`, an item, a `credit` or an `end` before it knows that we have
-answered. Such packets are *ignored*, and counted, because a peer that sends nothing else keeps this side
-busy. Everything else that does not fit the state is a `ProtocolError`.
+Packets may cross: the peer can send a `cancel`, an item, a `credit` or an `end` before it knows that this
+side has answered. Such packets are *ignored*, and counted, because a peer that sends nothing else keeps this
+side busy. Everything else that does not fit the state is a `ProtocolError`.
 
 Many packets are interpreted before anything of them is acted on. So whether a packet breaks the protocol
 does not depend on what handlers do meanwhile.
@@ -39,14 +39,15 @@ CROSSING: Final = 2
 """Packets that may be ignored for each request: its `cancel` crosses the answer, for example."""
 
 SMALL_DROP: Final = 2**11
-"""Bytes of pieces. If the peer takes back fewer, it has sent nothing. Pieces are mostly far larger."""
+"""Bytes. A `drop` of fewer bytes in pieces counts as ignored, because it hardly costs the peer anything. Real
+pieces are mostly far larger."""
 
 CROSSING_ITEMS: Final = 2 * WINDOW // ITEM_COST + 2
 """Packets that may be ignored for each channel: as many items as there is credit for, a `credit` for each
 of them, and an `end` for either direction."""
 
 PIECED_KINDS: Final = frozenset({b"req", b"chan", b"ok", b"err", b"item"})
-"""The kinds that may come in pieces: those that carry bytes of the user's."""
+"""The kinds that may come in pieces: those that carry a user's bytes."""
 
 _DEPTHS: Final = {encoded: depth for depth, encoded in enumerate(ENCODED_DEPTHS)}
 
@@ -62,7 +63,7 @@ class Interpreter:
 
     Attributes:
         reassembler: the packets of which not all pieces have come.
-        is_pong_queued: whether a pong has not left yet.
+        is_pong_queued: whether a pong waits to be sent.
         peer_aborted: whether the peer has sent `abort`.
     """
 
@@ -203,10 +204,14 @@ class Interpreter:
         return End(id) if self._is_wanted(id) else None
 
     def _has_channel(self, id: int) -> bool:
-        """Whether that channel is in flight. If nothing of that id is, the packet has crossed its end."""
+        """Whether that channel is in flight. If not, it has ended, and the packet has crossed its end.
+
+        Raises:
+            ProtocolError: a request of that id is in flight, but it has no channel.
+        """
         if id not in self._remote.answer_sizes and self._local.states.get(id) in (None, State.QUEUED):
             return False
-        if id not in self._flow_control.by_id:
+        if id not in self._flow_control.credits:
             raise ProtocolError(f"the request {id} has no channel")
         return True
 

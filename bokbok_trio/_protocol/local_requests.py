@@ -1,4 +1,4 @@
-"""The requests that this side makes: they are encoded, wait for a slot, are sent, and are answered.
+"""The requests that this side makes. They are encoded, wait for a slot, are sent, and are answered.
 
 The client's ids are even, the server's odd. They are counted up and never used twice. A request is in one of
 these states; once it has been answered, nothing of it is kept:
@@ -7,7 +7,7 @@ these states; once it has been answered, nothing of it is kept:
 state     meaning                                                      where it is
 ========= ============================================================ =======================
 waiting   it has no slot, and the peer knows nothing of it             ``_backlogs``
-queued    it has a slot; it has not left, or only in part              ``states``, the outbox
+queued    it has a slot; it has not departed, or only in part          ``states``, the outbox
 sent      all of it has been taken to be sent; its answer is awaited   ``states``
 cancelled as sent, but nobody wants the answer any more                ``states``
 ========= ============================================================ =======================
@@ -17,7 +17,7 @@ Invariants
 
 - The requests of one slot class that have a slot never exceed the peer's slots.
 - Requests of one class get their slots in the order in which they were made.
-- A cancelled request that has not wholly left never existed: no `cancel` follows it.
+- If a request is cancelled before it has wholly departed, the peer never handles it, and no `cancel` follows.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class LocalRequests:
 
     def _free_slot(self, id: int) -> None:
         """Forget a request that has a slot."""
-        if id in self._flow_control.by_id:
+        if id in self._flow_control.credits:
             self._outbox.remove(id)  # items that nobody wants any more
             self._flow_control.remove(id)
         del self.states[id]
@@ -311,7 +311,7 @@ class LocalRequests:
         return list(self.states.values()).count(State.CANCELLED)
 
     def has_queued_at_depth_0(self) -> bool:
-        """Whether a request of depth 0 has a slot and has not wholly left."""
+        """Whether a request of depth 0 has a slot and has not wholly departed."""
         return any(
             state is State.QUEUED and self._classes.get(id, 0) <= 1 for id, state in self.states.items()
         )

@@ -8,12 +8,12 @@ of channels, which take turns; and one piece of a big packet, where big packets 
 long for the others. The size of a batch depends on how long the last one took to send.
 
 Packets of one id leave in the order in which they were queued. Only the first of them has a place in the
-queues; the next one is blocked by order until the first has wholly left.
+queues; the next one is blocked by order until the first has wholly departed.
 
 Invariants
 ==========
 
-- At most `MAX_IN_PIECES` packets have partly left.
+- At most `MAX_IN_PIECES` packets have partly departed.
 - The queues refer to the user's bytes without copying them. The bytes are copied when they are joined: those
   of a small packet when it is taken, those of a big one when its first piece is.
 - A packet is fixed when its first byte is taken. Until then its timeout goes on.
@@ -60,8 +60,8 @@ class Batch(NamedTuple):
 
     Attributes:
         chunks: the bytes, to be joined.
-        departed: the ids of the requests and answers that have wholly left with this batch.
-        items: the id of each item that has wholly left, and the size of its body.
+        departed: the ids of the requests and answers that wholly depart with this batch.
+        items: the id of each item that wholly departs with it, and the size of its body.
     """
 
     chunks: Chunks
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     items: list[tuple[int, int]]
 
     def note_departed(self, packet: QueuedPacket) -> None:
-        """Note that a packet has wholly left."""
+        """Note that a packet wholly departs with this batch."""
         if packet.kind == b"item":
             self.items.append((packet.id, packet.body_size))
         elif packet.kind != b"end":
@@ -81,7 +81,7 @@ class Outbox:
     """The queues of one direction. A packet is known by the id of its request or channel.
 
     Attributes:
-        has_more: whether the last `take` left packets behind.
+        has_more: whether packets remained after the last `take`.
         is_all_encoded: whether all packets that wait are encoded. Then `take` needs no time and no room.
     """
 
@@ -114,14 +114,14 @@ class Outbox:
         self._blocked_by_order: dict[int, deque[QueuedPacket]] = {}  # by id
         self._next_number = 0
         self._batch_size = MAX_BATCH_SIZE
-        self._overtaken = 0  # bytes that left since the last piece, while a piece waited
+        self._overtaken = 0  # bytes taken since the last piece, while another piece waited
 
     def __contains__(self, id: int) -> bool:
-        """Whether a packet of that id has not wholly left."""
+        """Whether a packet of that id has not wholly departed."""
         return id in self._small or id in self._items or id in self._big or id in self._in_pieces
 
     def __len__(self) -> int:
-        """How many packets have not wholly left."""
+        """How many packets have not wholly departed."""
         queues = (self._control, self._credits, self._small, self._items, self._big, self._in_pieces)
         return sum(map(len, queues)) + sum(map(len, self._blocked_by_order.values()))
 
@@ -161,12 +161,12 @@ class Outbox:
         self._credits[id] = self._credits.get(id, 0) + size
 
     def remove(self, id: int) -> bool:
-        """Remove the packets of an id that have not wholly left. Return whether there were any."""
+        """Remove the packets of an id that have not wholly departed. Return whether there were any."""
         self._blocked_by_order.pop(id, None)
         if any(queue.pop(id, None) is not None for queue in (self._small, self._items, self._big)):
             return True
         partly_sent = self._in_pieces.pop(id, None)
-        if partly_sent is not None:
+        if partly_sent is not None:  # the peer holds the pieces so far
             self.put_control(b"drop", partly_sent.number)
         return partly_sent is not None
 
@@ -179,7 +179,7 @@ class Outbox:
 
     @property
     def has_big(self) -> bool:
-        """Whether a big packet waits, or has partly left."""
+        """Whether a big packet waits, or has partly departed."""
         return bool(self._in_pieces or self._big)
 
     def take(self, now: float, room: int = MAX_BATCH_SIZE) -> Batch:
@@ -195,15 +195,16 @@ class Outbox:
         if not (self._items or self._big or self._in_pieces):
             while self._small and size < self._batch_size:
                 size += self._take_small(now, batch)
-            if not (self._items or self._big):  # one of these may have been blocked by a packet that left
+            if not (self._items or self._big):  # a packet that was taken may have blocked one of these
                 self.has_more = bool(self._small)
                 self.is_all_encoded = not self.has_more
                 return batch
+        # Small packets may overtake a piece while it waits for room, but not for ever.
         if room == 0 and self._overtaken >= MIN_BATCH_SIZE:
             room = MIN_BATCH_SIZE
         has_piece = self.has_big and room > 0
         most = min(self._batch_size, room) if has_piece else self._batch_size
-        least = int(most * RESERVED_FRACTION)
+        least = int(most * RESERVED_FRACTION)  # reserved for items, and again for the piece
         most_others = most - least if has_piece else most
         while size < most_others and (self._small or self._items):
             if self._small and (size < most_others - least or not self._items):
@@ -265,7 +266,7 @@ class Outbox:
             self._place_next(id)
 
     def _place_next(self, id: int) -> None:
-        """Give the next packet of an id its place: the one before it has wholly left, or is about to."""
+        """Give the next packet of an id its place: the packet before it departs with this batch."""
         blocked = self._blocked_by_order.get(id)
         if blocked is not None:
             self._place(blocked.popleft())

@@ -6,8 +6,8 @@ A *packet* is a list of 0 to 255 byte strings, its *fields*. On the wire, all in
     body = u8 count | count x field
     field = u32 size | bytes
 
-A *protocol packet* is one of the packets that the protocol defines: its first field is its kind, and its
-others are few. The body that a user sends is a field of it, and a list of fields of its own.
+A *protocol packet* is one of the packets that the protocol defines: its first field is its kind, and few
+fields follow. The body that a user sends is the last of these fields. It is itself an encoded list of fields.
 
 Invariants
 ==========
@@ -16,8 +16,8 @@ Invariants
 - A length over the limit is refused as soon as its four bytes are there. So a decoder holds at most 4 bytes
   and one unfinished packet, besides the rest of the last receive.
 
-A mistake of our own user is a ``TypeError``, a ``ValueError`` or `MessageTooLarge`, raised before anything is
-sent. A mistake of the peer is a `ProtocolError`.
+A mistake of this side's user raises ``TypeError``, ``ValueError`` or `MessageTooLarge` before anything is
+sent. A mistake of the peer raises `ProtocolError`.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def size_of(fields: Sequence[bytes]) -> int:
 
 
 def encode_field(field: Field) -> bytes:
+    """Encode one field of a user's list, or raise ``TypeError``."""
     if isinstance(field, str):
         return field.encode()
     if isinstance(field, bytes | bytearray | memoryview):
@@ -313,6 +314,7 @@ class PacketDecoder:
         position = 0
         buffer = self._buffer
         if buffer:
+            # The last receive ended inside a packet. These bytes complete first its length, then its body.
             position = max(0, LENGTH_SIZE - len(buffer))
             buffer += data[:position]
             if len(buffer) < LENGTH_SIZE:
@@ -332,6 +334,7 @@ class PacketDecoder:
             if end > size:
                 break
             if count == MAX_AT_ONCE:
+                # A copy: other streams receive into the same buffer before the rest is decoded.
                 self._rest = memoryview(bytes(data[position:]))
                 self.has_rest = True
                 return
@@ -347,6 +350,6 @@ class PacketDecoder:
 
     def _check(self, length: int) -> int:
         if length > self._limit:
-            self._buffer.clear()
+            self._buffer.clear()  # nobody decodes the rest of this stream
             raise ProtocolError(f"a packet of {length} bytes exceeds the limit of {self._limit}")
         return length

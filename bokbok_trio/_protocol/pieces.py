@@ -1,12 +1,12 @@
-"""Big packets in pieces, and together again.
+"""Big packets are sent in pieces, and put together again.
 
 A packet over `MAX_WHOLE_SIZE` leaves in pieces, so that others can leave between them::
 
     part n remaining bytes  a piece of packet n; `remaining` bytes are still to come, 0 ends the packet
     drop n                  the pieces of n so far are void, the packet never existed
 
-Of each direction at most `MAX_IN_PIECES` packets have partly left, or partly come. So the packets that have
-partly come take up at most that many times the limit of a packet.
+At most `MAX_IN_PIECES` packets of each direction are unfinished at a time. So the unfinished packets of the
+peer take up at most that many times the limit of a packet.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ MAX_IN_PIECES: Final = 4
 
 @final
 class PartlySent:
-    """A packet of which not all pieces have left.
+    """A big packet while its pieces are sent.
 
     Arguments:
         number: the number of its pieces.
         packet: the packet.
-        now: the time as of which it is encoded.
+        now: the time, for its timeout.
 
     Attributes:
         number: encoded.
         packet: the packet.
-        remaining: bytes that have not left.
+        remaining: bytes that have not departed.
     """
 
     __slots__ = ("_chunks", "number", "packet", "remaining")

@@ -5,8 +5,8 @@ sent. At that moment its slot is free, because the peer may use the slot as soon
 which may be before our send returns.
 
 Bytes are bounded too, see `budget`. A request counts until it has been answered, and its answer counts until
-that has left. A request that does not fit is answered `busy`, and does not run. How many bytes of answers
-wait is only counted here: whoever starts handlers looks at it.
+it has departed. A request that does not fit is answered `busy`, and does not run. The bytes of answers that
+wait are only counted here; `Session.has_room_for_answers` tells whether more handlers may begin.
 
 Invariants
 ==========
@@ -49,7 +49,7 @@ class RemoteRequests:
     Attributes:
         budget: as above.
         answer_sizes: the bytes of each request's answer; `UNANSWERED` until it is queued.
-        answer_bytes: bytes of all answers that have not left.
+        answer_bytes: bytes of all answers that have not departed.
         total: how many requests the peer has made since the connection was opened.
     """
 
@@ -103,7 +103,7 @@ class RemoteRequests:
             self._classes[id] = slot_class
 
     def hold(self, id: int, size: int) -> bool:
-        """Count the bytes of a request. Return False if they do not fit: then it was answered, unrun."""
+        """Count the bytes of a request. Return False if they do not fit: then it is answered `busy`."""
         self._held[id] = size
         self._held_total += size
         others = self._held_total - size

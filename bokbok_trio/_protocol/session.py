@@ -53,13 +53,13 @@ class Session:
         remote: the requests that the peer makes.
         flow_control: sends and grants, for the channels in flight.
         draining: which side takes no new request of depth 0.
-        error: how the peer broke the protocol, once it has.
-        has_more: whether the last `take` left packets behind.
-        has_undecoded: whether `receive` has packets left to decode: call it again, without data.
+        error: the error by which the peer broke the protocol; None before that.
+        has_more: whether packets remained after the last `take`.
+        has_undecoded: whether received packets remain to be decoded. Then call `receive` again, without data.
         has_spoken: whether the peer has asked or answered anything, besides saying that it ends.
         is_draining: whether this side takes no new request of depth 0.
         is_holding_back: whether handlers wait for `has_room_for_answers`; set by whoever starts them.
-        is_ping_queued: whether a ping has not left yet.
+        is_ping_queued: whether a ping waits to be sent.
     """
 
     __slots__ = (
@@ -141,7 +141,7 @@ class Session:
 
         Arguments:
             fields: the user's.
-            deadline: until when the answer is wanted, by the clock that `take` is told.
+            deadline: the time, by the clock of `take`, after which nobody wants the answer.
             depth: how many requests this one is made inside of, 0 to `MAX_DEPTH`.
             context: the user's.
 
@@ -163,11 +163,11 @@ class Session:
         return self.local.open_channel(fields, deadline, depth, context)
 
     def cancel(self, id: int) -> None:
-        """Drop the interest in the answer to a request of ours. If it was answered, do nothing."""
+        """Cancel a request of this side. If it was answered, do nothing."""
         self.local.cancel(id)
 
     def is_unsent(self, id: int) -> bool:
-        """Whether it is certain that no handler of the peer has seen a request of ours."""
+        """Whether it is certain that no handler of the peer has seen a request of this side."""
         return self.local.states.get(id) is State.QUEUED or self.local.is_waiting(id)
 
     # ---- answering ----
@@ -195,7 +195,7 @@ class Session:
     # ---- draining, liveness, closing ----
 
     def ping(self) -> None:
-        """Ask for a sign of life."""
+        """Queue a ping."""
         self.is_ping_queued = True
         self._outbox.put_control(b"ping")
 
@@ -218,7 +218,7 @@ class Session:
             self._abort = encode_packet(b"abort", b"protocol", cut_text(text, MAX_ABORT_SIZE))
 
     def close(self) -> None:
-        """End all requests. Only the answers and control packets that are queued still leave."""
+        """End all requests. Only queued answers and control packets are still sent."""
         self.remote.close()
         self.local.close()
         self.draining.owes_bye_ok = False
@@ -232,7 +232,7 @@ class Session:
 
     @property
     def has_big(self) -> bool:
-        """Whether a big packet waits, or has partly left."""
+        """Whether a big packet waits, or has partly departed."""
         return self._outbox.has_big
 
     @property
@@ -250,9 +250,9 @@ class Session:
         self.is_ping_queued = self._interpreter.is_pong_queued = False
         chunks, departed, items = self._outbox.take(now, room)
         for id in departed:
-            if id % 2 == self._peer_parity:
+            if id % 2 == self._peer_parity:  # an answer: its slot is free from now on, see `remote_requests`
                 self.remote.end(id)
-                if id in self.flow_control.by_id:
+                if id in self.flow_control.credits:
                     self.flow_control.remove(id)
             else:
                 self.local.states[id] = State.SENT
@@ -328,7 +328,7 @@ class Session:
 
     @property
     def queued(self) -> int:
-        """How many packets have not wholly left."""
+        """How many packets have not wholly departed."""
         return len(self._outbox)
 
     @property

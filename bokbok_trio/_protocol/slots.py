@@ -1,10 +1,10 @@
-"""Which requests share slots.
+"""Slots bound the requests in flight, class by class.
 
 A *slot* is the right to have one more request in flight. Each side takes `max_requests` requests of every
 *slot class*: the requests of one depth, with channels counted apart.
 
 A request made in a handler is one deeper than the request being handled. So a request that holds a slot waits
-only for deeper ones, and the deepest wait for none. That is why nested callbacks cannot lock up.
+only for deeper ones, and the deepest wait for none. That is why nested callbacks cannot deadlock.
 """
 
 from __future__ import annotations

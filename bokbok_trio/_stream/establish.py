@@ -1,7 +1,7 @@
-"""The handshake over a stream: its two sides, its timeout, its refusals.
+"""The handshake over a stream: its two sides, its timeout and its refusals.
 
-All of it must be done within ``handshake_timeout``. The caller closes the stream when these functions raise.
-A server calls `linger` before that, or closing could destroy the refusal that it has sent.
+The handshake must be done within ``handshake_timeout``. If a function here raises, its caller closes the
+stream. A server calls `linger` first, because closing could destroy the refusal that it has sent.
 
 A server waits at most `MAX_WAIT_SHARE` of that time for its turn to look the user up, and then refuses the
 client as ``busy``. The client has a timeout too. If a server looked up clients that have waited longer, it
@@ -48,7 +48,7 @@ LINGER_TIME: Final = 1.0
 
 LINGER_SIZE: Final = 2**13
 """Bytes that are read and dropped meanwhile: twice as many as a handshake may have under way. No client of
-ours sends more."""
+this package sends more."""
 
 HINT: Final = "check whether the server expects a key, and which service"
 """The likely mistakes when a handshake ends without a word."""
@@ -211,8 +211,8 @@ async def establish_as_server(
             place.note_hello()
             handshake.receive_open(await receive_packet(stream))
             place.note_open()
-            # Counted from `open`. If it were counted from hello, a client could let the delay pass before it
-            # sends `open`, and measure the look-up.
+            # The delay begins at `open`. If it began at hello, a client could let it pass before it sends
+            # `open`, and then measure the look-up.
             refuse_at = trio.current_time() + REFUSAL_DELAY
             if not await place.take_turn(began + MAX_WAIT_SHARE * settings.handshake_timeout):
                 raise await _refuse(stream, TOO_LATE)
@@ -230,8 +230,8 @@ async def establish_as_server(
             if refusal is not None:
                 raise await _refuse(stream, refusal)
             await send_packet(stream, accepted)
-            # The scope may have been cancelled when no checkpoint followed. Then whoever cancelled it expects
-            # that this handshake fails, and would not end the connection later.
+            # The scope may have been cancelled after the last checkpoint. The code that cancelled it counts
+            # on a failure of this handshake, and would not end the connection later.
             if not scope.cancel_called:
                 return _established(stream, name or None, credentials, handshake, settings=settings)
     except trio.BrokenResourceError as exc:

@@ -1,10 +1,10 @@
 """`FastStream`: a stream that can also send, receive and close without waiting.
 
-A small request costs little besides the waking of tasks, and every call of a Trio stream lets other tasks
-run. A fast stream takes data in a plain function call. If it cannot write all of it, it keeps the rest.
+Most of the time of a small request goes into switching tasks, and every call of a Trio stream may switch. A
+fast stream takes data in a plain function call. If it cannot write all of the data, it keeps the rest.
 
-A connection owns one fast stream, and nobody asks what it is made of: a socket (`SocketStream`), secretbox
-over another fast stream (`SecretboxStream`), or any other Trio stream (`PlainStream`), which always waits.
+A connection owns one fast stream, and does not know its kind: a socket (`SocketStream`), secretbox over
+another fast stream (`SecretboxStream`), or any other Trio stream (`PlainStream`), which always waits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .._fork import close_in_child
 from .._protocol.packets import Buffer
 
 RECEIVE_SIZE: Final = 2**16
-"""Bytes that are asked of a stream other than a socket at once: a batch."""
+"""Bytes that one receive asks of a stream other than a socket: a batch."""
 
 
 @final
@@ -43,15 +43,15 @@ class Load(NamedTuple):
 class FastStream(trio.abc.Stream):
     """A Trio stream with functions that do not wait.
 
-    The bytes that `send_nowait` was given and could not write are the *rest*. The next `send_all` sends the
-    rest before anything else; it may be an empty one.
+    The *rest* is the bytes that `send_nowait` was given and could not write. The next `send_all` sends the
+    rest before anything else; its own data may be empty.
     """
 
     __slots__ = ()
 
     @property
     def can_send_nowait(self) -> bool:
-        """Whether `send_nowait` may be called, if no other task sends. It may not while there is a rest."""
+        """Whether `send_nowait` may be called, if no other task sends. It must not while a rest is kept."""
         return False
 
     @property
@@ -61,7 +61,7 @@ class FastStream(trio.abc.Stream):
 
     @abstractmethod
     def send_nowait(self, data: bytes | memoryview) -> bool:
-        """Write as many bytes as can leave at once, and keep the rest. Return whether there is no rest.
+        """Write as many bytes as possible at once, and keep the rest. Return whether there is no rest.
 
         If the stream is broken, it raises nothing and keeps everything; `send_all` then raises the reason.
         """
@@ -85,7 +85,7 @@ class FastStream(trio.abc.Stream):
         """
 
     def send_end_nowait(self) -> bool:
-        """Send the end of this direction, if that needs no waiting. Return whether the end has left."""
+        """Send the end of this direction, if that needs no waiting. Return whether the end was sent."""
         return False
 
     @abstractmethod
@@ -124,23 +124,23 @@ class PlainStream(FastStream):
         close_in_child(stream)
 
     def send_nowait(self, data: bytes | memoryview) -> bool:  # noqa: ARG002
-        """Never called, because `can_send_nowait` is False."""
+        """Raise: `can_send_nowait` is False, so nobody calls this."""
         raise AssertionError("this stream sends nothing without waiting")
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """As the stream does."""
+        """Send as the stream does."""
         await self._stream.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
-        """As the stream does."""
+        """Wait as the stream does."""
         await self._stream.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        """As the stream does."""
+        """Receive as the stream does."""
         return await self._stream.receive_some(max_bytes)
 
     async def receive_view(self) -> bytes | bytearray:
-        """As the stream's `receive_some`."""
+        """Receive as `receive_some` does, at most `RECEIVE_SIZE` bytes."""
         return await self._stream.receive_some(RECEIVE_SIZE)
 
     async def send_end(self) -> bool:
@@ -151,9 +151,9 @@ class PlainStream(FastStream):
         return False
 
     def close_nowait(self) -> bool:
-        """Return False: any stream may have to wait."""
+        """Return False: closing the stream may have to wait."""
         return False
 
     async def aclose(self) -> None:
-        """As the stream does."""
+        """Close the stream."""
         await self._stream.aclose()

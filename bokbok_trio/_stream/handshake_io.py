@@ -1,7 +1,7 @@
 """The reads and writes of the handshake: a hello, then one packet at a time, each with a bound.
 
-Until the connection is open a stranger may be at the other end. So reads ask for no more than the message
-that must come.
+Until the connection is open a stranger may be at the other end. So a read asks for no more than the
+message that must come.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ class NothingCame(PeerLeft):
 
 
 async def exchange_hello(transport: FastStream, handshake: ClientHandshake | ServerHandshake) -> FastStream:
-    """Receive the other side's hello; a server answers it. Return the anonymous channel, or `transport` in
-    mode plain. A client has sent its hello before.
+    """Receive the other side's hello. A server answers it; a client has sent its own before.
+
+    Returns:
+        The anonymous channel; in mode plain, `transport`.
     """
-    # A client sends its hello right after it has dialled, so it mostly is here already.
+    # A client sends its hello right after it has dialled, so the hello is mostly here already.
     hello = transport.receive_nowait(handshake.hello_size) if handshake.side == "server" else b""
     while len(hello) < handshake.hello_size:
         handshake.check_hello(hello)
         try:
             hello += await _receive(transport, handshake.hello_size - len(hello))
         except (PeerLeft, trio.BrokenResourceError) as exc:
-            # A client that resets the connection has left too; Trio gives the reset as the cause. A client
-            # whose TLS handshake failed has not.
+            # A client that resets the connection has left too, and Trio gives the reset as the cause. A
+            # failed TLS handshake is another cause, and must be reported as what it is.
             if hello or handshake.side == "client" or not isinstance(exc.__cause__, ConnectionError | None):
                 raise
             raise NothingCame(f"the client left before it had sent anything: {describe_error(exc)}") from exc
@@ -62,8 +64,8 @@ async def exchange_hello(transport: FastStream, handshake: ClientHandshake | Ser
 async def send_packet(stream: FastStream, packet: bytes) -> None:
     """Send a packet.
 
-    Over a socket this is not a checkpoint, and need not be one: a client goes on to receive, and a server's
-    task belongs to the library.
+    Over a socket this is not a checkpoint, and need not be one: a client receives next, and the task of a
+    server belongs to the library.
     """
     if not stream.can_send_nowait:
         await stream.send_all(packet)
@@ -75,7 +77,7 @@ async def receive_packet(stream: FastStream) -> bytes:
     """Receive one record, which must be one packet; in mode plain, one packet by its length."""
     if isinstance(stream, SecretboxStream):
         return await _receive(stream, None)
-    packet = stream.receive_nowait(LENGTH_SIZE)  # it mostly is here already
+    packet = stream.receive_nowait(LENGTH_SIZE)  # mostly the packet is here already
     while len(packet) < LENGTH_SIZE:
         packet += await _receive(stream, LENGTH_SIZE - len(packet))
     size = int.from_bytes(packet, "big")

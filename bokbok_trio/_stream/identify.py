@@ -1,8 +1,8 @@
-"""Who a client is: the application looks up the keys of a user, or names the peer of a plain socket.
+"""The identity of a client: the application looks up the keys of a user, or names the peer of a plain socket.
 
 The application's functions may fail. Then the client is refused like an unknown user, and the failure is
-logged, but only after the client has been answered: logging takes time, and that time would tell the client
-who is known.
+logged, but only after the client has been answered. Logging takes time, and that time would tell the client
+which users exist.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Failures:
         self._found: list[tuple[str, object, BaseException, BaseException]] = []
 
     def add(self, what: str, whom: object, exc: BaseException) -> None:
-        """Take a failure, and raise the part of it that must go further, see `split_exception`."""
+        """Keep a failure for the log, and raise the part of it that `split_exception` says must be raised."""
         error, rest = split_exception(exc)
         if error is not None:
             self._found.append((what, whom, error, exc))  # a group is split, so the two may differ
@@ -45,14 +45,14 @@ class Failures:
             raise rest from rest.__cause__
 
     def note_too_many(self, keys: int) -> None:
-        """Note that a user has more keys than are tried."""
+        """Note that a user has so many keys that some are not tried."""
         self._too_many = keys
 
     def log(self) -> None:
         """Log the failures, and drop their tracebacks.
 
-        An application may raise one and the same exception again and again. It would collect all tracebacks,
-        with everything that the frames refer to.
+        An application may raise the same exception object again and again. The object would collect a
+        traceback each time, with everything that the frames refer to.
         """
         for what, whom, error, raised in self._found:
             self._log(f"{what}: {type(error).__name__}", "%s %r failed", what, whom, error=error)
@@ -73,9 +73,9 @@ def _drop_tracebacks(error: BaseException) -> None:
 async def look_up_in_turn(
     transport: FastStream, user_key: UserKey | None, user: str | None, place: Place, failures: Failures
 ) -> Sequence[Key]:
-    """Look up the keys that a user may have, in the turn that was taken, and end the turn."""
+    """Look up the keys that a user may have, in the turn that the caller took, and end the turn."""
     try:
-        if transport.has_hung_up():  # nobody waits for the result
+        if transport.has_hung_up():  # do not work for a client that is gone
             raise PeerLeft("the client left while it waited to be looked up")
         return await _look_up(user_key, user, failures)
     finally:

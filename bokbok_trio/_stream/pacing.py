@@ -1,8 +1,8 @@
-"""When to hold back pieces of big packets, so that small packets need not queue behind them.
+"""Pacing holds back pieces of big packets, so that small packets need not queue behind them.
 
-Small packets cannot overtake bytes that were handed to the system. Those wait in the socket, or in the queue
-before the narrowest link of the path, which TCP keeps filling until it overflows. So their number is bounded
-here, by the rate at which bytes were acknowledged recently::
+Small packets cannot overtake bytes that were handed to the system. Those bytes wait in the socket, or in
+the queue before the narrowest link of the path, which TCP keeps filling until it overflows. So their number
+is bounded here, by the rate at which bytes were acknowledged recently::
 
     rate = bytes acknowledged in a span of time / that span
     bound = rate * (2 * round trip time of the empty path + QUEUE_TIME)

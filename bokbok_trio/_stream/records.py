@@ -1,4 +1,4 @@
-"""The records of a `SecretboxStream`: how they are sealed, and how they are opened. Nothing here waits.
+"""Seals and opens the records of a `SecretboxStream`. Nothing here waits.
 
 A record on the wire::
 
@@ -6,7 +6,7 @@ A record on the wire::
 
 Each direction has a key of its own and counts its records from 0. The count, as 24 big-endian bytes, is the
 nonce, and is never sent. So a record opens only as the very next one of its direction. A record that was
-altered, repeated, left out, moved or reflected does not open, and that is the end of receiving.
+altered, repeated, left out, moved or reflected does not open, and receiving ends there.
 
 An empty plaintext (length 16) is the *end record*: the sender says, and the seal proves, that nothing
 follows. If the transport ends anywhere else, the stream was cut short.
@@ -57,6 +57,7 @@ class Direction:
         self._counter = 0
 
     def _nonce(self) -> bytes:
+        # Counted before the nonce is used: whatever happens to the record, no other one gets this nonce.
         nonce = self._counter.to_bytes(_NONCE_SIZE, "big")
         self._counter += 1
         return nonce
@@ -67,7 +68,7 @@ class Direction:
         return len(box).to_bytes(HEADER_SIZE, "big") + box
 
     def seal_all(self, data: bytes | memoryview) -> bytes:
-        """Make the records of some data. They must leave next, and whole."""
+        """Make the records of some data. They must be sent next, and whole: their nonces are spent."""
         assert data, "an empty record would be the end"
         if len(data) <= MAX_PLAINTEXT_SIZE:
             return self.seal(data)
@@ -133,7 +134,7 @@ class Opener:
 
     @property
     def has_plaintext(self) -> bool:
-        """Whether `take` would return something."""
+        """Whether `take` would return any bytes."""
         return self._position < len(self._plaintext)
 
     def has_record(self) -> bool:
@@ -150,7 +151,7 @@ class Opener:
         return taken
 
     def check(self, received: Buffer | bytearray) -> Buffer | bytearray:
-        """Return what was received from the transport, unless that is its end."""
+        """Return the bytes that the transport received, or raise if the transport has ended."""
         if not received:
             raise self._broken("the stream was cut short: it ended without an end record")
         return received
@@ -168,7 +169,7 @@ class Opener:
 
         If a record does not open, the plaintext of those before it is returned, and the next call raises.
         """
-        data = received
+        data = received  # in the most frequent case nothing is kept from earlier, and nothing is copied
         if self._ciphertext:
             self._ciphertext += received
             data = self._ciphertext

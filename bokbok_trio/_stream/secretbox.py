@@ -5,8 +5,8 @@ Theory of operation
 
 Sending and receiving share nothing but the transport. Either can break, and the other goes on.
 
-If the transport's ``send_all`` raises anything, cancellation included, nobody knows how much of a record has
-left. Nothing can follow it, so sending is broken for good.
+If the transport's ``send_all`` raises anything, cancellation included, nobody knows how much of a record was
+sent. No record can follow half a record, so sending is broken for good.
 
 The keys must be used for this one stream only, or nonces repeat. That is why the class is not exported. A
 forked child has the same keys and counters, so it seals and opens nothing: see `abandon`.
@@ -73,8 +73,8 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
     def rekey(self, *, send_key: bytes, receive_key: bytes) -> None:
         """Use new keys from the next record on, in both directions.
 
-        Counters start again at 0, and records of full size are accepted. Call it between two records, when
-        the other side does the same.
+        Counters start again at 0, which is safe because each key is used for one direction once. Records of
+        full size are accepted from now on. Call it between two records, when the other side does the same.
         """
         self._sealer = Direction(send_key)
         self._opener.direction = Direction(receive_key)
@@ -107,6 +107,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
         """
         with self._sending():
             self._check_not_ended()
+            # Here a cancellation does no harm yet: no nonce is spent.
             await trio.lowlevel.checkpoint_if_cancelled()
             with memoryview(data) as view, view.cast("B") as plaintext:
                 if not plaintext:
@@ -116,7 +117,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
                     await self._transmit(self._sealer.seal_all(plaintext[start : start + step]))
 
     async def _send_rest(self) -> None:
-        """Send the rest of earlier records, if any is kept. It is a checkpoint in any case."""
+        """Send the rest of earlier records, if any is kept. This is always a checkpoint."""
         if self._transport.has_rest:
             await self._transmit(b"")
         else:
@@ -133,7 +134,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
         return self._transport.has_rest
 
     def send_nowait(self, data: bytes | memoryview) -> bool:
-        """See `FastStream`. Many bytes leave in two parts: the peer wakes while the second one is being
+        """See `FastStream`. Many bytes are sent in two parts, so that the peer wakes while the second one is
         sealed.
 
         Raises:
@@ -142,6 +143,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
         if len(data) < SPLIT_THRESHOLD:
             return self._transport.send_nowait(self._sealer.seal_all(data))
         view = memoryview(data)
+        # If the transport keeps a rest of the first part, it appends the second one to that.
         self._transport.send_nowait(self._sealer.seal_all(view[:HEAD_START]))
         return self._transport.send_nowait(self._sealer.seal_all(view[HEAD_START:]))
 
@@ -177,17 +179,18 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
         return True
 
     def send_end_nowait(self) -> bool:
-        """See `FastStream`. If the end record must not be sent, nothing is."""
+        """See `FastStream`. This sends nothing if the end record must not be sent."""
         if not self._transport.can_send_nowait:
             return False
         end = self._seal_end()
         return not end or self._transport.send_nowait(end)
 
     def _seal_end(self) -> bytes:
-        """Return the end record, which must leave next. Empty: it must not be sent."""
+        """Return the end record, which must be sent next. Empty: the record must not be sent."""
         if self._closed or self._send_ended or self._send_broken or self._send_busy:
             return b""
-        # After a receive that failed the peer must not see an orderly end: somebody spoiled the stream.
+        # Receiving failed, so somebody may have tampered with the stream. The peer must not see an orderly
+        # end.
         if self._opener.failure:
             return b""
         self._send_ended = True
@@ -213,7 +216,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
         try:
             await self._transport.send_all(records)
         except BaseException:
-            # Nobody knows how much of the records has left, so nothing can follow them.
+            # Nobody knows how much of the records was sent, so nothing can follow them.
             self._send_broken = True
             raise
 
@@ -266,7 +269,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
         return b""
 
     async def _fill(self) -> None:
-        """Wait until there is plaintext, or the end; or raise. It is a checkpoint in any case."""
+        """Wait until there is plaintext, or the end; or raise. This is always a checkpoint."""
         opener = self._opener
         if opener.failure is not None:
             raise trio.BrokenResourceError(opener.failure)
@@ -303,8 +306,8 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
     async def aclose(self) -> None:
         """Send the end record, if nothing stands in the way, and close the transport.
 
-        It waits until the transport has taken the end record. If it is cancelled, it closes the transport at
-        once.
+        This waits until the transport has taken the end record. If this is cancelled, it closes the transport
+        at once.
         """
         if self._abandoned:
             await trio.lowlevel.checkpoint()

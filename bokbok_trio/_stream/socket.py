@@ -1,13 +1,13 @@
-"""`SocketStream`: the stream of a socket that can also send without waiting, and receives without copying.
+"""`SocketStream`: a stream over a socket, which can also send without waiting and receives without copying.
 
-Trio's own stream lets other tasks run after every receive and every send. Here a receive lets them run while
-it waits, and `send_nowait` never does. Only public interfaces of Trio are used.
+Trio's own stream lets other tasks run after every receive and every send. Here other tasks run only while a
+receive waits; `send_nowait` never waits. Only public interfaces of Trio are used.
 
-Trio's socket only sends when it is awaited. ``os.write`` cannot suppress SIGPIPE: with that signal at its
-default, writing to a socket whose peer is gone ends the process. So each stream has a second `socket.socket`
-for the descriptor of Trio's socket, and sends through it with ``MSG_NOSIGNAL``. Before each use it asks
-Trio's socket whether it is still open: if the application has closed it, the number may belong to another
-file by now. The second socket never closes the descriptor.
+Trio's socket sends only when it is awaited. ``os.write`` cannot suppress SIGPIPE: if a program has that
+signal at its default, writing to a socket whose peer is gone ends the process. So each stream has a second
+`socket.socket` for the descriptor of Trio's socket, and sends through it with ``MSG_NOSIGNAL``. Before each
+use it asks Trio's socket whether it is still open: if the application has closed it, the number may belong to
+another file by now. The second socket never closes the descriptor.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TCP_INFO: Final = struct.Struct("=68xI48xQ16xII")
 
 
 class _Scratch(threading.local):
-    """The buffer into which all streams of a thread receive, one at a time. An idle one needs none."""
+    """The buffer into which all streams of a thread receive, one at a time. So an idle stream needs none."""
 
     def __init__(self) -> None:
         self.view = memoryview(bytearray(RECEIVE_SIZE))
@@ -153,7 +153,7 @@ class SocketStream(FastStream):
             self._is_sending = False
 
     async def wait_send_all_might_not_block(self) -> None:
-        """As Trio's stream does."""
+        """Wait as Trio's stream does."""
         self._start_sending()
         try:
             await self.socket.wait_writable()
@@ -176,7 +176,7 @@ class SocketStream(FastStream):
         return trio.BrokenResourceError(str(error))
 
     async def send_end(self) -> bool:
-        """See `FastStream`. If the socket is broken, nothing is raised."""
+        """See `FastStream`. This raises nothing if the socket is broken."""
         if self._rest:
             await self.send_all(b"")
         return self.send_end_nowait()
@@ -208,12 +208,12 @@ class SocketStream(FastStream):
         return self._count_queued() or 0
 
     def is_drained(self) -> bool:
-        """See `FastStream`. Only known of TCP sockets."""
+        """See `FastStream`. Only TCP sockets tell it."""
         queued = self._count_queued() if self.is_tcp else None
         return queued is not None and queued < MIN_BATCH_SIZE
 
     def load(self) -> Load | None:
-        """See `FastStream`. Only known of TCP sockets, on Linux since 4.6."""
+        """See `FastStream`. Only TCP sockets tell it, on Linux since 4.6."""
         if sys.platform != "linux":
             return None
         try:
@@ -227,7 +227,7 @@ class SocketStream(FastStream):
     # ---- receiving ----
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """As Trio's stream does."""
+        """Receive as Trio's stream does."""
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
         return bytes(await self._receive_into(_scratch.view[:max_bytes]))
@@ -275,18 +275,18 @@ class SocketStream(FastStream):
         return True
 
     async def aclose(self) -> None:
-        """As Trio's stream does."""
+        """Close the socket, as Trio's stream does."""
         self._borrowed.detach()
         await self._stream.aclose()
 
     def abandon(self) -> None:
-        """See `Abandonable.abandon`. Whoever uses the stream afterwards finds it closed."""
+        """See `Abandonable.abandon`. Later calls find the stream closed."""
         self._borrowed.detach()
         close_inherited(self.socket)
 
 
 def make_fast(stream: trio.abc.Stream) -> FastStream:
-    """Make a fast stream of any stream, which belongs to it from now on."""
+    """Make a fast stream of any stream. The given stream belongs to it from now on."""
     if isinstance(stream, FastStream):
         return stream
     if isinstance(stream, trio.SocketStream) and sys.platform != "win32":  # never tried on Windows

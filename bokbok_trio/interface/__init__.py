@@ -1,6 +1,6 @@
-"""Typed calls: a Python Protocol is the interface, one side serves it, and the other calls it.
+"""Typed calls: one side serves the methods of a Python Protocol, and the other side calls them.
 
-An interface is a class with annotated methods and nothing in them::
+An interface is a class with annotated methods that have no code::
 
     class Files(Protocol):
         '''A file store.'''
@@ -16,8 +16,8 @@ An interface is a class with annotated methods and nothing in them::
         async def copy(self, source: str, target: str, *,
                        progress: Callable[[float], Awaitable[None]]) -> None: ...
 
-One side serves it by an object with the same methods, the other calls it by a stand-in, and type checkers
-know every argument, result and item on both sides::
+One side serves the interface with an object that has the same methods. The other side calls it through a
+stand-in. Type checkers know every argument, result and item on both sides::
 
     async with open_server("localhost:12345", expose(Files, FilesOnDisk()), user_key=KEYS) as server: ...
 
@@ -27,40 +27,45 @@ know every argument, result and item on both sides::
         async with files.follow("/var/log/syslog") as lines:
             async for line in lines: ...
 
-Either side of a connection may do either, or both. A cancelled call cancels its method, and the deadline
-here is the deadline there. It needs the extra ``interface``, which is msgspec.
+Either side of a connection can serve interfaces, call them, or both. If a call is cancelled, its method is
+cancelled too, and the method has the deadline of its caller. This package needs the extra ``interface``,
+which installs msgspec.
 
 What an interface may have
 --------------------------
 
-Values: numbers, str, bytes, bool, None, datetime, date, time, timedelta, UUID, Decimal, enums, Literal,
-list, tuple, set, dict, dataclasses, attrs, ``msgspec.Struct``, NamedTuple, TypedDict, Any, unions as far as
-their members can be told apart, and ``Annotated`` with bounds by ``msgspec.Meta``. Others travel by two
-hooks; see `expose`. Arguments are checked before a method runs, and results before they are sent.
+*Values*: numbers, str, bytes, bool, None, datetime, date, time, timedelta, UUID, Decimal, enums, Literal,
+list, tuple, set, dict, dataclasses, attrs, ``msgspec.Struct``, NamedTuple, TypedDict, Any, unions whose
+members differ on the wire, and ``Annotated`` with bounds by ``msgspec.Meta``. Two hooks convert values of
+other types; see `expose`. Arguments are checked before a method runs, and results before they are sent.
 
-Streams: a parameter that is an ``AsyncIterable`` is pulled while the method runs, and closed when it has
-ended. A method that is not async and returns ``AbstractAsyncContextManager[ReceiveChannel[...]]`` streams
-its results: leaving the block cancels it, a slow reader slows it, and what it raises comes after the items
-before. A method may have one of each.
+*Streams*: a parameter of the type ``AsyncIterable`` is a stream of arguments. The caller's side sends its
+items while the method runs, and closes it when the method has ended. A method that is not async and returns
+``AbstractAsyncContextManager[ReceiveChannel[...]]`` streams its results. Leaving the block cancels the
+method, a slow reader slows it, and an exception of the method follows the items before it. A method can have
+one stream of each direction.
 
-Callbacks and objects: a parameter that is an async ``Callable``, or another Protocol, is lent to the method
-for as long as it runs. Then a call of it raises `trio.ClosedResourceError`, and calls under way are
-cancelled, on both sides.
+*Callbacks and objects*: if the type of a parameter is an async ``Callable``, or another Protocol, the caller
+lends its argument to the method for as long as the method runs. When the method has ended, both sides cancel
+the calls of it that are under way, and later ones raise `trio.ClosedResourceError`.
 
-Errors: what a method declares by `raises` comes out of the call as it is. All else is a `RemoteError`.
+*Errors*: the call raises the exceptions that the method declares with `raises`. It raises `RemoteError` for
+all others.
 
-All that is wrong with an interface is told in one ``TypeError`` by `expose` and `consume`, with what to
-write instead.
+`expose` and `consume` check an interface. They raise one ``TypeError`` with all problems, and say how to mend
+each of them.
 
-What goes around calls
-----------------------
+Around the calls
+----------------
 
-`Middleware` is around every call of an `expose` or a `consume`. `with_options` gives a stand-in a context,
-or lets it repeat its calls over a `ReconnectingConnection`, as the mark `idempotent` does for a method. In
-a method, `current_request` tells whose call it is. `list_interfaces` asks what the other side serves. And
-for tests, `bokbok_trio.testing.consume_local` is both ends in memory.
+- `Middleware`, ``async def middleware(call, proceed)``, runs around every call, on either side.
+- `with_options` sends a context with each call of a stand-in, or makes all its calls repeatable.
+- `idempotent` marks one method as repeatable: a `ReconnectingConnection` then repeats its calls.
+- `current_request` tells a method which connection and user a call comes from.
+- `list_interfaces` asks the other side which interfaces it serves.
+- `bokbok_trio.testing.consume_local` connects both sides in memory, for tests.
 
-``docs/interfaces.rst`` has the rules, the wire, and what may change without breaking older peers.
+``docs/interfaces.rst`` has the rules, the format on the wire, and the changes that older peers can bear.
 """
 
 from ._calls import Call as Call, Middleware as Middleware, Proceed as Proceed

@@ -1,4 +1,4 @@
-"""Annotations of interfaces: what they mean, with the types filled in that a generic interface was given."""
+"""Reads the annotations of interfaces, and fills in the types that a generic interface is given."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from typing import Annotated, Any, Final, Generic, Protocol, TypeVar, Union, cas
 import trio
 
 STREAMS: Final = (AsyncIterable, AsyncIterator, trio.abc.ReceiveChannel)
-"""What may be written for a stream of arguments; the method gets all of them at once."""
+"""The annotations of a stream of arguments. The method gets an object that is all of them at once."""
 
 STREAM_LIKE: Final = (*STREAMS, AsyncGenerator, AbstractAsyncContextManager, trio.MemoryReceiveChannel)
-"""What is meant for a stream, in the wrong place or form."""
+"""Annotations that mean a stream, but may have the wrong form or stand in the wrong place."""
 
 SENDING: Final = (trio.abc.SendChannel, trio.MemorySendChannel)
-"""What a method would send items to, which cannot be passed."""
+"""Annotations of a channel that the method would send to. Such a channel cannot be passed."""
 
 ROOTS: Final = frozenset({object, Protocol, Generic, ABC})
-"""Base classes that are no part of an interface."""
+"""Base classes that are not part of an interface."""
 
 
-class Wrong(Exception):  # noqa: N818  (it is an offence, to be collected)
-    """An annotation cannot be used; the text says what to write instead."""
+class Wrong(Exception):  # noqa: N818  (a problem that is collected)
+    """An annotation cannot be used. The text says what to write instead."""
 
 
 def find_origin(hint: Any) -> Any:
-    """What was given types, as ``list`` in ``list[int]``; else the annotation itself."""
+    """Return the generic class of an annotation, as ``list`` of ``list[int]``; else the annotation itself."""
     return get_origin(hint) or hint
 
 
 def _is_class(hint: Any) -> bool:
-    return isinstance(hint, type) and get_origin(hint) is None  # list[int] says that it is a type too
+    return isinstance(hint, type) and get_origin(hint) is None  # list[int] is an instance of type too
 
 
 def find_class(form: Any) -> type:
-    """The class of an interface that may have been given types, as in ``Store[File]``."""
+    """Return the class of an interface, which may be given types, as in ``Store[File]``."""
     found = find_origin(form)
     if not isinstance(found, type) or found in {types.UnionType, Annotated}:
         raise TypeError(f"an interface is a class, such as a Protocol, and not {form!r}")
@@ -54,21 +54,21 @@ def find_class(form: Any) -> type:
 
 
 def is_protocol(form: Any) -> bool:
-    """Whether it is a Protocol, which may have been given types."""
+    """Whether an annotation is a Protocol, which may be given types."""
     found = find_origin(form)
     return isinstance(found, type) and bool(getattr(found, "_is_protocol", False)) and found is not Protocol
 
 
 def is_callback(form: Any) -> bool:
-    """Whether it is a ``Callable``."""
+    """Whether an annotation is a ``Callable``."""
     return form is Callable or get_origin(form) is Callable
 
 
 def find_parameters(cls: type) -> tuple[Any, ...]:
-    """The type variables of a class, in the order in which it takes types.
+    """Return the type variables of a class, in the order in which it takes types.
 
-    In ``class Pairs(Store[U], Protocol[T, U])`` that is T and U, as of ``Generic[T, U]``. Python's own
-    attribute has U first.
+    For ``class Pairs(Store[U], Protocol[T, U])`` this returns T and U, as for ``Generic[T, U]``. The
+    attribute ``__parameters__`` has U first.
     """
     for base in vars(cls).get("__orig_bases__", ()):
         if get_origin(base) in {Protocol, Generic}:
@@ -77,7 +77,7 @@ def find_parameters(cls: type) -> tuple[Any, ...]:
 
 
 def bind_types(form: Any) -> dict[type, dict[Any, Any]]:
-    """Return what stands for the type variables of a class and of its bases, by class."""
+    """Return the types that replace the type variables of a class and of its bases, by class."""
     bound: dict[type, dict[Any, Any]] = {}
 
     def visit(form: Any) -> None:
@@ -92,24 +92,24 @@ def bind_types(form: Any) -> dict[type, dict[Any, Any]]:
 
 
 def fill_in(hint: Any, bound: Mapping[Any, Any]) -> Any:
-    """Put types in the place of type variables."""
+    """Replace type variables by types."""
     if isinstance(hint, TypeVar):
         return bound.get(hint, hint)
     parameters = getattr(hint, "__parameters__", ())
     if _is_class(hint) or not parameters or not any(each in bound for each in parameters):
-        return hint  # a class itself has parameters too
+        return hint  # a generic class without types has parameters too
     return hint[tuple(bound.get(each, each) for each in parameters)]
 
 
 def find_open(hint: Any) -> list[Any]:
-    """The type variables that nothing stands for."""
+    """Return the type variables that no type replaces."""
     if isinstance(hint, TypeVar):
         return [hint]
     return [] if _is_class(hint) else list(getattr(hint, "__parameters__", ()))
 
 
 def split_none(hint: Any) -> tuple[Any, bool]:
-    """Take ``None`` out of a union of it and one more; return that, and whether None was there."""
+    """Split ``X | None``: return X, and whether None was there."""
     if get_origin(hint) in {Union, types.UnionType}:
         others = [each for each in get_args(hint) if each is not type(None)]
         if len(others) == 1 and len(get_args(hint)) > 1:
@@ -118,9 +118,9 @@ def split_none(hint: Any) -> tuple[Any, bool]:
 
 
 def strip(hint: Any) -> Any:
-    """Take ``Annotated`` and names by ``type NAME = ...`` from around a stream, a callback or an object.
+    """Remove ``Annotated`` and names by ``type NAME = ...`` from a stream, a callback or an object.
 
-    Their own annotations mean nothing here. Of values they do, and the codec knows these names.
+    Metadata means nothing for these. For values it does, and the codec understands it.
     """
     while True:
         if get_origin(hint) is Annotated:
@@ -136,7 +136,7 @@ def strip(hint: Any) -> Any:
 
 
 def item_type(hint: Any) -> Any:
-    """The type of the items of a stream."""
+    """Return the type of the items of a stream of arguments."""
     args = get_args(hint)
     if not args:
         raise Wrong(f"is a stream of unknown items; write {_name(hint)}[int], say")
@@ -144,7 +144,7 @@ def item_type(hint: Any) -> Any:
 
 
 def result_items(hint: Any) -> Any:
-    """The type of the items of a stream of results."""
+    """Return the type of the items of a stream of results."""
     args = get_args(hint)
     if get_origin(hint) is AbstractAsyncContextManager and args:
         channel = strip(args[0])
@@ -156,15 +156,15 @@ def result_items(hint: Any) -> Any:
 
 
 def stream_form(items: str = "...") -> str:
-    """What to write for a stream of results."""
+    """Return the form of a method that streams its results, for a message."""
     return f"def ...(...) -> AbstractAsyncContextManager[ReceiveChannel[{items}]]"
 
 
 def split_callback(hint: Any) -> tuple[list[Any], Any]:
-    """The types of the parameters of an async ``Callable``, and of its result."""
+    """Return the types of the parameters of an async ``Callable``, and of its result."""
     args: tuple[Any, ...] = get_args(hint)
     if not args or not isinstance(args[0], list):
-        raise Wrong(f"is {show(hint)}, which says nothing of its arguments; {CALLBACK_HELP}")
+        raise Wrong(f"is {show(hint)}, which does not give the types of its arguments; {CALLBACK_HELP}")
     given, result = cast("tuple[list[Any], Any]", args)
     result = strip(result)
     if get_origin(result) is Awaitable:
@@ -178,7 +178,7 @@ CALLBACK_HELP: Final = "write Callable[[float], Awaitable[None]], say"
 
 
 def show(hint: Any) -> str:
-    """An annotation, as it would be written."""
+    """Return an annotation as it is written in code."""
     if _is_class(hint):
         return str(hint.__qualname__)
     return re.sub(r"\b(?:[a-z_]\w*\.)+", "", str(hint))  # without modules

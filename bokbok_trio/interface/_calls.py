@@ -1,9 +1,10 @@
-"""`Call` and middleware, and how a call runs in a context of its own.
+"""`Call` and middleware, and the running of a call in a context of its own.
 
-Middleware of a caller runs in the caller's task, where a context variable that it sets would stay. So each
-step of a call with middleware runs in a copy of the caller's context. And a stream is a block in the middle
-of its call: the call runs until it hands its items over, stops there while the caller's block runs, and goes
-on when that is left, as the generators of `contextlib.asynccontextmanager` do. Both are `_advance`.
+Middleware of a caller runs in the caller's task, where a context variable that it sets would stay set. So
+each step of a call with middleware runs in a copy of the caller's context. A stream is a block in the middle
+of its call: the call runs until it hands its items over, stops while the caller's block runs, and goes on
+when the caller leaves the block, as a generator of `contextlib.asynccontextmanager` does. `_advance` does
+both.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ if TYPE_CHECKING:
 class Call:
     """A call, as middleware sees it.
 
-    `dataclasses.replace` makes another one to proceed with. Its arguments count, and before a call leaves its
-    context; the rest only tells what is called.
+    Middleware may proceed with a changed copy, made by `dataclasses.replace`. Changed arguments take effect
+    on both sides, and a changed context on the caller's side. The other attributes are information only.
 
     Attributes:
-        interface: its name.
-        method: its name, without that of the interface.
-        arguments: by name: those that the caller gave. A stream is an async iterable, and what is lent can be
-            called.
-        context: what travels beside the call; see `Connection.request`.
-        connection: where the call goes, or came from.
+        interface: the name of the interface.
+        method: the name of the method, without the name of the interface.
+        arguments: the arguments that the caller gave, by name. A stream is an async iterable; callbacks and
+            objects that are lent can be called.
+        context: names and values sent with the call; see `Connection.request`.
+        connection: the connection that carries the call.
     """
 
     interface: str
@@ -47,10 +48,11 @@ class Call:
 
 
 Proceed: TypeAlias = Callable[[Call], Awaitable[Any]]
-"""Goes on with a call, and returns its result: None of a stream, when that has ended."""
+"""``await proceed(call)`` goes on with a call and returns its result. For a stream of results it
+returns None, when the stream has ended."""
 
 Middleware: TypeAlias = Callable[[Call, Proceed], Awaitable[Any]]
-"""``async def middleware(call, proceed)``: goes around every call, on either side, and returns its result.
+"""``async def middleware(call, proceed)`` runs around every call, on either side, and returns its result.
 
 ::
 
@@ -59,13 +61,13 @@ Middleware: TypeAlias = Callable[[Call, Proceed], Awaitable[Any]]
             raise RequestError("not for you", code="forbidden")
         return await proceed(call)
 
-A call lasts as long as its streams, so ``proceed`` returns when they have ended. A context variable that is
-set before it is seen by what it calls, and by no other call.
+A call lasts as long as its streams, so ``proceed`` returns when they have ended. If middleware sets a context
+variable before it calls ``proceed``, this call sees the value, and no other call does.
 """
 
 
 def run_middleware(middleware: tuple[Middleware, ...], call: Call, proceed: Proceed) -> Awaitable[Any]:
-    """Run a call through middleware, the first one outermost, and at last through `proceed`."""
+    """Run a call through the middleware, the first one outermost, and then through `proceed`."""
     if not middleware:
         return proceed(call)
     first, *rest = middleware
@@ -79,16 +81,16 @@ def check_middleware(middleware: Iterable[Middleware]) -> tuple[Middleware, ...]
     found = tuple(middleware)
     for each in found:
         if not callable(each):
-            raise TypeError(f"middleware is async functions of a call and proceed, and {each!r} is none")
+            raise TypeError(f"middleware must be async functions of (call, proceed), and {each!r} is not one")
     return found
 
 
 HandOver: TypeAlias = Callable[[Any], Awaitable[None]]
-"""Hands a value over to the block around a call, and returns when that is left."""
+"""Hands a value over to the block around a call, and returns when the caller leaves the block."""
 
 
 class _Step(NamedTuple):
-    """What a coroutine handed over to a block, or else returned."""
+    """The value that a coroutine handed over to a block, or returned."""
 
     value: Any
     is_handed: bool
@@ -96,7 +98,7 @@ class _Step(NamedTuple):
 
 @types.coroutine
 def _hand_over(value: Any) -> Generator[Any, Any, None]:
-    """Stop the coroutine, hand a value over to the block around it, and go on when that is left."""
+    """Stop the coroutine, hand a value over to the block around it, and go on when the caller leaves that."""
     yield _Step(value, is_handed=True)
 
 
@@ -104,7 +106,7 @@ def _hand_over(value: Any) -> Generator[Any, Any, None]:
 def _advance(
     context: Context, work: Coroutine[Any, Any, Any], error: BaseException | None = None
 ) -> Generator[Any, Any, _Step]:
-    """Run a coroutine in a context, in the current task, until it hands something over or returns."""
+    """Run a coroutine in a context, in the current task, until it hands a value over or returns."""
     resume: Callable[[Any], Any] = work.send if error is None else work.throw
     value: Any = error
     try:
@@ -117,7 +119,7 @@ def _advance(
                 return message
             try:
                 value, resume = (yield message), work.send
-            except BaseException as exc:  # noqa: BLE001  (it is the coroutine's)
+            except BaseException as exc:  # noqa: BLE001  (the coroutine gets it)
                 value, resume = exc, work.throw
     finally:
         del error, value, resume  # or this frame and the error would keep each other alive
@@ -130,16 +132,17 @@ async def run_apart(work: Coroutine[Any, Any, Any]) -> Any:
 
 @final
 class _BlockClosed(BaseException):
-    """What a call sees of a block that is left by a `GeneratorExit`."""
+    """Raised in a call whose block is left by a `GeneratorExit`."""
 
 
 @final
 class Block(AbstractAsyncContextManager[Any]):
-    """The block of a stream: entered when a coroutine hands its items over, left when that has ended.
+    """The block of a stream. Entering it runs a coroutine until that hands its items over, and leaving it
+    runs the rest of the coroutine.
 
     Arguments:
-        run: an async function, called with the function to hand items over by.
-        path: of the method, for errors.
+        run: an async function. Its argument is the function that hands the items over.
+        path: the method, for errors.
     """
 
     def __init__(self, run: Callable[[HandOver], Coroutine[Any, Any, Any]], path: str) -> None:
@@ -168,17 +171,19 @@ class Block(AbstractAsyncContextManager[Any]):
         self, type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         assert self._work is not None
-        # Where a generator is closed with the block open in it. To throw that into a coroutine means to close
-        # what it waits for, which then could wait for nothing any more: other ends would be left undone.
+        # `GeneratorExit` comes here if a generator is closed while the block is open in it. Throwing it into
+        # a coroutine closes the coroutines that this one awaits. They could not await again, and so not end
+        # their streams and loans.
         thrown = _BlockClosed() if isinstance(exc, GeneratorExit) else exc
         try:
             await _advance(self._context, self._work, thrown)
         except BaseException as raised:
-            # What is thrown into a coroutine comes out as itself, but for a StopIteration: see PEP 479.
+            # An exception that is thrown into a coroutine comes out unchanged, except a StopIteration: see
+            # PEP 479.
             is_own = raised is thrown or (isinstance(exc, StopIteration) and raised.__cause__ is exc)
             if exc is None or not is_own:
                 raise
-            exc.__traceback__ = traceback  # without our frames, as if nothing were around the block
+            exc.__traceback__ = traceback  # without the frames of this module
             return False
         else:
             return exc is not None
@@ -186,7 +191,8 @@ class Block(AbstractAsyncContextManager[Any]):
             del exc, thrown, traceback  # or this frame and the error would keep each other alive
 
     async def _hand_over(self, value: Any) -> None:
-        # Raised in the call, which then leaves its nurseries in order, as closing a coroutine would not.
+        # These errors are raised inside the call, so that it leaves its nurseries in order. Closing the
+        # coroutine from outside would not do that.
         if self._was_handed:
             raise RuntimeError(f"middleware proceeded twice with a stream of {self._path}")
         if trio.lowlevel.current_task() is not self._task:

@@ -1,11 +1,12 @@
-"""Values to bytes and back, checked: the one module that knows msgspec, and MessagePack.
+"""The codec: values to checked bytes, and back. No other module knows msgspec, or MessagePack.
 
-The rest uses `make_encoder` and `make_decoder`, with `find_unsupported` and `make_schemas` beside them, so
-another codec could take its place.
+The other modules use `make_encoder`, `make_decoder`, `find_unsupported` and `make_schemas`, so another codec
+could replace this one.
 
-Nesting is bounded before anything is decoded. Most types bound it themselves: a list of dataclasses has a
-depth, and what is nested deeper is no such list, which the decoder finds at that depth. Only where a type
-holds itself, or ``Any``, the bytes are looked through first, and that only where they are enough for it.
+Nesting is bounded before anything is decoded. Most types bound it themselves: values of a list of dataclasses
+have a fixed depth, and the decoder refuses data at the first container that is deeper. A type that holds
+itself, or ``Any``, has no such depth. Only then `_check_depth` scans the bytes first, and only if they are
+long enough to be too deep.
 """
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ except ImportError as exc:
     raise ImportError("bokbok_trio.interface needs msgspec: install bokbok-trio[interface]") from exc
 
 MAX_DEPTH: Final = 64
-"""Containers within each other, of what is decoded: more than data for people or programs has, and far from
-the depth at which Python gives up."""
+"""Containers within each other in a decoded value: more than real data has, and far below the depth at which
+Python raises `RecursionError`."""
 
 EncodeHook: TypeAlias = Callable[[Any], Any]
-"""Turns a value of a type of your own into one of the types that travel by themselves."""
+"""Converts a value of your own type to a value that an interface can send, such as a dict."""
 
 DecodeHook: TypeAlias = Callable[[type, Any], Any]
-"""Turns what the encode hook made back into a value of the type given."""
+"""Converts such a value back to a value of the given type."""
 
 _FIRST_CONTAINER = 0x80  # of the one-byte headers, which are 16 maps and 16 arrays
 _ARRAY16, _ARRAY32, _MAP16, _MAP32 = range(0xDC, 0xE0)
 _HEADERS: Final = bytes([*range(_FIRST_CONTAINER, 0xA0), *range(_ARRAY16, _MAP32 + 1)])
-# Of a bin, str or ext, how many bytes its length has; then come so many bytes, and one more of an ext.
+# The size of the length of a bin, str or ext, in bytes. So many bytes as the length says follow; an ext has
+# one more, its type.
 _LENGTHS: Final = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4}
 _EXT: Final = range(0xC7, 0xCA)
-# Of integers, floats, ext of a fixed size and short str, how many bytes they have in all.
+# The whole size of integers, floats, exts of a fixed size and short strs, in bytes.
 _SIZES: Final = {0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3, 0xD2: 5, 0xD3: 9, 0xCA: 5, 0xCB: 9}
 _SIZES.update({0xD4: 3, 0xD5: 4, 0xD6: 6, 0xD7: 10, 0xD8: 18})
 _SIZES.update({0xA0 + length: 1 + length for length in range(0x20)})
@@ -55,17 +57,18 @@ _ADVICE: Final = {
     "Enums must": "give its members values of one of these types",
     "": "write another type, or a dataclass",
 }
-"""What to write instead of a type that the codec cannot take, by what is in its error."""
+"""Advice for a type that the codec cannot take, by a part of the text of the codec's error."""
 
 
-class BadValue(ValueError):  # noqa: N818  (what it is)
-    """Bytes that are no value of the type that they should be; the text says where and why."""
+class BadValue(ValueError):  # noqa: N818  (the name says what is wrong)
+    """Bytes that do not encode a value of the required type. The text says where and why."""
 
 
 def make_encoder(hook: EncodeHook | None = None) -> Callable[[object], bytes]:
     """Return a function from a value to bytes.
 
-    Of what cannot be encoded it raises ``TypeError`` or ``ValueError``, or what the hook raises.
+    If a value cannot be encoded, the function raises ``TypeError`` or ``ValueError``, or the exception of the
+    hook.
     """
     encode = msgspec.msgpack.Encoder(enc_hook=hook).encode
 
@@ -83,12 +86,12 @@ def make_decoder(
 ) -> Callable[[bytes], Any]:
     """Return a function from bytes to a value of a type.
 
-    Whatever the bytes are, it raises nothing but `BadValue`.
+    Whatever the bytes are, the function raises nothing but `BadValue`.
 
     Arguments:
         type: an annotation.
-        hook: for the types that do not travel by themselves.
-        is_closed: the type is a ``TypedDict``, and keys that it does not have are refused, and not ignored.
+        hook: converts values of types that the codec does not know.
+        is_closed: whether unknown keys are refused, and not ignored. The type is a ``TypedDict`` then.
 
     Raises:
         TypeError: the codec cannot take the type.
@@ -101,7 +104,7 @@ def make_decoder(
             _check_depth(data)
         try:
             value = decode(data)
-            # The header of a small map is one byte with its length.
+            # The header of a small map is one byte that holds its length. If it fits, no key is unknown.
             if is_closed and data[0] != _FIRST_CONTAINER | len(value):
                 _check_keys(data, value)
         except Exception as exc:
@@ -112,10 +115,10 @@ def make_decoder(
 
 
 def find_unsupported(type: Any) -> list[Any]:
-    """Return the types in an annotation that travel only by hooks.
+    """Return the types in an annotation that need hooks.
 
     Raises:
-        TypeError: the codec cannot take it at all; the text says why, and what to write instead.
+        TypeError: the codec cannot take the annotation at all. The text says why, and what to write instead.
     """
     try:
         msgspec.msgpack.Decoder(type)
@@ -130,10 +133,10 @@ def find_unsupported(type: Any) -> list[Any]:
 
 
 def make_schemas(types: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return a JSON Schema for each type, and what these refer to as ``#/$defs/NAME``, by name.
+    """Return a JSON Schema for each type, and the schemas that these refer to as ``#/$defs/NAME``, by name.
 
     Raises:
-        TypeError: two types have the same name, even with those of their modules.
+        TypeError: two types have the same name, and so have their modules.
     """
     try:
         schemas, definitions = msgspec.json.schema_components(
@@ -169,7 +172,7 @@ def _children(info: described.Type) -> Iterator[described.Type]:
 
 
 def _walk(info: described.Type, seen: dict[int, described.Type]) -> Iterator[described.Type]:
-    """All types within a type, which may be within themselves."""
+    """Yield all types within a type, each once: a type may hold itself."""
     if id(info) not in seen:
         seen[id(info)] = info
         yield info
@@ -180,8 +183,8 @@ def _walk(info: described.Type, seen: dict[int, described.Type]) -> Iterator[des
 def _check_base(cls: Any) -> None:
     """Refuse a dataclass that is an exception, a dict or the like.
 
-    The codec makes an object without ``__new__``, and sets its fields. One of these classes would never be
-    initialised, and Python crashes where such an exception is shown or such a deque used.
+    The codec makes an object without calling ``__new__``, and sets its fields. An object of these classes
+    would not be initialised, and Python crashes when it shows such an exception or uses such a deque.
     """
     made: type[object] = get_origin(cls) or cls
     for base in made.__mro__[:-1]:
@@ -193,10 +196,10 @@ def _check_base(cls: Any) -> None:
 
 
 def _measure(info: described.Type, known: dict[int, float]) -> float:
-    """How many containers values of a type may have within each other; `math.inf` for no bound."""
+    """Return how deep containers in values of a type can be nested; `math.inf`: there is no bound."""
     if id(info) in known:
         return known[id(info)]
-    known[id(info)] = math.inf  # for those within it: then it holds itself
+    known[id(info)] = math.inf  # the answer if one of the types within it holds it
     if not isinstance(info, described.AnyType | described.CustomType | described.RawType | described.ExtType):
         depths = [_measure(child, known) for child in _children(info)]
         is_container = not isinstance(info, described.Metadata | described.UnionType) and bool(depths)
@@ -210,19 +213,22 @@ def _measure(info: described.Type, known: dict[int, float]) -> float:
 def _check_depth(data: bytes) -> None:
     """Refuse bytes that hold more than `MAX_DEPTH` containers within each other.
 
-    What is no MessagePack, or cut short, is left to the decoder, which finds that before it is deeper.
+    It passes bytes that are cut short or not MessagePack: the decoder refuses them before it gets deeper.
     """
+    # Most values end here: so few bytes could be headers of containers that they cannot be too deep.
     if len(data) - len(data.translate(None, _HEADERS)) <= MAX_DEPTH:
         return
     at = 0
-    claimed = remaining = 1  # values: of all containers so far, and of the innermost one
-    outer: list[int] = []  # those that remain of the containers around that one
+    claimed = 1  # values that all containers so far should hold
+    remaining = 1  # values to come in the innermost container
+    outer: list[int] = []  # values to come in the containers around it
     while True:
         while not remaining:
             if not outer:
                 return
             remaining = outer.pop()
         small = _ONE_BYTE if len(outer) == MAX_DEPTH else _ONE_BYTE_OR_EMPTY
+        # The regular expression skips runs of small values much faster than a loop.
         skipped = small.match(data, at, at + remaining)
         assert skipped is not None
         remaining -= skipped.end() - at
@@ -241,11 +247,11 @@ def _check_depth(data: bytes) -> None:
         remaining, at = _read_header(data, at)
         claimed += remaining
         if claimed > len(data):
-            return  # each value takes a byte at least
+            return  # each value takes at least one byte, so the data is cut short
 
 
 def _skip(data: bytes, at: int) -> int:
-    """Where what begins here ends, which is no container."""
+    """Return the end of the value that begins at `at` and is not a container."""
     kind = data[at]
     if kind in _SIZES:
         return at + _SIZES[kind]
@@ -254,7 +260,7 @@ def _skip(data: bytes, at: int) -> int:
 
 
 def _read_header(data: bytes, at: int) -> tuple[int, int]:
-    """How many values a container holds, and where they begin."""
+    """Return how many values a container holds, keys included, and where they begin."""
     kind = data[at]
     if kind < _ARRAY16:
         count = kind & 0x0F
@@ -269,7 +275,7 @@ def _read_header(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _check_keys(data: bytes, known: Mapping[str, Any]) -> None:
-    """Refuse a map with other keys than those that were decoded, or one of them twice."""
+    """Refuse a map that has unknown keys, or one key twice."""
     count, _ = _read_header(data, 0)
     if count == 2 * len(known):
         return
@@ -279,7 +285,7 @@ def _check_keys(data: bytes, known: Mapping[str, Any]) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """Say what is wrong with a value, as in ``$.job.priority: expected int, got str``."""
+    """Describe the error of a value, as in ``$.job.priority: expected int, got str``."""
     if isinstance(error, RecursionError):
         return f"$: nested deeper than {MAX_DEPTH}"
     if not isinstance(error, msgspec.DecodeError):

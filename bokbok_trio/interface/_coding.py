@@ -1,4 +1,4 @@
-"""The codecs of an interface: made once, for the side that calls its methods and the one that has them."""
+"""The codecs of an interface, made once for each side."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from ._inspection import CALL
 from ._spec import NO_STREAM, Interface, Method, Parameter
 
 RAISED: Final = "%"
-"""Before the name of a declared exception, in the code of the error that is answered."""
+"""The prefix of the error code for a declared exception; its name follows."""
 
 MAX_DETAILS: Final = 2**14
-"""Bytes of the fields of an exception: the details that a `RequestError` takes."""
+"""Bytes of the fields of an exception: the limit of the details of a `RequestError`."""
 
 BAD_ARGUMENTS: Final = "bad-arguments"
 
 _PLAIN: Final = frozenset({NoneType, bool, int, float, str, bytes})
-"""Types of which a value is right if it is of that class."""
+"""Types that need no check beyond the class of a value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What an application gives for types that do not travel by themselves."""
+    """The functions with which an application converts types that the codec does not know."""
 
     encode: EncodeHook | None = None
     decode: DecodeHook | None = None
 
 
 class Coders:
-    """Makes codecs, once for each interface, since interfaces may refer to themselves."""
+    """Makes codecs once for each interface, because interfaces may refer to themselves."""
 
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
@@ -58,9 +58,10 @@ class InterfaceCoder:
 
     Attributes:
         interface: the interface.
-        methods: by the name that travels with a reference, which is empty for a call of the reference itself.
-        stand_in_class: of what is lent to this side; made when it is first needed.
-        fitting: classes whose objects have the interface; functions are not looked up in it.
+        methods: the codecs of its methods, by the name that a call back has on the wire. The name is empty if
+            a callback itself is called.
+        stand_in_class: the class of stand-ins for objects that the peer lends; made when it is first needed.
+        fitting: classes whose objects are known to have the interface. Functions are not remembered here.
     """
 
     def __init__(self, interface: Interface) -> None:
@@ -76,16 +77,17 @@ class InterfaceCoder:
 
 
 class MethodCoder:
-    """Encodes and decodes all that travels for calls of a method.
+    """Encodes and decodes the arguments, results, items and errors of one method.
 
     Attributes:
         method: the method.
-        decode_arguments: to a dict by name, or a list where they travel by position. Raises `BadValue`.
-        result: its codec.
-        items_in, items_out: those of the items of its streams, or None.
+        decode_arguments: returns a dict by name, or a list if arguments are sent by position. Raises
+            `BadValue`.
+        result: the codec of the result.
+        items_in, items_out: the codecs of the items of its streams, or None.
         stream: the name of the parameter that is a stream, or None.
-        references: the interfaces of the parameters that are lent, by name, or by position.
-        optional: those of them that may be None.
+        references: the interfaces of the parameters that are lent, by name or by position.
+        optional: the names or positions among these whose argument may be None.
     """
 
     def __init__(self, method: Method, hooks: Hooks, coders: Coders) -> None:
@@ -112,10 +114,10 @@ class MethodCoder:
         self._error_names = {error: name for name, error in method.errors.items()}
 
     def encode_arguments(self, arguments: dict[str, Any] | list[Any]) -> bytes:
-        """Encode what a method is called with, unchecked: that is for the side that has it.
+        """Encode the arguments of a call. The side that has the method checks them.
 
         Raises:
-            TypeError, ValueError: an argument cannot travel; a note says which.
+            TypeError, ValueError: an argument cannot be sent; a note says which.
         """
         try:
             return self._encode(arguments)
@@ -129,10 +131,10 @@ class MethodCoder:
             raise
 
     def as_request_error(self, error: BaseException) -> RequestError | None:
-        """Return what answers an exception that the method declares; None of others.
+        """Return the error answer for an exception that the method declares; None for others.
 
         Raises:
-            TypeError, ValueError: its fields cannot travel.
+            TypeError, ValueError: the fields of the exception cannot be sent.
         """
         for cls in type(error).__mro__:
             name = self._error_names.get(cls)
@@ -140,15 +142,15 @@ class MethodCoder:
                 details = self._errors[name].encode(error)
                 if len(details) > MAX_DETAILS:
                     raise ValueError(
-                        f"the fields of {name} take {len(details)} bytes; {MAX_DETAILS} are the most"
+                        f"the fields of {name} take {len(details)} bytes; the limit is {MAX_DETAILS}"
                     )
                 return RequestError(f"{name}: {error}", code=RAISED + name, details=details)
         return None
 
     def as_declared(self, error: RemoteError) -> Exception:
-        """Return the exception that the method declares for what was answered; else the same error.
+        """Return the declared exception for an error answer; if the method declares none, return the error.
 
-        The one declared has the other as its cause.
+        The error is the cause of the declared exception.
         """
         coder = self._errors.get(error.code.removeprefix(RAISED)) if error.code.startswith(RAISED) else None
         if coder is None:
@@ -165,8 +167,8 @@ class ValueCoder:
     """Encodes and decodes the values of one type, and checks them both ways.
 
     Arguments:
-        what: of values that are wrong, which method did what with them.
-        type: of the values.
+        what: the beginning of an error message, such as ``Files.stat returned``.
+        type: the type of the values.
     """
 
     __slots__ = ("_decode", "_encode", "_plain", "_what")
@@ -178,43 +180,45 @@ class ValueCoder:
         self._decode = make_decoder(type, hooks.decode)
 
     def encode(self, value: Any) -> bytes:
-        """Encode a value of ours.
+        """Encode a value of this side.
 
         Raises:
-            TypeError: it is not of the type.
+            TypeError: the value is not of the type.
         """
         try:
             data = self._encode(value)
+            # A wrong value must fail here and not at the peer, so decode the bytes as a check. Most results
+            # have a plain type, which needs no check.
             if type(value) is not self._plain:
                 self._decode(data)
         except Exception as exc:
-            raise TypeError(f"{self._what} what its interface does not allow: {exc}") from exc
+            raise TypeError(f"{self._what} a value that its interface does not allow: {exc}") from exc
         return data
 
     def decode(self, fields: list[bytes]) -> Any:
-        """Decode a value of the peer's.
+        """Decode a value of the peer.
 
         Raises:
-            ProtocolError: it is not of the type.
+            ProtocolError: the value is not of the type.
         """
         try:
             [data] = fields
             return self._decode(data)
         except ValueError as exc:
-            raise ProtocolError(f"{self._what} what our interface does not allow: {exc}") from exc
+            raise ProtocolError(f"{self._what} a value that our interface does not allow: {exc}") from exc
 
     def decode_argument(self, fields: list[bytes]) -> Any:
-        """Decode a value of the peer's that is an argument.
+        """Decode an argument that the peer sent as an item.
 
         Raises:
-            RequestError: it is not of the type.
+            RequestError: the value is not of the type.
         """
         try:
             [data] = fields
             return self._decode(data)
         except ValueError as exc:
             raise RequestError(
-                f"{self._what} what its interface does not allow: {exc}", BAD_ARGUMENTS
+                f"{self._what} a value that its interface does not allow: {exc}", BAD_ARGUMENTS
             ) from exc
 
 
@@ -232,21 +236,23 @@ class _ErrorCoder:
             data = self._encode({each.name: getattr(error, each.name) for each in self._fields})
             self._decode(data)
         except Exception as exc:
-            raise TypeError(f"{self._error.__qualname__} has what its fields do not allow: {exc}") from exc
+            raise TypeError(
+                f"{self._error.__qualname__} has a value that its fields do not allow: {exc}"
+            ) from exc
         return data
 
     def decode(self, details: bytes) -> Exception:
         values = self._decode(details)
-        # By position as far as that goes, since Python makes the text of an exception of such arguments.
+        # Pass arguments by position as far as possible: Python makes the text of an exception from these.
         first = list(takewhile(lambda each: not each.kw_only and each.name in values, self._fields))
         return self._error(*[values.pop(each.name) for each in first], **values)
 
 
 def arguments_type(method: Method, *, values_only: bool = False) -> Any:
-    """The type of the arguments that travel: a map, or a tuple where they have no names.
+    """Return the type of the encoded arguments: a map, or a tuple if they have no names.
 
     Arguments:
-        values_only: leave out what is lent, which travels as a number.
+        values_only: leave out the references, which are sent as numbers.
     """
     given = [
         each
@@ -259,7 +265,7 @@ def arguments_type(method: Method, *, values_only: bool = False) -> Any:
 
 
 def error_type(error: type[Exception]) -> Any:
-    """The type of the fields of an exception: a map."""
+    """Return the type of the fields of an exception: a map."""
     hints = get_type_hints(error, include_extras=True)
     missing = dataclasses.MISSING
     made = _map_type(
@@ -272,7 +278,7 @@ def error_type(error: type[Exception]) -> Any:
             for each in _error_fields(error)
         },
     )
-    # By these a listing tells it from others of the same name.
+    # These distinguish it in a listing from other exceptions of the same name.
     made.__module__, made.__qualname__ = error.__module__, error.__qualname__
     return made
 
@@ -288,7 +294,7 @@ def _wire_type(parameter: Parameter) -> Any:
 
 
 def _map_type(name: str, types: dict[str, tuple[Any, bool]]) -> Any:
-    """The type of a map, of the types of its values by key, and whether they may be missing."""
+    """Return the type of a map, given for each key the type of its value and whether it may be missing."""
     fields = {key: NotRequired[type] if missing else Required[type] for key, (type, missing) in types.items()}
     return TypedDict(name, fields)  # type: ignore[operator]
 
@@ -299,7 +305,7 @@ def _make_arguments_decoder(method: Method, hooks: Hooks) -> Callable[[bytes], A
 
 
 def split_leaves(error: BaseException) -> tuple[list[BaseException], list[trio.Cancelled]]:
-    """The errors in a group, at whatever depth, or the error itself; and the cancellations among them."""
+    """Return the errors in a group, at any depth, or the error itself; and the cancellations apart."""
     leaves = _leaves(error)
     cancelled = [each for each in leaves if isinstance(each, trio.Cancelled)]
     return [each for each in leaves if not isinstance(each, trio.Cancelled)], cancelled

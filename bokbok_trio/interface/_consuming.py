@@ -1,4 +1,4 @@
-"""`consume`: call the methods of an interface that the peer serves."""
+"""`consume` makes stand-ins, which call the methods of an interface that the peer serves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeForm
 
 KEPT: Final = 128
-"""How many interfaces are kept prepared, those that were consumed last."""
+"""How many interfaces are kept prepared: the most recently consumed ones."""
 
 _T = TypeVar("_T")
 
@@ -34,7 +34,7 @@ def consume(
     encode_hook: EncodeHook | None = None,
     decode_hook: DecodeHook | None = None,
 ) -> _T:
-    """Return a stand-in: an object with the methods of an interface, each of which is a call of the peer's.
+    """Return a stand-in: an object with the methods of an interface, each of which calls the peer's method.
 
     ::
 
@@ -43,28 +43,31 @@ def consume(
         async with files.follow("/var/log/syslog") as lines:
             async for line in lines: ...
 
-    Nothing is sent for it. A time limit of a call is a cancel scope around it; what else a call may have,
-    `with_options` gives.
+    Making a stand-in sends nothing. For a time limit, put a cancel scope around a call. `with_options` sets
+    other options of calls. Leaving the block of a stream cancels its method.
 
-    A call raises what its method declares by `raises`, and `RemoteError` for all else that goes wrong over
-    there: its code is ``"bad-arguments"`` where the arguments are not what the peer's interface says, and
-    ``"no-method"`` where the peer does not have the method; the method has not run then. An argument that
-    cannot travel is a ``TypeError`` or ``ValueError`` here, and nothing is sent. A result that is not what
-    the interface says is a `ProtocolError`, and the connection goes on. What `Connection.request` raises
-    comes out as well: `ConnectionLost`, `ConnectionClosed`, `MessageTooLarge`, ``RecursionError``.
+    A call raises:
 
-    Leaving the block of a stream cancels its method. What an async iterable raises that was passed to a
-    method comes out of the call.
+    - the exceptions that its method declares with `raises`;
+    - `RemoteError` for any other failure of the peer. Its code is ``"bad-arguments"`` if the arguments do
+      not fit the peer's interface, and ``"no-method"`` if the peer does not have the method. In both cases
+      the method did not run;
+    - ``TypeError`` or ``ValueError`` if an argument cannot be sent. Nothing was sent;
+    - `ProtocolError` if the result does not fit the interface. The connection goes on;
+    - any exception of an async iterable that was passed to the method;
+    - `ConnectionLost`, `ConnectionClosed`, `MessageTooLarge` and ``RecursionError``, as
+      `Connection.request` does.
 
     Arguments:
-        connection: to the peer.
+        connection: the connection to the peer.
         interface: as for `expose`.
-        name: of the interface on the wire, as the peer's `expose` says it.
-        middleware: around every call, the first one outermost; see `Middleware`.
+        name: the name of the interface on the wire, as in the peer's `expose`.
+        middleware: functions that run around every call, the first one outermost; see `Middleware`.
         encode_hook, decode_hook: as for `expose`.
 
     Raises:
-        TypeError: the interface cannot be called. The text has all offences, each with what to write instead.
+        TypeError: the interface cannot be called. The text lists all problems, and says how to mend each of
+            them.
     """
     if not isinstance(connection, Connection | ReconnectingConnection):
         raise TypeError(f"consume takes a connection first, not {type(connection).__name__}")
@@ -90,7 +93,7 @@ def _prepare(
     return coder, make_class(coder, f"{spec.name}.")
 
 
-# A server may consume an interface anew in each call, and to prepare one takes as long as many calls.
+# A server may consume the same interface in each call, and preparing it takes as long as many calls.
 _prepare_kept = lru_cache(maxsize=KEPT)(_prepare)
 
 
@@ -112,14 +115,14 @@ def with_options(
         files = with_options(files, context={"trace-id": trace_id})
 
     Arguments:
-        stand_in: what `consume` returned.
-        context: what travels beside each call, in place of what did so far; see `Connection.request`. None
-            leaves that.
-        idempotent: whether all its methods may run twice, as if each were marked `idempotent`; None leaves
-            that.
+        stand_in: a result of `consume`.
+        context: names and values to send with each call, in place of the earlier ones; see
+            `Connection.request`. None keeps the earlier ones.
+        idempotent: whether to treat all its methods as if they were marked `idempotent`. None keeps the
+            earlier choice.
 
     Raises:
-        TypeError: `stand_in` is none.
+        TypeError: `stand_in` is not a stand-in.
     """
     changes: dict[str, Any] = {}
     if context is not None:

@@ -1,4 +1,4 @@
-"""`expose`: serve an interface by an object."""
+"""`expose` serves an interface with an object."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from bokbok_trio import Channel, Connection, Fields
 
 CALL: Final = b"%call"
-"""The first field of a call; the method's name, as in ``Files.stat``, and the arguments follow."""
+"""The first field of a call. The name of the method follows, as in ``Files.stat``, and then the arguments."""
 
 CALL_FIELDS: Final = 3
 
 RESERVED: Final = b"%"
-"""What first fields begin with that are kept for this module."""
+"""The beginning of the first fields that are reserved for this package."""
 
 _T = TypeVar("_T")
 
@@ -40,21 +40,21 @@ class _Served(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Its calls are nothing but requests."""
+        """Whether a call of it is just one request."""
         return not (self.middleware or self.coder.references or self.coder.method.needs_channel)
 
 
 @final
 class Exposed:
-    """Interfaces that are served, made by `expose`: a `CombinedHandler`, to be passed where a handler goes.
+    """One or more interfaces with the objects that serve them, made by `expose`.
 
-    ``|`` puts several together, and a plain handler at the end, which gets the requests that are no calls of
-    interfaces::
+    It is a `CombinedHandler`: pass it where a server or a connection takes a handler. ``|`` combines several,
+    and the last may be a plain handler, which gets all requests that are not calls of interfaces::
 
         expose(Files, files) | expose(Admin, admin) | handler
 
-    It never sees a request whose first field begins with ``%``, which are kept for interfaces. If it is a
-    `CombinedHandler`, it gets channels too.
+    Requests whose first field begins with ``%`` are reserved for interfaces, and never reach that handler.
+    The handler gets channels too if it is a `CombinedHandler`.
     """
 
     def __init__(
@@ -84,9 +84,14 @@ class Exposed:
         return dict.fromkeys(each.coder.method.path.rpartition(".")[0] for each in self._served.values())
 
     def __or__(self, other: Exposed | CombinedHandler | RequestHandler) -> Exposed:
-        """Serve what the other does not, by the other. It must not serve an interface of the same name."""
+        """Combine both. Requests that this one does not serve go to the other one.
+
+        Raises:
+            TypeError: this one ends with a plain handler already, which gets all other requests.
+            ValueError: both serve an interface of the same name.
+        """
         if self._rest is not None:
-            raise TypeError(f"{self._rest!r} gets all that is left; put it last")
+            raise TypeError(f"{self._rest!r} gets all other requests; put it last")
         if not isinstance(other, Exposed):
             is_handler = callable(other) or isinstance(other, CombinedHandler)
             if not is_handler or isinstance(other, type):
@@ -97,9 +102,9 @@ class Exposed:
         return Exposed(self._served | other._served, self._listed + other._listed, other._rest)
 
     async def handle_request(self, connection: Connection, request: list[bytes]) -> Fields | None:
-        """Answer a call without streams, or a request that is no call."""
+        """Answer a call without streams, or a plain request."""
         if len(request) == CALL_FIELDS and request[0] == CALL and request[1] in self._plain:
-            # As most calls, so without further functions on the way.
+            # Most calls come here. Fewer function calls make them faster.
             coder, function, _ = self._plain[request[1]]
             arguments = decode_arguments(coder, request[2])
             current_request().method = coder.method.path
@@ -115,14 +120,14 @@ class Exposed:
             return await self._rest_request(connection, request)
         if request == [LIST]:
             if not self._listed or connection.user is None:
-                raise RequestError("this side lists nothing to you", "no-method")
+                raise RequestError("this side lists no interfaces to you", "no-method")
             return [encode_listing(self._listed)]
         return await self._serve(connection, request, None)
 
     async def handle_channel(
         self, connection: Connection, request: list[bytes], channel: Channel
     ) -> Fields | None:
-        """Answer a call with streams, or a request with a channel that is no call."""
+        """Answer a call with streams, or a plain request with a channel."""
         if not request or not request[0].startswith(RESERVED):
             if self._rest_channel is None:
                 raise RequestError("this side handles channels of interfaces only", "no-channel")
@@ -130,12 +135,12 @@ class Exposed:
         return await self._serve(connection, request, channel)
 
     async def _serve(self, connection: Connection, request: list[bytes], channel: Channel | None) -> Fields:
-        if request[0] == BACK:  # lenders handle those that anything was lent for
+        if request[0] == BACK:  # a connection that lends anything has a handler of its own for these
             raise RequestError("nothing is lent over this connection", "no-reference")
         if request[0] != CALL:
-            raise RequestError("no call of an interface begins so", "no-method")
+            raise RequestError("no call of an interface begins like this", "no-method")
         if len(request) != CALL_FIELDS:
-            raise RequestError("a call is a method and arguments", "bad-arguments")
+            raise RequestError("a call has a method and arguments", "bad-arguments")
         _, name, arguments = request
         served = self._served.get(name)
         if served is None:
@@ -154,7 +159,7 @@ def expose(
     encode_hook: EncodeHook | None = None,
     decode_hook: DecodeHook | None = None,
 ) -> Exposed:
-    """Serve an interface by an object that has its methods.
+    """Serve an interface with an object that has its methods.
 
     ::
 
@@ -163,28 +168,29 @@ def expose(
 
         async with open_server("localhost:0", expose(Files, FilesOnDisk()), user_key=KEYS) as server: ...
 
-    What the interface names can be called, and nothing else of the object. A method that streams is an async
-    generator under ``@trio.as_safe_channel``, or a plain async generator, or returns a block with an async
-    iterable. Where the class inherits from the interface, as above, type checkers compare each method with
-    it; here none does.
+    The peer can call the methods that the interface names, and nothing else of the object. A method that
+    streams its results is an async generator, plain or under ``@trio.as_safe_channel``, or a function that
+    returns an async context manager with an async iterable. If the class inherits from the interface, as
+    above, type checkers compare each of its methods with the interface.
 
     Arguments:
-        interface: a Protocol, or another class, with annotated methods; it may have been given types, as in
+        interface: a Protocol, or another class, with annotated methods. A generic one needs its types, as in
             ``Store[File]``.
-        implementation: an object whose methods have the same parameters; more of these need defaults.
-        name: of the interface on the wire; its class's if None. Callers must use the same.
-        middleware: around every call, the first one outermost; see `Middleware`.
-        listed: whether `list_interfaces` shows it, to peers that were authenticated: those of connections
-            whose `Connection.user` is not None.
-        encode_hook: a function from a value whose type does not travel by itself to one whose type does.
-        decode_hook: a function from the type and such a value to the value of that type.
+        implementation: an object whose methods have the same parameters. Any more parameters need defaults.
+        name: the name of the interface on the wire; None for the name of the class. Callers must use the
+            same one.
+        middleware: functions that run around every call, the first one outermost; see `Middleware`.
+        listed: whether `list_interfaces` shows the interface to authenticated peers, those whose
+            `Connection.user` is not None.
+        encode_hook: converts a value of your own type to one that can be sent; see `EncodeHook`.
+        decode_hook: converts it back, given the type and the value; see `DecodeHook`.
 
     Returns:
-        What `open_server`, `serve`, `open_connection` and `open_reconnecting` take for a handler.
+        A handler for `open_server`, `serve`, `open_connection` or `open_reconnecting`.
 
     Raises:
-        TypeError: the interface cannot be served, or the implementation does not have it. The text has all
-            offences, each with what to write instead.
+        TypeError: the interface cannot be served, or the implementation does not fit it. The text lists all
+            problems, and says how to mend each of them.
     """
     spec = inspect_interface(interface, name, has_hooks=encode_hook is not None and decode_hook is not None)
     check_fit(spec, implementation)

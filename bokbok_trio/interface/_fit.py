@@ -1,4 +1,4 @@
-"""Whether an implementation has what an interface names, before anybody calls it."""
+"""Checks that an implementation fits an interface, before anybody calls it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ._spec import NO_STREAM, Interface, Method
 
 
 def check_fit(interface: Interface, implementation: object) -> None:
-    """Check that every method of an interface can be called on an implementation, as it will be.
+    """Check that an implementation has every method of an interface, and that it can be called as the
+    interface says.
 
-    Types of arguments are left to type checkers.
+    Type checkers check the types of the arguments.
 
     Raises:
-        TypeError: some cannot; the text has all offences.
+        TypeError: it does not fit. The text lists all problems.
     """
     if isinstance(implementation, type):
         raise TypeError(
-            f"{implementation.__qualname__} is a class, and what serves {interface.name} is an object: write "
+            f"{implementation.__qualname__} is a class, and {interface.name} is served by an object: write "
             f"{implementation.__name__}(...)"
         )
     offences: list[str] = []
@@ -37,7 +38,7 @@ def check_fit(interface: Interface, implementation: object) -> None:
 def _find_offences(method: Method, implementation: object) -> list[str]:
     function = implementation if method.name == CALL else getattr(implementation, method.name, None)
     if not callable(function):
-        return ["it is missing" if function is None else f"it is {function!r}, and no method"]
+        return ["it is missing" if function is None else f"it is {function!r}, not a method"]
     if _is_left_to_do(method, function):
         return ["it is missing: the one of the Protocol does nothing"]
     kind = _find_kind(function)
@@ -55,7 +56,7 @@ def _compare_parameters(method: Method, function: Any) -> list[str]:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return []  # not written in Python: it will tell when it is called
+        return []  # it is not written in Python, and checks its arguments itself when it is called
     offences: list[str] = []
     kinds = inspect.Parameter
     takes_any = any(each.kind is kinds.VAR_KEYWORD for each in signature.parameters.values())
@@ -77,7 +78,7 @@ def _compare_parameters(method: Method, function: Any) -> list[str]:
 
 
 def _find_kind(function: Any) -> str:
-    """Whether a function is "async", a "generator" that is, or "sync"; "unknown" of what is not Python's."""
+    """Return "async", "generator" (an async one) or "sync"; "unknown" if a function is not Python code."""
     while True:
         if inspect.iscoroutinefunction(function):
             return "async"

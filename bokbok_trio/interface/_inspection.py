@@ -1,4 +1,4 @@
-"""Look at an interface once, and say all that is wrong with it in one error."""
+"""Inspects an interface once, and reports all its problems in one error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ._marks import IDEMPOTENT, RAISES
 from ._spec import NO_STREAM, Interface, Method, Parameter
 
 MAX_ERROR_NAME: Final = 63
-"""Bytes of the name of a declared exception: a code has 64, and one is a sign before it."""
+"""Bytes of the name of a declared exception. An error code has 64, and one of them is a prefix."""
 
 CALL: Final = "__call__"
 
@@ -45,15 +45,16 @@ _OVERLOADED = "_overload_dummy"  # what `typing.overload` returns
 
 
 def inspect_interface(form: Any, name: str | None = None, *, has_hooks: bool = False) -> Interface:
-    """Look at an interface.
+    """Inspect an interface.
 
     Arguments:
-        form: the class, which may have been given types.
-        name: on the wire; None for the class's.
-        has_hooks: types that do not travel by themselves are taken.
+        form: the class, which may be given types.
+        name: the name on the wire; None for the name of the class.
+        has_hooks: whether hooks convert types that the codec does not know.
 
     Raises:
-        TypeError: it cannot be served or called; the text has all offences, and what to write instead.
+        TypeError: the interface cannot be served or called. The text lists all problems, and says what to
+            write instead.
     """
     if name is not None and not (isinstance(name, str) and name.isprintable() and name[:1] not in {"", "%"}):
         raise TypeError(
@@ -71,12 +72,12 @@ def inspect_interface(form: Any, name: str | None = None, *, has_hooks: bool = F
 
 
 def offend(what: str, offences: list[str]) -> TypeError:
-    """One error for all offences."""
+    """Make one error of all problems."""
     return TypeError("".join([what, *(f"\n  {each}" for each in offences)]))
 
 
 class _Inspection:
-    """Of one interface and those that its methods refer to, which may be itself."""
+    """The inspection of one interface and of those that its methods refer to, which may include itself."""
 
     def __init__(self, *, has_hooks: bool) -> None:
         self.offences: list[str] = []
@@ -119,7 +120,7 @@ class _Inspection:
                 except Wrong as exc:
                     self.note(f"{path}: {exc}")
             else:
-                self.note(f"{path}: it is no method; write an 'async def' method that returns it")
+                self.note(f"{path}: it is not a method; write an 'async def' method that returns it")
 
     def _look_at_method(self, function: FunctionType, path: str, bound: dict[Any, Any]) -> Method:
         if function.__name__ == _OVERLOADED:
@@ -156,7 +157,7 @@ class _Inspection:
             is_idempotent=getattr(function, IDEMPOTENT, False),
         )
         if method.is_idempotent and method.needs_channel:
-            self.note(f"{path}: what streams cannot be repeated; take @idempotent away")
+            self.note(f"{path}: a stream cannot be repeated; take @idempotent away")
         return method
 
     def _look_at_parameter(self, given: inspect.Parameter, path: str, hints: dict[str, Any]) -> Parameter:
@@ -176,7 +177,7 @@ class _Inspection:
         return parameter
 
     def _classify(self, parameter: Parameter, hint: Any, where: str) -> Parameter:
-        """Find out what a parameter is: a stream, a reference, or a value."""
+        """Classify a parameter as a stream, a reference or a value."""
         inner, may_be_none = split_none(strip(hint))
         inner = strip(inner)
         origin = find_origin(inner)
@@ -233,7 +234,7 @@ class _Inspection:
     def _look_at_result(
         self, function: Callable[..., Any], path: str, hints: dict[str, Any]
     ) -> tuple[Any, Any]:
-        """The types of the result and of the items that a method has."""
+        """Return the type of the result of a method, and the type of the items of its stream of results."""
         is_async = inspect.iscoroutinefunction(function)
         if "return" not in hints:
             raise Wrong("its result has no annotation; write -> None, if there is none")
@@ -249,8 +250,8 @@ class _Inspection:
             raise Wrong("it is not async; write 'async def'")
         if is_callback(inner) or is_protocol(inner):
             raise Wrong(
-                f"it returns {show(inner)}, and what is lent lives only as long as a call; write "
-                "methods of this interface, with a name or number for what they are about"
+                f"it returns {show(inner)}, and a lent object lives only as long as a call; write "
+                "methods of this interface, with a name or number that says which object they are about"
             )
         self._check_type(hint, f"{path}: it returns")
         return hint, NO_STREAM
@@ -261,7 +262,7 @@ class _Inspection:
             self.note(f"{where}: {names} is open; write a type")
             return
         try:
-            Required[hint]  # which refuses ClassVar and the like
+            Required[hint]  # this refuses ClassVar and the like
             found = find_unsupported(hint)
         except Exception as exc:  # noqa: BLE001  (whatever the codec says)
             self.note(f"{where}: {exc}")
@@ -271,7 +272,7 @@ class _Inspection:
                 name = each.__name__
                 self.note(f"{where}: {name} inside of another type; make it a parameter of its own")
             elif each is object:
-                self.note(f"{where}: object says nothing; write Any")
+                self.note(f"{where}: object is not a type of values; write Any")
             elif not self._has_hooks:
                 self.note(
                     f"{where}: {each.__qualname__} does not travel; write a dataclass, or give encode_hook "
@@ -283,14 +284,14 @@ class _Inspection:
         for error in errors:
             name = error.__name__
             if not dataclasses.is_dataclass(error):
-                self.note(f"{path}: {name} is no dataclass; write @dataclass above it")
+                self.note(f"{path}: {name} is not a dataclass; write @dataclass above it")
                 continue
             if cast("Any", error).__dataclass_params__.frozen:
                 self.note(f"{path}: {name} is frozen, and Python must set its traceback; take frozen away")
             if name in found:
                 self.note(f"{path}: it raises two classes named {name}; rename one")
             if len(name.encode()) > MAX_ERROR_NAME:
-                self.note(f"{path}: the name {name} is too long; {MAX_ERROR_NAME} bytes are the most")
+                self.note(f"{path}: the name {name} is too long; the limit is {MAX_ERROR_NAME} bytes")
             found[name] = error
             self._check_error_fields(error, f"{path}: {name}")
         return found
@@ -306,4 +307,4 @@ class _Inspection:
             self._check_type(hints[name], f"{where}.{name}")
         for each in inspect.signature(error).parameters.values():
             if each.name not in fields and each.kind not in _VARIADIC and each.default is each.empty:
-                self.note(f"{where}: it takes {each.name}, which is no field of it; give it a default")
+                self.note(f"{where}: it takes {each.name}, which is not one of its fields; give it a default")

@@ -1,7 +1,7 @@
-"""Listing: what a peer that was let in may know of the interfaces that are served to it.
+"""The listing tells an authenticated peer which interfaces are served to it.
 
-Annotations are no strings here: the classes look as if they were of the package, and the codec would look for
-names there.
+Annotations in this file are evaluated, and not strings: `__init__` gives the classes the module name of the
+package, and there the codec would not find the names in the strings.
 """
 
 from collections.abc import Iterator
@@ -16,23 +16,25 @@ from ._coding import arguments_type, error_type
 from ._spec import NO_STREAM, Interface, Method
 
 LIST: Final = b"%list"
-"""The only field of the request for the listing."""
+"""The only field of a request for the listing."""
 
 
 @final
 @dataclass(frozen=True)
 class MethodInfo:
-    """A method of an interface that is listed. Schemas are JSON Schemas.
+    """A method of a listed interface. All schemas are JSON Schemas.
 
     Attributes:
-        name: of the method.
+        name: the name of the method.
         doc: its docstring.
-        signature: as text, as in ``stat(path: str) -> Stat``.
-        is_idempotent: it may run twice.
-        arguments: schema of an object with all that are values: no streams, and nothing that is lent.
-        result: schema of the result.
-        items_in, items_out: schemas of the items of its streams of arguments and of results; or None.
-        errors: schemas of the fields of the exceptions that it declares, by their names.
+        signature: a text such as ``stat(path: str) -> Stat``.
+        is_idempotent: whether the method is marked `idempotent`.
+        arguments: the schema of an object with the arguments that are values. It leaves out streams,
+            callbacks and objects.
+        result: the schema of the result.
+        items_in: the schema of the items of its stream of arguments, or None.
+        items_out: the schema of the items of its stream of results, or None.
+        errors: the schemas of the exceptions that the method declares, by name.
     """
 
     name: str
@@ -49,13 +51,13 @@ class MethodInfo:
 @final
 @dataclass(frozen=True)
 class InterfaceInfo:
-    """An interface that is listed.
+    """A listed interface.
 
     Attributes:
-        name: on the wire, as in ``Files`` of ``Files.stat``.
+        name: the name on the wire, such as ``Files`` in ``Files.stat``.
         doc: its docstring.
-        methods: what can be called.
-        definitions: the schemas that others refer to as ``#/$defs/NAME``, by name.
+        methods: its methods.
+        definitions: the schemas that other schemas refer to as ``#/$defs/NAME``, by name.
     """
 
     name: str
@@ -68,17 +70,17 @@ async def list_interfaces(connection: Connection | ReconnectingConnection) -> li
     """Ask the other side which interfaces it serves and lists; see `expose`.
 
     Raises:
-        RemoteError: it lists none, or not to this user, with the code ``"no-method"``; or it serves no
-            interfaces.
-        ProtocolError: what it answered is no listing.
-        ConnectionLost, ConnectionClosed: as by `Connection.request`.
+        RemoteError: the other side lists no interface to this user; the code is ``"no-method"``. Or it serves
+            none, and its handler refused the request.
+        ProtocolError: the answer is not a listing.
+        ConnectionLost, ConnectionClosed: as `Connection.request` does.
     """
     answer = await connection.request([LIST])
     try:
         [listing] = answer
         found: list[InterfaceInfo] = make_decoder(list[InterfaceInfo])(listing)
     except ValueError as exc:
-        raise ProtocolError(f"what was answered is no listing: {exc}") from exc
+        raise ProtocolError(f"the answer is not a listing: {exc}") from exc
     return found
 
 
@@ -93,7 +95,8 @@ def describe(interface: Interface) -> InterfaceInfo:
     Raises:
         TypeError: two of its types have the same name.
     """
-    errors: dict[type[Exception], Any] = {}  # the types of their fields, of which there is one for each
+    # The type of the fields of each exception is made once: a second one would have the same name.
+    errors: dict[type[Exception], Any] = {}
     types = {
         (name, part): type
         for name, method in interface.methods.items()
@@ -132,7 +135,7 @@ def _types_of(method: Method, errors: dict[type[Exception], Any]) -> Iterator[tu
 
 
 class _Text:
-    """An annotation, as `inspect.Signature` is to show it."""
+    """An annotation with the text that `inspect.Signature` shows."""
 
     def __init__(self, annotation: Any) -> None:
         self._text = annotation if isinstance(annotation, str) else show(annotation)

@@ -1,4 +1,4 @@
-"""What stands at the methods of an interface: `raises` and `idempotent`."""
+"""The decorators for the methods of an interface: `raises` and `idempotent`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def raises(*errors: type[Exception]) -> Callable[[_F], _F]:
-    """Declare the exceptions that a method raises, so that its caller gets them as they are.
+    """Declare exceptions of a method, so that its caller gets them as they are.
 
     ::
 
@@ -24,13 +24,17 @@ def raises(*errors: type[Exception]) -> Callable[[_F], _F]:
             @raises(NoSuchFile)
             async def stat(self, path: str) -> Stat: ...
 
-    A class is a dataclass, whose fields travel, 16 KiB of them at most; it cannot be frozen, since Python
-    sets the traceback of an exception. What a subclass has besides does not travel. The caller gets the class
-    of its own interface that has the same name, and never one that the peer could choose. What is not
-    declared is a `RemoteError` there.
+    Each class must be a dataclass. Its fields are sent, up to 16 KiB. It cannot be frozen, because Python
+    sets the traceback of an exception. An exception of a subclass arrives as one of the declared class,
+    without the fields that the subclass adds. The caller gets the class of that name from its own interface,
+    so the peer cannot choose a class. Exceptions that are not declared arrive as `RemoteError`.
+
+    Arguments:
+        errors: at least one exception class.
 
     Raises:
-        TypeError: no exception class is given, as by ``@raises`` without parentheses.
+        TypeError: an argument is not an exception class, or there is none, as in ``@raises`` without
+            parentheses.
     """
     if not errors or any(not isinstance(each, type) or not issubclass(each, Exception) for each in errors):
         raise TypeError("raises takes exception classes: @raises(NoSuchFile)")
@@ -45,9 +49,9 @@ def raises(*errors: type[Exception]) -> Callable[[_F], _F]:
 def idempotent(function: _F) -> _F:
     """Mark a method that does no harm if it runs more than once.
 
-    Through a `ReconnectingConnection` its call is repeated when the connection was lost with it in flight, as
-    often as ``max_repeats`` allows; see `ReconnectingConnection.request`. Without streams only: what went
-    through one cannot be repeated.
+    If the connection is lost during a call of it, a `ReconnectingConnection` repeats the call, up to
+    ``max_repeats`` times; see `ReconnectingConnection.request`. The method cannot have streams, because their
+    items cannot be repeated.
     """
     setattr(function, IDEMPOTENT, True)
     return function

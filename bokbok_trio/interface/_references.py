@@ -1,9 +1,9 @@
-"""What is lent for as long as a call: callbacks, and objects that have an interface.
+"""References: callbacks, and objects with an interface, that one side lends to the other during a call.
 
-The side that calls keeps what it lends under a number, until the call has ended. The other side calls it by a
-request the other way, and these are answered whatever else the connection has for a handler. Each side
-revokes by itself when the call has ended there, and cancels what is under way: nothing needs to be sent for
-it, and a peer that goes on to call gets an error.
+The calling side keeps each lent object under a number until the call has ended. The other side calls the
+object with a request the other way. The connection answers these requests besides those of its own handler.
+When the call has ended on a side, that side revokes the references and cancels the calls of them that are
+under way. Revoking sends nothing; a peer that calls a reference later gets an error.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from ._fit import check_fit
 NO_REFERENCE: Final = "no-reference"
 
 REVOKE_PATIENCE: Final = 1.0
-"""Seconds that what was lent may take to end, once it was cancelled with its call."""
+"""Seconds for which a finished call waits for cancelled calls of the objects that it lent."""
 
 
 @final
 class Lender:
-    """All that is lent over a connection, by number."""
+    """All objects that one side of a connection lends, by number."""
 
     def __init__(self) -> None:
         self._lent: dict[bytes, Lent] = {}
         self._count = 0
 
     def lend(self, method: MethodCoder, arguments: dict[Any, Any] | list[Any]) -> Loan:
-        """Put numbers in the place of the arguments that are lent; None stays where it may be.
+        """Lend some arguments of a call, and put their numbers in their place. An optional None stays.
 
         Arguments:
-            method: what is called.
-            arguments: of the call, by name or in a list.
+            method: the codecs of the method that is called.
+            arguments: the arguments, by name or in a list.
 
         Raises:
-            TypeError: one cannot be called, or does not have its interface.
+            TypeError: an argument cannot be called, or does not have its interface. Nothing is lent then.
         """
         passed = arguments if isinstance(arguments, dict) else dict(enumerate(arguments))
         given = {
@@ -49,7 +49,7 @@ class Lender:
             for key in method.references
             if key in passed and (passed[key] is not None or key not in method.optional)
         }
-        for key, value in given.items():  # all of them, before any is lent
+        for key, value in given.items():  # check all of them before any is lent
             _check(method.references[key], value)
         loan = Loan(self._lent)
         for key, value in given.items():
@@ -59,10 +59,10 @@ class Lender:
         return loan
 
     def find(self, number: bytes) -> Lent:
-        """Find what is lent.
+        """Find a lent object by its number.
 
         Raises:
-            RequestError: nothing is.
+            RequestError: no object has that number.
         """
         try:
             return self._lent[number]
@@ -71,7 +71,7 @@ class Lender:
 
 
 def _check(coder: InterfaceCoder, value: object) -> None:
-    """Check that something can be lent, and remember a class whose objects all can."""
+    """Check that an object can be lent. Remember its class if all its objects can."""
     cls = type(value)
     if cls not in coder.fitting:
         check_fit(coder.interface, value)
@@ -82,7 +82,7 @@ def _check(coder: InterfaceCoder, value: object) -> None:
 
 @final
 class Lent:
-    """An object or a function that is lent."""
+    """A lent object or function."""
 
     __slots__ = ("_coder", "_value", "loan")
 
@@ -92,10 +92,10 @@ class Lent:
         self.loan = loan
 
     def find(self, name: bytes) -> tuple[MethodCoder, Any]:
-        """Find a method: its codecs, and what to call.
+        """Find a method: its codecs, and the function to call.
 
         Raises:
-            RequestError: the interface has none of that name.
+            RequestError: the interface has no method of that name.
         """
         coder = self._coder.methods.get(name.decode(errors="replace"))
         if coder is None:
@@ -105,10 +105,10 @@ class Lent:
 
 @final
 class Loan:
-    """What one call lends, until that ends.
+    """The objects that one call lends, until the call ends.
 
     Arguments:
-        lent: where it is kept, by number.
+        lent: the dict of all lent objects, by number.
     """
 
     __slots__ = ("_idle", "_lent", "_numbers", "_scopes")
@@ -120,16 +120,16 @@ class Loan:
         self._idle: trio.Event | None = None
 
     def add(self, number: bytes, lent: Lent) -> None:
-        """Keep something."""
+        """Lend one more object."""
         self._numbers.append(number)
         self._lent[number] = lent
 
     @contextmanager
     def use(self) -> Generator[None]:
-        """Use some of it, in a block that is cancelled when the call has ended.
+        """Use a lent object in a block that is cancelled when the call has ended.
 
         Raises:
-            RequestError: it has.
+            RequestError: the call has ended.
         """
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
@@ -143,20 +143,21 @@ class Loan:
         raise RequestError("the call that this was lent to has ended", NO_REFERENCE)
 
     async def end(self) -> None:
-        """Revoke it, and wait for what is under way, whether the call was cancelled or not."""
+        """Revoke the objects, cancel the calls of them that are under way, and wait for these."""
         for number in self._numbers:
             del self._lent[number]
         if self._scopes:
             self._idle = trio.Event()
             for scope in self._scopes:
                 scope.cancel()
+            # Shielded, because the call may have been cancelled, and must not end before its callbacks do.
             with trio.CancelScope(shield=True, deadline=trio.current_time() + REVOKE_PATIENCE):
                 await self._idle.wait()
 
 
 @final
 class Lease:
-    """On the side that has the method: whether what was lent to it may still be called."""
+    """Tells, on the side that has the method, whether the objects lent to it may still be called."""
 
     __slots__ = ("_is_over", "_scopes")
 
@@ -165,21 +166,21 @@ class Lease:
         self._scopes: set[trio.CancelScope] = set()
 
     def end(self) -> None:
-        """The method has ended."""
+        """Note that the method has ended, and cancel the calls that are under way."""
         self._is_over = True
         for scope in self._scopes:
             scope.cancel()
 
     def as_closed(self) -> trio.ClosedResourceError:
-        """The error of a call that came too late."""
+        """Return the error of a call that is too late."""
         return trio.ClosedResourceError("the call that this was lent to has ended")
 
     @asynccontextmanager
     async def use(self) -> AsyncGenerator[None]:
-        """Call something of it, in a block that is cancelled when the method has ended.
+        """Call a lent object in a block that is cancelled when the method has ended.
 
         Raises:
-            trio.ClosedResourceError: it has.
+            trio.ClosedResourceError: the method has ended.
         """
         if not self._is_over:
             with trio.CancelScope() as scope:

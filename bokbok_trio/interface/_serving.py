@@ -1,4 +1,4 @@
-"""Serve a call of one method: decode, call, encode, with what streams and what is lent."""
+"""Serves a call of one method: decodes, calls and encodes, with streams and references."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bokbok_trio import Channel, Connection, Fields, ReconnectingConnection
 
 BACK: Final = b"%back"
-"""The first field of a call of what was lent; the number, the method's name and the arguments follow."""
+"""The first field of a call back. The lent object's number, the method's name and the arguments follow."""
 
 
 async def serve(
@@ -34,14 +34,15 @@ async def serve(
 
     Arguments:
         function: the method of the implementation.
-        data: the arguments.
-        channel: of the request, if it has one.
+        data: the encoded arguments.
+        channel: the channel of the request, if it has one.
 
     Returns:
         The fields of the answer.
 
     Raises:
-        RequestError: the arguments are wrong, and the method did not run; or it raised what it declares.
+        RequestError: the arguments are wrong, and the method did not run; or it raised an exception that it
+            declares.
     """
     if coder.method.needs_channel != (channel is not None):
         how = "streams, and takes a" if channel is None else "streams nothing, and takes no"
@@ -81,10 +82,10 @@ async def serve(
 
 
 def decode_arguments(coder: MethodCoder, data: bytes) -> Any:
-    """Decode what a method is called with.
+    """Decode the arguments of a call.
 
     Raises:
-        RequestError: it is wrong.
+        RequestError: they are wrong.
     """
     try:
         return coder.decode_arguments(data)
@@ -104,7 +105,7 @@ async def _call(
 
 
 def raise_declared(coder: MethodCoder, error: BaseException) -> None:
-    """Raise what answers an exception that the method declares, with the cancellations that came with it."""
+    """Raise the error answer for an exception that the method declares, with the cancellations beside it."""
     errors, cancelled = split_leaves(error)
     answer = coder.as_request_error(errors[0]) if len(errors) == 1 else None
     if answer is None:
@@ -114,11 +115,11 @@ def raise_declared(coder: MethodCoder, error: BaseException) -> None:
     raise answer from error
 
 
-# ---- what is lent ----
+# ---- references ----
 
 
 def find_lender(connection: Connection | ReconnectingConnection) -> Lender:
-    """The one lender of a connection, whose calls back are handled from now on."""
+    """Return the one lender of a connection. From now on the connection handles calls back."""
     handler = find_handler(connection, BACK)
     if handler is None:
         handler = _BackHandler()
@@ -128,7 +129,7 @@ def find_lender(connection: Connection | ReconnectingConnection) -> Lender:
 
 @final
 class _BackHandler:
-    """Handles calls of what is lent."""
+    """Handles calls back: calls of lent objects."""
 
     def __init__(self) -> None:
         self.lender = Lender()
@@ -143,7 +144,7 @@ class _BackHandler:
         try:
             _, number, name, arguments = request
         except ValueError:
-            raise RequestError("a call back is a number, a method and arguments", BAD_ARGUMENTS) from None
+            raise RequestError("a call back has a number, a method and arguments", BAD_ARGUMENTS) from None
         lent = self.lender.find(number)
         coder, function = lent.find(name)
         with lent.loan.use():
@@ -153,7 +154,7 @@ class _BackHandler:
 def _borrow(
     references: dict[Any, InterfaceCoder], arguments: Any, connection: Connection, lease: Lease
 ) -> None:
-    """Put stand-ins in the place of the numbers of what is lent."""
+    """Put stand-ins in the place of the numbers of lent objects."""
     for key, coder in references.items():
         if isinstance(arguments, dict) and key not in arguments:
             continue

@@ -1,4 +1,4 @@
-"""What an interface says, once it has been looked at: plain data."""
+"""The description of an inspected interface: plain data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 NO_STREAM: Final = object()
-"""The type of the items of what is no stream. None would be a type of items."""
+"""Stands for the type of the items where there is no stream. None would be a type."""
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class Parameter:
     """A parameter of a method.
 
     Attributes:
-        type: of its value; unused where it is a stream or a reference.
-        items: of the items, where it is a stream.
-        reference: the interface of what is lent, where it is a reference.
-        may_be_none: a reference may be None.
-        has_default: it may be left out.
+        type: the type of its value; unused for a stream or a reference.
+        items: the type of the items of a stream; else `NO_STREAM`.
+        reference: the interface of a callback or an object that is lent; else None.
+        may_be_none: whether a reference may be None.
+        has_default: whether callers may leave the parameter out.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Method:
-    """A method of an interface, or the one of a callback.
+    """A method of an interface, or the only method of a callback.
 
     Attributes:
-        name: the attribute; ``__call__`` of a callback.
-        path: for people, as in ``Files.stat``.
-        signature: without ``self``.
-        is_positional: the arguments travel by position, as those of a ``Callable`` have no names.
-        result: its type; None of a method with a stream of results.
-        items: of the items of its stream of results, or `NO_STREAM`.
-        errors: the exceptions that it declares, by the names that travel.
+        name: the name of the attribute; ``__call__`` for a callback.
+        path: the name for people, such as ``Files.stat``.
+        signature: the signature without ``self``.
+        is_positional: whether arguments are sent by position, because those of a ``Callable`` have no names.
+        result: the type of the result; None for a method with a stream of results.
+        items: the type of the items of its stream of results, or `NO_STREAM`.
+        errors: the exceptions that it declares, by their names on the wire.
     """
 
     name: str
@@ -58,27 +58,27 @@ class Method:
 
     @property
     def stream(self) -> Parameter | None:
-        """The parameter that is a stream."""
+        """The parameter that is a stream, or None."""
         return next((each for each in self.parameters if each.items is not NO_STREAM), None)
 
     @property
     def needs_channel(self) -> bool:
-        """Whether anything streams."""
+        """Whether the method has a stream."""
         return self.items is not NO_STREAM or self.stream is not None
 
     @property
     def references(self) -> tuple[Parameter, ...]:
-        """The parameters that are lent."""
+        """The parameters whose arguments are lent."""
         return tuple(each for each in self.parameters if each.reference is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class Interface:
-    """An interface. Those of references may hold themselves, so their methods are added later.
+    """An interface. It may refer to itself, so its methods are added after it is made.
 
     Attributes:
         source: the class.
-        methods: by name.
+        methods: the methods by name.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Stand-ins: objects whose methods are calls of the peer's.
+"""Stand-ins: objects whose methods call the methods of the peer.
 
-A class is made once for each interface, with a method for each of its own. An object of it has only what its
-calls have in common, so one for a callback, made anew in each call that it is lent to, costs little.
+Each interface gets one class of stand-ins, with a method for each method of the interface. A stand-in holds
+only the `Options` of its calls. So it is cheap to make a new one for a callback in each call that lends it.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from bokbok_trio import Channel, Connection, ReconnectingConnection
 
 OPTIONS: Final = "_bokbok_options"
-"""The attribute of a stand-in that its `Options` are in."""
+"""The attribute of a stand-in that holds its `Options`."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the calls of a stand-in have in common.
+    """The options that all calls of a stand-in share.
 
     Attributes:
-        connection: where they go.
+        connection: the connection that carries the calls.
         head: the first fields of their requests.
-        context: what travels beside them.
-        is_idempotent: all of them may run twice.
-        can_repeat: the connection can repeat requests.
-        middleware: around them.
-        lender: where what they lend is kept; None where they lend nothing.
-        lease: of what was lent to this side; None of a stand-in that lives as long as its connection.
-        is_plain: its calls are nothing but requests.
+        context: names and values sent with each call.
+        is_idempotent: whether all methods may run twice.
+        can_repeat: whether the connection can repeat requests.
+        middleware: the functions that run around each call.
+        lender: keeps the objects that calls lend; None if they lend nothing.
+        lease: ends a stand-in that the peer lends to a method of this side; None for others.
+        is_plain: whether a call needs no more than a request.
     """
 
     connection: Connection | ReconnectingConnection
@@ -60,16 +60,16 @@ class Options:
         object.__setattr__(self, "is_plain", is_plain)
 
     async def request(self, coder: MethodCoder, fields: list[bytes], context: Any) -> list[bytes]:
-        """Make a request, which may be repeated where that is known to do no harm."""
+        """Make a request. The connection may repeat it if the method is idempotent."""
         try:
             if self.can_repeat and (self.is_idempotent or coder.method.is_idempotent):
                 return await self.connection.request(fields, context=context, idempotent=True)  # type: ignore[call-arg]
             return await self.connection.request(fields, context=context)
         except RemoteError as exc:
-            raise self.explain(coder, exc)  # noqa: B904  (it says itself what its cause is)
+            raise self.explain(coder, exc)  # noqa: B904  (its cause is set already)
 
     def explain(self, coder: MethodCoder, error: RemoteError) -> Exception:
-        """Return the exception to raise of an error that was answered."""
+        """Return the exception to raise for an error answer."""
         if self.lease is not None and error.code == NO_REFERENCE:
             return self.lease.as_closed()
         return coder.as_declared(error)
@@ -79,7 +79,7 @@ def make_class(coder: InterfaceCoder, prefix: str = "") -> type[object]:
     """Make the class of the stand-ins of an interface.
 
     Arguments:
-        prefix: what their methods' names on the wire begin with.
+        prefix: the beginning of the names of their methods on the wire.
     """
     interface = coder.interface
 
@@ -93,7 +93,7 @@ def make_class(coder: InterfaceCoder, prefix: str = "") -> type[object]:
 
 
 def make_stand_in(cls: type[object], options: Options) -> Any:
-    """Make a stand-in."""
+    """Make a stand-in with some options."""
     stand_in: Any = cls()
     setattr(stand_in, OPTIONS, options)
     return stand_in
@@ -103,11 +103,11 @@ def change_options(stand_in: Any, **changes: Any) -> Any:
     """Copy a stand-in, with other options.
 
     Raises:
-        TypeError: it is none.
+        TypeError: `stand_in` is not a stand-in.
     """
     options = getattr(stand_in, OPTIONS, None)
     if not isinstance(options, Options):
-        raise TypeError(f"{stand_in!r} is no stand-in; pass what consume(...) returned")
+        raise TypeError(f"{stand_in!r} is not a stand-in; pass a result of consume(...)")
     return make_stand_in(cast("type[object]", type(stand_in)), replace(options, **changes))
 
 
@@ -122,12 +122,12 @@ def _make_stub(stub: _Stub) -> Callable[..., Any]:
     async def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         arguments = bind(args, kwargs)
         options: Options = self._bokbok_options
-        if is_plain and options.is_plain:  # as most calls, so without further functions on the way
+        if is_plain and options.is_plain:  # most calls; fewer function calls make them faster
             fields = [*options.head, wire_name, coder.encode_arguments(arguments)]
             try:
                 return decode(await options.connection.request(fields, context=options.context))
             except RemoteError as exc:
-                raise coder.as_declared(exc)  # noqa: B904  (it says itself what its cause is)
+                raise coder.as_declared(exc)  # noqa: B904  (its cause is set already)
         work = stub.call(options, arguments)
         return await (run_apart(work) if options.middleware else work)
 
@@ -138,7 +138,7 @@ def _make_stub(stub: _Stub) -> Callable[..., Any]:
 
     made: Any = call if coder.items_out is None else call_streaming
     parameters = method.signature.parameters
-    name = "self" if "self" not in parameters else "_self"  # it may be called `this` in the interface
+    name = "self" if "self" not in parameters else "_self"  # a parameter may be named `self`
     itself = inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
     made.__signature__ = method.signature.replace(parameters=[itself, *parameters.values()])
     made.__name__, made.__qualname__, made.__doc__ = method.name, method.path, method.doc
@@ -146,10 +146,9 @@ def _make_stub(stub: _Stub) -> Callable[..., Any]:
 
 
 def _make_binder(coder: MethodCoder) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """Make a function from what a method is called with to its arguments, as they travel.
+    """Make a function that binds positional and keyword arguments to the parameters of a method.
 
-    It does what `inspect.Signature.bind` does, which takes ten times as long, and is asked only for its
-    error.
+    It does the work of `inspect.Signature.bind`, which is much slower, and calls that only for its error.
     """
     signature = coder.method.signature
     if coder.method.is_positional:
@@ -178,13 +177,13 @@ def _make_binder(coder: MethodCoder) -> Callable[[tuple[Any, ...], dict[str, Any
 
 @dataclass(frozen=True)
 class _Stub:
-    """A method of the peer's, and how to call it with all that a call may have."""
+    """A method of the peer, and calls of it with middleware, streams and references."""
 
     coder: MethodCoder
     wire_name: bytes
 
     async def call(self, options: Options, arguments: Any, hand_over: HandOver | None = None) -> Any:
-        """Make a call, through the middleware."""
+        """Make a call through the middleware."""
         if not options.middleware:
             return await self._proceed(options, arguments, options.context, hand_over)
         call = Call(
@@ -207,7 +206,7 @@ class _Stub:
         context: Mapping[str, bytes | str] | None,
         hand_over: HandOver | None,
     ) -> Any:
-        """Make a call: lend, stream, ask, and end all that with it."""
+        """Make a call: lend objects, send the request, run the streams, and end all these with the call."""
         coder = self.coder
         loan = None
         async with nullcontext() if options.lease is None else options.lease.use():
@@ -228,32 +227,32 @@ class _Stub:
     async def _stream(
         self, options: Options, channel: Channel, source: Any, hand_over: HandOver | None
     ) -> Any:
-        """Return the result of a call over a channel, or hand over its items."""
+        """Return the result of a call over a channel, or hand over the items of its results."""
         coder = self.coder
         async with nullcontext() if coder.items_in is None else pump(source, channel, coder.items_in):
             if hand_over is None:
                 try:
                     answer = await channel.answer()
                 except RemoteError as exc:
-                    raise options.explain(coder, exc)  # noqa: B904  (it says itself what its cause is)
+                    raise options.explain(coder, exc)  # noqa: B904  (its cause is set already)
                 return coder.result.decode(answer)
             assert coder.items_out is not None
             await hand_over(Items(channel, coder.items_out.decode, partial(options.explain, coder)))
-            # Or leaving would wait for the method, if all arguments were sent.
+            # If all arguments were sent, leaving the channel's block would wait for the method.
             await channel.aclose()
             return None
 
 
 def _take_stream(coder: MethodCoder, arguments: Any) -> AsyncIterable[Any]:
-    """Take the stream out of the arguments, which do not travel with it.
+    """Take the stream out of the arguments: its items are sent over the channel.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the argument is not a stream.
     """
     source: AsyncIterable[Any] = arguments.pop(coder.stream, None)
     if not hasattr(source, "__aiter__"):
         raise TypeError(
-            f"{coder.method.path}: {coder.stream} is a stream, which goes by 'async for', and "
-            f"{type(source).__qualname__} does not; write an async generator"
+            f"{coder.method.path}: {coder.stream} is a stream, and "
+            f"{type(source).__qualname__} does not work with 'async for'; write an async generator"
         )
     return source

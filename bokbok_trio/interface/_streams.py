@@ -1,4 +1,4 @@
-"""Streams of arguments and of results: items of a channel, as values."""
+"""Streams of arguments and of results: a channel carries their items."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class _Closeable(Protocol):
 
 @final
 class Items(trio.abc.ReceiveChannel[Any]):
-    """The items that come over a channel.
+    """Receives the items of a stream over a channel.
 
     Arguments:
-        decode: an item.
-        explain: makes the exception to raise of an error that the other side answered.
-        is_shared: this side goes on to send over the channel when this is closed.
+        channel: the channel.
+        decode: decodes an item.
+        explain: makes an exception of an error answer.
+        is_shared: whether the channel stays open when this is closed, because this side still sends over it.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class Items(trio.abc.ReceiveChannel[Any]):
         except trio.BrokenResourceError as exc:
             if not isinstance(exc.__cause__, RemoteError):
                 raise
-            raise self._explain(exc.__cause__)  # noqa: B904  (it says itself what its cause is)
+            raise self._explain(exc.__cause__)  # noqa: B904  (its cause is set already)
         return self._decode(fields)
 
     async def _receive_shared(self) -> list[bytes]:
-        """Receive an item, unless this is closed meanwhile: the channel is not."""
+        """Receive an item, or raise if this is closed meanwhile. The channel stays open."""
         if not self._is_closed:
             with trio.CancelScope() as scope:
                 self._waiting.add(scope)
@@ -70,7 +71,7 @@ class Items(trio.abc.ReceiveChannel[Any]):
         raise trio.ClosedResourceError("this side closed the stream")
 
     async def aclose(self) -> None:
-        """Take no more items."""
+        """Receive no more items."""
         if not self._is_shared:
             await self._channel.aclose()
             return
@@ -82,7 +83,7 @@ class Items(trio.abc.ReceiveChannel[Any]):
 
 @asynccontextmanager
 async def pump(source: AsyncIterable[Any], channel: Channel, coder: ValueCoder) -> AsyncGenerator[None]:
-    """Send what an async iterable yields, during a block; what it raises ends the block and comes out."""
+    """Send the items of an async iterable during a block. An exception of the iterable ends the block."""
     failure: Exception | None = None
 
     async def run() -> None:
@@ -99,7 +100,8 @@ async def pump(source: AsyncIterable[Any], channel: Channel, coder: ValueCoder) 
             yield
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        # Of the block and of the task above. What is a group itself is somebody else's, and stays one.
+        # The group holds the errors of the block and of the task above. If one of these is a group itself, it
+        # was raised like that, and stays one.
         errors = [each for each in group.exceptions if not isinstance(each, trio.Cancelled)]
         if len(errors) > 1:
             raise
@@ -127,16 +129,16 @@ async def _send_arguments(source: AsyncIterable[Any], channel: Channel, coder: V
             try:
                 await channel.send([data])
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return  # the answer is there, or why there is none
+                return  # the call has its answer, or an error that explains why not
         await channel.end()
     finally:
-        # Cancelled with the call, it still ends the iterator, as the block of a generator is left.
+        # If the call is cancelled, the iterator is still closed, so that a generator leaves its blocks.
         if isinstance(iterator, _Closeable):
             await iterator.aclose()
 
 
 async def send_results(source: Any, channel: Channel, coder: ValueCoder, path: str) -> None:
-    """Send what a method yields: an async generator, or a block with an async iterable."""
+    """Send the results of a method: of an async generator, or of a block with an async iterable."""
     if isinstance(source, AsyncGenerator):
         await _send_generated(cast("AsyncGenerator[Any]", source), channel, coder)
     elif hasattr(source, "__aenter__"):
@@ -144,13 +146,14 @@ async def send_results(source: Any, channel: Channel, coder: ValueCoder, path: s
             async for item in items:
                 await channel.send([coder.encode(item)])
     else:
-        raise TypeError(f"{path} returned {type(source).__qualname__}, which is no stream")
+        raise TypeError(f"{path} returned {type(source).__qualname__}, which is not a stream")
 
 
 async def _send_generated(generator: AsyncGenerator[Any], channel: Channel, coder: ValueCoder) -> None:
-    """Send what a generator yields. What goes wrong meanwhile is raised in it, where it yielded.
+    """Send the items of a generator. If sending fails, raise the error inside the generator, at its yield.
 
-    For it may have a cancel scope or a nursery open there, which sending then runs in.
+    The generator may have a cancel scope or a nursery open there. Sending runs inside that scope, so its
+    error belongs there.
     """
     async with aclosing(generator):
         step: Callable[[], Any] = generator.__anext__

@@ -258,7 +258,7 @@ def test_what_is_read_may_take_any_time(run: Run, address: str, monkeypatch: pyt
             "numbers: Files.total takes a stream of items here: numbers=@FILE, or @- for the standard input",
         ),
         (['{"numbers": 1}'], 6, "numbers: Files.total takes a stream of items here: "),
-        (['numbers:=["x"]'], 6, "Files.total was sent what its interface does not allow: "),
+        (['numbers:=["x"]'], 6, "Files.total was sent a value that its interface does not allow: "),
     ],
 )
 def test_a_stream_that_is_wrong(run: Run, address: str, arguments: list[str], code: int, error: str) -> None:
@@ -318,7 +318,7 @@ def test_a_listing_that_is_none(run: Run, tmp_path: Path) -> None:
         for command in (["list"], ["call", "x"]):
             ran = run(command[0], address, *command[1:])
             assert (ran.code, ran.out) == (1, "")
-            assert ran.error.startswith("what was answered is no listing: ")
+            assert ran.error.startswith("the answer is not a listing: ")
 
 
 # ---- list and describe ----

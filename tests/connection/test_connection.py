@@ -23,7 +23,7 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._connection.closing import CLOSE_TIMEOUT
+from bokbok_trio._connection.ending import CLOSE_TIMEOUT
 from bokbok_trio._connection.handlers import Handlers
 from bokbok_trio._protocol.coalescing import EARLY_FLUSH_PACKETS
 from bokbok_trio._protocol.queued_packet import HEAD_ROOM

@@ -1105,7 +1105,7 @@ class LyingPeer(RuleBasedStateMachine):
         assert engine.waiting == len(model.backlog)
         assert engine.cancelled == sum(talk.is_cancelled for talk in model.ours.values())
         assert engine.queued == model.queued
-        assert engine.peer_drains == model.peer_drains
+        assert engine.draining.peer_drains == model.peer_drains
         assert engine.is_draining == model.is_draining
         over = model.heard_bye_ok and not (model.ours or model.backlog or model.theirs)
         assert engine.is_drained == over

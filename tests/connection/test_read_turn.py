@@ -141,9 +141,9 @@ def test_one_that_is_not_the_follower_leaves_nothing_behind() -> None:
     turn.hand_over()
     turn.begin("b")
     turn.follow("a")
-    turn.leave("c")
-    turn.leave("b")
+    assert not turn.leave("c")
     assert (turn.reader, turn.follower) == ("b", "a")
-    turn.leave("a")
-    assert turn.follower is None
-    assert turn.hand_over() is None
+    assert not turn.leave("a")
+    assert (turn.reader, turn.follower) == ("b", None)
+    assert turn.leave("b")
+    assert turn.reader is None

@@ -27,7 +27,7 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._connection.closing import CLOSE_TIMEOUT
+from bokbok_trio._connection.ending import CLOSE_TIMEOUT
 from bokbok_trio._connection.handlers import LEFT_OPEN
 from bokbok_trio._protocol.coalescing import EARLY_FLUSH_PACKETS, INTERACTIVE_RECEIVES
 from bokbok_trio._protocol.packets import LARGE, LARGE_BATCH, MAX_AT_ONCE

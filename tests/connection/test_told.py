@@ -282,7 +282,7 @@ async def test_a_connection_that_is_lost_is_a_warning(caplog: pytest.LogCaptureF
         while not server.connections:
             await trio.sleep(0.001)
         [other_end] = server.connections
-        other_end._lose("the cable is gone")
+        other_end._ending.fail("the cable is gone")
         assert connection is not None
         with trio.fail_after(5):
             await connection.wait_closed()

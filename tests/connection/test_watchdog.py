@@ -17,7 +17,7 @@ import trio.testing
 from hypothesis import example, given, settings, strategies as st
 
 from bokbok_trio import ConnectionLost, Settings
-from bokbok_trio._connection.watchdog import LATENESS, SPARE_ALARMS, Watchdog, _Rounds, _rounds
+from bokbok_trio._connection.watchdog import LATENESS, SPARE_ALARMS, Watchdog, _alarm_clock, _AlarmClock
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.support.helpers import busy_handler, packet, raw_peer, settle
 
@@ -76,7 +76,7 @@ async def test_pings_can_be_turned_off(setting: str, autojump_clock: trio.testin
     async with raw_peer(settings=Settings(**{setting: math.inf})) as (connection, _):  # type: ignore[arg-type]
         await trio.sleep(10**6)
         assert not connection.closed
-        assert _rounds.get() is None
+        assert _alarm_clock.get() is None
         assert not system_tasks()
 
 
@@ -206,7 +206,7 @@ class Diary:
         self.events.append((trio.current_time(), reason))
 
     def watchdog(self, ping_after: float = 20, ping_timeout: float = 20) -> Watchdog:
-        return Watchdog(ping_after, ping_timeout, ping=self.ping, lose=self.lose)
+        return Watchdog(ping_after, ping_timeout, ping=self.ping, fail=self.lose)
 
 
 class Model:
@@ -229,9 +229,9 @@ class Model:
         self.heard_at = now
         self.waits_for_answer = False
 
-    def send_ended(self, now: float, *, ping_left: bool) -> None:
+    def send_ended(self, now: float, *, ping_departed: bool) -> None:
         self.send_began = math.inf
-        if self.ping_is_queued and ping_left:
+        if self.ping_is_queued and ping_departed:
             self.ping_is_queued = False
             self.answer_due = now + self.ping_timeout
 
@@ -305,8 +305,8 @@ def test_it_does_all_in_time_though_it_seldom_looks(
                 watchdog.send_begins(now)
                 model.send_began = now
             elif what.startswith("end"):
-                watchdog.send_ended(ping_left=what == "end")
-                model.send_ended(now, ping_left=what == "end")
+                watchdog.send_ended(ping_departed=what == "end")
+                model.send_ended(now, ping_departed=what == "end")
         assert watchdog.has_stopped == model.lost
 
     trio.run(main, clock=clock)
@@ -319,10 +319,10 @@ async def test_a_ping_has_its_time_from_when_it_is_written(autojump_clock: trio.
     await trio.sleep(10)
     watchdog.send_begins(trio.current_time())
     await trio.sleep(25)
-    watchdog.send_ended(ping_left=False)  # a batch that was taken before
+    watchdog.send_ended(ping_departed=False)  # a batch that was taken before
     watchdog.send_begins(trio.current_time())
     await trio.sleep(30)
-    watchdog.send_ended(ping_left=True)
+    watchdog.send_ended(ping_departed=True)
     await trio.sleep(1000)
     assert diary.events == [(20, "ping"), (85, "the peer has not been heard of for 40 seconds")]
 
@@ -341,7 +341,7 @@ async def test_a_ping_that_waits_serves_a_later_silence_too(autojump_clock: trio
     await trio.sleep(22)
     watchdog.heard()
     await trio.sleep(23)
-    watchdog.send_ended(ping_left=True)
+    watchdog.send_ended(ping_departed=True)
     await trio.sleep(1000)
     assert diary.events == [(20, "ping"), (65, "the peer has not been heard of for 40 seconds")]
 
@@ -355,7 +355,7 @@ async def test_only_what_is_late_is_granted_more_time(
     watchdog.start()
     await trio.sleep(20)
     await settle()
-    watchdog.send_ended(ping_left=True)
+    watchdog.send_ended(ping_departed=True)
     autojump_clock.jump(20 + late)
     await trio.sleep(1000)
     lost_at = 40 + late + (20 if late > LATENESS else 0)
@@ -384,7 +384,7 @@ async def test_a_grace_that_was_slept_through_is_granted_again(
     watchdog.start()
     await trio.sleep(20)
     await settle()
-    watchdog.send_ended(ping_left=True)
+    watchdog.send_ended(ping_departed=True)
     for _ in range(3):
         autojump_clock.jump(3600)
         await trio.sleep(5)
@@ -413,7 +413,7 @@ async def test_a_watchdog_stopped_before_does_not_start(autojump_clock: trio.tes
     watchdog.stop()
     watchdog.stop()
     watchdog.start()
-    assert _rounds.get() is None
+    assert _alarm_clock.get() is None
     assert watchdog.alarm(1000) is None
     assert not diary.events
 
@@ -433,8 +433,8 @@ def system_tasks() -> list[trio.lowlevel.Task]:
     ]
 
 
-def rounds() -> _Rounds:
-    found = _rounds.get()
+def clock() -> _AlarmClock:
+    found = _alarm_clock.get()
     assert found is not None
     return found
 
@@ -457,9 +457,9 @@ async def test_connections_share_a_task(autojump_clock: trio.testing.MockClock) 
 async def test_nothing_is_done_when_all_have_stopped(autojump_clock: trio.testing.MockClock) -> None:
     async with open_connection_pair():
         await settle()
-        assert len(rounds()._heap) == 2
+        assert len(clock()._heap) == 2
         assert trio.lowlevel.current_statistics().seconds_to_next_deadline <= 20
-    assert not rounds()._heap
+    assert not clock()._heap
     assert trio.lowlevel.current_statistics().seconds_to_next_deadline == math.inf
 
 
@@ -473,13 +473,13 @@ async def test_many_that_come_and_go_leave_few_alarms(autojump_clock: trio.testi
             passing = [diary.watchdog(10) for _ in range(wave)]
             for watchdog in passing:
                 watchdog.start()
-            assert len(rounds()._heap) <= 2 * (10 + wave) + SPARE_ALARMS
+            assert len(clock()._heap) <= 2 * (10 + wave) + SPARE_ALARMS
             for watchdog in passing:
                 watchdog.stop()
-            assert 10 <= len(rounds()._heap) <= 2 * 10 + SPARE_ALARMS
+            assert 10 <= len(clock()._heap) <= 2 * 10 + SPARE_ALARMS
     await trio.sleep(20.5)
     assert diary.events == [(11 + number, "ping") for number in range(10)]
-    assert len(rounds()._heap) == 10
+    assert len(clock()._heap) == 10
 
 
 async def test_one_that_has_stopped_keeps_nothing_alive(autojump_clock: trio.testing.MockClock) -> None:
@@ -493,7 +493,7 @@ async def test_one_that_has_stopped_keeps_nothing_alive(autojump_clock: trio.tes
     assert gone() is not None
     watchdog.stop()
     assert gone() is None
-    assert len(rounds()._heap) == 2
+    assert len(clock()._heap) == 2
 
 
 async def test_a_closed_connection_is_not_kept_alive(autojump_clock: trio.testing.MockClock) -> None:
@@ -506,7 +506,7 @@ async def test_a_closed_connection_is_not_kept_alive(autojump_clock: trio.testin
     await settle()
     gc.collect()
     assert [connection() for connection in gone] == [None, None]
-    assert len(rounds()._heap) == 3
+    assert len(clock()._heap) == 3
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
@@ -517,8 +517,8 @@ async def test_a_callback_that_fails_does_no_harm(
         raise error("oops")
 
     diary = Diary()
-    Watchdog(10, 10, ping=fail, lose=diary.lose).start()
-    Watchdog(20, 5, ping=diary.ping, lose=fail).start()
+    Watchdog(10, 10, ping=fail, fail=diary.lose).start()
+    Watchdog(20, 5, ping=diary.ping, fail=fail).start()
     diary.watchdog(20, 20).start()
     await trio.sleep(1000)
     assert diary.events == [
@@ -535,7 +535,7 @@ async def test_a_callback_that_fails_does_no_harm(
         ),
     ]
     assert all(record.exc_info is not None and record.exc_info[0] is error for record in caplog.records)
-    assert not rounds()._heap
+    assert not clock()._heap
 
 
 async def test_a_callback_may_stop_others_and_start_new_ones(autojump_clock: trio.testing.MockClock) -> None:
@@ -548,12 +548,12 @@ async def test_a_callback_may_stop_others_and_start_new_ones(autojump_clock: tri
             watchdog.stop()
         diary.watchdog(5).start()
 
-    watchdogs += [Watchdog(20, 20, ping=replace_all, lose=diary.lose) for _ in range(100)]
+    watchdogs += [Watchdog(20, 20, ping=replace_all, fail=diary.lose) for _ in range(100)]
     for watchdog in watchdogs:
         watchdog.start()
     await trio.sleep(26)
     assert diary.events == [(20, "ping"), (25, "ping")]
-    assert len(rounds()._heap) == 1
+    assert len(clock()._heap) == 1
 
 
 async def test_times_too_short_to_matter_do_not_block_the_loop(
@@ -572,7 +572,7 @@ def watch_once() -> None:
     """In a Trio run of its own, a watchdog pings and loses in time."""
 
     async def main() -> list[tuple[float, str]]:
-        assert _rounds.get() is None
+        assert _alarm_clock.get() is None
         diary = Diary()
         diary.watchdog().start()
         diary.watchdog(1000).start()  # does not keep the run from ending

@@ -293,7 +293,7 @@ async def test_a_wrong_result_is_a_failure_of_the_implementation(
     async with consume_local(Jobs, wrong) as jobs:
         with pytest.raises(RemoteError) as caught:
             await jobs.wrong(0)
-    text = "Jobs.wrong returned what its interface does not allow"
+    text = "Jobs.wrong returned a value that its interface does not allow"
     assert caught.value.code == "handler-error"
     assert caught.value.message.startswith(f"TypeError: {text}: ")
     assert text in caplog.text
@@ -322,7 +322,7 @@ async def test_a_result_that_cannot_be_one_is_a_protocol_error_and_the_connectio
     async with open_connection_pair(server_handler=lie) as (client, _):
         jobs = consume(client, Jobs)
         with pytest.raises(
-            ProtocolError, match=f"Jobs.find returned what our interface does not allow: .*{text}"
+            ProtocolError, match=f"Jobs.find returned a value that our interface does not allow: .*{text}"
         ):
             await jobs.find("a")
         assert await jobs.total(1) == 7
@@ -401,9 +401,9 @@ async def test_two_declared_errors_at_once_are_a_failure() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("long", "the fields of NoSuchJob take 16[0-9]{3} bytes; 16384 are the most"),
-        ("unencodable", "NoSuchJob has what its fields do not allow: can't serialize ints"),
-        ("odd", r"NoSuchJob has what its fields do not allow: \$.tried: expected int, got str"),
+        ("long", "the fields of NoSuchJob take 16[0-9]{3} bytes; the limit is 16384"),
+        ("unencodable", "NoSuchJob has a value that its fields do not allow: can't serialize ints"),
+        ("odd", r"NoSuchJob has a value that its fields do not allow: \$.tried: expected int, got str"),
     ],
 )
 async def test_fields_that_cannot_travel_are_a_failure_that_says_so(
@@ -540,7 +540,7 @@ async def test_the_context_of_a_stand_in_does_not_change_with_the_callers() -> N
 
 @pytest.mark.parametrize("wrong", [Queue(), None, Jobs])
 def test_options_are_of_stand_ins(wrong: object) -> None:
-    with pytest.raises(TypeError, match="is no stand-in; pass what consume"):
+    with pytest.raises(TypeError, match="is not a stand-in; pass a result of consume"):
         with_options(wrong, idempotent=True)
 
 
@@ -641,7 +641,7 @@ def test_what_is_put_together_must_make_sense() -> None:
         with pytest.raises(ValueError, match="two interfaces are named Jobs; give one of them another name="):
             _ = jobs | other
     _ = jobs | expose(Jobs, Queue(), name="Others")
-    with pytest.raises(TypeError, match="gets all that is left; put it last"):
+    with pytest.raises(TypeError, match="gets all other requests; put it last"):
         _ = jobs | echo | expose(Admin, Stopper())
     wrong: Any
     for wrong in (3, Admin):

@@ -145,7 +145,7 @@ async def short_stat(self: object, *path: str, follow: bool = True) -> int:
     ("name", "value", "offences"),
     [
         ("stat", None, ["it is missing"]),
-        ("stat", 3, ["it is 3, and no method"]),
+        ("stat", 3, ["it is 3, not a method"]),
         ("stat", sync_stat, ["it is not async; write 'async def'"]),
         ("stat", traced(sync_stat), ["it is not async; write 'async def'"]),
         (
@@ -228,7 +228,7 @@ def test_a_class_may_be_its_own_interface() -> None:
 
 def test_a_class_for_an_object_is_refused() -> None:
     wrong: Any = Good
-    with pytest.raises(TypeError, match="Good is a class, and what serves Files is an object"):
+    with pytest.raises(TypeError, match="Good is a class, and Files is served by an object"):
         expose(Files, wrong)
 
 

@@ -157,7 +157,7 @@ async def test_a_listing_that_is_none_is_a_protocol_error(answer: list[bytes]) -
         return answer
 
     async with open_connection_pair(server_handler=lie) as (client, _):
-        with pytest.raises(ProtocolError, match="what was answered is no listing"):
+        with pytest.raises(ProtocolError, match="the answer is not a listing"):
             await list_interfaces(client)
 
 

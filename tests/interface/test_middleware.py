@@ -217,7 +217,9 @@ async def test_a_result_of_middleware_is_checked_as_one_of_the_method() -> None:
         return "x"
 
     async with open_things(server=[wrong]) as (things, _):
-        with pytest.raises(RemoteError, match=r"Things\.get returned what its interface does not allow"):
+        with pytest.raises(
+            RemoteError, match=r"Things\.get returned a value that its interface does not allow"
+        ):
             await things.get("a")
 
 

@@ -288,14 +288,14 @@ class SyncCaller:
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        (3, "int does not implement progress\n  __call__: it is 3, and no method"),
-        (TERMINAL, "Terminal does not implement progress\n  __call__: it is <.*>, and no method"),
+        (3, "int does not implement progress\n  __call__: it is 3, not a method"),
+        (TERMINAL, "Terminal does not implement progress\n  __call__: it is <.*>, not a method"),
         (None, "NoneType does not implement progress\n  __call__: it is missing"),
         (len, "len does not implement progress\n  __call__: it is not async; write 'async def'"),
         (sync_note, "sync_note does not implement progress\n  __call__: it is not async"),
         (SyncCaller(), "SyncCaller does not implement progress\n  __call__: it is not async"),
         (rows, "rows does not implement progress\n  __call__: it is an async generator"),
-        (Terminal, "Terminal is a class, and what serves progress is an object"),
+        (Terminal, "Terminal is a class, and progress is served by an object"),
     ],
 )
 async def test_what_is_no_async_callable_is_a_type_error_here(wrong: Any, text: str) -> None:
@@ -376,7 +376,7 @@ async def test_a_wrong_result_of_a_callback_is_its_failure(caplog: pytest.LogCap
         return "x"
 
     async with open_work() as (work, _, _):
-        with pytest.raises(RemoteError, match="progress returned what its interface does not allow"):
+        with pytest.raises(RemoteError, match="progress returned a value that its interface does not allow"):
             await work.run(wrong)
 
 

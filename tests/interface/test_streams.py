@@ -385,7 +385,7 @@ async def test_a_wrong_item_is_a_failure_of_the_implementation(caplog: pytest.Lo
         async with logs.follow("wrong") as lines:
             assert (await lines.receive()).number == 1
             with pytest.raises(
-                RemoteError, match=r"Logs.follow sent what its interface does not allow"
+                RemoteError, match=r"Logs.follow sent a value that its interface does not allow"
             ) as caught:
                 await lines.receive()
         assert caught.value.code == "handler-error"
@@ -447,7 +447,7 @@ async def test_wrong_items_of_the_peers_are_a_protocol_error() -> None:
         async with consume(client, Logs).follow("") as lines:
             for _ in range(3):
                 with pytest.raises(
-                    ProtocolError, match=r"Logs.follow sent what our interface does not allow"
+                    ProtocolError, match=r"Logs.follow sent a value that our interface does not allow"
                 ):
                     await lines.receive()
             assert await lines.receive() == Line(1)
@@ -504,7 +504,7 @@ async def test_a_method_that_returns_no_stream_is_a_failure() -> None:
     async with consume_local(Logs, Odd()) as logs:
         async with logs.follow("") as lines:
             with pytest.raises(
-                RemoteError, match=r"TypeError: Logs.follow returned list, which is no stream"
+                RemoteError, match=r"TypeError: Logs.follow returned list, which is not a stream"
             ):
                 await lines.receive()
 
@@ -674,7 +674,7 @@ async def test_an_item_that_cannot_be_one_is_told_here() -> None:
 
     async with open_logs() as (logs, implementation, client):
         with pytest.raises(
-            TypeError, match=r"Logs.upload was sent what its interface does not allow: .*got str"
+            TypeError, match=r"Logs.upload was sent a value that its interface does not allow: .*got str"
         ):
             await logs.upload("", wrong())
         await implementation.ended.wait()
@@ -685,7 +685,7 @@ async def test_an_item_that_cannot_be_one_is_told_here() -> None:
 async def test_an_item_that_cannot_be_one_is_a_bad_argument_there(item: list[bytes]) -> None:
     async with open_logs() as (_, implementation, client):
         with pytest.raises(
-            RemoteError, match=r"Logs.upload was sent what its interface does not allow"
+            RemoteError, match=r"Logs.upload was sent a value that its interface does not allow"
         ) as caught:
             async with client.open_channel(["%call", "Logs.upload", encode({"name": ""})]) as channel:
                 await channel.send(item)
@@ -874,7 +874,9 @@ async def test_an_upload_breaks_with_its_connection(autojump_clock: MockClock) -
 )
 async def test_what_is_no_stream_is_told_before_anything_is_sent(wrong: Any) -> None:
     async with consume_local(Logs, Implementation()) as logs:
-        with pytest.raises(TypeError, match=r"Logs\.upload: lines is a stream, which goes by 'async for'"):
+        with pytest.raises(
+            TypeError, match=r"Logs\.upload: lines is a stream, and .* does not work with 'async for'"
+        ):
             await logs.upload("a", wrong)
         with pytest.raises(TypeError, match=r"Logs\.number: lines is a stream"):
             async with logs.number(wrong):

@@ -170,7 +170,7 @@ def test_the_bytes_of_answers_count_until_they_have_left() -> None:
 def test_windows_become_smaller_where_there_are_many_channels() -> None:
     client, server = make_engines(budget=32 * MIB, slots=1000)
     ids = [client.open_channel([]) for _ in range(900)]
-    windows = [client.flow_control.by_id[id].receive_credit for id in ids]
+    windows = [client.flow_control.credits[id].receive_credit for id in ids]
     assert windows[0] == WINDOW
     assert sorted(windows, reverse=True) == windows
     assert windows[-1] == MIN_WINDOW
@@ -178,10 +178,10 @@ def test_windows_become_smaller_where_there_are_many_channels() -> None:
     for id in ids:
         client.cancel(id)
     again = client.open_channel([])
-    assert client.flow_control.by_id[again].window == WINDOW
+    assert client.flow_control.credits[again].window == WINDOW
     move(client, server)
     server.flow_control.accept(again)
-    assert server.flow_control.by_id[again].window == WINDOW
+    assert server.flow_control.credits[again].window == WINDOW
 
 
 PLANS = st.lists(

@@ -359,7 +359,7 @@ def test_both_count_the_credit_of_the_packages_items_alike() -> None:
             package.flow_control.send(0, *package.flow_control.encode([bytes(size)]))
             assert [len(fields[2]) for fields in pump(package, other)] == [size + 5]
         assert not package.flow_control.may_send(0)
-        assert other.to_take[0] == package.flow_control.by_id[0].send_credit <= 0
+        assert other.to_take[0] == package.flow_control.credits[0].send_credit <= 0
         receive(package, b"".join(other.put([b"credit", b"0", b"%d" % more])))
     assert other.to_take[0] == -68
 
@@ -370,7 +370,7 @@ def test_both_count_the_credit_of_the_second_implementations_items_alike() -> No
     package.open_channel([])
     pump(package, other)
     for size in (0, 70_000, 250_000):
-        assert other.to_send[0] == package.flow_control.by_id[0].receive_credit > 0
+        assert other.to_send[0] == package.flow_control.credits[0].receive_credit > 0
         [event] = receive(package, b"".join(other.put([b"item", b"0", second.body([bytes(size)])])))
         assert event[:3] == (0, size + 5, [bytes(size)])
         package.flow_control.consume(0, size + 5)

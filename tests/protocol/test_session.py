@@ -525,8 +525,8 @@ def test_draining_lets_what_is_in_flight_finish_and_takes_nothing_new() -> None:
     sent = server.take(0)
     assert sent == packet(b"bye")
     assert list(receive(client, sent)) == [Bye([waiting])]
-    assert client.peer_drains
-    assert not server.peer_drains
+    assert client.draining.peer_drains
+    assert not server.draining.peer_drains
     assert list(receive(server, client.take(0))) == []
     assert not server.is_drained
     callback = server.request(["from the handler"])
@@ -1023,7 +1023,7 @@ class TwoEngines(RuleBasedStateMachine):
     def ask(
         self, *, side: int, text: bytes, times: int, timeout: float, has_channel: bool, depth: int
     ) -> tuple[int, int]:
-        if self.engines[side].peer_drains and not depth:
+        if self.engines[side].draining.peer_drains and not depth:
             return side, -1
         text *= times
         if has_channel:
@@ -1174,7 +1174,7 @@ class TwoEngines(RuleBasedStateMachine):
             assert len(self.engines[side]._outbox._in_pieces) <= 4
             for sizes in self.held[side].values():
                 assert sum(sizes) < WINDOW + 200_005
-            for flow in self.engines[side].flow_control.by_id.values():
+            for flow in self.engines[side].flow_control.credits.values():
                 assert 0 <= flow.queued < MAX_QUEUED + 200_005
             for id in self.seen[side]:
                 assert not self.engines[side].is_unsent(id)

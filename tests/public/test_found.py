@@ -313,7 +313,7 @@ async def test_bursts_that_are_read_at_once_are_no_slow_reading(autojump_clock: 
     waiting = 0
     lost: list[str] = []
     watchdog = Watchdog(
-        300, 10, ping=lambda: None, lose=lost.append, least_rate=2**14, count_waiting=lambda: waiting
+        300, 10, ping=lambda: None, fail=lost.append, least_rate=2**14, count_waiting=lambda: waiting
     )
     watchdog.start()
     for _ in range(10):

@@ -1371,7 +1371,7 @@ async def test_aclose_waits_for_the_transport_and_the_block_for_the_handlers(
             stream_closed = client.connection._ending.stream_closed
             started = trio.current_time()
             await client.aclose()
-            assert stream_closed.is_set()
+            assert stream_closed.has_happened
             assert 0 < trio.current_time() - started <= 1
             assert story == []
         assert story == ["close handler"]

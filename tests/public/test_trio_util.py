@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio._trio_util import bare_nursery, contain, is_within, split_exception
+from bokbok_trio._trio_util import bare_nursery, current_task_is_under, isolate_failures, split_exception
 
 # ---- split_exception ----
 
@@ -91,13 +91,13 @@ async def test_a_single_exception_is_not_copied() -> None:
             assert part.exceptions[0] is inner
 
 
-# ---- contain ----
+# ---- isolate_failures ----
 
 
 def test_a_failure_is_contained_and_logged() -> None:
     error = ValueError()
     logged: list[BaseException] = []
-    with contain(logged.append):
+    with isolate_failures(logged.append):
         raise error
     assert logged == [error]
 
@@ -105,7 +105,7 @@ def test_a_failure_is_contained_and_logged() -> None:
 def test_what_ends_the_program_goes_on_with_its_cause() -> None:
     cause = KeyError()
     logged: list[BaseException] = []
-    with pytest.raises(SystemExit) as caught, contain(logged.append):
+    with pytest.raises(SystemExit) as caught, isolate_failures(logged.append):
         try:
             raise SystemExit(3) from cause
         except SystemExit as exc:
@@ -117,7 +117,7 @@ def test_what_ends_the_program_goes_on_with_its_cause() -> None:
 async def test_a_crash_during_a_cancellation_is_logged_and_the_cancellation_goes_on() -> None:
     logged: list[BaseException] = []
     with trio.CancelScope() as scope:
-        with contain(logged.append):
+        with isolate_failures(logged.append):
             scope.cancel()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.sleep_forever)
@@ -300,7 +300,7 @@ async def test_a_childs_error_comes_out_unless_the_body_has_its_own(
     assert found == comes_out
 
 
-# ---- is_within ----
+# ---- current_task_is_under ----
 
 
 async def test_a_task_is_within_itself_and_those_that_started_it() -> None:
@@ -312,9 +312,9 @@ async def test_a_task_is_within_itself_and_those_that_started_it() -> None:
         async with trio.open_nursery() as nursery:
             if depth:
                 nursery.start_soon(child, name + "'", depth - 1)
-        assert is_within(me)
-        assert is_within(seen[name])
-        assert [other for other in seen if is_within(seen[other])] == sorted(
+        assert current_task_is_under(me)
+        assert current_task_is_under(seen[name])
+        assert [other for other in seen if current_task_is_under(seen[other])] == sorted(
             other for other in seen if name.startswith(other)
         )
 
@@ -322,6 +322,6 @@ async def test_a_task_is_within_itself_and_those_that_started_it() -> None:
         nursery.start_soon(child, "a", 2)
         nursery.start_soon(child, "b", 2)
     assert len(seen) == 6
-    assert is_within(me)
-    assert not is_within(seen["a"])
-    assert not is_within(None)
+    assert current_task_is_under(me)
+    assert not current_task_is_under(seen["a"])
+    assert not current_task_is_under(None)

@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a server in a thread, and commands in this process."""
+"""Helpers for tests of the command line: a server in a thread, and commands in this process."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ async def channel_handler(connection: Connection, request: list[bytes], channel:
 
 
 class PlainHandlers:
-    """What is no interface: both kinds of handler."""
+    """Both kinds of handler, for requests that are not calls of an interface."""
 
     handle_request = staticmethod(handler)
     handle_channel = staticmethod(channel_handler)
@@ -173,7 +173,7 @@ def make_handler(*, listed: bool = True) -> Any:
 
 @contextmanager
 def serving(on: str, served: Any, **options: Any) -> Iterator[str]:
-    """A server in a thread with a Trio run of its own; its address."""
+    """Run a server in a thread with a Trio run of its own, and yield its address."""
     ready = threading.Event()
     found: list[Any] = []
 
@@ -199,7 +199,7 @@ def serving(on: str, served: Any, **options: Any) -> Iterator[str]:
 
 @dataclass
 class Ran:
-    """What a command did."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -207,7 +207,7 @@ class Ran:
 
     @property
     def json(self) -> Any:
-        """Its output, as JSON."""
+        """The output, decoded from JSON."""
         return json.loads(self.out)
 
     @property
@@ -224,7 +224,7 @@ Run = Callable[..., Ran]
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in this process."""
+    """Return a function that runs a command in this process."""
     for name in ("BOKBOK_KEY_FILE", "BOKBOK_USER", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -241,7 +241,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
 
 @contextmanager
 def replaced(fd: int, other: int) -> Iterator[None]:
-    """Have something else at a descriptor."""
+    """Replace the file behind a descriptor by another one during a block."""
     kept = os.dup(fd)
     os.dup2(other, fd)
     try:
@@ -253,7 +253,7 @@ def replaced(fd: int, other: int) -> Iterator[None]:
 
 @contextmanager
 def feeding(data: bytes | None) -> Iterator[None]:
-    """Have some bytes on the standard input."""
+    """Put some bytes on the standard input during a block."""
     if data is None:
         yield
         return
@@ -267,7 +267,7 @@ def feeding(data: bytes | None) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a server is that lists its interfaces, as it knows its users by the system's word."""
+    """Run a server that lists its interfaces, and return its address. The system names its users to it."""
     path = Path(tmp_path_factory.mktemp("cli")) / "sock"
     with serving(str(path), make_handler(), peer_user=lambda _: "tester") as found:
         yield found

@@ -1,4 +1,4 @@
-"""What several test files use: handlers, a peer that is made by hand, and a look into errors."""
+"""Helpers that several test files use: handlers, a peer made by hand, and checks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def echo(connection: Connection, request: list[bytes]) -> list[bytes]:
 
 
 async def busy_handler(connection: Connection, request: list[bytes]) -> list[bytes | str]:
-    """One of everything."""
+    """Answer in each of the ways in which a handler can."""
     match request:
         case [b"ping", text]:
             await trio.lowlevel.checkpoint()
@@ -51,7 +51,7 @@ async def busy_handler(connection: Connection, request: list[bytes]) -> list[byt
 
 
 def packet(*fields: bytes, body: list[bytes] | None = None) -> bytes:
-    """A packet, with a body as its last field where one is given."""
+    """Encode a packet. If a body is given, it is the last field."""
     if body is None:
         return encode_packet(*fields)
     chunks, size = encode_body(body, 2**32)
@@ -59,7 +59,7 @@ def packet(*fields: bytes, body: list[bytes] | None = None) -> bytes:
 
 
 def decode(decoder: PacketDecoder, data: bytes | bytearray) -> list[list[bytes]]:
-    """The packets that some bytes complete, copied."""
+    """Return copies of the packets that some bytes complete."""
     packets = [list(map(bytes, fields)) for fields in decoder.decode(data)]
     while decoder.has_rest:
         packets += [list(map(bytes, fields)) for fields in decoder.decode(b"")]
@@ -96,14 +96,14 @@ class RawPeer:
 
 
 def documented_code(file: str, word: str = "") -> list[str]:
-    """The blocks of Python with this word that a file of the documentation shows."""
+    """Return the blocks of Python in a file of the documentation that contain this word."""
     text = (Path(__file__).parents[2] / "docs" / file).read_text()
     blocks = re.findall(r"\.\. code:: python\n\n((?:    .*\n|\n)+)", text)
     return [textwrap.dedent(block) for block in blocks if word in block]
 
 
 def load_example(name: str) -> Any:
-    """Import an example, which is a script in a folder that is no package."""
+    """Import an example: a script in a folder that is not a package."""
     path = Path(__file__).parents[2] / "examples" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -114,7 +114,7 @@ def load_example(name: str) -> Any:
 
 
 async def run_documented(code: str, names: dict[str, Any]) -> None:
-    """Run a block of the documentation, which may wait at its top, as in a notebook."""
+    """Run a block of the documentation, which may await at its top level, as in a notebook."""
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     waiting = eval(compile(code, "<documentation>", "exec", flags, dont_inherit=True), names)
     if waiting is not None:
@@ -127,7 +127,7 @@ needs_safe_channel = pytest.mark.skipif(
 
 
 class WholeStream(trio.abc.Stream):
-    """A stream around another that can only be closed as a whole."""
+    """A stream around another one that can be closed only as a whole, and not half."""
 
     def __init__(self, transport: trio.abc.Stream) -> None:
         self.transport = transport
@@ -155,7 +155,7 @@ async def raw_peer(
     max_requests: int = 3,
     over_sockets: bool = False,
 ) -> AsyncGenerator[tuple[Connection, RawPeer]]:
-    """An open connection of ours, and a peer made by hand at its other end."""
+    """Open a connection with a peer made by hand at its other end, and yield both."""
     ours: trio.abc.Stream
     theirs: trio.abc.Stream
     if over_sockets:
@@ -171,7 +171,7 @@ async def raw_peer(
             try:
                 yield connection, peer
             finally:
-                await trio.aclose_forcefully(theirs)  # or our side would wait for its end
+                await trio.aclose_forcefully(theirs)  # otherwise this side would wait for the peer's end
 
 
 @asynccontextmanager
@@ -180,7 +180,7 @@ async def open_peer(
     settings: Settings = Settings(),  # noqa: B008
     **options: Any,
 ) -> AsyncGenerator[tuple[Connection, RawPeer]]:
-    """As `raw_peer`, when the handshake has wholly ended."""
+    """Do as `raw_peer` does, and wait until both sides have finished the handshake."""
     async with raw_peer(request_handler, settings, **options) as pair:
         await settle()
         yield pair
@@ -201,14 +201,14 @@ def cancel(id: int) -> bytes:
 
 
 async def receive_but_credit(peer: RawPeer) -> list[bytes]:
-    """The next packet that is no credit."""
+    """Receive the next packet that is not `credit`."""
     while (received := await peer.receive())[0] == b"credit":
         pass
     return received
 
 
 async def outcomes(peer: RawPeer, count: int) -> dict[int, bytes]:
-    """What so many requests were answered with: ok, or the code of an error."""
+    """Receive the answers to so many requests, and return for each `ok` or the code of its error."""
     outcome: dict[int, bytes] = {}
     while len(outcome) < count:
         kind, id, *rest = await receive_but_credit(peer)
@@ -219,9 +219,9 @@ async def outcomes(peer: RawPeer, count: int) -> dict[int, bytes]:
 
 
 def check_idle(connection: Connection) -> None:
-    """Nothing is left of anything, one task reads, and one at most waits for its turn."""
+    """Check that a connection is idle: no request remains, one task reads, and at most one waits to read."""
     assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
-    assert not connection._sender._coalescing.is_corked
+    assert not connection._sender.coalescing.is_corked
     assert not connection._sender.lock.is_held
     turn = connection._reader._turn
     assert connection._reader._nursery is not None
@@ -231,7 +231,7 @@ def check_idle(connection: Connection) -> None:
 
 
 def check_holds_no_secret(error: BaseException, *secrets: bytes | str) -> None:
-    """Neither it, nor the frames and causes that a report of it would show."""
+    """Check that an error shows no secret, and neither do the frames and causes that a report of it shows."""
     errors: list[BaseException | None] = [error]
     while errors:
         error_ = errors.pop()

@@ -10,7 +10,7 @@ from bokbok_trio._stream.socket import _Borrowed
 
 
 def take_few(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Let sockets take so many bytes at most of what is sent without waiting."""
+    """Let sockets take only so many bytes of each send that does not wait."""
 
     def send(self: socket.socket, data: bytes, flags: int = 0) -> int:
         return socket.socket.send(self, data[:most], flags)

@@ -1,6 +1,6 @@
 """Makes ``tests/support/vectors.json``, the test vectors of ``docs/protocol.rst``.
 
-``python -m tests.support.make_vectors``; the same bytes every time, because everything random is fixed here.
+``python -m tests.support.make_vectors`` writes the same bytes each time: all random values are fixed here.
 The package makes the handshakes, records and keys; what a server replies to packets of an open connection
 comes from the second implementation, so ``test_second_implementation.py`` compares the engine with both.
 """
@@ -38,7 +38,7 @@ PATH = Path(__file__).with_name("vectors.json")
 KEY = bytes(range(32))
 OTHER_KEY = bytes(range(1, 33))
 SESSION_KEY = bytes(range(0x40, 0x60))
-# The secrets of RFC 7748, section 6.1, whose shared secret is given there too.
+# The secrets of RFC 7748, section 6.1, which also gives their shared secret.
 CLIENT_SECRET = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
 SERVER_SECRET = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
 USER = "zoë"
@@ -46,9 +46,9 @@ SERVICE = "maps"
 CLIENT_LIMITS = Limits(4194304, 100)
 SERVER_LIMITS = Limits(65536, 7)
 CLIENT_OPTIONS = {"example/1": b"\1"}
-# What each handshake draws, in this order: the X25519 secret (mode sealed), then the 11 bytes of grease (two
-# for the four hex digits of its name, one for its length modulo 9, eight for its value), then on the
-# client the session key (mode sealed).
+# Each handshake draws these random bytes in this order: the X25519 secret (mode sealed), then the 11 bytes of
+# grease (two for the four hex digits of its name, one for its length modulo 9, eight for its value), then on
+# the client the session key (mode sealed).
 CLIENT_GREASE = bytes.fromhex("0a1b0cc0c1c2c3c4c5c6c7")  # a length of 12 modulo 9
 SERVER_GREASE = bytes.fromhex("f00d00d0d1d2d3d4d5d6d7")
 OPEN_LIMITS = Limits(2**20, 5)
@@ -90,7 +90,7 @@ def _server(*, sealed: bool = True) -> ServerHandshake:
 
 
 def _records(*steps: tuple[bytes, Sequence[bytes]]) -> list[str]:
-    """What a stream sends, by plaintext, under each key in turn; empty: the end record."""
+    """Seal each plaintext as a stream does, under each key in turn; an empty one gives the end record."""
 
     async def run() -> list[str]:
         sent = []
@@ -235,7 +235,7 @@ def _options() -> Vectors:
 
 
 def _declared(handshake: ClientHandshake | ServerHandshake) -> list[bytes]:
-    """What a side declares: its two numbers, and its options."""
+    """Return the declaration of a side: its two numbers, and its options."""
     return list(handshake._declared)
 
 
@@ -316,7 +316,7 @@ def _plain() -> Vectors:
 
 
 def _bad_hellos() -> list[Vectors]:
-    """What a side must refuse as the other's hello; its own secret is that of the good handshake."""
+    """Return hellos that a side must refuse. Its own secret is the one of the good handshake."""
     client, server = _client().hello, _server().hello
     plain = encode_hello("client", b"")
     own_key = encode_hello("client", _server()._public)
@@ -348,7 +348,7 @@ def _bad_hellos() -> list[Vectors]:
 
 
 def _open(*head: bytes, key: bytes = KEY, service: str = SERVICE, pad: int = 0) -> str:
-    """A sealed `open` of any first five fields, its box right for them, of 512 bytes and `pad` more."""
+    """Make a sealed `open` of any first five fields with the right box for them, `pad` bytes too long."""
     size = 512 - len(encode_packet(*head, b"", bytes(80)))
     return _open_padded(*head, bytes(size + pad), key=key, service=service)
 
@@ -500,12 +500,12 @@ def _chan(
     return _packet(b"chan", encode_number(id), timeout, depth, context, credit, body=body)
 
 
-def _part(number: int, left: int, piece: bytes) -> bytes:
-    return encode_packet(b"part", encode_number(number), encode_number(left), piece)
+def _part(number: int, remaining: int, piece: bytes) -> bytes:
+    return encode_packet(b"part", encode_number(number), encode_number(remaining), piece)
 
 
 def _connection_packets() -> Vectors:
-    """What a client sends first on an open connection, and what it must not."""
+    """Return packets that a client may send first on an open connection, and some that it must not."""
     trace = _body(b"trace-id", b"4bf92f3577b34da6", b"lang", b"eo")
     longest = _body(b"a", bytes(8192 - 10))
     most = _body(*(field for at in range(32) for field in (b"a.b-c_%d" % at, b"")))
@@ -614,7 +614,7 @@ def _connection_packets() -> Vectors:
 
 
 def _pieces(number: int, packet: bytes, *sizes: int) -> list[bytes]:
-    """A packet in pieces of these sizes, and the rest of it."""
+    """Cut a packet into pieces of these sizes, and a last piece with the remaining bytes."""
     parts = []
     rest = packet[4:]
     for size in (*sizes, len(rest) - sum(sizes)):
@@ -627,12 +627,12 @@ Sequences: TypeAlias = dict[str, tuple[bool, list[bytes]]]
 
 
 def _item(id: bytes, size: int) -> bytes:
-    """An item of one field, or of none, that takes up so much credit: 65 at least."""
+    """Make an item of one field, or of none, that uses up so much credit: at least 65."""
     return _packet(b"item", id, body=[b"a" * (size - 64 - 5)] if size > 65 else [])
 
 
 def _channel_sequences() -> tuple[Sequences, Sequences]:
-    """Those of the client's channel 0, to which the server grants 140, and of the server's channel 1."""
+    """Return sequences for the client's channel 0, with a credit of 140, and for the server's channel 1."""
     chan, request = _chan(0, b"log", credit=b"100"), _req(0)
     most = _chan(0, credit=b"4294967295")
     tenth = _chan(10)
@@ -725,12 +725,12 @@ def _channel_sequences() -> tuple[Sequences, Sequences]:
 
 
 def _of(words: bytes) -> bytes:
-    """A packet of these fields."""
+    """Make a packet of these fields."""
     return encode_packet(*words.split())
 
 
 def _sequences() -> Vectors:
-    """Packets of a client whose meaning depends on those before; True: the server has said `bye`."""
+    """Return packets of a client whose meaning depends on those before; True: the server has said `bye`."""
     channels_good, channels_bad = _channel_sequences()
     first, other = _req(0, b"ping", b"12345"), _req(2, b"a" * 30, timeout=b"1500000")
     nested = _req(4, b"again?", depth=b"1")
@@ -834,7 +834,7 @@ def _sequences() -> Vectors:
 
 
 def server_of_a_sequence(has_bye: bool) -> second.Open:
-    """The server that it is sent to: it has opened a channel and made a request of its own."""
+    """Make the server that gets these packets. It has opened a channel and made a request of its own."""
     server = second.Open(1, OPEN_LIMITS.max_message_size, OPEN_LIMITS.max_requests, OPEN_CREDIT)
     for fields in SENT_BEFORE[has_bye]:
         server.put(fields)
@@ -843,11 +843,11 @@ def server_of_a_sequence(has_bye: bool) -> second.Open:
 
 _CALLS = [[b"chan", b"1", b"", b"", b"", b"262144", _body()], [b"req", b"3", b"", b"", b"", _body()]]
 SENT_BEFORE = {False: _CALLS, True: [[b"bye"], *_CALLS]}
-"""What that server has sent, by whether it has said `bye`."""
+"""The packets that this server has sent, by whether it has said `bye`."""
 
 
 def _result(has_bye: bool, packets: Sequence[bytes]) -> Vectors:
-    """What a server makes of a client's packets."""
+    """Return the reaction of a server to a client's packets."""
     server = server_of_a_sequence(has_bye)
     taken = [fields for packet in packets if (fields := server.take(packet))]
 
@@ -907,7 +907,7 @@ def make() -> Vectors:
 
 
 def dump(value: object, indent: str = "") -> str:
-    """JSON, with a vector on one line or a few."""
+    """Encode JSON with each vector on one line or a few."""
     if isinstance(value, dict) and (not indent or len(json.dumps(value)) > 1000):
         items = [f"{json.dumps(key)}: {dump(item, indent + ' ')}" for key, item in value.items()]
         return "{\n" + ",\n".join(f"{indent} {item}" for item in items) + f"\n{indent}}}"

@@ -1,4 +1,4 @@
-"""Mutations of the package, each of which takes away a claim of ``docs/security.rst``; and what finds them.
+"""Mutations of the package. Each breaks a claim of ``docs/security.rst``, and a test must find it.
 
 ``nox -s mutations`` makes a copy of the package for each, mutates it, runs that one test and sees it fail. So
 the test performs the attack, and does not pass by luck. ``nox -s mutations -- NAME...`` tries some only.
@@ -19,18 +19,18 @@ from typing import Final, NamedTuple
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = "bokbok_trio"
 MOST_SECONDS: Final = 30
-"""Seconds that a test may take; one that a mutation makes hang has found it."""
+"""Seconds that a test may take. If a mutation makes the test hang, the test has found it."""
 
 
 class Mutation(NamedTuple):
     """A change of the package that a test must find.
 
     Arguments:
-        name: as the security text has it.
-        file: of the package.
-        old: a text that is in it exactly once.
-        new: what that is replaced by.
-        test: the file and function.
+        name: the name in the security text.
+        file: the file of the package that it changes.
+        old: a text that is in the file exactly once.
+        new: the text that replaces it.
+        test: the file and function of the test that must find it.
     """
 
     name: str
@@ -403,7 +403,7 @@ MUTATIONS: Final = [
 
 
 def mutate(mutation: Mutation) -> str:
-    """The file of a mutation, mutated.
+    """Return the mutated text of the file of a mutation.
 
     Raises:
         ValueError: the text is not in it exactly once.
@@ -417,7 +417,7 @@ def mutate(mutation: Mutation) -> str:
 
 
 def run_tests(mutation: Mutation | None, tests: list[str]) -> tuple[int, str]:
-    """Run tests of a copy, with a mutation. Returns pytest's exit code and words; 1 too where they hang."""
+    """Run tests on a mutated copy. Return pytest's exit code and output; the code is 1 if the tests hang."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         for folder in (PACKAGE, "tests", "docs"):

@@ -1,4 +1,4 @@
-"""The second implementation in ``interop/node``, as a process that does what a test says; and links to it."""
+"""Runs the second implementation in ``interop/node`` as a process that tests command, and connects to it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Role = Literal["node dials", "node listens"]
 
 
 def why_not() -> str | None:
-    """Why the Node peer cannot run here, or None. Where `NODE_PEER` is set it must, and tests fail if not."""
+    """Return why the Node peer cannot run here, or None. If `NODE_PEER` is set it must run, or tests fail."""
     if "NODE_PEER" in os.environ:
         return None
     if shutil.which("node") is None:
@@ -50,7 +50,7 @@ def why_not() -> str | None:
 
 
 class NodeError(Exception):
-    """What a call of the Node peer failed with."""
+    """The error of a call of the Node peer."""
 
     def __init__(self, error: dict[str, Any]) -> None:
         super().__init__(error["name"], error["message"])
@@ -72,7 +72,7 @@ class NodeProcess:
 
     @asynccontextmanager
     async def ready(self) -> AsyncGenerator[None]:
-        """Take its answers in this Trio run, for as long as the block."""
+        """Receive its answers in this Trio run during a block."""
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: PT018
         async with (
             trio.lowlevel.FdStream(os.dup(self._process.stdin.fileno())) as self._stdin,
@@ -98,7 +98,7 @@ class NodeProcess:
             self._unread += received
 
     async def __call__(self, do: str, /, **arguments: Any) -> Any:
-        """Let it do something, and wait until it is done. Cancelled, it is cancelled over there too."""
+        """Let the peer do something, and wait until it is done. A cancellation here cancels it there too."""
         call, done = next(self._numbers), trio.Event()
         box: list[Any] = []
         self._waiting[call] = done, box
@@ -114,7 +114,7 @@ class NodeProcess:
 
     async def _tell(self, **call: Any) -> None:
         line = json.dumps(call).encode() + b"\n"
-        # Half a line would spoil the next.
+        # A cancellation must not leave half a line, which would spoil the next one.
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
             async with self._lock:
                 await self._stdin.send_all(line)
@@ -122,7 +122,7 @@ class NodeProcess:
 
 @contextmanager
 def node_process() -> Generator[NodeProcess]:
-    """Start one; its complaints go where those of the tests go."""
+    """Start a Node peer. Its errors go to the standard error of the tests."""
     with subprocess.Popen(
         ["node", HOME / "peer.mjs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -132,19 +132,19 @@ def node_process() -> Generator[NodeProcess]:
             process.kill()
 
 
-# ---- links between it and us ----
+# ---- connections between the Node peer and this package ----
 
 
 @dataclass
 class Link:
-    """A connection between the Node peer and us."""
+    """A connection between the Node peer and this package."""
 
     node: NodeProcess
     ours: Connection
     theirs: dict[str, Any]
-    """What Node knows of it: its number as ``connection``, ``user``, ``limit``, and what we declared."""
+    """Node's description of the connection: ``connection`` (its number), ``user``, ``limit``, our limits."""
     dialled: dict[str, Any]
-    """With what Node connects, or listens."""
+    """The arguments with which Node connects or listens."""
 
     async def we_ask(self, *fields: str | bytes) -> list[bytes]:
         return await self.ours.request(fields)
@@ -158,7 +158,7 @@ class Link:
 
 
 def pattern(size: int) -> bytes:
-    """So many bytes, in which no piece is like another."""
+    """Return so many bytes, in which no two pieces are equal."""
     return b"".join(i.to_bytes(4, "big") for i in range(-(-size // 4)))[:size]
 
 
@@ -245,7 +245,7 @@ async def open_link(
     service: str = "",
     **node_settings: Any,
 ) -> AsyncGenerator[Link]:
-    """Open a connection over TCP, or the UNIX socket at `path`; `node_settings` are those of Node."""
+    """Open a connection over TCP, or over the UNIX socket at `path`. Node gets `node_settings`."""
     theirs: dict[str, Any] = {"mode": "sealed" if sealed else "plain", "service": service, **node_settings}
     if role == "node dials":
         opened, get_opened = trio.open_memory_channel[Connection](1)
@@ -283,7 +283,7 @@ async def open_link(
 
 
 def where(address: Any) -> dict[str, Any]:
-    """The address, as Node wants it."""
+    """Return an address in the form that Node takes."""
     return (
         {"host": address.host, "port": address.port}
         if isinstance(address, TCPAddress)

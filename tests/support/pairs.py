@@ -41,11 +41,11 @@ async def open_pair(
     server_settings: Settings = Settings(),  # noqa: B008
     wrap: Callable[[trio.SocketStream], trio.abc.Stream] | None = None,
 ) -> AsyncGenerator[tuple[Connection, Connection]]:
-    """As `bokbok_trio.testing.open_connection_pair`, over sockets.
+    """Open a pair of connections as `bokbok_trio.testing.open_connection_pair` does, but over sockets.
 
     Arguments:
         way: one of `WAYS`.
-        wrap: what to put around the client's stream; then that is dialled by hand.
+        wrap: a function that puts a stream around the client's stream.
     """
     key = Key.generate()
     kind, mode = way.split()
@@ -82,7 +82,7 @@ async def open_pair(
                 channel_handler=client_channel_handler,
                 close_handler=client_close_handler,
                 settings=client_settings,
-                insecure=wrap is not None,  # what is no socket could lead anywhere
+                insecure=wrap is not None,  # the library cannot know where another stream leads
                 **secrets,
             ) as client:
                 await has_accepted.wait()
@@ -90,7 +90,7 @@ async def open_pair(
 
 
 async def settle(connection: Connection, other: Connection | None = None) -> None:
-    """Let what was sent so far arrive and be handled, either way, and the handlers go as far as they can."""
+    """Wait until all packets sent so far have arrived, either way, and the handlers cannot go further."""
     for each in (connection, other, connection):
         if each is not None:
             await each.ping()

@@ -1,4 +1,4 @@
-"""An instrument that remembers all it was told, and what must hold of that."""
+"""An instrument that records all events, and checks them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bokbok_trio.instruments import (
 
 
 class Recorder(Instrument):
-    """Remembers all it was told."""
+    """Records all events."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -54,16 +54,16 @@ class Recorder(Instrument):
 
     @property
     def ended(self) -> list[Any]:
-        """The requests that have ended, in that order."""
+        """The requests that have ended, in the order of their ends."""
         return self.of(RequestEnded)
 
     @property
     def outcomes(self) -> list[str]:
-        """How they ended."""
+        """The outcomes of these requests."""
         return [" ".join(filter(None, (event.outcome, event.code))) for event in self.ended]
 
     def check(self) -> None:
-        """All that began has ended, once, in order, and within what it belongs to."""
+        """Check that everything that began ended once, in order, and before the thing that contains it."""
         handshakes: set[HandshakeStarted] = set()
         connections: set[Connection] = set()
         requests: dict[RequestStarted, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Long-running programs of ``benchmarks/``, run for some seconds in each mode."""
+"""Runs the long-running programs of ``benchmarks/`` for some seconds in each mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Processes = dict[str, "subprocess.Popen[str]"]
 
 @contextmanager
 def started_in_each_mode(script: str, *arguments: str) -> Iterator[Processes]:
-    """One process for each mode. They run at the same time, as they mostly wait."""
+    """Start a process for each mode. They run at the same time, because they mostly wait."""
     path = Path(__file__).parents[2] / "benchmarks" / script
     started = {
         mode: subprocess.Popen(

@@ -1,7 +1,7 @@
-"""A second implementation of the protocol, from ``docs/protocol.rst`` alone, to test that text with.
+"""A second implementation of the protocol. It follows ``docs/protocol.rst`` alone, and so tests that text.
 
-Bytes in, bytes out; no input or output, no time, and nothing of the package. A receiver refuses what is
-`Bad`; `NotAuthentic` is for the errors that are about the key. The names are those of the text.
+Bytes in, bytes out; no input or output, no time, and nothing of the package. A receiver raises `Bad` for a
+packet that it must refuse, and `NotAuthentic` if the key is wrong. The names are those of the text.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SIDES = (b"client", b"server")
 
 
 class Bad(Exception):
-    """What the other side sent must be refused."""
+    """The other side sent something that must be refused."""
 
 
 class NotAuthentic(Bad):
-    """The other side did not show that it has the key."""
+    """The other side did not prove that it has the key."""
 
 
 # ---- packets, numbers, labels ----
@@ -64,7 +64,7 @@ def unpack_body(data: bytes) -> list[bytes]:
 
 
 def unpack(data: bytes, limit: int = 4096) -> list[bytes]:
-    """The fields of exactly one packet."""
+    """Return the fields of exactly one packet."""
     if len(data) < 4:
         raise Bad("no length")
     (length,) = struct.unpack(">I", data[:4])
@@ -92,7 +92,7 @@ def limits(max_message_size: bytes, max_requests: bytes) -> tuple[int, int]:
 
 
 def pairs(data: bytes, most: int, name: bytes) -> dict[bytes, bytes]:
-    """The names and values of options or of a context, whose names match a pattern."""
+    """Decode the names and values of options or of a context. The names must match a pattern."""
     if len(data) > most:
         raise Bad("too long")
     fields = unpack_body(data)
@@ -112,7 +112,7 @@ def options(data: bytes) -> dict[bytes, bytes]:
 
 
 def context(data: bytes) -> dict[bytes, bytes]:
-    """The context of a request; empty where there is none."""
+    """Decode the context of a request; a request without one has an empty context."""
     found = pairs(data, 8192, rb"[a-z0-9._-]{1,64}") if data else {}
     if data and not 1 <= len(found) <= 32:
         raise Bad("number of pairs")
@@ -120,12 +120,12 @@ def context(data: bytes) -> dict[bytes, bytes]:
 
 
 def flat(mapping: Mapping[bytes, bytes]) -> bytes:
-    """The body of options, or of a context."""
+    """Encode options, or a context, as a body."""
     return body([field for pair in mapping.items() for field in pair])
 
 
 GREASE = {b"grease.c0de": b"second"}
-"""What this implementation sends as options by default."""
+"""The options that this implementation sends by default."""
 
 
 # ---- records ----
@@ -147,7 +147,7 @@ class Records:
         return struct.pack(">H", len(box)) + box
 
     def open(self, record: bytes) -> bytes:
-        """The plaintext of one whole record; empty: the end."""
+        """Return the plaintext of one whole record; empty: the end."""
         (length,) = struct.unpack(">H", record[:2])
         if length < 16 or length != len(record) - 2:
             raise Bad("record length")
@@ -161,7 +161,7 @@ class Records:
 
 
 class Handshake:
-    """What both sides do. `me` is 0 for the client and 1 for the server."""
+    """The part that both sides share. `me` is 0 for the client and 1 for the server."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class Handshake:
 
 
 class Client(Handshake):
-    """The side that dialled; with an empty key in mode plain."""
+    """The side that dialled. In mode plain the key is empty."""
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class Client(Handshake):
 
 
 class Server(Handshake):
-    """The side that accepted; without `keys` in mode plain."""
+    """The side that accepted. In mode plain there are no `keys`."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ class Server(Handshake):
         self.keys = keys
 
     def take_open(self, data: bytes, dummy_key: bytes = bytes(32)) -> bytes:
-        """Take `open` and make `accepted`. Where this raises `NotAuthentic`, `refused` is due."""
+        """Take `open` and make `accepted`. If this raises `NotAuthentic`, send `refused`."""
         fields = unpack(data)
         if len(fields) != 7 or fields[0] != b"open":
             raise Bad("open")
@@ -320,17 +320,19 @@ def depth(field: bytes) -> int:
 class Open:
     """One side of an open connection; `me` as above, `limit` and `slots` as agreed.
 
-    It sends everything at once. Only the `replies` wait here: the packets that are due because of those
-    that the other side sent, such as the first `credit`, of so many bytes, of each channel that it takes.
+    It sends everything at once. Only the `replies` wait here: the packets that answer packets of the other
+    side, such as the first `credit` of each channel that it takes.
     """
 
     def __init__(self, me: int, limit: int, slots: int, credit: int = 262_144) -> None:
         self.me, self.limit, self.slots, self.credit = me, limit, slots, credit
         self.asked: set[int] = set()  # own requests that are not answered
-        self.asking: dict[int, tuple[int, bool]] = {}  # those of the other side: depth, and if a channel
-        self.to_send: dict[int, int] = {}  # of those that are channels: credit for own items
-        self.to_take: dict[int, int] = {}  # and for those of the other side, until its end
-        self.pieces: dict[int, tuple[bytes, int]] = {}  # what came, and how much is left
+        self.asking: dict[
+            int, tuple[int, bool]
+        ] = {}  # requests of the other side: the depth, and whether it is a channel
+        self.to_send: dict[int, int] = {}  # by channel: credit for own items
+        self.to_take: dict[int, int] = {}  # by channel: credit for items of the other side, until its end
+        self.pieces: dict[int, tuple[bytes, int]] = {}  # the bytes so far, and how many remain
         self.count = 0  # own packets in pieces
         self.said_bye = self.heard_bye = self.heard_bye_ok = self.heard_abort = False
         self.replies: list[bytes] = []
@@ -338,7 +340,7 @@ class Open:
     # sending
 
     def put(self, fields: list[bytes]) -> list[bytes]:
-        """The packets that these fields are sent as."""
+        """Return the packets that carry these fields."""
         match fields:
             case [b"req" | b"chan", id, _, nested, _, *credit, _]:
                 assert nested or not self.heard_bye
@@ -368,7 +370,7 @@ class Open:
         return parts
 
     def abort(self, error: Bad) -> list[bytes]:
-        """The packets that are due to an error of the other side, before the end."""
+        """Return the packets to send after an error of the other side, before the end."""
         if self.heard_abort:
             return []
         return self.put([b"abort", b"protocol", str(error).encode()[:MAX_ABORT]])
@@ -379,7 +381,7 @@ class Open:
     # receiving
 
     def take(self, data: bytes) -> list[bytes] | None:
-        """Take one packet; its fields, if it is one for the user, or ends one."""
+        """Take one packet, and return its fields, or those that it completes, if they are for the user."""
         if self.heard_abort:
             return None
         return self.interpret(unpack(data, min(self.limit, MAX_WHOLE)))
@@ -400,8 +402,8 @@ class Open:
                 self.take_answer(number(id))
             case [b"cancel", id]:
                 self.other_id(id)
-            case [b"part", n, left, piece]:
-                return self.take_piece(number(n), number(left), piece)
+            case [b"part", n, remaining, piece]:
+                return self.take_piece(number(n), number(remaining), piece)
             case [b"drop", n]:
                 if self.pieces.pop(number(n), None) is None:
                     raise Bad("drop")
@@ -409,7 +411,7 @@ class Open:
             case [b"chan" | b"item" | b"credit" | b"end", *_]:
                 return fields if self.take_of_channel(fields) else None
             case [b"abort", *rest]:
-                self.heard_abort = True  # also where it is malformed
+                self.heard_abort = True  # also if it is malformed
                 code, message = rest if len(rest) == 2 else (b"", bytes(MAX_ABORT + 1))
                 text(code)
                 text(message)
@@ -463,7 +465,7 @@ class Open:
     # channels
 
     def take_of_channel(self, fields: list[bytes]) -> bool:
-        """Whether it is one for the user."""
+        """Take a packet of a channel. Return whether it is for the user."""
         match fields:
             case [b"chan", id, timeout, nested, along, credit, inner]:
                 self.check_request(timeout, along, inner)
@@ -518,20 +520,20 @@ class Open:
             if self.to_send[id] > MAX_CREDIT:
                 raise Bad("too much credit")
 
-    def take_piece(self, n: int, left: int, piece: bytes) -> list[bytes] | None:
+    def take_piece(self, n: int, remaining: int, piece: bytes) -> list[bytes] | None:
         if not piece:
             raise Bad("empty piece")
         if n in self.pieces:
             data, before = self.pieces.pop(n)
-            if left != before - len(piece):
-                raise Bad("left")
+            if remaining != before - len(piece):
+                raise Bad("remaining")
         else:
             data = b""
-            if len(piece) + left > self.limit or len(self.pieces) == MAX_OPEN:
+            if len(piece) + remaining > self.limit or len(self.pieces) == MAX_OPEN:
                 raise Bad("over the limit, or one too many")
         data += piece
-        if left:
-            self.pieces[n] = data, left
+        if remaining:
+            self.pieces[n] = data, remaining
             return None
         fields = unpack_body(data)
         if fields[:1] not in [[kind] for kind in PIECED]:

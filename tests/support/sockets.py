@@ -1,4 +1,4 @@
-"""What the tests of sockets share: dialling and listening with the defaults, and names of any address."""
+"""Helpers for tests of sockets: dialling and listening with the defaults, and names of any address."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ dial_to = partial(dial, insecure=False, timeout=10)
 
 
 class FakeResolver(trio.abc.HostnameResolver):
-    """Every name has these addresses."""
+    """A resolver that gives every name these addresses."""
 
     def __init__(self, *hosts: str) -> None:
         self._hosts = hosts
@@ -37,7 +37,7 @@ class FakeResolver(trio.abc.HostnameResolver):
 
 
 def resolve_to(*hosts: str) -> FakeResolver:
-    """From now on every name has these addresses."""
+    """Give every name these addresses from now on."""
     resolver = FakeResolver(*hosts)
     trio.socket.set_custom_hostname_resolver(resolver)
     return resolver
@@ -50,14 +50,14 @@ def tcp_address(listener: trio.abc.Listener[trio.SocketStream]) -> TCPAddress:
 
 
 def knock(path: str) -> int:
-    """Try to connect to a UNIX socket; the error's number, 0 for none."""
+    """Try to connect to a UNIX socket. Return the number of the error, or 0."""
     with socket.socket(socket.AF_UNIX) as sock:
         return sock.connect_ex(path)
 
 
 @contextmanager
 def full_backlog(family: int, where: Any) -> Generator[socket.socket]:
-    """A socket that listens, and that has so many connections to accept that it takes no more."""
+    """Yield a listening socket whose backlog is full, so that it takes no more connections."""
     waiting: list[socket.socket] = []
     with socket.socket(family) as listener:
         listener.bind(where)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bokbok_trio._protocol.options import MAX_OWN_OPTIONS_SIZE, ROOM
 
 fields = st.binary(max_size=40)
-"""What arrives as one field."""
+"""A field as it arrives."""
 
 user_fields = st.one_of(
     fields,
@@ -17,18 +17,18 @@ user_fields = st.one_of(
     fields.map(lambda field: memoryview(field)),  # noqa: PLW0108  (mypy cannot infer the class)
     st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
 )
-"""What a user may give as one field."""
+"""A field as a user may give it."""
 
 packets = st.lists(fields, max_size=8) | st.lists(st.binary(max_size=2), max_size=255)
-"""Packets, as lists of fields: mostly small ones."""
+"""Packets as lists of fields, mostly small ones."""
 
 
 option_names = st.text("abcdefghijklmnopqrstuvwxyz0123456789./-", min_size=1, max_size=32)
-"""Every name that an option may have, grease too."""
+"""All names that an option may have, names of grease included."""
 
 
 def options() -> st.SearchStrategy[dict[str, bytes]]:
-    """Options that a side may declare, without meaning: they leave room for grease."""
+    """Options without a meaning that a side may declare. They leave room for the grease."""
     names = option_names.filter(lambda name: not name.startswith("grease.") and name != ROOM)
     each = st.dictionaries(names, st.binary(max_size=20), max_size=7)
     return each.filter(
@@ -37,12 +37,12 @@ def options() -> st.SearchStrategy[dict[str, bytes]]:
 
 
 def chunked(data: bytes) -> st.SearchStrategy[list[bytes]]:
-    """The same bytes in pieces, some perhaps empty."""
+    """Some bytes cut into chunks, of which some may be empty."""
     cuts = st.lists(st.integers(0, len(data)), max_size=12).map(sorted)
     return cuts.map(lambda at: [data[i:j] for i, j in itertools.pairwise([0, *at, len(data)])])
 
 
 def packet_bytes(packet: list[bytes]) -> bytes:
-    """A packet on the wire, written down a second time, so that the tests have something to compare with."""
+    """Encode a packet a second way, so that tests can compare the two."""
     body = bytes([len(packet)]) + b"".join(len(field).to_bytes(4, "big") + field for field in packet)
     return len(body).to_bytes(4, "big") + body

@@ -1,4 +1,4 @@
-"""What tests of calls from other threads share: stories, threads left over, and Ctrl-C at any step."""
+"""Helpers for tests of calls from other threads: stories, threads that remain, and Ctrl-C at any step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import FrameType
 
 
 class Story:
-    """What the server's handlers tell, to be waited for from another thread."""
+    """The story that the handlers of a server tell. Another thread can wait for each part."""
 
     def __init__(self) -> None:
         self._told: queue.SimpleQueue[object] = queue.SimpleQueue()
@@ -30,7 +30,7 @@ class Story:
 
 
 def no_thread_but(known: set[threading.Thread]) -> None:
-    """Threads end soon after those that wanted them."""
+    """Check that all threads but the known ones end soon."""
     deadline = time.monotonic() + 5
     while set(threading.enumerate()) - known:
         assert time.monotonic() < deadline, threading.enumerate()
@@ -38,7 +38,7 @@ def no_thread_but(known: set[threading.Thread]) -> None:
 
 
 def in_child(act: Callable[[], object], patience: float = 60) -> str:
-    """Do something in a forked child, in its main thread, and return what it returned there, as a text."""
+    """Call a function in the main thread of a forked child, and return its result as a text."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -60,7 +60,7 @@ def in_child(act: Callable[[], object], patience: float = 60) -> str:
 
 
 class Interrupter:
-    """Raises SIGINT once in the main thread, before its so-manieth step of Python."""
+    """Raises SIGINT once in the main thread, before the `at`-th step of the interpreter."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -76,7 +76,7 @@ class Interrupter:
 
 
 def sweep(use: Callable[[], object], count: int) -> str:
-    """Interrupt it at so many of its steps, and tell what went wrong."""
+    """Interrupt a function at `count` of its steps, chosen at random. Return what went wrong, or "fine"."""
     use()
     tracer = Interrupter(0)
     sys.settrace(tracer)
@@ -98,5 +98,5 @@ def sweep(use: Callable[[], object], count: int) -> str:
         try:
             no_thread_but(known)
         except AssertionError:
-            return f"a thread is left by step {at}"
+            return f"a thread remains after an interrupt at step {at}"
     return "fine"
