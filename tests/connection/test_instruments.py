@@ -990,8 +990,8 @@ async def test_whatever_happens_each_request_that_starts_ends_once(
                 ends: list[Callable[[], object]] = [
                     client.drain,
                     server.drain,
-                    partial(client._fail, "by chance"),
-                    partial(server._fail, "by chance"),
+                    partial(client._ending.fail, "by chance"),
+                    partial(server._ending.fail, "by chance"),
                     partial(nursery.start_soon, client.aclose),
                     partial(nursery.start_soon, server.aclose),
                 ]
