@@ -63,7 +63,7 @@ class _Receiving(Iterator[_T]):
         Raises:
             trio.EndOfChannel: there are no more.
         """
-        return self._loop.call(self._receive, timeout, self._held.place)
+        return self._loop.call(self._receive, timeout, self._held.calls)
 
     def __next__(self) -> _T:
         try:
@@ -96,15 +96,15 @@ class Channel(_Receiving[list[bytes]]):
 
     def send(self, item: Fields, *, timeout: float | None = None) -> None:
         """Send an item, as soon as the other side has room; see `bokbok_trio.Channel.send`."""
-        self._loop.call(partial(self._channel.send, item), timeout, self._held.place)
+        self._loop.call(partial(self._channel.send, item), timeout, self._held.calls)
 
     def end(self) -> None:
         """Send no more items; receiving goes on."""
-        self._loop.call(self._channel.end, None, self._held.place)
+        self._loop.call(self._channel.end, None, self._held.calls)
 
     def answer(self, *, timeout: float | None = None) -> list[bytes]:
         """Wait for the answer of the handler over there; see `bokbok_trio.Channel.answer`."""
-        return self._loop.call(self._channel.answer, timeout, self._held.place)
+        return self._loop.call(self._channel.answer, timeout, self._held.calls)
 
 
 @final
@@ -172,7 +172,7 @@ class Connection:
                 may have a shorter limit of its own.
         """
         manager = self.connection.open_channel(fields, context=context)
-        held = Held(self.portal._loop, manager, timeout, self._held.place)
+        held = Held(self.portal._loop, manager, timeout, self._held.calls)
         with held as channel:
             yield Channel(self, held, channel)
 
@@ -240,7 +240,7 @@ class Connection:
         """
         if not hasattr(stream, "__aenter__"):
             raise TypeError(f"{stream!r} is no stream; pass what a method that streams its results returned")
-        held = Held(self.portal._loop, stream, timeout, self._held.place)
+        held = Held(self.portal._loop, stream, timeout, self._held.calls)
         with held as items:
             yield Stream(self, held, items.receive)
 
@@ -255,7 +255,7 @@ class Connection:
 
         Keyword arguments go by `functools.partial`, as in Trio.
         """
-        return self.portal._loop.call(bind(function, *args), timeout, self._held.place)
+        return self.portal._loop.call(bind(function, *args), timeout, self._held.calls)
 
     def submit(
         self, function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts, timeout: float | None = None
@@ -267,7 +267,7 @@ class Connection:
             futures = [c.submit(c.connection.request, ["ping", str(n)]) for n in range(100)]
             answers = [future.result() for future in futures]
         """
-        return self.portal._loop.submit(bind(function, *args), timeout, self._held.place)
+        return self.portal._loop.submit(bind(function, *args), timeout, self._held.calls)
 
     def close(self) -> None:
         """Close it, and the thread that it has for itself. Again it does nothing."""

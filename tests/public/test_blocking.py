@@ -38,7 +38,8 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._portal import Latch, Loop, _stop_all
+from bokbok_trio._portal_call import Latch
+from bokbok_trio._portal_loop import Loop, _stop_all
 from bokbok_trio.blocking import Portal, connect
 from tests.support.helpers import documented_code
 from tests.support.threads import Story, in_child, no_thread_but, sweep
@@ -512,7 +513,7 @@ def test_a_thread_that_cannot_run_trio_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_crash_of_trio_ends_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bokbok_trio._portal.WAKE_EVERY", 0.01)
+    monkeypatch.setattr("bokbok_trio._portal_call.WAKE_EVERY", 0.01)
 
     async def crash() -> None:
         await trio.lowlevel.wait_task_rescheduled(lambda _: None)  # type: ignore[arg-type, return-value]
@@ -538,7 +539,7 @@ def test_a_run_that_ends_without_its_calls_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The same, without what Trio leaves lying about when it crashes."""
-    monkeypatch.setattr("bokbok_trio._portal.WAKE_EVERY", 0.01)
+    monkeypatch.setattr("bokbok_trio._portal_call.WAKE_EVERY", 0.01)
     run = trio.run
 
     def crash(*args: Any) -> None:
@@ -546,7 +547,7 @@ def test_a_run_that_ends_without_its_calls_is_logged(
         raise trio.TrioInternalError("simulated")
 
     monkeypatch.setattr(trio, "run", crash)
-    monkeypatch.setattr("bokbok_trio._portal.Call._end", lambda _: None)
+    monkeypatch.setattr("bokbok_trio._portal_call.Call._end", lambda _: None)
     portal = Portal()
     has_begun = threading.Event()
 
@@ -602,7 +603,7 @@ def test_at_exit_what_is_open_is_closed(server: Server) -> None:
 
 
 def test_a_block_that_will_not_end_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bokbok_trio._portal.CLOSE_GRACE", 0.05)
+    monkeypatch.setattr("bokbok_trio._portal_loop.CLOSE_GRACE", 0.05)
     story: list[str] = []
 
     @asynccontextmanager
