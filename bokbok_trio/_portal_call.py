@@ -1,8 +1,8 @@
 """`Call`: an async function that runs in the Trio thread for another thread, which waits for a `Latch`.
 
-Ctrl-C interrupts the caller between any two steps. So the Trio thread and the caller share a plain lock, which
-the Trio thread releases and never waits for. A condition of `threading` would not do: an interrupted thread
-may leave it locked, and the Trio thread would wait for it for ever.
+Ctrl-C interrupts the caller between any two steps. So the Trio thread and the caller share a plain lock,
+which the Trio thread releases and never waits for. A condition of `threading` would not do: an interrupted
+thread may leave it locked, and the Trio thread would wait for it for ever.
 """
 
 from __future__ import annotations
