@@ -197,6 +197,14 @@ def check_backlog(backlog: object) -> None:
         raise ValueError(f"backlog must be at least 0, not {backlog}")
 
 
+def check_repeats(repeats: object) -> None:
+    """Check how often a request may be repeated."""
+    if not isinstance(repeats, int):
+        raise TypeError(f"max_repeats must be an int, not {type(repeats).__name__}")
+    if repeats < 0:
+        raise ValueError(f"max_repeats must be at least 0, not {repeats}")
+
+
 def check_unix_mode(mode: object) -> None:
     """Check the permissions of a UNIX socket's file."""
     if not isinstance(mode, int):

@@ -94,4 +94,6 @@ def find_handler(
 
 
 def _added_handlers(connection: Connection | ReconnectingConnection) -> AddedHandlers:
-    return connection._handlers.added if isinstance(connection, Connection) else connection._added_handlers
+    if isinstance(connection, Connection):
+        return connection._handlers.added
+    return connection._dialler.added_handlers

@@ -32,7 +32,8 @@ from bokbok_trio import (
     serve,
 )
 from bokbok_trio._addresses import Address
-from bokbok_trio._reconnecting import MAX_BACKOFF, MAX_CONNECTIONS, MIN_BACKOFF, _jitter
+from bokbok_trio._backoff import MAX_BACKOFF, MIN_BACKOFF, jitter
+from bokbok_trio._dialler import MAX_CONNECTIONS
 from bokbok_trio.testing import FaultyStream, MemoryListener
 from tests.support.helpers import RawPeer, busy_handler, echo, settle
 
@@ -97,7 +98,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     network = Network()
     monkeypatch.setattr("bokbok_trio._client.dial", network.dial)
     # The longest waits there are, so that times can be told.
-    monkeypatch.setattr("bokbok_trio._reconnecting._jitter", lambda _least, longest: longest)
+    monkeypatch.setattr("bokbok_trio._backoff.jitter", lambda _least, longest: longest)
     return network
 
 
@@ -325,7 +326,7 @@ async def test_another_failure_is_raised_at_first_and_reported_later(
 
 def test_waits_are_random_between_the_least_and_the_limit() -> None:
     for longest in (2 * MIN_BACKOFF, 1.0, MAX_BACKOFF):
-        waits = [_jitter(MIN_BACKOFF, longest) for _ in range(1000)]
+        waits = [jitter(MIN_BACKOFF, longest) for _ in range(1000)]
         assert MIN_BACKOFF <= min(waits) < MIN_BACKOFF + longest / 10
         assert longest * 0.9 < max(waits) <= longest
 
@@ -521,12 +522,12 @@ async def test_requests_wait_for_the_next_connection_under_their_own_deadlines(
                 await ask("impatient")
             assert scope.cancelled_caught
             assert trio.current_time() == 1
-            assert len(client._changed) == 1
+            assert len(client._dialler._changed) == 1
             network.listeners[A] = listener
         assert trio.current_time() == pytest.approx(1.4)
         assert answers == [[b"patient"]]
         assert ran == [b"patient"]
-        assert len(client._changed) == 0
+        assert len(client._dialler._changed) == 0
 
 
 async def test_a_request_that_may_have_run_is_sent_again_only_if_idempotent(
@@ -820,7 +821,7 @@ async def test_a_request_cancelled_at_any_step_disturbs_nobody(
                 cancelled += scope.cancelled_caught
                 assert ran.count(b"other") == 1
                 assert ran.count(b"mine") <= 1
-                assert len(client._changed) == 0
+                assert len(client._dialler._changed) == 0
                 assert client.connection
                 assert client.connection._calls._calls == {}
     assert (0 < cancelled < rounds) if connected else (cancelled == rounds)
@@ -896,7 +897,7 @@ async def test_while_the_old_connection_drains_the_next_is_used_already(
             assert trio.current_time() == 5
             await settle()
             assert first.closed
-            assert client._connections == {client.connection}
+            assert client._dialler.connections == {client.connection}
     assert "done with the connection with 127.0.0.1:1: it is draining" in caplog.text
 
 
@@ -1038,7 +1039,7 @@ async def test_connections_that_do_not_end_are_bounded(
         async with open_reconnecting(A, settings=Settings(ping_after=math.inf)) as client:
             with trio.move_on_after(10_000):
                 await client.request(["x"])
-            assert len(network.dialled) == len(client._connections) == MAX_CONNECTIONS
+            assert len(network.dialled) == len(client._dialler.connections) == MAX_CONNECTIONS
             assert network.times[:4] == [0, 0.2, 0.6, 1.4]
             assert caplog.text.count("16 connections have not ended; waiting") == 1
             await network.cut(3)
@@ -1421,14 +1422,14 @@ async def test_a_connection_that_is_opened_too_late_is_closed(
     """It comes back from its handshake in the very step in which this side closes."""
     async with network.server() as server, open_reconnecting(A) as client:
         opened: list[Connection] = []
-        connect = client._connect
+        connect = client._dialler._connect
 
         async def connect_and_close(address: Address) -> Connection:
             opened.append(await connect(address))
-            client._close()
+            client._dialler.close()
             return opened[0]
 
-        client._connect = connect_and_close
+        client._dialler._connect = connect_and_close
         await drop(server)
         with pytest.raises(ConnectionClosed):
             await client.request(["ping", "x"])
