@@ -1,6 +1,6 @@
 """When to try again: how long a dialler waits between addresses, and a request between connections. No I/O.
 
-A try **worked** if the peer spoke on its connection, by an answer or a request, or if the connection lasted for
+A try **worked** if the peer spoke on its connection, by an answer or a request, or if it lasted for
 `STEADY` seconds. Then the next address is dialled at once when the connection has ended.
 
 Every other try counts. After as many of these in a row as there are addresses, the dialler waits. It waits

@@ -476,7 +476,7 @@ async def test_a_channel_whose_connection_is_closed_as_it_opens(
             if who == "connection":
                 self._close("closed at that moment")
             else:
-                client._close()
+                client._dialler.close()
         return may_ask(self, depth)
 
     async with (
