@@ -192,7 +192,7 @@ class Places:
         Returns:
             The place, which the caller must leave in the end; None: there is none.
         """
-        # Displaced clients end at once, unless their streams are slow to close: the application may supply these.
+        # Displaced clients end at once, unless their streams, which the application may supply, close slowly.
         if len(self._unfinished) >= 2 * self._most:
             return None
         if len(self._unfinished) - self._displaced >= self._most:

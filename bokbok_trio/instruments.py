@@ -48,8 +48,8 @@ Direction: TypeAlias = Literal["in", "out"]
 """``"in"``: the peer sent it. ``"out"``: this side sent it."""
 
 HandshakeOutcome: TypeAlias = Literal["ok", "refused", "authentication", "failed", "cancelled"]
-"""``"refused"``: the server had no room, or is stopping. ``"authentication"``: the user and key, or the
-process, were refused. ``"failed"``: any other error."""
+"""``"refused"``: the server had no room, or is stopping. ``"authentication"``: an `AuthenticationError`.
+``"failed"``: any other error."""
 
 RequestOutcome: TypeAlias = Literal["ok", "error", "cancelled", "timeout", "lost"]
 """How a request ended.
