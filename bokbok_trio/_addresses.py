@@ -223,6 +223,6 @@ def check_dialable(address: Address, *, insecure: bool) -> None:
     if isinstance(address, UnixAddress):
         return
     if not address.host or not address.port:
-        raise AddressError(f"{address} can be listened on, and not dialled: give a host and a port")
+        raise AddressError(f"{address} is for listening and cannot be dialled: give a host and a port")
     if not insecure and is_literal(address.host):
         require_loopback(address)

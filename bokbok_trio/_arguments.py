@@ -214,7 +214,7 @@ def check_unix_mode(mode: object) -> None:
             f"unix_mode must be 0 to 0o777, not {mode}, which is {oct(mode)}: octal numbers begin with 0o"
         )
     if not mode & OWNER_MAY_WRITE:
-        raise ValueError(f"unix_mode {oct(mode)} lets not even the file's owner connect: use 0o600 or more")
+        raise ValueError(f"unix_mode {oct(mode)} does not let the file's owner connect: use 0o600 or more")
 
 
 def check_grace(grace: object) -> None:

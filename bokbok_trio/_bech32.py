@@ -72,10 +72,10 @@ def decode(prefix: str, text: str) -> list[int]:
         raise ValueError(f"it has {len(text)} characters")
     for position, character in enumerate(text[start:], start + 1):
         if character not in _VALUES:
-            raise ValueError(f"character {position} is none that can be there, as 1, b, i and o cannot")
+            raise ValueError(f"character {position} cannot be there: 1, b, i and o never can")
     values = [_VALUES[character] for character in text[start:]]
     if _remainder(prefix, values) != _CHECKSUM:
-        raise ValueError("the checksum does not fit, so a character is wrong, missing, or one too many")
+        raise ValueError("the checksum is wrong: a character is wrong, missing, or one too many")
     return values[:-_CHECKSUM_SIZE]
 
 

@@ -74,7 +74,7 @@ def add_handler(
         ValueError: requests with this first field have an added handler already.
     """
     if not isinstance(handler, CombinedHandler):
-        raise TypeError(f"a handler to be added has handle_request and handle_channel; {handler!r} has not")
+        raise TypeError(f"handler must have handle_request and handle_channel, unlike {handler!r}")
     if not isinstance(first_field, bytes):
         raise TypeError(f"the first field of requests is bytes, not {first_field!r}")
     handlers = _added_handlers(connection)

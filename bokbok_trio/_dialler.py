@@ -98,7 +98,7 @@ class Dialler:
                 await trio.lowlevel.checkpoint()
                 raise ConnectionClosed(CLOSED)
             if any(map(current_task_is_under, self._opening)):
-                raise RuntimeError("an open handler asks the connection that it was given")
+                raise RuntimeError("an open handler must send requests over the connection that it was given")
             await self._changed.park()
         return connection
 

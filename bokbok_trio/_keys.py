@@ -340,7 +340,7 @@ def _prepare(passphrase: str, user: str) -> Callable[[], bytes]:
         except SodiumError:
             size = ARGON2ID_MEMORY // 2**20
             raise MemoryError(
-                f"to derive a key takes {size} MiB of memory, which the system does not give"
+                f"deriving a key takes {size} MiB of memory, which the system did not give"
             ) from None
 
     return derive

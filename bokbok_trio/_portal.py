@@ -33,6 +33,7 @@ class Held(AbstractContextManager[_T]):
         manager: the block.
         timeout: seconds that the block may last; None for no limit.
         outer: the calls of the block around this one, which ends with them; None: there is no such block.
+        name: what the block is, for errors.
 
     Attributes:
         calls: calls that end with the block at the latest.
@@ -44,10 +45,13 @@ class Held(AbstractContextManager[_T]):
         manager: AbstractAsyncContextManager[_T],
         timeout: float | None,
         outer: CallGroup | None = None,
+        *,
+        name: str = "block",
     ) -> None:
         self.calls = CallGroup(self._make_error)
         self._loop = loop
         self._manager = manager
+        self._name = name
         self._values: list[_T] = []
         self._entered = Latch()
         self._left = trio.Event()
@@ -91,7 +95,9 @@ class Held(AbstractContextManager[_T]):
     # ---- in the Trio thread ----
 
     def _make_error(self) -> Exception:
-        return self._call.make_timeout() if self._call.is_late() else ConnectionClosed("it was closed")
+        if self._call.is_late():
+            return self._call.make_timeout()
+        return ConnectionClosed(f"the {self._name} was closed")
 
     async def _hold(self) -> None:
         value = await self._manager.__aenter__()
@@ -138,7 +144,7 @@ def bind(function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts) -> Callable[[],
     """
     if isinstance(function, Coroutine):
         function.close()
-        raise TypeError("pass an async function and its arguments, and not what it returned: call(f, 1)")
+        raise TypeError("pass an async function and its arguments, and not a coroutine: call(f, 1)")
     return partial(function, *args)
 
 

@@ -128,7 +128,9 @@ class Loop:
 
     def make_error(self) -> Exception:
         """Make the error of a call that finds the run ended."""
-        return ConnectionClosed("it was closed" if self._failure is None else "its Trio thread has crashed")
+        if self._failure is None:
+            return ConnectionClosed("the portal was closed")
+        return ConnectionClosed("the Trio thread of the portal has crashed")
 
     def give_up(self, call: Call[Any]) -> None:
         """Cancel a call, and wait until it has ended."""

@@ -126,7 +126,7 @@ class Settings:
 
 def _check_instruments(instruments: object) -> tuple[Instrument, ...]:
     if not isinstance(instruments, Sequence):
-        raise TypeError(f"instruments must be a list of them, not {type(instruments).__name__}")
+        raise TypeError(f"instruments must be a list of instruments, not {type(instruments).__name__}")
     found: list[Instrument] = []
     for each in cast("Sequence[object]", instruments):
         if not isinstance(each, Instrument):

@@ -212,7 +212,7 @@ class bare_nursery:  # noqa: N801  (as `trio.open_nursery`)
         task = trio.lowlevel.current_task()
         if not task.child_nurseries or task.child_nurseries[-1] is not self._nursery:
             raise RuntimeError(
-                "this block is left in another task than it was entered in, or not in turn; "
+                "this block was left in another task than it was entered in, or before a later block; "
                 "close a generator that has it open by `contextlib.aclosing`"
             )
         try:

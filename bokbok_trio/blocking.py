@@ -201,7 +201,7 @@ class Connection:
                 call may have a shorter limit.
         """
         manager = self.connection.open_channel(fields, context=context)
-        held = Held(self.portal._loop, manager, timeout, self._held.calls)
+        held = Held(self.portal._loop, manager, timeout, self._held.calls, name="channel")
         with held as channel:
             yield Channel(self, held, channel)
 
@@ -271,8 +271,8 @@ class Connection:
             Exception: any error of the method, after the items before it; and the errors of `call`.
         """
         if not hasattr(stream, "__aenter__"):
-            raise TypeError(f"{stream!r} is no stream; pass what a method that streams its results returned")
-        held = Held(self.portal._loop, stream, timeout, self._held.calls)
+            raise TypeError(f"{stream!r} is not a stream: pass the result of a method that streams")
+        held = Held(self.portal._loop, stream, timeout, self._held.calls, name="stream")
         with held as items:
             yield Stream(self, held, items.receive)
 
@@ -372,7 +372,7 @@ def connect(
         close_handler=close_handler,
         settings=settings,
     )
-    held = Held(portal._loop, manager, None)
+    held = Held(portal._loop, manager, None, name="connection")
     try:
         return Connection(portal, held, held.__enter__(), owns=owns)
     except BaseException:

@@ -173,8 +173,8 @@ async def receive_file(
     When it returns, the file is at `path`, and has replaced an earlier file there in one step. If it raises,
     or is cancelled, `path` is unchanged, and the received part stays in ``path + ".part"``, where the next
     call resumes. Only an error in the very last steps, after the file got its name, leaves the file in place:
-    when the name is synced to the disk, or the other side is told. If the disk fails to keep the part, the
-    part is removed.
+    when the name is synced to the disk, or the other side is told. A part with the wrong
+    digest, or one that the disk fails to keep, is removed.
 
     Arguments:
         channel: the channel to the other side.
@@ -219,7 +219,7 @@ async def receive_file(
         while done < size:
             [data] = await _receive(channel, b"data", 1)
             if not 1 <= len(data) <= size - done:
-                raise TransferError(f"{len(data)} bytes came where 1 to {size - done} were to come")
+                raise TransferError(f"the other side sent {len(data)} bytes instead of 1 to {size - done}")
             await _in_thread(_write, fd, hasher, done, data)
             done += len(data)
             _report(progress, done, size)
@@ -240,17 +240,17 @@ async def _receive(channel: _Channel, kind: bytes, count: int) -> list[bytes]:
     try:
         got, *fields = await channel.receive()
     except trio.EndOfChannel:
-        raise TransferError(f"the other side ended, where {kind.decode()!r} was to come") from None
+        raise TransferError(f"the other side ended instead of sending {kind.decode()!r}") from None
     except ValueError:
         got, fields = b"", []
     if got != kind or len(fields) != count:
-        raise TransferError(f"the other side said {got[:20]!r}, where {kind.decode()!r} was to come")
+        raise TransferError(f"the other side sent {got[:20]!r} instead of {kind.decode()!r}")
     return fields
 
 
 def _number(text: bytes) -> int:
     if _NUMBER.fullmatch(text) is None:
-        raise TransferError(f"the other side sent {text[:20]!r}, which is no number")
+        raise TransferError(f"the other side sent {text[:20]!r}, which is not a number")
     return int(text)
 
 

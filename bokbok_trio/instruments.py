@@ -276,7 +276,7 @@ class LogInstrument(Instrument):
         connection = event.connection
         number = self._numbers[connection] = next(self._counter)
         self._logger.debug(
-            "connection %d is opened: a %s's, with %s, user %r",
+            "connection %d is open: this side is the %s, the peer is %s, user %r",
             *(number, connection.side, connection.address, connection.user),
         )
 

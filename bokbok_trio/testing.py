@@ -321,7 +321,7 @@ class Faults:
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse an impossible value at once, where the test sets it."""
         if name in {"rate", "most"} and value is not None and not cast("float", value) > 0:
-            raise ValueError(f"{name} must be over 0, not {value}; where nothing is to pass, call stall")
+            raise ValueError(f"{name} must be over 0, not {value}; to let nothing pass, call stall")
         if name == "delay" and not 0 <= cast("float", value) < math.inf:
             raise ValueError(f"delay must be at least 0 seconds, not {value}")
         super().__setattr__(name, value)

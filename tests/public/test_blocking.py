@@ -177,7 +177,7 @@ def test_it_closes_by_its_block_or_by_close(server: Server, by_block: bool) -> N
             c.close()
     assert c.connection.closed
     for call in (c.ping, lambda: c.request(["x"]), lambda: c.submit(c.connection.ping)):
-        with pytest.raises(ConnectionClosed, match="it was closed"):
+        with pytest.raises(ConnectionClosed, match="was closed"):
             call()
 
 
@@ -239,7 +239,7 @@ def test_calls_of_other_threads_end_when_it_is_closed(server: Server) -> None:
             assert STORY.next() == float("inf")
         c.close()
         for each in waiting:
-            with pytest.raises(ConnectionClosed, match="it was closed"):
+            with pytest.raises(ConnectionClosed, match="was closed"):
                 each.result(timeout=10)
             assert STORY.next() == "cancelled"
 
@@ -402,9 +402,9 @@ def test_a_portal_calls_anything_async() -> None:
         with pytest.raises(TimeoutError):
             portal.call(trio.sleep_forever, timeout=0.01)
     portal.close()
-    with pytest.raises(ConnectionClosed, match="it was closed"):
+    with pytest.raises(ConnectionClosed, match="was closed"):
         portal.call(trio.sleep, 0)
-    with pytest.raises(ConnectionClosed, match="it was closed"), portal.enter(open_connection("x:1")):
+    with pytest.raises(ConnectionClosed, match="was closed"), portal.enter(open_connection("x:1")):
         raise AssertionError
 
 
@@ -532,7 +532,7 @@ def test_a_crash_of_trio_ends_all_calls(monkeypatch: pytest.MonkeyPatch) -> None
             told.append(str(exc))
         return "; ".join(told)
 
-    assert in_child(act) == "; ".join(["its Trio thread has crashed"] * 3)
+    assert in_child(act) == "; ".join(["the Trio thread of the portal has crashed"] * 3)
 
 
 def test_a_run_that_ends_without_its_calls_is_logged(
@@ -559,7 +559,7 @@ def test_a_run_that_ends_without_its_calls_is_logged(
         waiting = pool.submit(portal.call, wait)
         assert has_begun.wait(10)
         pool.submit(portal.close)
-        with pytest.raises(ConnectionClosed, match="its Trio thread has crashed"):
+        with pytest.raises(ConnectionClosed, match="the Trio thread of the portal has crashed"):
             waiting.result(timeout=10)
     assert "the Trio thread of a portal has crashed" in caplog.text
 
