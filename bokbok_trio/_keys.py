@@ -302,8 +302,8 @@ async def passphrase_to_key(passphrase: str, user: str) -> Key:
 
     Arguments:
         passphrase: text, not empty. It is converted to normal form C, because keyboards differ.
-        user: the user's name, 1 to 255 bytes of UTF-8. The salt is ``blake2b(user, 16 bytes, "bokbok1
-            argon2id")``.
+        user: the user's name, 1 to 255 bytes of UTF-8. It makes the salt:
+            ``blake2b(user, 16 bytes, "bokbok1 argon2id")``.
 
     Raises:
         TypeError: an argument is not a str.

@@ -31,8 +31,8 @@ from ._sockets import Target, close_all, listener_address, require_credentials, 
 from ._unix_listener import listen_unix
 
 MAX_BACKLOG: Final = 2**16 - 1
-"""Connections that may wait to be accepted, unless the user asks for fewer: it leaves the choice to the limit
-of the system. Some systems keep the number in 16 bits."""
+"""Connections that may wait to be accepted, if the user names no number: so many that the system's own limit
+holds. Some systems keep the number in 16 bits."""
 
 PORT_TRIES: Final = 10
 """How often to look for a port that is free at all addresses of a name, if the system chooses the port."""

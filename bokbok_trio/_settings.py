@@ -53,7 +53,7 @@ class Settings:
         handshake_timeout: seconds for the whole handshake, more than 0; `math.inf` for no limit.
         ping_after: seconds of silence after which the peer is pinged, more than 0.
         ping_timeout: seconds that the peer then has to send anything, more than 0; otherwise the connection
-            is lost. So it is by a send that takes as long as both times together. With `math.inf` for either
+            is lost. A send that takes as long as both times together loses it too. With `math.inf` for either
             time, none of this is checked, nor is `least_rate`.
         describe_error: a function that takes the exception of a handler, and returns the text for its asker.
             It is for applications that do not want to show their inside. None for ``Type: message``.

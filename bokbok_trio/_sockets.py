@@ -39,8 +39,8 @@ STAGGER: Final = 0.25
 Delay" that RFC 8305 recommends, and that Trio uses."""
 
 BACKLOG_POLL: Final = 0.02
-"""Seconds between attempts to connect to a UNIX socket with a full backlog. The system does not tell when it
-has room.
+"""Seconds between attempts to connect to a UNIX socket with a full backlog, whose end the system does not
+tell.
 """
 
 UCRED: Final = struct.Struct("@iII")
@@ -218,8 +218,8 @@ _CONNECTING: Final = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
 async def _connect(family: int, where: str | tuple[object, ...]) -> trio.socket.SocketType:
     """Connect a new socket. It waits only if the system does not connect at once, as it does over loopback.
 
-    A literal address comes here without a look-up, a nursery or a task, which would take a good part of the
-    time.
+    For a literal address this is called without a look-up, a nursery or a task, because they take long beside
+    it.
     """
     ours = socket.socket(family, socket.SOCK_STREAM)
     sock = trio.socket.from_stdlib_socket(ours)
@@ -335,7 +335,7 @@ class PeerCredentials:
 
 
 def stream_credentials(stream: trio.abc.Stream) -> PeerCredentials | None:
-    """Return the process at the other end of a UNIX socket; None: the stream is another, or the system not
+    """Return the process at the other end of a UNIX socket; None for other streams and other systems than
     Linux.
     """
     if sys.platform != "linux" or not isinstance(stream, trio.SocketStream):

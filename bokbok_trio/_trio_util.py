@@ -1,5 +1,4 @@
-"""Exceptions, nurseries, cancellation and Ctrl-C: which exceptions leave a nursery of the library, and as
-what.
+"""Exceptions, nurseries, cancellation and Ctrl-C, where the library and the user's code meet.
 
 Trio wraps the exceptions that leave a nursery in an exception group. A user who writes ``async with
 open_connection(...)`` did not ask for a nursery. So an exception of the body must leave the block as itself,

@@ -201,9 +201,8 @@ def _bind(path: str, backlog: int, mode: int) -> tuple[socket.socket, tuple[int,
     try:
         with _name_path(path):
             if sys.platform == "linux":
-                os.fchmod(
-                    sock.fileno(), mode
-                )  # bind() gives the file this mode, without the bits of the umask
+                # bind() gives the file the mode of the socket, less the umask.
+                os.fchmod(sock.fileno(), mode)
             sock.bind(path)
             status = os.lstat(path)
             if stat.S_ISSOCK(status.st_mode):
