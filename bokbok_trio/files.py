@@ -173,8 +173,8 @@ async def receive_file(
     When it returns, the file is at `path`, and has replaced an earlier file there in one step. If it raises,
     or is cancelled, `path` is unchanged, and the received part stays in ``path + ".part"``, where the next
     call resumes. Only an error in the very last steps, after the file got its name, leaves the file in place:
-    when the name is synced to the disk, or the other side is told. A part with the wrong
-    digest, or one that the disk fails to keep, is removed.
+    when the name is synced to the disk, or the other side is told. A part with the wrong digest, or one that
+    the disk fails to keep, is removed.
 
     Arguments:
         channel: the channel to the other side.
