@@ -4,9 +4,9 @@ A try **worked** if the peer spoke on its connection, by an answer or a request,
 `STEADY` seconds. Then the next address is dialled at once when the connection has ended.
 
 Every other try counts. After as many of these in a row as there are addresses, the dialler waits. It waits
-longer where a handshake broke off than where no server was: the server may have no room, and clients that
-come back soon are what it can bear least. But a server that was killed, or a link that failed, looks the
-same. So a handshake that broke off makes only one wait longer.
+longer where a handshake broke off than where no server was: the server may have no room, and then clients
+should not come back soon. But a server that was killed, or a link that failed, looks the same. So a handshake
+that broke off makes only one wait longer.
 
 A request that may run twice may also be the one that kills each server. So it is repeated a bounded number of
 times, each after a longer pause, in which other requests use the new connection.
