@@ -139,10 +139,10 @@ class Server:
         self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace)
         if self._admission.is_stopping:
             return
+        self._admission.stop()
         self._accepting.cancel()
         for connection in self._connections:
             connection.drain()
-        self._admission.stop()
 
     async def wait_stopped(self) -> None:
         """Wait until all connections are closed and all handlers have ended.
