@@ -24,6 +24,7 @@ from bokbok_trio import (
     open_server,
     serve,
 )
+from bokbok_trio._admission import Admission
 from bokbok_trio._protocol.handshake import MAX_REASON_SIZE
 from bokbok_trio.testing import MemoryListener
 
@@ -193,12 +194,12 @@ async def test_a_user_with_the_longest_name_is_told_of_its_bound_too(
 
 
 def test_what_a_refused_client_is_told_fits() -> None:
-    server = Server.__new__(Server)
-    server._stopping = False
-    server._admitted, server._max_connections = 5, 10**18
-    server._settings = Settings(max_connections_per_user=10**60)
-    server._of_user = {"u": 10**60}  # type: ignore[assignment]
-    refusal = server._find_refusal("u")
+    admission = Admission.__new__(Admission)
+    admission.is_stopping = False
+    admission.admitted, admission.max_connections = 5, 10**18
+    admission._settings = Settings(max_connections_per_user=10**60)
+    admission._of_user = {"u": 10**60}  # type: ignore[assignment]
+    refusal = admission.find_refusal("u")
     assert refusal is not None
     assert len(refusal.message.encode()) <= MAX_REASON_SIZE
 

@@ -24,7 +24,7 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._accepting import fit_descriptors
+from bokbok_trio._admission import fit_descriptors
 from bokbok_trio._errors import HandshakeError
 from bokbok_trio._protocol.budget import COUNTED, MIN_WINDOW, Budget, Room
 from bokbok_trio._protocol.events import Answer, Failure, Request

@@ -18,7 +18,8 @@ import pytest
 import trio
 
 from bokbok_trio import Connection, Server, open_server
-from bokbok_trio._portal import Latch, Loop
+from bokbok_trio._portal_call import Latch
+from bokbok_trio._portal_loop import Loop
 from bokbok_trio.blocking import Portal, connect
 
 from ..support.blocking_server import KEY, channel_handler, dial, handler
@@ -64,7 +65,7 @@ def test_at_exit_what_is_open_is_closed(server: Server) -> None:
 
 
 def test_a_block_that_will_not_end_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bokbok_trio._portal.CLOSE_GRACE", 0.05)
+    monkeypatch.setattr("bokbok_trio._portal_loop.CLOSE_GRACE", 0.05)
     story: list[str] = []
 
     @asynccontextmanager

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from bokbok_trio import Connection, ConnectionClosed, Server, Settings, open_connection
-from bokbok_trio._portal import Loop
+from bokbok_trio._portal_loop import Loop
 from bokbok_trio.blocking import Portal
 
 from ..support.blocking_server import dial
@@ -49,9 +49,9 @@ def test_a_portal_calls_anything_async() -> None:
         with pytest.raises(TimeoutError):
             portal.call(trio.sleep_forever, timeout=0.01)
     portal.close()
-    with pytest.raises(ConnectionClosed, match="it was closed"):
+    with pytest.raises(ConnectionClosed, match="was closed"):
         portal.call(trio.sleep, 0)
-    with pytest.raises(ConnectionClosed, match="it was closed"), portal.enter(open_connection("x:1")):
+    with pytest.raises(ConnectionClosed, match="was closed"), portal.enter(open_connection("x:1")):
         raise AssertionError
 
 
@@ -163,7 +163,7 @@ def test_a_thread_that_cannot_run_trio_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_crash_of_trio_ends_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bokbok_trio._portal.WAKE_EVERY", 0.01)
+    monkeypatch.setattr("bokbok_trio._portal_call.WAKE_EVERY", 0.01)
 
     async def crash() -> None:
         await trio.lowlevel.wait_task_rescheduled(lambda _: None)  # type: ignore[arg-type, return-value]
@@ -182,14 +182,14 @@ def test_a_crash_of_trio_ends_all_calls(monkeypatch: pytest.MonkeyPatch) -> None
             told.append(str(exc))
         return "; ".join(told)
 
-    assert in_child(act) == "; ".join(["its Trio thread has crashed"] * 3)
+    assert in_child(act) == "; ".join(["the Trio thread of the portal has crashed"] * 3)
 
 
 def test_a_run_that_ends_without_its_calls_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The same, without what Trio leaves lying about when it crashes."""
-    monkeypatch.setattr("bokbok_trio._portal.WAKE_EVERY", 0.01)
+    monkeypatch.setattr("bokbok_trio._portal_call.WAKE_EVERY", 0.01)
     run = trio.run
 
     def crash(*args: Any) -> None:
@@ -198,7 +198,7 @@ def test_a_run_that_ends_without_its_calls_is_logged(
 
     monkeypatch.setattr(trio, "run", crash)
     portal = Portal()
-    monkeypatch.setattr("bokbok_trio._portal.Latch.set", lambda _: None)  # no call ends
+    monkeypatch.setattr("bokbok_trio._portal_call.Latch.set", lambda _: None)  # no call ends
     has_begun = threading.Event()
 
     async def wait() -> None:
@@ -209,7 +209,7 @@ def test_a_run_that_ends_without_its_calls_is_logged(
         waiting = pool.submit(portal.call, wait)
         assert has_begun.wait(10)
         pool.submit(portal.close)
-        with pytest.raises(ConnectionClosed, match="its Trio thread has crashed"):
+        with pytest.raises(ConnectionClosed, match="the Trio thread of the portal has crashed"):
             waiting.result(timeout=10)
     assert "the Trio thread of a portal has crashed" in caplog.text
 

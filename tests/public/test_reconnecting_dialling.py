@@ -22,7 +22,7 @@ from bokbok_trio import (
     open_server,
     serve,
 )
-from bokbok_trio._reconnecting import MAX_BACKOFF, MIN_BACKOFF
+from bokbok_trio._backoff import MAX_BACKOFF, MIN_BACKOFF
 
 from ..support.helpers import RawPeer, busy_handler, echo, settle
 from ..support.network import A, B, C, Network, count_items, drop

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from bokbok_trio import ConnectionClosed, ConnectionLost, Settings, open_reconnecting
-from bokbok_trio._reconnecting import MAX_CONNECTIONS
+from bokbok_trio._dialler import MAX_CONNECTIONS
 from bokbok_trio.testing import MemoryListener
 
 from ..support.helpers import RawPeer, settle

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bokbok_trio import Connection, ReconnectingConnection, _portal
+from bokbok_trio import Connection, ReconnectingConnection, _portal_loop
 from bokbok_trio._cli import _calls
 from bokbok_trio._stream.socket import _Borrowed
 from bokbok_trio.blocking import Portal
@@ -42,7 +42,7 @@ def close_as_a_channel_opens(
         asked += 1
         if asked == 2:
             if for_good:
-                client._close()
+                client._dialler.close()
             else:
                 self._close("closed at that moment")
         return may_ask(self, depth)
@@ -78,7 +78,7 @@ def reads_arguments(function: object) -> bool:
 
 def stop_portals_at_exit() -> None:
     """Do as the interpreter's exit does."""
-    _portal._stop_all()
+    _portal_loop._stop_all()
 
 
 def finalize(portal: Portal) -> None:
