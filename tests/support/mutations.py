@@ -243,7 +243,7 @@ MUTATIONS: Final = [
         "_stream/establish.py",
         "                await send_packet(stream, handshake.open())\n",
         "                await send_packet(fast, handshake.open())\n",
-        "stream/test_establish.py::test_a_listener_sees_neither_the_user_name_nor_its_length",
+        "stream/test_establish_attacked.py::test_a_listener_sees_neither_the_user_name_nor_its_length",
     ),
     # ---- an unknown user and a wrong key look the same ----
     Mutation(
@@ -251,7 +251,7 @@ MUTATIONS: Final = [
         "_stream/establish.py",
         "                if handshake.sealed:  # a peer that the system names has nothing to guess\n",
         "                if handshake.sealed and keys:\n",
-        "stream/test_establish.py::test_every_refusal_of_a_user_looks_the_same_and_comes_at_the_same_time",
+        "stream/test_establish_refused.py::test_every_refusal_of_a_user_looks_the_same_and_comes_at_the_same_time",
     ),
     Mutation(
         "tries-tell",
@@ -295,7 +295,7 @@ MUTATIONS: Final = [
         "_stream/establish.py",
         "    scope.deadline = began + settings.handshake_timeout\n",
         "",
-        "stream/test_establish.py::test_a_peer_that_stalls_at_any_call_is_given_the_timeout",
+        "stream/test_establish_fails.py::test_a_peer_that_stalls_at_any_call_is_given_the_timeout",
     ),
     Mutation(
         "anybody-is-displaced",
