@@ -48,9 +48,6 @@ async def test_tls_that_is_cut_is_told_of_with_its_cause(side: Side, autojump_cl
     assert "the connection broke during the handshake: BrokenResourceError: [SSL" in str(error)
 
 
-# ---- nothing comes of it, at once ----
-
-
 @in_both_modes
 @on_both_sides
 async def test_the_end_at_any_byte_is_an_error_and_no_hang(
@@ -226,9 +223,6 @@ async def test_a_plain_packet_is_bounded_by_its_length(
         raise ending.error
     taken = sum(map(len, ours.received)) - len(hello)
     assert taken == (4 if size > MAX_PACKET_SIZE else 4 + size)
-
-
-# ---- time ----
 
 
 @pytest.mark.parametrize(

@@ -346,14 +346,14 @@ MUTATIONS: Final = [
         "_protocol/packets.py",
         "            if count == MAX_AT_ONCE:\n",
         "            if count == 2**30:\n",
-        "protocol/test_session.py::test_very_many_packets_are_decoded_some_at_a_time",
+        "protocol/test_interpreter.py::test_very_many_packets_are_decoded_some_at_a_time",
     ),
     Mutation(
         "nonsense-unbounded",
         "_protocol/interpreter.py",
         "        self._ignored += 1\n",
         "",
-        "protocol/test_session.py::test_packets_that_mean_nothing_are_bounded",
+        "protocol/test_interpreter.py::test_packets_that_mean_nothing_are_bounded",
     ),
     # ---- no key material is shown ----
     Mutation(
