@@ -8,7 +8,8 @@ import trio.testing
 
 from bokbok_trio import Channel, Connection, ConnectionLost, RemoteError
 from bokbok_trio._protocol.flow_control import WINDOW
-from tests.support.second_peer import both_roles, connected, echo_items
+from tests.support.channels import echo_items
+from tests.support.second_peer import both_roles, connected
 
 from ..support import second_implementation as second
 

@@ -138,7 +138,7 @@ MUTATIONS: Final = [
         "_stream/records.py",
         "        self._counter += 1\n",
         "        self._counter = (self._counter + 1) % 3\n",
-        "stream/test_secretbox_stream.py::test_no_nonce_is_used_twice_under_a_key",
+        "stream/test_records.py::test_no_nonce_is_used_twice_under_a_key",
     ),
     Mutation(
         "one-key-both-ways",
@@ -197,7 +197,7 @@ MUTATIONS: Final = [
         "_stream/records.py",
         "        self.failure = reason\n",
         "",
-        "stream/test_secretbox_stream.py::test_a_failed_record_ends_receiving_though_good_ones_follow",
+        "stream/test_records.py::test_a_failed_record_ends_receiving_though_good_ones_follow",
     ),
     Mutation(
         "own-hello-comes-back",
@@ -317,7 +317,7 @@ MUTATIONS: Final = [
         "_protocol/flow_control.py",
         "        if self.receive_credit <= 0:\n",
         "        if False:\n",
-        "connection/test_channel.py::test_a_lying_peer_loses_the_connection",
+        "connection/test_channel_packets.py::test_a_lying_peer_loses_the_connection",
     ),
     Mutation(
         "items-cost-nothing",

@@ -10,7 +10,6 @@ import trio
 import trio.testing
 
 from bokbok_trio import (
-    Channel,
     ChannelHandler,
     Connection,
     Key,
@@ -205,9 +204,3 @@ async def connected(
 
 
 both_roles = pytest.mark.parametrize("role", ["client", "server"])
-
-
-async def echo_items(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes]:
-    async for item in channel:
-        await channel.send(item)
-    return request
