@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import trio
 
-from bokbok_trio import Connection
+from bokbok_trio import Channel, Connection, current_request
 
 in_memory_and_over_sockets = pytest.mark.parametrize("over_sockets", [False, True])
 
@@ -34,3 +34,12 @@ async def wait_and_do(something: Callable[[], object]) -> None:
     with trio.CancelScope() as scope:
         scope.cancel()
         await trio.lowlevel.wait_task_rescheduled(abort)
+
+
+async def sleep_forever(connection: Connection, request: list[bytes], *channel: Channel) -> None:
+    await trio.sleep_forever()
+
+
+async def tell_context(connection: Connection, request: list[bytes]) -> list[bytes | str]:
+    await trio.lowlevel.checkpoint()
+    return [f"{name}={value.decode()[:5]}" for name, value in current_request().context.items()]
