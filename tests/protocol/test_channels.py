@@ -10,6 +10,7 @@ from bokbok_trio._protocol.flow_control import WINDOW
 from bokbok_trio._protocol.local_requests import State
 from tests.support.engines import item_event, make, open_pair, receive, send_item
 from tests.support.helpers import packet
+from tests.support.inside import held_in_pieces
 
 
 def test_a_channel_with_items_both_ways_and_its_answer() -> None:
@@ -59,7 +60,7 @@ def test_cancelling_a_channel_drops_what_has_not_left() -> None:
     client, server = open_pair(2**20)
     send_item(client, 0, bytes(2**17))
     list(receive(server, client.take(0)))
-    assert server._interpreter.reassembler.held
+    assert held_in_pieces(server)
     send_item(server, 0, b"crosses")
     server.flow_control.end(0)
     client.flow_control.end(0)
@@ -109,7 +110,7 @@ def test_who_is_cancelled_takes_back_the_items_that_have_not_left() -> None:
     client, server = open_pair(2**20)
     send_item(server, 0, bytes(2**17))
     list(receive(client, server.take(0)))
-    assert client._interpreter.reassembler.held
+    assert held_in_pieces(client)
     client.cancel(0)
     assert list(receive(server, client.take(0))) == [Cancel(0)]
     server.drop_items(0)
@@ -117,7 +118,7 @@ def test_who_is_cancelled_takes_back_the_items_that_have_not_left() -> None:
     sent = server.take(0)
     assert sent == packet(b"drop", b"0") + packet(b"err", b"0", b"cancelled", b"", b"")
     assert list(receive(client, sent)) == []
-    assert client._interpreter.reassembler.held == client.asked == 0
+    assert held_in_pieces(client) == client.asked == 0
 
 
 def test_a_cancel_that_crosses_the_answer_leaves_what_comes_before_it() -> None:
@@ -138,7 +139,7 @@ def test_the_answer_drops_our_items_that_have_not_left() -> None:
     sent = client.take(0)
     assert sent == packet(b"drop", b"0")
     list(receive(server, sent))
-    assert server._interpreter.reassembler.held == 0
+    assert held_in_pieces(server) == 0
 
 
 def test_a_channel_without_a_slot_fails_when_the_peer_drains() -> None:

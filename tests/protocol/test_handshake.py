@@ -26,10 +26,12 @@ from tests.support.handshakes import (
     fields_of,
     make_client,
     make_server,
+    open_as,
     options_with,
     send_open,
     shake,
 )
+from tests.support.inside import draw_as_nobodys_key
 
 # ---- the key schedule, made from the specification alone ----
 
@@ -188,7 +190,7 @@ def test_no_more_than_max_keys_are_tried(*, place: int, opens: bool) -> None:
 def test_a_random_key_that_happens_to_fit_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
     client, server = make_client(), make_server()
     send_open(client, server)
-    monkeypatch.setattr(handshake, "_NOBODYS_KEY", K)
+    draw_as_nobodys_key(monkeypatch, K)
     check_fails_to_accept(client, server, [])
 
 
@@ -222,8 +224,7 @@ BAD_NAMES = [b"", b"x" * 256, b"\xff", b"e\xcc\x81", b"a\0b", b"a\nb"]
 def send_open_as(name: bytes, client: ClientHandshake, server: ServerHandshake) -> None:
     """Have the client claim a name that it would refuse to claim by itself."""
     exchange_hello(client, server)
-    client._user = name
-    server.receive_open(client.open())
+    server.receive_open(open_as(name, client, server.hello))
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)

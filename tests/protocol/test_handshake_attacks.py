@@ -14,7 +14,7 @@ from nacl.bindings import crypto_scalarmult, crypto_secretbox, crypto_secretbox_
 from nacl.exceptions import CryptoError
 
 from bokbok_trio import AuthenticationError, HandshakeError
-from bokbok_trio._protocol.handshake import encode_refused
+from bokbok_trio._protocol.handshake import EPHEMERAL_SIZE, encode_refused
 from bokbok_trio._protocol.options import GREASE_DICE
 from bokbok_trio._protocol.packets import encode_packet
 from tests.support.handshakes import (
@@ -222,7 +222,8 @@ def test_nothing_secret_shows_in_a_repr_an_error_or_a_log(caplog: pytest.LogCapt
     assert fk is not None
     shown += [client, server, K, OTHER, hs, fk, [K], {"key": K}, client.peer_limits, server.peer_limits]
     shown += caplog.messages
-    secrets = [K.raw, OTHER.raw, hs.c2s, hs.s2c, fk.c2s, fk.s2c, client._ee]
+    ee = crypto_scalarmult(client_dice.given[0], server.hello[-EPHEMERAL_SIZE:])
+    secrets = [K.raw, OTHER.raw, hs.c2s, hs.s2c, fk.c2s, fk.s2c, ee]
     # The random bytes of grease are sent in the clear of a plain connection, and are no secret.
     secrets += [drawn for drawn in client_dice.given + server_dice.given if len(drawn) != GREASE_DICE]
     assert all(len(secret) == 32 for secret in secrets)

@@ -26,10 +26,10 @@ from bokbok_trio._protocol.packets import encode_packet
 from tests.support.handshakes import (
     CLIENT_LIMITS,
     OTHER,
-    SERVER_LIMITS,
     Dice,
     K,
     Schedule,
+    accepted_with,
     check_fails_to_accept,
     exchange_hello,
     fields_of,
@@ -266,8 +266,9 @@ def test_what_is_not_exactly_one_packet_of_the_right_arity_is_refused() -> None:
 def test_a_box_under_the_right_key_must_hold_the_hash() -> None:
     client, server = make_client(), make_server()
     exchange_hello(client, server)
-    fields = fields_of(client.open())
-    h1 = server._hash_open(fields[:-1])
+    opening = client.open()
+    fields = fields_of(opening)
+    h1 = Schedule(messages=[client.hello, server.hello, opening], key=K.raw, ee=b"").h1
     box_key = spec_hash(32, K.raw, b"bokbok1 box", h1)
     for inside, opens in ((bytes(32) + h1, True), (bytes(32) + flip(h1, 0), False), (bytes(64), False)):
         fields[-1] = crypto_secretbox(inside, h1[:24], box_key)
@@ -329,10 +330,10 @@ def test_limits_out_of_range_are_refused_though_proven(limits: Limits) -> None:
 @pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "plain"])
 def test_bad_options_are_refused_though_proven(sealed: bool, wrong: bytes, told: str) -> None:
     client, server = (make_client(), make_server()) if sealed else make_plain()
-    server._declared = (*SERVER_LIMITS.fields(), wrong)
-    send_open(client, server)
+    exchange_hello(client, server)
+    accepted = accepted_with(wrong, client, server, client.open())
     with pytest.raises(HandshakeError, match=told) as caught:
-        client.receive_reply(server.accept([K]))
+        client.receive_reply(accepted)
     assert caught.type is HandshakeError
     assert not client.peer_options
     assert client.final_keys is None
@@ -340,10 +341,9 @@ def test_bad_options_are_refused_though_proven(sealed: bool, wrong: bytes, told:
 
 def test_bad_options_are_refused_in_mode_plain() -> None:
     client, server = make_plain()
-    client._declared = (*CLIENT_LIMITS.fields(), b"")
     exchange_hello(client, server)
     with pytest.raises(HandshakeError, match="invalid options"):
-        server.receive_open(client.open())
+        server.receive_open(encode_packet(b"open", b"", *CLIENT_LIMITS.fields(), b"", b"", b""))
 
 
 def test_nothing_is_believed_before_the_proof() -> None:

@@ -12,6 +12,7 @@ from bokbok_trio._protocol.pieces import MAX_IN_PIECES, Reassembler
 from bokbok_trio._protocol.queued_packet import MAX_WHOLE_SIZE
 from tests.support.engines import in_pieces, item_event, make, receive
 from tests.support.helpers import packet
+from tests.support.inside import held_in_pieces
 
 # ---- big packets ----
 
@@ -36,13 +37,13 @@ def test_a_big_request_cancelled_half_way_never_existed() -> None:
     client.request([bytes(2**18)])
     list(receive(server, client.take(0)))
     assert client.is_unsent(0)
-    assert server._interpreter.reassembler.held > 0
+    assert held_in_pieces(server) > 0
     client.cancel(0)
     client.request(["next"])
     sent = client.take(0)
     assert sent.startswith(packet(b"drop", b"0"))
     assert list(receive(server, sent)) == [Request(2, math.inf, [b"next"])]
-    assert server._interpreter.reassembler.held == 0
+    assert held_in_pieces(server) == 0
 
 
 def test_a_big_answer_holds_its_slot_until_its_last_piece_leaves() -> None:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
 
 from bokbok_trio import MessageTooLarge
-from bokbok_trio._protocol.queued_packet import HEAD_ROOM, QueuedPacket
-from tests.support.engines import LIMIT, make
+from bokbok_trio._protocol.events import Event
+from bokbok_trio._protocol.queued_packet import HEAD_ROOM
+from tests.support.engines import LIMIT, make, receive, request_id
 from tests.support.helpers import packet
 
 
 def test_nothing_is_copied_before_it_is_taken() -> None:
     client = make("client", limit=2**20)
-    small, big = bytes(2**14), bytes(2**19)
-    client.request([small])
-    client.request([big])
-    for queue, field in ((client._outbox._small, small), (client._outbox._big, big)):
-        [queued] = queue.values()
-        assert isinstance(queued, QueuedPacket)
-        assert queued._body is not None
-        assert any(chunk is field for chunk in queued._body)
+    for field in (bytes(2**14), bytes(2**19)):
+        tracemalloc.start()
+        try:
+            client.request([field])
+            assert tracemalloc.get_traced_memory()[1] < len(field) / 2, "bytes at the most"
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize("queue", ["request", "answer"])
@@ -44,10 +45,10 @@ def test_what_fits_does_not_depend_on_the_id(queue: str) -> None:
 
 
 def test_the_longest_head_fits_its_room() -> None:
-    client = make("client", limit=2**20)
-    client.local.next_id = int("9" * 17 + "8")
+    client, server = make("client", limit=2**20), make("server", limit=2**20)
+    longest = client.local.next_id = int("9" * 17 + "8")
     client.open_channel([bytes(2**20 - HEAD_ROOM - 5)], 1e11)
-    while client.take(0):
-        assert (
-            not client._outbox._in_pieces or next(iter(client._outbox._in_pieces.values())).remaining < 2**20
-        )
+    events: list[Event] = []
+    while sent := client.take(0):
+        events += receive(server, sent)
+    assert [request_id(event) for event in events] == [longest]

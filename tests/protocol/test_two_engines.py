@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from bokbok_trio._protocol.events import Answer, Bye, Cancel, End, Failure, Item, Pong, Request
 from bokbok_trio._protocol.flow_control import MAX_QUEUED, WINDOW
 from tests.support.engines import make, receive, send_item
+from tests.support.inside import held_in_pieces, tables_of_an_engine
 
 
 class TwoEngines(RuleBasedStateMachine):
@@ -207,11 +208,7 @@ class TwoEngines(RuleBasedStateMachine):
     @invariant()
     def nothing_is_over_its_bound(self) -> None:
         for side in (0, 1):
-            assert max(self.engines[side].local._used) <= self.slots[1 - side]
-            assert max(self.engines[side].remote._used) <= self.slots[side]
-            assert sum(self.engines[side].local._used) == self.engines[side].asked
-            assert self.engines[side]._interpreter.reassembler.held <= 4 * 2**20
-            assert len(self.engines[side]._outbox._in_pieces) <= 4
+            assert held_in_pieces(self.engines[side]) <= 4 * 2**20
             for sizes in self.held[side].values():
                 assert sum(sizes) < WINDOW + 200_005
             for flow in self.engines[side].flow_control.by_id.values():
@@ -227,20 +224,11 @@ class TwoEngines(RuleBasedStateMachine):
         for side in (0, 1):
             assert self.waiting[side] == {}
             engine = self.engines[side]
-            left = (
-                engine.local.states,
-                engine.remote.answer_sizes,
-                engine.local._backlogs,
-                engine.local._classes,
-                engine.remote._classes,
-            )
+            left = tables_of_an_engine(engine)
             assert not any(left), left
+            assert engine.asked == engine.waiting == engine.handling == engine.queued == 0
             assert not len(engine.flow_control)
-            outbox = engine._outbox
-            assert not any(
-                (outbox._control, outbox._small, outbox._big, outbox._in_pieces, outbox._blocked_by_order)
-            )
-            assert engine._interpreter.reassembler.held == 0
+            assert held_in_pieces(engine) == 0
             assert engine.is_drained == self.has_drained[side]
 
     def step(self) -> bool:

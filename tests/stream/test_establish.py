@@ -39,6 +39,7 @@ from tests.support.establishing import (
     receive_exactly,
 )
 from tests.support.inside import take_few
+from tests.support.sealed import seal
 
 pytestmark = pytest.mark.usefixtures("fixed_grease")
 
@@ -157,12 +158,12 @@ async def test_a_message_in_pieces_is_read_no_further_than_its_end(
                 handshake.receive_open(await theirs.receive_some())
                 await theirs.send_all(handshake.accept([]) + b"more")
                 return
-            stream = over(theirs, handshake)
-            handshake.receive_open(await stream.receive_some())
-            accepted = stream._sealer.seal_all(handshake.accept([K]))
+            handshake.receive_open(await over(theirs, handshake).receive_some())
+            keys = handshake.channel_keys().for_side("server")
+            accepted = seal(keys["send_key"], 0, handshake.accept([K]))
             assert handshake.final_keys is not None
-            stream.rekey(**handshake.final_keys.for_side("server"))
-            await theirs.send_all(accepted + stream._sealer.seal_all(b"more"))
+            keys = handshake.final_keys.for_side("server")
+            await theirs.send_all(accepted + seal(keys["send_key"], 0, b"more"))
 
         nursery.start_soon(serve)
         opened = await as_client(ours, mode)

@@ -137,6 +137,11 @@ async def in_two_records(stream: SecretboxStream, packet: bytes) -> None:
     await stream.send_all(packet[30:])
 
 
+async def under_another_key(stream: SecretboxStream, packet: bytes) -> None:
+    stream.rekey(send_key=K.raw, receive_key=K.raw)
+    await stream.send_all(packet)
+
+
 WRONG_RECORDS: dict[str, Wrong] = {
     "two packets": lambda stream, packet: stream.send_all(packet * 2),
     "a packet and a half": lambda stream, packet: stream.send_all(packet + packet[:30]),
@@ -147,9 +152,7 @@ WRONG_RECORDS: dict[str, Wrong] = {
     "an oversized record with a packet": lambda stream, packet: stream.send_all(packet + bytes(5000)),
     "an oversized packet": lambda stream, _packet: stream.send_all(encode_packet(bytes(9999))[:4000]),
     "another packet": lambda stream, _packet: stream.send_all(encode_packet(b"ping")),
-    "a record under another key": lambda stream, packet: SecretboxStream(
-        stream._transport, send_key=K.raw, receive_key=K.raw
-    ).send_all(packet),
+    "a record under another key": under_another_key,
 }
 wrong_records = pytest.mark.parametrize("wrong", WRONG_RECORDS.values(), ids=WRONG_RECORDS.keys())
 

@@ -16,7 +16,7 @@ from trio.testing import memory_stream_pair
 
 from bokbok_trio._protocol.packets import MAX_AT_ONCE
 from bokbok_trio._stream import records
-from bokbok_trio._stream.records import HEADER_SIZE, MAC_SIZE, MAX_PLAINTEXT_SIZE, MAX_RECORD_SIZE
+from bokbok_trio._stream.records import HEADER_SIZE, MAC_SIZE, MAX_PLAINTEXT_SIZE, MAX_RECORD_SIZE, Direction
 from bokbok_trio._stream.secretbox import RECORDS_PER_SEND, SecretboxStream
 from tests.support.sealed import (
     BATCH,
@@ -447,6 +447,6 @@ def test_no_nonce_is_used_twice_under_a_key(actions: list[tuple[str, str]], reke
 def test_no_key_shows_in_a_repr() -> None:
     key = bytes(range(32))
     stream = SecretboxStream(Transport(), send_key=key, receive_key=key)
-    for shown in (repr(stream), repr(stream._sealer), str(stream)):
+    for shown in (repr(stream), repr(Direction(key)), str(stream)):
         assert repr(key)[2:-1] not in shown
         assert key.hex() not in shown

@@ -20,6 +20,7 @@ from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._stream.establish import Established, establish_as_client, establish_as_server
 from bokbok_trio._stream.records import MAX_PLAINTEXT_SIZE
 from bokbok_trio._stream.secretbox import SecretboxStream
+from tests.support.handshakes import open_as
 
 Mode = Literal["sealed", "plain"]
 Side = Literal["client", "server"]
@@ -215,10 +216,10 @@ def over(wire: trio.abc.Stream, handshake: ClientHandshake | ServerHandshake) ->
 async def enter_as_client(wire: Wire, name: bytes = b"myuser") -> tuple[SecretboxStream, bytes]:
     """Go into the anonymous channel; the stream, and the `open` to send."""
     handshake = ClientHandshake(user="myuser", key=K, service="", limits=LIMITS)
-    handshake._user = name
     await wire.send_all(handshake.hello)
-    handshake.receive_hello(await receive_exactly(wire, handshake.hello_size))
-    return over(wire, handshake), handshake.open()
+    hello = await receive_exactly(wire, handshake.hello_size)
+    handshake.receive_hello(hello)
+    return over(wire, handshake), open_as(name, handshake, hello)
 
 
 async def enter_as_server(wire: Wire) -> tuple[SecretboxStream, bytes]:

@@ -8,10 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from nacl.bindings import crypto_secretbox_open
+from nacl.bindings import crypto_secretbox, crypto_secretbox_open
 
 from bokbok_trio import AuthenticationError, Key
-from bokbok_trio._protocol.handshake import ClientHandshake, ServerHandshake, encode_hello
+from bokbok_trio._keys import KEY_SIZE
+from bokbok_trio._protocol.handshake import (
+    NONCE_SIZE,
+    OPEN_SIZE,
+    ClientHandshake,
+    ServerHandshake,
+    encode_hello,
+)
 from bokbok_trio._protocol.key_schedule import DirectionKeys
 from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._protocol.packets import LENGTH_SIZE, decode_body, encode_packet
@@ -119,6 +126,28 @@ class Schedule:
 
     def fk(self) -> bytes:
         return spec_hash(64, self.key, b"bokbok1 final", self.session_key + self.ee + self.h2())
+
+
+def open_as(name: bytes, client: ClientHandshake, server_hello: bytes) -> bytes:
+    """The `open` of a client that claims a name which it would refuse to claim by itself."""
+    fields = fields_of(client.open())
+    assert client.key is not None
+    fields[1], fields[-2] = name, b""
+    fields[-2] = bytes(OPEN_SIZE - len(encode_packet(*fields)))
+    messages = [client.hello, server_hello, encode_packet(*fields)]
+    h1 = Schedule(messages=messages, key=client.key.raw, ee=b"").h1
+    box_key = spec_hash(32, client.key.raw, b"bokbok1 box", h1)
+    fields[-1] = crypto_secretbox(bytes(KEY_SIZE) + h1, h1[:NONCE_SIZE], box_key)
+    return encode_packet(*fields)
+
+
+def accepted_with(options: bytes, client: ClientHandshake, server: ServerHandshake, opening: bytes) -> bytes:
+    """The `accepted` of a server that proves the key, and declares options that it would never declare."""
+    fields = [b"accepted", *SERVER_LIMITS.fields(), options]
+    if client.key is None:
+        return encode_packet(*fields, b"")
+    messages = [client.hello, server.hello, opening, encode_packet(*fields, b"")]
+    return encode_packet(*fields, Schedule(messages=messages, key=client.key.raw, ee=b"").proof())
 
 
 def options_with(dice: bytes) -> bytes:
