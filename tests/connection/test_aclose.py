@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import trio
 import trio.testing
 
 from bokbok_trio import Connection, ConnectionClosed, ConnectionLost, RemoteError, Settings
 from bokbok_trio._connection.closing import CLOSE_TIMEOUT
-from bokbok_trio._connection.handlers import Handlers
 from bokbok_trio.testing import FaultyStream, open_connection_pair
-from tests.support.connections import faulty, ignore_any_loss, ignore_loss, start_waiting
+from tests.support.connections import (
+    close_without_waiting,
+    faulty,
+    ignore_any_loss,
+    ignore_loss,
+    start_waiting,
+)
 from tests.support.helpers import busy_handler, echo, settle
 from tests.support.streams import OddStream
 
@@ -188,26 +191,25 @@ async def test_a_stream_that_raises_while_closing_leaks_nothing(
     await client.wait_closed()
 
 
-async def test_an_answer_that_was_queued_leaves_before_the_end(
-    sealed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The handler has ended, and the connection is closed before the sender ran."""
-    async with open_connection_pair(server_handler=echo, sealed=sealed) as (client, server):
-        answers: list[list[bytes]] = []
+async def test_an_answer_that_was_queued_leaves_before_the_end(sealed: bool) -> None:
+    """The handler has ended, and the connection is closed before its answer has left."""
+    streams: list[FaultyStream] = []
+    answers: list[list[bytes]] = []
+    async with open_connection_pair(echo, sealed=sealed, wrap=faulty(streams)) as (client, server):
 
-        async def ask() -> None:
-            answers.append(await client.request(["x"]))
+        async def ask(text: str) -> None:
+            answers.append(await server.request([text]))
 
-        real_answer = Handlers._answer
-
-        def answer_and_close(handlers: Handlers, id: int, fields: Any) -> None:
-            real_answer(handlers, id, fields)
-            server._close("at once")
-
-        monkeypatch.setattr(Handlers, "_answer", answer_and_close)
+        streams[0].sending.stall()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(ask)
-        assert answers == [[b"x"]]
+            for text in ("is being sent", "is queued"):
+                nursery.start_soon(ask, text)
+                await settle()
+            assert client.statistics().handlers_running == 0
+            assert client.statistics().packets_queued == 1
+            await close_without_waiting(client)
+            streams[0].sending.resume()
+        assert answers == [[b"is being sent"], [b"is queued"]]
 
 
 async def test_what_ends_the_program_is_not_lost_to_a_cancelled_close_handler() -> None:

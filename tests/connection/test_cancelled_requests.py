@@ -7,7 +7,7 @@ import trio
 
 from bokbok_trio import Connection, Settings
 from bokbok_trio.testing import FaultyStream, open_connection_pair
-from tests.support.connections import faulty
+from tests.support.connections import check_nothing_in_flight, faulty
 from tests.support.helpers import busy_handler, settle
 
 
@@ -29,8 +29,7 @@ async def test_a_cancelled_request_cancels_the_handler(sealed: bool) -> None:
         assert seen == []
         await settle()
         assert seen == ["cancelled"]
-        assert server._session.handling == 0
-        assert client._session.local.states == {}
+        check_nothing_in_flight(client, server)
 
 
 async def test_a_handler_may_answer_though_it_was_cancelled() -> None:
@@ -52,8 +51,7 @@ async def test_a_handler_may_answer_though_it_was_cancelled() -> None:
                 await settle()
                 scope.cancel()
         await settle()
-        assert server._session.handling == 0
-        assert client._session.local.states == {}
+        check_nothing_in_flight(client, server)
 
 
 async def test_a_crash_while_being_cancelled_is_logged_and_answered(
@@ -76,8 +74,7 @@ async def test_a_crash_while_being_cancelled_is_logged_and_answered(
                 await settle()
                 scope.cancel()
         await settle()
-        assert server._session.handling == 0
-        assert client._session.local.states == {}
+        check_nothing_in_flight(client, server)
     assert "the handler of request 0 failed" in caplog.text
 
 
@@ -126,6 +123,5 @@ async def test_a_request_cancelled_at_any_step_comes_back_at_once_and_disturbs_n
             others.clear()
             assert await client.request(["ping", "after"]) == [b"pong", b"after"]
             await settle()
-            assert client._session.local.states == {}
-            assert server._session.handling == 0
+            check_nothing_in_flight(client, server)
     assert (answers == 0) if stalled else (0 < answers < 30)

@@ -77,7 +77,7 @@ async def test_two_thousand_channels_on_one_connection(autojump_clock: MockClock
     async def everybody_is_here(n: int) -> None:
         nonlocal arrived, most
         arrived += 1
-        most = max(most, server._session.handling)
+        most = max(most, server.statistics().handlers_running)
         if arrived == 2000:
             all_arrived.set()
         await all_arrived.wait()
@@ -99,7 +99,7 @@ async def test_a_channel_takes_a_slot_and_waits_for_one(autojump_clock: MockCloc
                 await second.send(["waits"])
             assert scope.cancelled_caught
             await second.end()
-            assert server._session.handling == 1
+            assert server.statistics().handlers_running == 1
             handler.may_end.set()
             assert await channel.answer() == [b"re: ", b"hello"]
             assert await second.answer() == [b"re: ", b"second"]
@@ -109,7 +109,8 @@ async def test_one_that_waits_for_a_slot_can_be_given_up(autojump_clock: MockClo
     async with open_pair(max_requests=1) as (client, _, _, handler):
         async with client.open_channel(["never seen"]):
             await settle()
-        assert len(client._session.flow_control) == 1
+        assert client.statistics().used_slots == 1
+        assert client.statistics().requests_waiting == 0
         handler.may_end.set()
 
 

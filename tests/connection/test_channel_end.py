@@ -9,11 +9,19 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from bokbok_trio import Channel, Connection, ConnectionClosed, ConnectionLost, RemoteError, RequestError
-from bokbok_trio._protocol.flow_control import WINDOW
-from bokbok_trio._trio_util import LazyEvent
-from bokbok_trio.testing import open_connection_pair
-from tests.support.channels import Handler, assert_nothing_is_left, echo_items, fill, open_pair, receive_chan
+from bokbok_trio import (
+    Channel,
+    Connection,
+    ConnectionClosed,
+    ConnectionLost,
+    RemoteError,
+    RequestError,
+    open_connection,
+    open_server,
+)
+from bokbok_trio.testing import MemoryListener, open_connection_pair
+from tests.support.channels import Handler, assert_nothing_is_left, fill, open_pair, receive_chan
+from tests.support.connections import check_nothing_in_flight
 from tests.support.helpers import packet, raw_peer, settle
 
 # ---- leaving ----
@@ -306,11 +314,27 @@ async def test_a_peer_that_drains_takes_no_new_channel(autojump_clock: MockClock
 
 
 async def test_one_that_is_cancelled_before_the_open_handler_is_done(autojump_clock: MockClock) -> None:
-    async with raw_peer(channel_handler=echo_items) as (connection, peer):
-        connection._handlers.ready = LazyEvent()  # as if the open handler were at work
-        await peer.send(b"chan", b"1", b"", b"", b"", b"0", body=[])
-        await peer.send(b"cancel", b"1")
-        assert await peer.receive() == [b"credit", b"1", b"%d" % WINDOW]
-        assert (await peer.receive())[:3] == [b"err", b"1", b"cancelled"]
-        assert_nothing_is_left(connection)
-        connection._handlers.ready.set()
+    is_open = trio.Event()
+    started: list[list[bytes]] = []
+
+    async def open_handler(connection: Connection) -> None:
+        await is_open.wait()
+
+    async def channel_handler(connection: Connection, request: list[bytes], channel: Channel) -> None:
+        started.append(request)
+
+    listener = MemoryListener()
+    async with (
+        open_server([listener], channel_handler=channel_handler, open_handler=open_handler) as server,
+        open_connection(listener.connect()) as client,
+    ):
+        async with client.open_channel(["left early"]) as channel:
+            await channel.send(["x"])
+            await settle()
+        await settle()
+        [connection] = server.connections
+        check_nothing_in_flight(client, connection)
+        is_open.set()
+        await settle()
+        assert_nothing_is_left(client, connection)
+    assert started == []

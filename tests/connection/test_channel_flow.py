@@ -13,15 +13,16 @@ from bokbok_trio._protocol.flow_control import ITEM_COST, ITEM_OVERHEAD, MAX_QUE
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.support.channels import Handler, echo_items, fill, open_pair, receive_chan
 from tests.support.helpers import packet, raw_peer, settle
+from tests.support.inside import items_held, session_of
 
 
 async def test_a_slow_reader_holds_a_fast_writer_and_memory(autojump_clock: MockClock) -> None:
-    async with open_pair() as (_, _, channel, handler):
+    async with open_pair() as (client, _, channel, handler):
         slow = handler.channel
         sent = await fill(channel)
         cost = sent + sent // 1000 * ITEM_COST
         assert WINDOW <= cost < WINDOW + 1000 + ITEM_COST
-        assert sum(map(len, slow._buffer)) == sent
+        assert sum(map(len, items_held(slow))) == sent
         received = most = 0
         async with trio.open_nursery() as nursery:
 
@@ -34,8 +35,8 @@ async def test_a_slow_reader_holds_a_fast_writer_and_memory(autojump_clock: Mock
             async for _ in slow:
                 await trio.sleep(0.01)
                 received += 1
-                most = max(most, sum(map(len, slow._buffer)))
-                assert channel._flow_control.by_id[0].queued < MAX_QUEUED + 1000
+                most = max(most, sum(map(len, items_held(slow))))
+                assert session_of(client).flow_control.by_id[0].queued < MAX_QUEUED + 1000
         assert received == sent // 1000 + 2000
         assert most < WINDOW + 1000
         handler.may_end.set()
@@ -46,14 +47,14 @@ async def test_small_items_take_up_no_multiple_of_the_window(autojump_clock: Moc
         await receive_chan(peer)
         await peer.stream.send_all(packet(b"item", b"0", body=[]) * 1900)
         await settle()
-        buffer = channel._buffer
+        buffer = items_held(channel)
         assert len(buffer) == 1900
         # Python has one object for each single byte.
         assert all(body is buffer[0] for body in buffer)
-        channel._buffer.clear()
+        buffer.clear()
         await peer.stream.send_all(packet(b"item", b"0", body=[b""]) * 1900)
         await settle()
-        assert sum(sys.getsizeof(body) + 8 for body in channel._buffer) < 1900 * 60
+        assert sum(sys.getsizeof(body) + 8 for body in items_held(channel)) < 1900 * 60
 
 
 async def test_leaving_grants_no_credit_for_what_nobody_read(autojump_clock: MockClock) -> None:
@@ -115,7 +116,7 @@ async def test_the_sending_side_holds_little_where_the_transport_is_stuck(autoju
         await channel.receive()
         streams[0].sending.stall()
         assert await fill(channel) <= MAX_QUEUED + 2**16 + 1000
-        assert 0 < len(client._session._outbox) <= MAX_QUEUED / (1000 + ITEM_OVERHEAD) + 1
+        assert 0 < client.statistics().packets_queued <= MAX_QUEUED / (1000 + ITEM_OVERHEAD) + 1
         with trio.fail_after(5):
             streams[0].sending.resume()
             await channel.send(["goes on"])

@@ -10,6 +10,7 @@ from bokbok_trio import Channel, Connection, ConnectionLost
 from bokbok_trio._protocol.flow_control import ITEM_COST, WINDOW
 from tests.support.channels import assert_nothing_is_left, echo_items, receive_chan
 from tests.support.helpers import packet, raw_peer, settle
+from tests.support.inside import items_held
 
 
 async def test_a_handler_does_not_overtake_a_sender_that_waited_for_credit() -> None:
@@ -82,7 +83,7 @@ async def test_items_that_come_after_the_handler_has_ended_are_dropped(autojump_
         await peer.send(b"chan", b"1", b"", b"", b"", b"0", body=[])
         assert (await peer.receive())[0] == b"credit"
         assert (await peer.receive())[0] == b"part"
-        assert connection._session.handling == 1
+        assert connection.statistics().packets_queued == 1
         await peer.send(b"item", b"1", body=[b"dropped"])
         await peer.send(b"cancel", b"1")
         while (await peer.receive())[2] != b"0":
@@ -106,4 +107,4 @@ async def test_a_lying_peer_loses_the_connection(bad: str, autojump_clock: MockC
             await peer.send(b"credit", b"0", b"9" * 18)
         with pytest.raises(ConnectionLost, match="broke the protocol"):
             await channel.answer()
-        assert sum(map(len, channel._buffer)) < WINDOW + 2**16
+        assert sum(map(len, items_held(channel))) < WINDOW + 2**16

@@ -10,6 +10,7 @@ import trio
 
 from bokbok_trio import Connection, MessageTooLarge, RemoteError, Settings
 from bokbok_trio.testing import open_connection_pair
+from tests.support.connections import check_nothing_in_flight
 from tests.support.helpers import busy_handler, settle
 
 # ---- handlers that fail ----
@@ -98,7 +99,7 @@ async def test_a_failing_handler_is_one_error_and_harms_nobody(
         assert caught.value.message.startswith(message)
         assert caught.value.code == "handler-error"
         assert await client.request(["alive"]) == [b"alive"]
-        assert server._session.handling == 0
+        check_nothing_in_flight(client, server)
     failures = [record for record in caplog.records if "the handler of request 0 failed" in record.message]
     assert len(failures) == 1
     assert failures[0].exc_info is not None

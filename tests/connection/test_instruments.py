@@ -48,6 +48,7 @@ from bokbok_trio.interface._exposing import CALL as REAL_CALL
 from bokbok_trio.interface._serving import BACK as REAL_BACK
 from bokbok_trio.testing import MemoryListener, open_connection_pair, open_memory_server
 from tests.support.handlers import tell_context
+from tests.support.inside import break_transport
 from tests.support.recorder import recorded_pair
 
 from ..support.helpers import echo, settle
@@ -397,7 +398,7 @@ def test_the_instruments_of_settings_cannot_change() -> None:
     instruments.clear()
     assert len(settings.instruments) == 1
     assert settings == Settings(instruments=settings.instruments)
-    assert Settings()._instruments is None
+    assert Settings().instruments == ()
 
 
 async def test_a_connection_that_is_watched_is_freed_at_once() -> None:
@@ -493,8 +494,8 @@ async def test_whatever_happens_each_request_that_starts_ends_once(
                 ends: list[Callable[[], object]] = [
                     client.drain,
                     server.drain,
-                    partial(client._ending.fail, "by chance"),
-                    partial(server._ending.fail, "by chance"),
+                    partial(nursery.start_soon, break_transport, client),
+                    partial(nursery.start_soon, break_transport, server),
                     partial(nursery.start_soon, client.aclose),
                     partial(nursery.start_soon, server.aclose),
                 ]

@@ -13,6 +13,7 @@ from bokbok_trio._connection.closing import CLOSE_TIMEOUT
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.support.connections import faulty, ignore_any_loss, ignore_loss, start_waiting
 from tests.support.helpers import busy_handler, echo, packet, raw_peer, settle
+from tests.support.inside import break_transport
 
 
 async def test_losing_the_peer_raises_nothing_by_itself(sealed: bool) -> None:
@@ -23,7 +24,7 @@ async def test_losing_the_peer_raises_nothing_by_itself(sealed: bool) -> None:
         closed.append(connection)
 
     async with open_connection_pair(sealed=sealed, client_close_handler=on_close) as (client, server):
-        await trio.aclose_forcefully(server._stream)
+        await break_transport(server)
         await client.wait_closed()
         assert closed == [client]
         assert client.closed
@@ -81,12 +82,13 @@ async def test_answers_that_came_before_sending_broke_are_delivered() -> None:
 async def test_when_only_sending_is_broken_the_connection_ends_soon(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with raw_peer() as (connection, _):
+    streams: list[FaultyStream] = []
 
-        async def break_it() -> None:
-            raise trio.BrokenResourceError("cable")
+    def break_it(data: bytes) -> bytes:
+        raise trio.BrokenResourceError("cable")
 
-        connection._stream._stream.send_stream.send_all_hook = break_it  # type: ignore[attr-defined]
+    async with open_connection_pair(wrap=faulty(streams)) as (connection, _):
+        streams[0].sending.alter = break_it
         with pytest.raises(ConnectionLost, match=r"sending failed.*cable") as caught:
             await connection.request([])
         assert caught.value.may_have_run, "how much of it left is not known"
@@ -173,26 +175,9 @@ async def test_a_flood_of_requests_and_cancels_is_handled_within_the_slots(
             await peer.send(b"cancel", b"%d" % n)
         answers = sorted([await peer.receive() for _ in range(3)])
         assert [fields[:3] for fields in answers] == [[b"err", b"%d" % n, b"cancelled"] for n in (1, 3, 5)]
-        assert connection._session.handling == 2
+        assert connection.statistics().handlers_running == 2
         for n in range(11, 19, 2):
             await peer.send(b"req", b"%d" % n, b"", b"", b"", body=[b"x"])
         await connection.wait_closed()
         with pytest.raises(ConnectionLost, match="more than 5 requests of depth 0 in flight"):
             await connection.request([])
-
-
-async def test_what_arrives_with_the_end_is_not_handled(autojump_clock: trio.testing.MockClock) -> None:
-    """A request in the same chunk as what ended the connection must not start a handler."""
-    started: list[list[bytes]] = []
-
-    async def handler(connection: Connection, request: list[bytes]) -> None:
-        started.append(request)
-        await trio.lowlevel.checkpoint()
-
-    async with raw_peer(handler) as (connection, _):
-        await settle()
-        # The reader is woken by these bytes, and before it runs the connection is closed.
-        connection._stream._stream.receive_stream.put_data(packet(b"req", b"1", b"", b"", b"", body=[]))  # type: ignore[attr-defined]
-        connection._close("too late")
-        await connection.wait_closed()
-    assert started == []

@@ -80,5 +80,5 @@ async def test_a_cancellation_from_outside_at_any_step_ends_all(
             outer.cancel()
             await trio.lowlevel.checkpoint()
     assert (outer.cancelled_caught, running, trio.current_time()) == (True, 0, 0)
-    assert len(connection._handlers) == 0
+    assert connection.statistics().handlers_running == 0
     assert caplog.records == []

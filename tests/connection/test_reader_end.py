@@ -20,8 +20,10 @@ from bokbok_trio import (
 )
 from bokbok_trio._connection.closing import CLOSE_TIMEOUT
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
+from tests.support.connections import close_without_waiting
 from tests.support.handlers import in_memory_and_over_sockets, never_waits, wait_and_do
 from tests.support.helpers import RawPeer, open_peer, outcomes, packet, req, settle
+from tests.support.inside import close_at_once
 from tests.support.streams import Deaf
 
 
@@ -32,7 +34,7 @@ async def test_what_is_left_of_a_batch_when_the_connection_is_closed_is_not_hand
 
     async def handler(connection: Connection, request: list[bytes]) -> None:
         started.extend(request)
-        await wait_and_do(lambda: connection._close("in between"))
+        await wait_and_do(lambda: close_at_once(connection, "in between"))
         await trio.sleep(100)
 
     async with open_peer(handler) as (connection, peer), trio.open_nursery() as nursery:
@@ -58,10 +60,10 @@ async def test_what_arrives_when_the_connection_is_over_is_not_handled(
     async def handler(connection: Connection, request: list[bytes]) -> None:
         handled.append(request)
 
-    async with open_peer(handler) as (connection, _):
+    async with open_peer(handler) as (connection, peer):
+        await peer.stream.send_all(req(1))
         # The task that reads is woken by these bytes, and before it runs the connection is closed.
-        connection._stream._stream.receive_stream.put_data(req(1))  # type: ignore[attr-defined]
-        connection._close("too late")
+        await close_without_waiting(connection)
         await connection.wait_closed()
     assert handled == []
 
@@ -79,7 +81,7 @@ async def test_a_connection_that_is_closed_before_it_reads_ends_and_handles_noth
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.shake_hands)
         async with open_connection(ours, request_handler=handler) as connection:
-            connection._close("before its tasks have had a turn")
+            await close_without_waiting(connection)
         await connection.wait_closed()
         assert await theirs.receive_some() == b""
     assert handled == []
@@ -97,15 +99,11 @@ async def test_a_goodbye_waits_a_second_for_a_peer_that_does_not_read(
     async with open_connection_pair(never_waits, wrap=wrap) as (client, _):
         await settle()
         streams[0].sending.stall()
-        client._close("nobody reads this")
+        await close_without_waiting(client)
         await settle()
         assert trio.current_time() == 0
         await client.wait_closed()
         assert trio.current_time() == CLOSE_TIMEOUT
-
-
-async def close_without_waiting(connection: Connection) -> None:
-    connection._close("a handler closed it")
 
 
 @pytest.mark.parametrize("close", [Connection.aclose, close_without_waiting])

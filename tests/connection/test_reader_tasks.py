@@ -9,6 +9,7 @@ from bokbok_trio import Connection, RequestError, Settings, open_connection, ope
 from bokbok_trio.testing import MemoryListener
 from tests.support.handlers import in_memory_and_over_sockets
 from tests.support.helpers import check_idle, open_peer, outcomes, packet, req, settle
+from tests.support.tasks import count_reading_tasks
 
 
 @in_memory_and_over_sockets
@@ -93,19 +94,16 @@ async def test_of_the_tasks_whose_handlers_have_ended_one_waits_for_its_turn() -
         for n in range(5):  # each in a receive of its own, so that each is called by who reads
             await peer.stream.send_all(req(1 + 2 * n))
             await settle()
-        reader = connection._reader
-        assert reader._nursery is not None
-        assert len(reader._nursery.child_tasks) == 6
+        assert count_reading_tasks() == 6
         may_end.set()
         await outcomes(peer, 5)
         await settle()
-        assert reader._turn.follower is not None
+        assert count_reading_tasks() == 2
         await settle()
         check_idle(connection)
         await peer.stream.aclose()
         await settle()
-        assert reader._turn.follower is None
-        assert not reader._nursery.child_tasks
+        assert count_reading_tasks() == 0
 
 
 def packet_fields(*fields: bytes) -> list[bytes]:
@@ -118,9 +116,7 @@ async def test_one_task_reads_through_a_mixture_of_handlers() -> None:
 
     async def handler(connection: Connection, request: list[bytes]) -> None:
         nonlocal most
-        nursery = connection._reader._nursery
-        assert nursery is not None
-        most = max(most, len(nursery.child_tasks))
+        most = max(most, count_reading_tasks())
         assert connection.statistics().handlers_running >= 1  # one called by the task that reads counts
         for _ in range(int(request[0])):
             await trio.lowlevel.checkpoint()

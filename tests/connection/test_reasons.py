@@ -10,6 +10,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from bokbok_trio import Connection, ConnectionLost
+from bokbok_trio._connection.pings import Pings
 from bokbok_trio._trio_util import MAX_CAUSES, describe_error
 from bokbok_trio.testing import open_connection_pair
 from tests.support.pairs import open_pair
@@ -159,7 +160,7 @@ async def test_a_defect_of_our_own_is_logged_once_and_is_the_cause(
         raise Defect
 
     async with open_pair("tcp plain", None, handler) as (client, server):
-        monkeypatch.setattr(type(client._pings), "on_pong", fail)
+        monkeypatch.setattr(Pings, "on_pong", fail)
         errors: list[BaseException] = []
 
         async def wait() -> None:

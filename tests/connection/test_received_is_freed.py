@@ -8,19 +8,17 @@ import trio
 
 from bokbok_trio import Connection, Settings
 from bokbok_trio._protocol.packets import LARGE, LARGE_BATCH
-from bokbok_trio._stream.socket import RECEIVE_SIZE, _scratch
+from bokbok_trio._stream.socket import RECEIVE_SIZE
 from bokbok_trio.testing import open_connection_pair
 from tests.support.handlers import wait_and_do
 from tests.support.helpers import check_idle, open_peer, outcomes, req, settle
+from tests.support.inside import receive_something_else
 from tests.support.streams import Deaf
 
 
 async def test_what_is_left_of_a_batch_outlasts_the_buffer_that_it_was_received_in() -> None:
     fields = [bytes([n]) * (2 * LARGE) for n in range(10)]
     seen: list[bytes] = []
-
-    def receive_something_else() -> None:
-        _scratch.view[:] = bytes([255]) * RECEIVE_SIZE
 
     async def handler(connection: Connection, request: list[bytes]) -> None:
         if request == [b"wait"]:

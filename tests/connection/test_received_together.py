@@ -10,6 +10,7 @@ from bokbok_trio import Channel, Connection, RequestHandler, Settings
 from bokbok_trio._protocol.coalescing import EARLY_FLUSH_PACKETS, INTERACTIVE_RECEIVES
 from bokbok_trio._protocol.packets import MAX_AT_ONCE
 from bokbok_trio._stream.socket import SocketStream
+from tests.support.channels import assert_nothing_is_left
 from tests.support.handlers import in_memory_and_over_sockets, never_waits
 from tests.support.helpers import (
     cancel,
@@ -22,6 +23,7 @@ from tests.support.helpers import (
     req,
     settle,
 )
+from tests.support.inside import session_of
 
 # ---- channels ----
 
@@ -43,7 +45,7 @@ async def test_items_that_come_together_are_received(waits_before: bool, over_so
         await settle()
         await settle()
         check_idle(connection)
-        assert len(connection._channels) == len(connection._session.flow_control) == 0
+        assert_nothing_is_left(connection)
 
 
 @in_memory_and_over_sockets
@@ -62,7 +64,7 @@ async def test_items_for_a_channel_that_was_answered_at_once_are_dropped(
         await settle()
         await settle()
         check_idle(connection)
-        assert len(connection._channels) == len(connection._session.flow_control) == 0
+        assert_nothing_is_left(connection)
 
 
 @in_memory_and_over_sockets
@@ -92,7 +94,7 @@ async def test_room_that_the_first_wait_of_a_handler_makes_wakes_it_only_when_it
 
     async def handler(connection: Connection, request: list[bytes]) -> None:
         nonlocal filled
-        while connection._session.flow_control.may_send(0):
+        while session_of(connection).flow_control.may_send(0):
             queue = channel.send([bytes(2**12)])
             queue.send(None)  # as if another task had done it in this moment
             queue.close()
@@ -132,15 +134,13 @@ async def test_whatever_is_received_says_that_the_peer_is_there_whichever_task_r
         assert trio.current_time() == 6
 
 
-def count_sends(monkeypatch: pytest.MonkeyPatch, connection: Connection) -> list[int]:
-    """How many bytes leave at once; to be called where sockets are used."""
+def count_sends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes leave at once, of all connections over sockets."""
     sizes: list[int] = []
-    ours = connection._stream
     send_now = SocketStream.send_nowait
 
     def spy(stream: SocketStream, data: bytes) -> int:
-        if stream is ours:
-            sizes.append(len(data))
+        sizes.append(len(data))
         return send_now(stream, data)
 
     monkeypatch.setattr(SocketStream, "send_nowait", spy)
@@ -149,9 +149,9 @@ def count_sends(monkeypatch: pytest.MonkeyPatch, connection: Connection) -> list
 
 async def test_the_answers_to_what_came_together_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(max_requests=1000)
-    async with open_peer(never_waits, settings, over_sockets=True) as (connection, peer):
+    async with open_peer(never_waits, settings, over_sockets=True) as (_, peer):
         await settle()
-        sizes = count_sends(monkeypatch, connection)
+        sizes = count_sends(monkeypatch)
         await peer.stream.send_all(b"".join(req(1 + 2 * n) for n in range(EARLY_FLUSH_PACKETS - 1)))
         await outcomes(peer, EARLY_FLUSH_PACKETS - 1)
         assert len(sizes) == 1
@@ -182,7 +182,7 @@ async def test_a_request_is_written_at_once_only_after_a_few_receives_of_one_pac
 ) -> None:
     """So does each request of the peer count once, whether its handler waits or not."""
     async with open_peer(handler, over_sockets=True) as (connection, peer):
-        sizes = count_sends(monkeypatch, connection)
+        sizes = count_sends(monkeypatch)
 
         async def is_written_at_once() -> bool:
             """Ask something. The peer's answer is a receive of one packet."""

@@ -108,7 +108,7 @@ async def check_requests(
             nursery.cancel_scope.cancel()
         await settle()
         check_idle(connection)
-        assert connection._session.asked == 0
+        assert connection.statistics().used_slots == 0
     expected = {1 + 2 * n: BEHAVIOURS[behaviour] for n, behaviour in enumerate(asked)}
     expected |= {1 + 2 * n: b"cancelled" for n in cancelled if asked[n] in UNTIL_CANCELLED}
     assert was.answers == expected

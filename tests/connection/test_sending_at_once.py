@@ -8,7 +8,7 @@ import trio
 from bokbok_trio._protocol.coalescing import EARLY_FLUSH_PACKETS
 from bokbok_trio._stream.socket import SocketStream
 from tests.support.helpers import raw_peer, settle
-from tests.support.inside import take_few
+from tests.support.inside import session_of, take_few
 
 
 async def test_a_lone_request_leaves_before_its_task_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ async def test_a_request_takes_along_the_items_that_wait_and_their_channel_goes_
             assert (await peer.receive())[0] == b"chan"
             await peer.send(b"credit", b"0", b"1000000")
             await settle()
-            flows = connection._session.flow_control
+            flows = session_of(connection).flow_control
             count = 0
             while flows.may_send(0):  # and nobody wakes the sender
                 flows.send(0, *flows.encode([bytes(10_000)]))

@@ -11,6 +11,7 @@ import trio.testing
 
 import bokbok_trio
 from bokbok_trio import Connection, ConnectionStatistics, RemoteError, Settings, open_connection, open_server
+from bokbok_trio._connection.waiting import Waiter
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.support.connections import faulty, numbers, start_waiting
 from tests.support.helpers import busy_handler, echo, settle
@@ -122,7 +123,7 @@ async def test_a_closed_connection_leaves_no_reference_cycle_to_a_waiter() -> No
         try:
             for _ in range(10):
                 await client.request(["x"])
-            assert not [thing for thing in gc.get_objects() if type(thing).__name__ == "_Waiter"]
+            assert not [thing for thing in gc.get_objects() if isinstance(thing, Waiter)]
         finally:
             gc.enable()
 

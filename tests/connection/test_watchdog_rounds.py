@@ -14,10 +14,11 @@ import trio
 import trio.testing
 
 from bokbok_trio import Settings
-from bokbok_trio._connection.watchdog import SPARE_ALARMS, Watchdog, _rounds
+from bokbok_trio._connection.watchdog import SPARE_ALARMS, Watchdog
 from bokbok_trio.testing import open_connection_pair
 from tests.support.helpers import raw_peer, settle
-from tests.support.watchdogs import Diary, rounds, system_tasks
+from tests.support.inside import count_alarms
+from tests.support.watchdogs import Diary, system_tasks
 
 
 async def test_connections_share_a_task(autojump_clock: trio.testing.MockClock) -> None:
@@ -38,9 +39,9 @@ async def test_connections_share_a_task(autojump_clock: trio.testing.MockClock) 
 async def test_nothing_is_done_when_all_have_stopped(autojump_clock: trio.testing.MockClock) -> None:
     async with open_connection_pair():
         await settle()
-        assert len(rounds()._heap) == 2
+        assert count_alarms() == 2
         assert trio.lowlevel.current_statistics().seconds_to_next_deadline <= 20
-    assert not rounds()._heap
+    assert count_alarms() == 0
     assert trio.lowlevel.current_statistics().seconds_to_next_deadline == math.inf
 
 
@@ -54,13 +55,13 @@ async def test_many_that_come_and_go_leave_few_alarms(autojump_clock: trio.testi
             passing = [diary.watchdog(10) for _ in range(wave)]
             for watchdog in passing:
                 watchdog.start()
-            assert len(rounds()._heap) <= 2 * (10 + wave) + SPARE_ALARMS
+            assert count_alarms() <= 2 * (10 + wave) + SPARE_ALARMS
             for watchdog in passing:
                 watchdog.stop()
-            assert 10 <= len(rounds()._heap) <= 2 * 10 + SPARE_ALARMS
+            assert 10 <= count_alarms() <= 2 * 10 + SPARE_ALARMS
     await trio.sleep(20.5)
     assert diary.events == [(11 + number, "ping") for number in range(10)]
-    assert len(rounds()._heap) == 10
+    assert count_alarms() == 10
 
 
 async def test_one_that_has_stopped_keeps_nothing_alive(autojump_clock: trio.testing.MockClock) -> None:
@@ -74,7 +75,7 @@ async def test_one_that_has_stopped_keeps_nothing_alive(autojump_clock: trio.tes
     assert gone() is not None
     watchdog.stop()
     assert gone() is None
-    assert len(rounds()._heap) == 2
+    assert count_alarms() == 2
 
 
 async def test_a_closed_connection_is_not_kept_alive(autojump_clock: trio.testing.MockClock) -> None:
@@ -87,7 +88,7 @@ async def test_a_closed_connection_is_not_kept_alive(autojump_clock: trio.testin
     await settle()
     gc.collect()
     assert [connection() for connection in gone] == [None, None]
-    assert len(rounds()._heap) == 3
+    assert count_alarms() == 3
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
@@ -116,7 +117,7 @@ async def test_a_callback_that_fails_does_no_harm(
         ),
     ]
     assert all(record.exc_info is not None and record.exc_info[0] is error for record in caplog.records)
-    assert not rounds()._heap
+    assert count_alarms() == 0
 
 
 async def test_a_callback_may_stop_others_and_start_new_ones(autojump_clock: trio.testing.MockClock) -> None:
@@ -134,7 +135,7 @@ async def test_a_callback_may_stop_others_and_start_new_ones(autojump_clock: tri
         watchdog.start()
     await trio.sleep(26)
     assert diary.events == [(20, "ping"), (25, "ping")]
-    assert len(rounds()._heap) == 1
+    assert count_alarms() == 1
 
 
 async def test_times_too_short_to_matter_do_not_block_the_loop(
@@ -153,7 +154,7 @@ def watch_once() -> None:
     """In a Trio run of its own, a watchdog pings and loses in time."""
 
     async def main() -> list[tuple[float, str]]:
-        assert _rounds.get() is None
+        assert not system_tasks()
         diary = Diary()
         diary.watchdog().start()
         diary.watchdog(1000).start()  # does not keep the run from ending

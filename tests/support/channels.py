@@ -10,7 +10,9 @@ import trio
 from bokbok_trio import Channel, Connection, Settings
 from bokbok_trio._protocol.flow_control import WINDOW
 from bokbok_trio.testing import open_connection_pair
+from tests.support.connections import check_nothing_in_flight
 from tests.support.helpers import RawPeer, settle
+from tests.support.inside import session_of, tables_of, tables_of_an_engine
 
 
 async def echo_items(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes]:
@@ -62,18 +64,11 @@ async def open_pair(
 
 def assert_nothing_is_left(*connections: Connection) -> None:
     for connection in connections:
-        session = connection._session
-        assert not connection._channels
-        assert not connection._calls._calls
-        assert not connection._handlers
+        check_nothing_in_flight(connection)
+        assert not any(tables_of(connection)), tables_of(connection)
         if not connection.closed:
-            assert not len(session.flow_control)
-            assert not session.local.states
-            assert not session.remote.answer_sizes
-        outbox = session._outbox
-        assert not any(
-            (outbox._small, outbox._items, outbox._big, outbox._in_pieces, outbox._blocked_by_order)
-        )
+            assert not any(tables_of_an_engine(session_of(connection)))
+            assert not len(session_of(connection).flow_control)
 
 
 async def fill(channel: Channel) -> int:

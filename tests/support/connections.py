@@ -50,3 +50,17 @@ def numbers(connection: Connection) -> tuple[int, ...]:
     """Of `ConnectionStatistics`, all but the two limits."""
     found = dataclasses.asdict(connection.statistics())
     return tuple(value for name, value in found.items() if name not in {"total_slots", "max_requests"})
+
+
+async def close_without_waiting(connection: Connection) -> None:
+    """Close it, and go on at once, also where that cancels whoever calls this: a handler."""
+    with trio.CancelScope(shield=True) as scope:
+        scope.cancel()
+        await connection.aclose()
+
+
+def check_nothing_in_flight(*connections: Connection) -> None:
+    for connection in connections:
+        found = connection.statistics()
+        assert found.used_slots == found.requests_waiting == 0
+        assert found.handlers_running == found.packets_queued == 0

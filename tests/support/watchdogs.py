@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import trio
 
-from bokbok_trio._connection.watchdog import Watchdog, _Rounds, _rounds
+from bokbok_trio._connection.watchdog import Watchdog
+from tests.support.tasks import tasks_named
 
 PATIENCE = 40  # the defaults: 20 s of silence, 20 s more
 
@@ -27,17 +28,4 @@ class Diary:
 
 def system_tasks() -> list[trio.lowlevel.Task]:
     """Those of the watchdogs."""
-    root = trio.lowlevel.current_root_task()
-    assert root is not None
-    return [
-        task
-        for nursery in root.child_nurseries
-        for task in nursery.child_tasks
-        if task.name == "bokbok_trio watchdogs"
-    ]
-
-
-def rounds() -> _Rounds:
-    found = _rounds.get()
-    assert found is not None
-    return found
+    return tasks_named("bokbok_trio watchdogs")
