@@ -7,7 +7,7 @@ import trio
 import trio.testing
 
 from bokbok_trio import Connection, ConnectionClosed, ConnectionLost, RemoteError, Settings
-from bokbok_trio._connection.closing import CLOSE_TIMEOUT
+from bokbok_trio._connection.ending import CLOSE_TIMEOUT
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.support.connections import (
     close_without_waiting,

@@ -36,7 +36,7 @@ async def test_a_slow_reader_holds_a_fast_writer_and_memory(autojump_clock: Mock
                 await trio.sleep(0.01)
                 received += 1
                 most = max(most, sum(map(len, items_held(slow))))
-                assert session_of(client).flow_control.by_id[0].queued < MAX_QUEUED + 1000
+                assert session_of(client).flow_control.credits[0].queued < MAX_QUEUED + 1000
         assert received == sent // 1000 + 2000
         assert most < WINDOW + 1000
         handler.may_end.set()

@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from bokbok_trio import Connection, ConnectionLost, Settings
-from bokbok_trio._connection.closing import CLOSE_TIMEOUT
+from bokbok_trio._connection.ending import CLOSE_TIMEOUT
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.support.connections import faulty, ignore_any_loss, ignore_loss, start_waiting
 from tests.support.helpers import busy_handler, echo, packet, raw_peer, settle

@@ -18,7 +18,7 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._connection.closing import CLOSE_TIMEOUT
+from bokbok_trio._connection.ending import CLOSE_TIMEOUT
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
 from tests.support.connections import close_without_waiting
 from tests.support.handlers import in_memory_and_over_sockets, never_waits, wait_and_do

@@ -159,8 +159,8 @@ async def test_a_defect_of_our_own_is_logged_once_and_is_the_cause(
     def fail(*_: object) -> None:
         raise Defect
 
+    monkeypatch.setattr(Pings, "on_pong", fail)
     async with open_pair("tcp plain", None, handler) as (client, server):
-        monkeypatch.setattr(Pings, "on_pong", fail)
         errors: list[BaseException] = []
 
         async def wait() -> None:

@@ -34,9 +34,9 @@ class Model:
         self.heard_at = now
         self.waits_for_answer = False
 
-    def send_ended(self, now: float, *, ping_left: bool) -> None:
+    def send_ended(self, now: float, *, ping_departed: bool) -> None:
         self.send_began = math.inf
-        if self.ping_is_queued and ping_left:
+        if self.ping_is_queued and ping_departed:
             self.ping_is_queued = False
             self.answer_due = now + self.ping_timeout
 
@@ -110,8 +110,8 @@ def test_it_does_all_in_time_though_it_seldom_looks(
                 watchdog.send_begins(now)
                 model.send_began = now
             elif what.startswith("end"):
-                watchdog.send_ended(ping_left=what == "end")
-                model.send_ended(now, ping_left=what == "end")
+                watchdog.send_ended(ping_departed=what == "end")
+                model.send_ended(now, ping_departed=what == "end")
         assert watchdog.has_stopped == model.lost
 
     trio.run(main, clock=clock)
@@ -124,10 +124,10 @@ async def test_a_ping_has_its_time_from_when_it_is_written(autojump_clock: trio.
     await trio.sleep(10)
     watchdog.send_begins(trio.current_time())
     await trio.sleep(25)
-    watchdog.send_ended(ping_left=False)  # a batch that was taken before
+    watchdog.send_ended(ping_departed=False)  # a batch that was taken before
     watchdog.send_begins(trio.current_time())
     await trio.sleep(30)
-    watchdog.send_ended(ping_left=True)
+    watchdog.send_ended(ping_departed=True)
     await trio.sleep(1000)
     assert diary.events == [(20, "ping"), (85, "the peer has not been heard of for 40 seconds")]
 
@@ -146,7 +146,7 @@ async def test_a_ping_that_waits_serves_a_later_silence_too(autojump_clock: trio
     await trio.sleep(22)
     watchdog.heard()
     await trio.sleep(23)
-    watchdog.send_ended(ping_left=True)
+    watchdog.send_ended(ping_departed=True)
     await trio.sleep(1000)
     assert diary.events == [(20, "ping"), (65, "the peer has not been heard of for 40 seconds")]
 
@@ -160,7 +160,7 @@ async def test_only_what_is_late_is_granted_more_time(
     watchdog.start()
     await trio.sleep(20)
     await settle()
-    watchdog.send_ended(ping_left=True)
+    watchdog.send_ended(ping_departed=True)
     autojump_clock.jump(20 + late)
     await trio.sleep(1000)
     lost_at = 40 + late + (20 if late > LATENESS else 0)
@@ -189,7 +189,7 @@ async def test_a_grace_that_was_slept_through_is_granted_again(
     watchdog.start()
     await trio.sleep(20)
     await settle()
-    watchdog.send_ended(ping_left=True)
+    watchdog.send_ended(ping_departed=True)
     for _ in range(3):
         autojump_clock.jump(3600)
         await trio.sleep(5)

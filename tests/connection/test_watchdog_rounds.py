@@ -99,8 +99,8 @@ async def test_a_callback_that_fails_does_no_harm(
         raise error("oops")
 
     diary = Diary()
-    Watchdog(10, 10, ping=fail, lose=diary.lose).start()
-    Watchdog(20, 5, ping=diary.ping, lose=fail).start()
+    Watchdog(10, 10, ping=fail, fail=diary.lose).start()
+    Watchdog(20, 5, ping=diary.ping, fail=fail).start()
     diary.watchdog(20, 20).start()
     await trio.sleep(1000)
     assert diary.events == [
@@ -130,7 +130,7 @@ async def test_a_callback_may_stop_others_and_start_new_ones(autojump_clock: tri
             watchdog.stop()
         diary.watchdog(5).start()
 
-    watchdogs += [Watchdog(20, 20, ping=replace_all, lose=diary.lose) for _ in range(100)]
+    watchdogs += [Watchdog(20, 20, ping=replace_all, fail=diary.lose) for _ in range(100)]
     for watchdog in watchdogs:
         watchdog.start()
     await trio.sleep(26)

@@ -23,8 +23,8 @@ def test_draining_lets_what_is_in_flight_finish_and_takes_nothing_new() -> None:
     sent = server.take(0)
     assert sent == packet(b"bye")
     assert list(receive(client, sent)) == [Bye([waiting])]
-    assert client.peer_drains
-    assert not server.peer_drains
+    assert client.draining.peer_drains
+    assert not server.draining.peer_drains
     assert list(receive(server, client.take(0))) == []
     assert not server.is_drained
     callback = server.request(["from the handler"])

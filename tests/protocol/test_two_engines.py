@@ -64,7 +64,7 @@ class TwoEngines(RuleBasedStateMachine):
     def ask(
         self, *, side: int, text: bytes, times: int, timeout: float, has_channel: bool, depth: int
     ) -> tuple[int, int]:
-        if self.engines[side].peer_drains and not depth:
+        if self.engines[side].draining.peer_drains and not depth:
             return side, -1
         text *= times
         if has_channel:
@@ -211,7 +211,7 @@ class TwoEngines(RuleBasedStateMachine):
             assert held_in_pieces(self.engines[side]) <= 4 * 2**20
             for sizes in self.held[side].values():
                 assert sum(sizes) < WINDOW + 200_005
-            for flow in self.engines[side].flow_control.by_id.values():
+            for flow in self.engines[side].flow_control.credits.values():
                 assert 0 <= flow.queued < MAX_QUEUED + 200_005
             for id in self.seen[side]:
                 assert not self.engines[side].is_unsent(id)

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from bokbok_trio import Channel, Connection, Key, Server, Settings, _fork
-from bokbok_trio._connection.watchdog import _rounds
+from bokbok_trio._connection.watchdog import _alarm_clock
 from bokbok_trio._protocol import handshake
 from bokbok_trio._protocol.session import Session
 from bokbok_trio._stream.secretbox import SecretboxStream
@@ -63,7 +63,7 @@ def items_held(channel: Channel) -> deque[Any]:
 
 def close_at_once(connection: Connection, reason: str) -> None:
     """Close it, where nothing can be awaited."""
-    connection._close(reason)
+    connection._ending.close(reason)
 
 
 async def break_transport(connection: Connection) -> None:
@@ -106,6 +106,6 @@ def refuse_for_too_many(connections: int) -> str:
 
 def count_alarms() -> int:
     """How many alarms the task has that serves the watchdogs of this Trio run."""
-    rounds = _rounds.get()
-    assert rounds is not None
-    return len(rounds._heap)
+    clock = _alarm_clock.get()
+    assert clock is not None
+    return len(clock._heap)

@@ -23,7 +23,7 @@ class Diary:
         self.events.append((trio.current_time(), reason))
 
     def watchdog(self, ping_after: float = 20, ping_timeout: float = 20) -> Watchdog:
-        return Watchdog(ping_after, ping_timeout, ping=self.ping, lose=self.lose)
+        return Watchdog(ping_after, ping_timeout, ping=self.ping, fail=self.lose)
 
 
 def system_tasks() -> list[trio.lowlevel.Task]:
