@@ -1,7 +1,8 @@
 """Attacks on the wire: a real client and a real server, sealed, and somebody in the middle of them.
 
 What an attacker does to single messages and streams is tested where these are: `test_handshake`,
-`test_opening`, `test_secretbox_stream`, `test_vectors`; an attacker who only waits, in `test_watchdog`.
+`test_handshake_attacks`, `test_establish_attacked`, `test_records`, `test_vectors`; an attacker who only
+waits, in `test_watchdog`.
 """
 
 from __future__ import annotations

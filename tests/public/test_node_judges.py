@@ -10,10 +10,9 @@ import pytest
 from bokbok_trio._protocol.events import Abort, Answer, Event, Failure, Item, Request
 from bokbok_trio._protocol.session import Session
 
-from ..protocol.test_second_implementation import engine_of_a_sequence
-from ..protocol.test_vectors import CONNECTION
 from ..support import second_implementation as second
 from ..support.node_peer import NodeProcess, why_not
+from ..support.vectors import CONNECTION, engine_of_a_sequence
 
 if (reason := why_not()) is not None:
     pytest.skip(reason, allow_module_level=True)

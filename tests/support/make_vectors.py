@@ -2,7 +2,7 @@
 
 ``python -m tests.support.make_vectors`` writes the same bytes each time: all random values are fixed here.
 The package makes the handshakes, records and keys; what a server replies to packets of an open connection
-comes from the second implementation, so ``test_second_implementation.py`` compares the engine with both.
+comes from the second implementation, so ``test_engine_vectors.py`` compares the engine with both.
 """
 
 from __future__ import annotations
