@@ -307,8 +307,8 @@ MUTATIONS: Final = [
     Mutation(
         "looked-up-is-displaced",
         "_places.py",
-        'displaced only in `take_turn`."""\n        self._exit()\n',
-        'displaced only in `take_turn`."""\n',
+        'only in `take_turn`."""\n        self._exit()\n',
+        'only in `take_turn`."""\n',
         "public/test_herd.py::test_a_newcomer_displaces_nobody_whose_user_is_looked_up",
     ),
     # ---- a channel holds no more than its credit ----
