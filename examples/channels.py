@@ -9,24 +9,24 @@ from bokbok_trio import Channel, Connection, RemoteError, RequestError, open_con
 
 
 class Log:
-    """Lines that come one by one, and those who follow them."""
+    """Lines that are added one by one, and the channels that follow them."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self._grown = trio.Event()
 
     def write(self, line: str) -> None:
-        """Add a line, and wake those who follow."""
+        """Add a line, and wake the followers."""
         self.lines.append(line)
         self._grown.set()
         self._grown = trio.Event()
 
     async def follow(self, channel: Channel) -> NoReturn:
-        """Send every line, and each new one when it comes, until cancelled."""
+        """Send every line, and each new line when it is added, until cancelled."""
         sent = 0
         while True:
             while sent < len(self.lines):
-                await channel.send([self.lines[sent]])  # a slow reader is waited for here
+                await channel.send([self.lines[sent]])  # waits here for a slow reader
                 sent += 1
             await self._grown.wait()
 
@@ -55,7 +55,7 @@ async def handler(connection: Connection, request: list[bytes], channel: Channel
 
 
 async def upload(connection: Connection, name: str, content: bytes) -> None:
-    """Send a file in chunks, and show what the server says of it."""
+    """Send a file in chunks, and compare the server's digest."""
     async with connection.open_channel(["upload", name]) as channel:
         for at in range(0, len(content), 50_000):
             await channel.send([content[at : at + 50_000]])
@@ -77,7 +77,7 @@ async def main() -> None:
             async for [line] in tail:
                 print("client: the log says:", line.decode())
                 if line.endswith(b"is here"):
-                    break  # leaving the block cancels the handler over there
+                    break  # leaving the block cancels the server's handler
 
         try:
             async with connection.open_channel(["nonsense"]) as channel:

@@ -1,4 +1,4 @@
-"""A chat: whoever joins sees what the others say, and nobody waits for who is slow.
+"""A chat: each member sees the lines of the others, and nobody waits for a slow member.
 
 python examples/chat.py serve localhost:12345          the room
 python examples/chat.py join localhost:12345 NAME      say lines of standard input, print those of others
@@ -14,16 +14,16 @@ from bokbok_trio import BokbokError, Channel, Connection, RequestError, open_con
 from bokbok_trio.broadcast import Broadcast
 
 ROOM = Broadcast[tuple[str, str]](when_full="drop-oldest", length=50)
-"""Who says what."""
+"""Pairs of a name and a line."""
 
 
 def as_line(text: bytes, most: int) -> str:
-    """What others said, fit for a terminal: one line, of so many characters at most."""
+    """Return a text as one line that is safe to print on a terminal, cut to `most` characters."""
     return "".join(filter(str.isprintable, text.decode(errors="replace")))[:most]
 
 
 async def listen(channel: Channel, task_status: trio.TaskStatus[None]) -> None:
-    """Send what is said, and how much was missed."""
+    """Send the lines of the room, and the number of lines that were dropped."""
     missed = 0
     with ROOM.subscribe() as messages:
         task_status.started()
@@ -35,7 +35,7 @@ async def listen(channel: Channel, task_status: trio.TaskStatus[None]) -> None:
 
 
 async def room(connection: Connection, request: list[bytes], channel: Channel) -> None:
-    """Handle one who joins, until he leaves or the server stops."""
+    """Handle a member, from joining until leaving or until the server stops."""
     match request:
         case [b"join", name] if who := as_line(name, 20):
             pass
@@ -53,7 +53,7 @@ async def room(connection: Connection, request: list[bytes], channel: Channel) -
 
 
 async def serve(address: str) -> None:
-    """Be the room."""
+    """Serve the room."""
     async with open_server(address, channel_handler=room) as server:
         print("serving on", *server.addresses, flush=True)
         await server.wait_stopped()
@@ -70,7 +70,7 @@ async def speak(channel: Channel) -> None:
 
 
 async def join(address: str, name: str) -> None:
-    """Speak and listen."""
+    """Join the room: send standard input, print the lines of others."""
     async with (
         open_connection(address) as connection,
         connection.open_channel(["join", name]) as channel,

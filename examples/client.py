@@ -1,4 +1,4 @@
-"""A client of examples/server.py: pings it, is called back, and may shut it down.
+"""A client of examples/server.py: it pings the server, handles callbacks, and may shut the server down.
 
 python examples/client.py localhost:12345                           plain
 python examples/client.py localhost:12345 users.keys NAME           encrypted, with that user's key

@@ -40,7 +40,7 @@ async def ask(connection: Connection, *request: str) -> None:
 
 
 async def main() -> None:
-    """Tell the story."""
+    """Run the demonstration."""
     key = Key.generate()
     async with bokbok_trio.open_server("localhost:0", server_handler, user_key={"alice": key}) as server:
         print("serving on", *server.addresses)

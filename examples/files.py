@@ -1,4 +1,4 @@
-"""Files over a connection: put and get, with progress; what was broken off is resumed.
+"""Files over a connection: put and get, with progress; a broken transfer is resumed.
 
 python examples/files.py                                    both sides in one program, with a line that breaks
 python examples/files.py serve localhost:12345 FOLDER       a server for the files in a folder
@@ -41,7 +41,7 @@ class Store:
 
 
 def show(done: int, size: int) -> None:
-    """Show on a terminal how far it is."""
+    """Show the progress on a terminal."""
     if sys.stderr.isatty():
         print(f"\r{done * 100 // max(size, 1):3} %", end="\n" if done == size else "", file=sys.stderr)
 
@@ -61,7 +61,7 @@ async def get(connection: Connection, name: str, folder: Path) -> None:
 
 
 async def serve(address: str, folder: str) -> None:
-    """Be the server."""
+    """Serve the files."""
     async with open_server(address, channel_handler=Store(Path(folder)).handle) as server:
         print("serving on", *server.addresses, flush=True)
         await server.wait_stopped()
@@ -77,7 +77,7 @@ async def client(address: str, what: str, name: str) -> None:
 
 
 async def demo() -> None:
-    """Put a file, break that off half-way, resume it, and fetch the file back."""
+    """Put a file, break the transfer off half-way, resume it, and fetch the file back."""
     with tempfile.TemporaryDirectory() as there, tempfile.TemporaryDirectory() as here:
         source = trio.Path(here, "report.bin")
         await source.write_bytes(os.urandom(8_000_000))

@@ -1,10 +1,10 @@
-"""A service that counts primes, with progress, cancellation and deadlines, by a typed interface.
+"""A service with a typed interface that counts primes, with progress, cancellation and deadlines.
 
 python examples/jobs.py serve localhost:12345                    the service
-python examples/jobs.py run localhost:12345 NAME UPTO [SECONDS]   count primes, within a time
+python examples/jobs.py run localhost:12345 NAME UPTO [SECONDS]   count primes, within a time limit
 python examples/jobs.py list localhost:12345                     the jobs that run
-python examples/jobs.py watch localhost:12345                    what becomes of jobs, as it happens
-python examples/jobs.py cancel localhost:12345 NUMBER            cancel a job, whoever runs it
+python examples/jobs.py watch localhost:12345                    the changes of jobs, as they happen
+python examples/jobs.py cancel localhost:12345 NUMBER            cancel a job of any client
 """
 
 import itertools
@@ -24,16 +24,16 @@ from bokbok_trio import BokbokError, open_connection, open_server
 from bokbok_trio.broadcast import Broadcast
 from bokbok_trio.interface import consume, expose, idempotent, raises
 
-# ---- the interface, which both programs would import ----
+# ---- the interface: in real programs, a module that both import ----
 
-Name = Annotated[str, Meta(min_length=1, max_length=40, pattern=r"^[\w .-]+\Z")]  # fit for a terminal
+Name = Annotated[str, Meta(min_length=1, max_length=40, pattern=r"^[\w .-]+\Z")]  # safe on a terminal
 
 State = Literal["running", "done", "cancelled", "failed"]
 
 
 @dataclass
 class Job:
-    """What is to be done. Its bounds are checked before any method sees it."""
+    """A job to do. Its bounds are checked before any method sees it."""
 
     name: Name
     upto: Annotated[int, Meta(ge=1, le=100_000_000)]
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass
 class Status:
-    """How far a job is; `seconds_left` until the deadline of who asked for it, if there is one."""
+    """The progress of a job; `seconds_left` until the caller's deadline, if there is one."""
 
     number: int
     job: Job
@@ -52,7 +52,7 @@ class Status:
 
 @dataclass
 class Report:
-    """What came out of a job."""
+    """The result of a job."""
 
     number: int
     primes: int
@@ -62,7 +62,7 @@ class Report:
 
 @dataclass
 class TooManyJobs(Exception):
-    """As many jobs run as may."""
+    """The limit of running jobs is reached."""
 
     limit: int
 
@@ -72,7 +72,7 @@ class TooManyJobs(Exception):
 
 @dataclass
 class NoSuchJob(Exception):
-    """No job of this number runs."""
+    """No job with this number runs."""
 
     number: int
 
@@ -82,7 +82,7 @@ class NoSuchJob(Exception):
 
 @dataclass
 class JobCancelled(Exception):
-    """Somebody cancelled the job."""
+    """Another client cancelled the job."""
 
     number: int
     reason: Name
@@ -96,12 +96,12 @@ class Jobs(Protocol):
 
     @raises(TooManyJobs, JobCancelled)
     async def run(self, job: Job, *, progress: Callable[[Status], Awaitable[None]] | None = None) -> Report:
-        """Do a job. It ends when the caller goes, cancels the call, or has no time left."""
+        """Do a job. It ends early if the caller disconnects, cancels the call, or has no time left."""
         ...
 
     @raises(NoSuchJob)
     async def cancel(self, number: int, *, reason: Name = "no reason") -> None:
-        """Cancel a job of anybody's, who gets `JobCancelled`."""
+        """Cancel a job of any client. Its caller gets `JobCancelled`."""
         ...
 
     @idempotent
@@ -110,7 +110,7 @@ class Jobs(Protocol):
         ...
 
     def watch(self) -> AbstractAsyncContextManager[ReceiveChannel[Status]]:
-        """Tell of each job that runs, then of each when it begins, and when it has ended."""
+        """Report each running job, then each job when it begins and when it has ended."""
         ...
 
 
@@ -134,7 +134,7 @@ def find_primes(begin: int, end: int) -> list[int]:
 
 @dataclass
 class RunningJob:
-    """A job, and how to end it."""
+    """A running job, and its cancel scope."""
 
     status: Status
     deadline: float
@@ -142,13 +142,13 @@ class RunningJob:
     reason: str = ""
 
     def tell(self) -> Status:
-        """Tell how far it is, and how much time it has."""
+        """Return the progress, and the time that is left."""
         left = self.deadline - trio.current_time()
         return replace(self.status, seconds_left=left if math.isfinite(left) else None)
 
 
 class PrimeCounter(Jobs):
-    """Does jobs, each in the task of its call.
+    """Does each job in the task of its call.
 
     Arguments:
         limit: jobs that may run at once.
@@ -161,7 +161,7 @@ class PrimeCounter(Jobs):
         self._news = Broadcast[Status](when_full="drop-oldest", length=100)
 
     async def run(self, job: Job, *, progress: Callable[[Status], Awaitable[None]] | None = None) -> Report:
-        """Do a job, and tell who watches."""
+        """Do a job, and tell the watchers."""
         if len(self._running) >= self._limit:
             raise TooManyJobs(self._limit)
         number = next(self._numbers)
@@ -174,10 +174,10 @@ class PrimeCounter(Jobs):
                 report = await self._count_primes(running, progress)
                 state = "done"
                 return report
-            state = "cancelled"  # by somebody; who asked gets to know
+            state = "cancelled"  # by another client; tell the caller
             raise JobCancelled(number, running.reason)
         except trio.Cancelled:
-            state = "cancelled"  # by who asked, who went, or had no more time
+            state = "cancelled"  # by the caller, who cancelled, disconnected, or ran out of time
             raise
         finally:
             del self._running[number]
@@ -196,7 +196,7 @@ class PrimeCounter(Jobs):
             if found := find_primes(begin, end):
                 primes, largest = primes + len(found), found[-1]
             status.done = (end - 1) / upto
-            await trio.lowlevel.checkpoint()  # here others have a turn, and this may be cancelled
+            await trio.lowlevel.checkpoint()  # lets other tasks run, and may be cancelled
             if progress is not None and (end > upto or trio.current_time() >= told + TELL_EVERY):
                 told = trio.current_time()
                 await progress(running.tell())
@@ -215,7 +215,7 @@ class PrimeCounter(Jobs):
 
     @trio.as_safe_channel
     async def watch(self) -> AsyncGenerator[Status]:
-        """Tell what becomes of jobs, until who watches goes."""
+        """Report the changes of jobs, until the watcher leaves."""
         with self._news.subscribe() as news:
             for status in await self.running():
                 yield status
@@ -224,7 +224,7 @@ class PrimeCounter(Jobs):
 
 
 async def serve(address: str) -> None:
-    """Be the service."""
+    """Run the service."""
     async with open_server(address, expose(Jobs, PrimeCounter())) as server:
         print("serving on", *server.addresses, flush=True)
         await server.wait_stopped()
@@ -234,7 +234,7 @@ async def serve(address: str) -> None:
 
 
 async def show(status: Status) -> None:
-    """Print how far a job is."""
+    """Print the progress of a job."""
     left = "" if status.seconds_left is None else f", {status.seconds_left:.1f} s left"
     job = status.job
     print(
@@ -243,7 +243,7 @@ async def show(status: Status) -> None:
 
 
 async def run(jobs: Jobs, name: str, upto: str, seconds: str = "inf") -> None:
-    """Have a job done, within a time."""
+    """Run a job, within a time limit."""
     with trio.move_on_after(float(seconds)):
         report = await jobs.run(Job(name, int(upto)), progress=show)
         print(f"{report.primes} primes, the largest {report.largest}, in {report.seconds:.1f} s")
@@ -258,7 +258,7 @@ async def show_running(jobs: Jobs) -> None:
 
 
 async def watch(jobs: Jobs) -> None:
-    """Print what becomes of jobs."""
+    """Print the changes of jobs."""
     async with jobs.watch() as statuses:
         async for status in statuses:
             await show(status)
@@ -280,7 +280,7 @@ CLIENTS: dict[tuple[str, int], Callable[..., Awaitable[None]]] = {
 
 
 async def connect(address: str, client: Callable[..., Awaitable[None]], *arguments: str) -> None:
-    """Be a client."""
+    """Open a client connection, and run a command on it."""
     async with open_connection(address) as connection:
         await client(consume(connection, Jobs), *arguments)
 

@@ -2,7 +2,7 @@
 
 python examples/prometheus.py localhost:12345 localhost:9464    serve an echo, and http://localhost:9464/metrics
 
-Copy `Metrics` and `serve_metrics` into a program of yours. The page is in the text format of
+Copy `Metrics` and `serve_metrics` into your program. The page is in the text format of
 https://prometheus.io/docs/instrumenting/exposition_formats/, and needs no package.
 """
 
@@ -42,10 +42,10 @@ Labels = tuple[str, ...]
 
 
 class Metrics(Instrument):
-    """Counts what goes on, on however many connections.
+    """Counts events, on any number of connections.
 
-    A peer can make up names for its requests. So a name is told apart once a request of that name was
-    answered well, as long as there are not too many of them; all others are ``other``.
+    A peer can invent names for its requests. So a name gets a label of its own only after a request with that
+    name succeeded, and only up to a limit; all others are ``other``.
     """
 
     def __init__(self) -> None:
@@ -61,23 +61,23 @@ class Metrics(Instrument):
         self._buckets: dict[Labels, list[int]] = {}
 
     def handshake_ended(self, event: HandshakeEnded) -> None:
-        """Count it by how it ended."""
+        """Count a handshake by its outcome."""
         self._handshakes[event.handshake.side, event.outcome] += 1
 
     def connection_opened(self, event: ConnectionOpened) -> None:
-        """One more."""
+        """Count a connection."""
         self._connections[(event.connection.side,)] += 1
 
     def connection_ended(self, event: ConnectionEnded) -> None:
-        """One less."""
+        """Count a connection less."""
         self._connections[(event.connection.side,)] -= 1
 
     def request_started(self, event: RequestStarted) -> None:
-        """One more in flight."""
+        """Count a request in flight."""
         self._in_flight[event.direction, _kind(event)] += 1
 
     def request_ended(self, event: RequestEnded) -> None:
-        """Count all there is to it."""
+        """Count a request's outcome, bytes, items and times."""
         request = event.request
         if event.outcome == "ok" and len(self._names) < MAX_NAMES:
             self._names.add(request.name)
@@ -88,14 +88,14 @@ class Metrics(Instrument):
         self._waited[(request.direction,)] += event.waited
         self._bytes[("in",)] += event.bytes_in
         self._bytes[("out",)] += event.bytes_out
-        if not request.has_channel:  # which lasts as long as it is wanted
+        if not request.has_channel:  # a channel may last for any time
             labels = request.direction, name
             buckets = self._buckets.setdefault(labels, [0] * len(BUCKETS))
             buckets[bisect.bisect_left(BUCKETS, event.seconds)] += 1
             self._seconds[labels] += event.seconds
 
     def item_passed(self, event: ItemPassed) -> None:
-        """Count it."""
+        """Count an item."""
         self._items[(event.direction,)] += 1
 
     def render(self) -> str:
@@ -164,7 +164,7 @@ async def answer_http(metrics: Metrics, stream: trio.abc.Stream) -> None:
                     + page
                 )
             except trio.BrokenResourceError:
-                pass  # it has left
+                pass  # the client has left
 
 
 async def serve_metrics(
@@ -178,12 +178,12 @@ async def serve_metrics(
 
 
 async def echo(connection: Connection, request: list[bytes]) -> list[bytes]:
-    """Answer what was asked."""
+    """Echo the request."""
     return request
 
 
 async def serve(address: str, page: str) -> None:
-    """Serve both."""
+    """Serve the echo and the page."""
     metrics = Metrics()
     host, _, port = page.rpartition(":")
     async with (

@@ -4,7 +4,7 @@ python examples/server.py localhost:12345               plain
 python examples/server.py localhost:12345 users.keys    encrypted, for the users of that file
 python examples/server.py /tmp/demo.sock                on a UNIX socket
 
-This makes such a file, and a user in it:
+This makes such a file, with one user:
 
 python -c "from bokbok_trio import Key, Keyring; Keyring.create('users.keys').add('alice', Key.generate())"
 """
@@ -30,7 +30,7 @@ async def call_back(connection: Connection) -> None:
 
 
 async def stop_on_signals(server: Server) -> None:
-    """SIGTERM and Ctrl-C give requests in flight ten seconds; a second one ends them at once."""
+    """SIGTERM and Ctrl-C give requests in flight ten seconds; a second signal ends them at once."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         for grace in (10, 0):
             await anext(signals)

@@ -1,8 +1,8 @@
-"""Users and keys in PostgreSQL, looked up in threads, over connections that are kept.
+"""Users and keys in PostgreSQL, looked up in threads, over a pool of connections.
 
-python examples/users_postgres.py "host=localhost dbname=app"   shows it; it makes the table bokbok_keys there
+python examples/users_postgres.py "host=localhost dbname=app"   a demonstration; makes the table bokbok_keys
 
-It needs ``pip install 'psycopg[binary,pool]'``. The role of the server needs no more than to read the table.
+It needs ``pip install 'psycopg[binary,pool]'``. The server needs only the right to read the table.
 """
 
 import sys
@@ -25,16 +25,15 @@ class Users:
     """The users of a database, and the keys of each.
 
     Arguments:
-        conninfo: where the database is, as libpq has it.
-        connections: how many to keep at most; so many look-ups run at once, and others wait.
+        conninfo: the database, as a libpq connection string.
+        connections: the most to keep open; as many look-ups run at once, and others wait.
         patience: seconds to wait for the database before a look-up fails, and its user is refused.
 
-    All methods but the call wait for the database: call them by `trio.to_thread.run_sync` where others wait
-    too.
+    All methods except `__call__` wait for the database: in a Trio task use `trio.to_thread.run_sync`.
     """
 
     def __init__(self, conninfo: str, *, connections: int = 4, patience: float = 5) -> None:
-        # Of its own, or strangers who ask for users could take up all threads of the program.
+        # Without a limiter of its own, strangers who cause look-ups could use up all threads of the program.
         self._limiter = trio.CapacityLimiter(connections)
         self._pool = ConnectionPool(
             conninfo,
@@ -42,7 +41,7 @@ class Users:
             max_size=connections,
             timeout=patience,
             kwargs={"autocommit": True, "options": f"-c statement_timeout={patience:g}s"},
-            check=ConnectionPool.check_connection,  # one that was cut is replaced
+            check=ConnectionPool.check_connection,  # replaces a broken connection
             open=True,
         )
 
@@ -56,35 +55,35 @@ class Users:
             database.execute(SCHEMA)
 
     def add(self, user: str, key: Key) -> None:
-        """Let a user in with a key, beside those that the user has."""
+        """Add a key of a user."""
         with self._pool.connection() as database:
             database.execute(
                 "INSERT INTO bokbok_keys VALUES (%s, %s) ON CONFLICT DO NOTHING", (user, key.raw)
             )
 
     def remove(self, user: str, key: Key) -> None:
-        """Let a user in no more with a key."""
+        """Remove a key of a user."""
         with self._pool.connection() as database:
             database.execute("DELETE FROM bokbok_keys WHERE name = %s AND key = %s", (user, key.raw))
 
     def find(self, user: str) -> list[Key]:
-        """The keys of a user; none of who is unknown."""
+        """Return the keys of a user; none if the user is unknown."""
         with self._pool.connection() as database:
             rows = database.execute("SELECT key FROM bokbok_keys WHERE name = %s", (user,))
             return [Key(raw) for (raw,) in rows]
 
     async def __call__(self, user: str) -> list[Key]:
-        """As `find`, for ``user_key``: a server gives up on it when the handshake takes too long."""
+        """Like `find`, for ``user_key``: a server cancels it when the handshake takes too long."""
         return await trio.to_thread.run_sync(self.find, user, limiter=self._limiter, abandon_on_cancel=True)
 
 
 async def handler(connection: Connection, request: list[bytes]) -> list[str]:
-    """Say who it is."""
+    """Answer with the user's name and key."""
     return [f"hello, {connection.user}, with the key {connection.key_fingerprint}"]
 
 
 async def show(conninfo: str) -> None:
-    """Let Alice in with one key of two."""
+    """Let Alice in with a known key, and not with another."""
     users = Users(conninfo)
     try:
         users.create()

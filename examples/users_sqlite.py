@@ -1,7 +1,7 @@
-"""Users and keys in SQLite, looked up in threads, so that a slow disk or a lock holds nobody up.
+"""Users and keys in SQLite, looked up in threads, so that a slow disk or a lock does not block Trio.
 
-python examples/users_sqlite.py            shows it, with a file of its own
-python examples/users_sqlite.py users.db   in that file, which is made if need be
+python examples/users_sqlite.py            a demonstration, with a file of its own
+python examples/users_sqlite.py users.db   the same with that file, which is made if necessary
 """
 
 import os
@@ -15,7 +15,7 @@ import trio
 from bokbok_trio import AuthenticationError, Connection, Key, open_connection, open_server
 
 SCHEMA = """
-PRAGMA journal_mode = WAL;  -- who writes does not hold up who reads
+PRAGMA journal_mode = WAL;  -- writers do not block readers
 CREATE TABLE IF NOT EXISTS keys (
     user TEXT NOT NULL,
     key BLOB NOT NULL CHECK (length(key) = 32),
@@ -27,14 +27,14 @@ CREATE TABLE IF NOT EXISTS keys (
 class Users:
     """The users of a database, and the keys of each.
 
-    `add` and `remove` wait for the disk: call them by `trio.to_thread.run_sync` where others wait too.
+    `add` and `remove` wait for the disk: in a Trio task call them by `trio.to_thread.run_sync`.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        # Of its own, or strangers who ask for users could take up all threads of the program.
+        # Without a limiter of its own, strangers who cause look-ups could use up all threads of the program.
         self._limiter = trio.CapacityLimiter(8)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # there are keys in it
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # the file has keys in it
         with closing(self._connect()) as database:
             database.executescript(SCHEMA)
 
@@ -42,33 +42,33 @@ class Users:
         return sqlite3.connect(self._path, timeout=5)
 
     def add(self, user: str, key: Key) -> None:
-        """Let a user in with a key, beside those that the user has."""
+        """Add a key of a user."""
         with closing(self._connect()) as database, database:
             database.execute("INSERT OR IGNORE INTO keys VALUES (?, ?)", (user, key.raw))
 
     def remove(self, user: str, key: Key) -> None:
-        """Let a user in no more with a key."""
+        """Remove a key of a user."""
         with closing(self._connect()) as database, database:
             database.execute("DELETE FROM keys WHERE user = ? AND key = ?", (user, key.raw))
 
     def find(self, user: str) -> list[Key]:
-        """The keys of a user; none of who is unknown."""
+        """Return the keys of a user; none if the user is unknown."""
         with closing(self._connect()) as database:
             rows = database.execute("SELECT key FROM keys WHERE user = ?", (user,))
             return [Key(raw) for (raw,) in rows]
 
     async def __call__(self, user: str) -> list[Key]:
-        """As `find`, for ``user_key``: a server gives up on it when the handshake takes too long."""
+        """Like `find`, for ``user_key``: a server cancels it when the handshake takes too long."""
         return await trio.to_thread.run_sync(self.find, user, limiter=self._limiter, abandon_on_cancel=True)
 
 
 async def handler(connection: Connection, request: list[bytes]) -> list[str]:
-    """Say who it is."""
+    """Answer with the user's name and key."""
     return [f"hello, {connection.user}, with the key {connection.key_fingerprint}"]
 
 
 async def show(path: str) -> None:
-    """Let Alice in, give her a new key, and take the old one away."""
+    """Let Alice in, give her a new key, and remove the old one."""
     users = Users(path)
     old, new = Key.generate(), Key.generate()
     users.add("alice", old)

@@ -103,8 +103,7 @@ class Calls:
         Raises:
             TypeError, ValueError, MessageTooLarge: as `Session.request` does.
         """
-        local = self._session.local
-        queue = local.open_channel if has_channel else local.request
+        queue = self._session.open_channel if has_channel else self._session.request
         if self._observer is None:
             id = queue(fields, deadline, depth=depth, context=context)
         else:

@@ -17,7 +17,7 @@ import trio
 
 from .._protocol.session import Session
 from .._stream.fast import FastStream
-from .._trio_util import log_or_reraise, split_exception
+from .._trio_util import describe_error, log_or_reraise, split_exception
 from .ending import CLOSE_TIMEOUT, STREAM_ERRORS, Ending
 from .reader import Reader
 from .sender import Sender
@@ -124,9 +124,10 @@ class Closing:
         if not self._sender.is_in_stream:
             self._ending.on_defect(error)
             return
+        self._ending.check_stream_error(error)
         with trio.move_on_after(CLOSE_TIMEOUT):
             await self._ending.over.wait()
-        self._ending.stream_failed("sending", error)
+        self._ending.fail(f"sending failed: {describe_error(error)}", error)
 
     async def _say_end(self) -> None:
         """Say to the peer that nothing follows, and wait until it has said so too, a second at most.

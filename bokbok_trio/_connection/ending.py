@@ -95,11 +95,10 @@ class Ending:
         text = f"{reason} ({peer})" if peer else reason
         self._begin(text, is_local=False, graceful=graceful, cause=cause)
 
-    def stream_failed(self, what: str, error: BaseException) -> None:
-        """Receiving or sending failed."""
+    def check_stream_error(self, error: BaseException) -> None:
+        """Log an error of the stream if it is none by which streams say that they are broken."""
         if not isinstance(error, STREAM_ERRORS) and not self.is_over:
             self._log("a stream raised an error that streams do not raise", error)
-        self.fail(f"{what} failed: {describe_error(error)}", error)
 
     def on_defect(self, error: BaseException) -> None:
         """This package has a defect, which ends the connection."""

@@ -361,7 +361,7 @@ class Handlers:
 
     def _answer(self, id: int, fields: Fields) -> None:
         try:
-            self._session.remote.answer(id, fields)
+            self._session.answer(id, fields)
         except MessageTooLarge as exc:
             logger.error("%r: the answer to request %d is too large: %s", self._connection(), id, exc)
             self._session.fail(id, "too-large", str(exc))

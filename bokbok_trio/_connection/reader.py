@@ -34,7 +34,7 @@ import trio
 from .._protocol.events import Event, Request
 from .._protocol.packets import Buffer
 from .._protocol.session import Session
-from .._trio_util import LazyEvent, log_or_reraise
+from .._trio_util import LazyEvent, describe_error, log_or_reraise
 from .eager import start_eagerly
 from .ending import Ending
 from .handlers import Handlers, HandlerScope
@@ -247,7 +247,8 @@ class Reader:
             data = await self._receive()
         except Exception as exc:  # noqa: BLE001  (a stream that raises anything is broken)
             self.ended.set()
-            self._ending.stream_failed("receiving", exc)
+            self._ending.check_stream_error(exc)
+            self._ending.fail(f"receiving failed: {describe_error(exc)}", exc)
             return
         if not data:
             self.ended.set()

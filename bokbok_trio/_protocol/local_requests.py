@@ -113,8 +113,26 @@ class LocalRequests:
 
     # ---- making one ----
 
-    def request(self, fields: Fields, deadline: float, depth: int, context: Context | None) -> int:
-        """See `Session.request`."""
+    def request(
+        self,
+        fields: Fields,
+        deadline: float = math.inf,
+        *,
+        depth: int = 0,
+        context: Context | None = None,
+    ) -> int:
+        """Queue a request, or keep it until a slot is free, and return its id.
+
+        Arguments:
+            fields: the user's.
+            deadline: the time, by the clock of `Session.take`, after which nobody wants the answer.
+            depth: how many requests this one is made inside of, 0 to `MAX_DEPTH`.
+            context: the user's.
+
+        Raises:
+            TypeError, ValueError, MessageTooLarge: as `encode_body` and `encode_context` do; nothing is
+                queued.
+        """
         if context is not None:
             return self._encode_and_add(b"req", fields, deadline, depth, context)
         body, size = encode_body(fields, self._max_body_size)
@@ -137,8 +155,15 @@ class LocalRequests:
         self._outbox.put_encoded(id, encode_small_packet(_REQ, id, _PLAIN_FIELDS[depth], body[0]))
         return id
 
-    def open_channel(self, fields: Fields, deadline: float, depth: int, context: Context | None) -> int:
-        """See `Session.open_channel`."""
+    def open_channel(
+        self,
+        fields: Fields,
+        deadline: float = math.inf,
+        *,
+        depth: int = 0,
+        context: Context | None = None,
+    ) -> int:
+        """Queue a request with a channel. Arguments and exceptions are those of `request`."""
         return self._encode_and_add(b"chan", fields, deadline, depth, context)
 
     def _encode_and_add(
@@ -224,7 +249,7 @@ class LocalRequests:
     # ---- ending one ----
 
     def cancel(self, id: int) -> None:
-        """See `Session.cancel`."""
+        """Cancel a request. If it was answered, do nothing."""
         if self._cancel_waiting(id):
             return
         state = self.states.get(id)

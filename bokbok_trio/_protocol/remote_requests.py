@@ -116,7 +116,11 @@ class RemoteRequests:
     # ---- it is answered ----
 
     def answer(self, id: int, fields: Fields) -> None:
-        """See `Session.answer`."""
+        """Queue the answer to a request.
+
+        Raises:
+            TypeError, ValueError, MessageTooLarge: as `encode_body` does; the request must still be answered.
+        """
         body, size = encode_body(fields, self._max_body_size)
         # A channel's answer waits behind the items that are queued already.
         has_channel = self._classes.get(id, 0) % 2
@@ -126,7 +130,11 @@ class RemoteRequests:
             self._queue_answer(id, encode_small_packet(_OK, id, b"", body[0]), size)
 
     def fail(self, id: int, code: str, message: str, details: bytes = b"") -> bool:
-        """See `Session.fail`."""
+        """Queue an error as the answer to a request. A long message is cut off.
+
+        Returns:
+            Whether the details fit. If not, the error goes without them.
+        """
         encoded, text = code.encode(), cut_text(message, MAX_ERROR_TEXT_SIZE)
         fits = len(encoded) + len(text) + len(details) <= self._max_body_size
         self._queue_answer(id, QueuedPacket(b"err", id, encoded, text, details if fits else b""), 0)

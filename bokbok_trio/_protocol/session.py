@@ -16,11 +16,10 @@ At most one ping and one pong are queued. After a `ProtocolError` the engine onl
 
 from __future__ import annotations
 
-import math
 from typing import Final, final
 
 from .._errors import ProtocolError
-from .._types import Context, Fields, Side
+from .._types import Side
 from .budget import Budget
 from .draining import Draining
 from .events import Abort, Bye, Event, Failure
@@ -50,7 +49,9 @@ class Session:
 
     Attributes:
         local: the requests that this side makes.
+        request, open_channel, cancel: its methods.
         remote: the requests that the peer makes.
+        answer, fail: its methods.
         flow_control: sends and grants, for the channels in flight.
         draining: which side takes no new request of depth 0.
         error: the error by which the peer broke the protocol; None before that.
@@ -69,8 +70,11 @@ class Session:
         "_interpreter",
         "_outbox",
         "_peer_parity",
+        "answer",
+        "cancel",
         "draining",
         "error",
+        "fail",
         "flow_control",
         "has_more",
         "has_spoken",
@@ -79,7 +83,9 @@ class Session:
         "is_holding_back",
         "is_ping_queued",
         "local",
+        "open_channel",
         "remote",
+        "request",
     )
 
     def __init__(
@@ -107,6 +113,12 @@ class Session:
             outbox=self._outbox,
             flow_control=self.flow_control,
         )
+        # These are called for every request, so they are no methods that pass the call on.
+        self.request = self.local.request
+        self.open_channel = self.local.open_channel
+        self.cancel = self.local.cancel
+        self.answer = self.remote.answer
+        self.fail = self.remote.fail
         self._interpreter = Interpreter(
             self._peer_parity,
             max_message_size,
@@ -127,66 +139,9 @@ class Session:
         self.is_holding_back = False
         self.is_ping_queued = False
 
-    # ---- asking ----
-
-    def request(
-        self,
-        fields: Fields,
-        deadline: float = math.inf,
-        *,
-        depth: int = 0,
-        context: Context | None = None,
-    ) -> int:
-        """Queue a request, or keep it until a slot is free, and return its id.
-
-        Arguments:
-            fields: the user's.
-            deadline: the time, by the clock of `take`, after which nobody wants the answer.
-            depth: how many requests this one is made inside of, 0 to `MAX_DEPTH`.
-            context: the user's.
-
-        Raises:
-            TypeError, ValueError, MessageTooLarge: as `encode_body` and `encode_context` do; nothing is
-                queued.
-        """
-        return self.local.request(fields, deadline, depth, context)
-
-    def open_channel(
-        self,
-        fields: Fields,
-        deadline: float = math.inf,
-        *,
-        depth: int = 0,
-        context: Context | None = None,
-    ) -> int:
-        """Queue a request with a channel. Arguments and exceptions are those of `request`."""
-        return self.local.open_channel(fields, deadline, depth, context)
-
-    def cancel(self, id: int) -> None:
-        """Cancel a request of this side. If it was answered, do nothing."""
-        self.local.cancel(id)
-
     def is_unsent(self, id: int) -> bool:
         """Whether it is certain that no handler of the peer has seen a request of this side."""
         return self.local.states.get(id) is State.QUEUED or self.local.is_waiting(id)
-
-    # ---- answering ----
-
-    def answer(self, id: int, fields: Fields) -> None:
-        """Queue the answer to a request of the peer.
-
-        Raises:
-            TypeError, ValueError, MessageTooLarge: as `encode_body` does; the request must still be answered.
-        """
-        self.remote.answer(id, fields)
-
-    def fail(self, id: int, code: str, message: str, details: bytes = b"") -> bool:
-        """Queue an error as the answer to a request of the peer. A long message is cut off.
-
-        Returns:
-            Whether the details fit. If not, the error goes without them.
-        """
-        return self.remote.fail(id, code, message, details)
 
     def drop_items(self, id: int) -> None:
         """Send no more items for a request that the peer has cancelled."""

@@ -381,8 +381,8 @@ async def test_only_what_is_overridden_is_called() -> None:
 @pytest.mark.parametrize(
     ("instruments", "text"),
     [
-        (Recorder(), "a list of them, not Recorder"),
-        (None, "a list of them, not NoneType"),
+        (Recorder(), "a list of instruments, not Recorder"),
+        (None, "a list of instruments, not NoneType"),
         ([Recorder], r"not <class .*Recorder'>: make an object of it"),
         (["log"], "not 'log'$"),
     ],

@@ -26,9 +26,9 @@ def block_after(words: str) -> str:
 
 
 def test_the_key_and_its_fingerprint() -> None:
-    key = Key.from_text(block_after("As text it is 70 characters"))
+    key = Key.from_text(block_after("Its text form has 70 characters"))
     assert key.raw == bytes(range(32))
-    assert f"\n``{key.fingerprint}``." in TEXT
+    assert f"``{key.fingerprint}``" in TEXT
 
 
 def test_the_expression_for_scanners_finds_the_keys() -> None:
