@@ -47,14 +47,14 @@ MUTATIONS: Final = [
         "_keys.py",
         "        return self._raw\n",
         "        return bytes(KEY_SIZE)\n",
-        "public/test_server.py::test_users_get_in_with_a_key_of_theirs_only",
+        "public/test_server_admission.py::test_users_get_in_with_a_key_of_theirs_only",
     ),
     Mutation(
         "h1-without-service",
         "_protocol/key_schedule.py",
         "h0 + bytes((len(service),)) + service + open_packet)",
         "h0 + open_packet)",
-        "public/test_server.py::test_services_must_agree",
+        "public/test_server_admission.py::test_services_must_agree",
     ),
     Mutation(
         "busy-before-key",
@@ -62,7 +62,7 @@ MUTATIONS: Final = [
         "                place.note_failure()\n",
         "                if (full := admit(None)) is not None:\n"
         "                    raise await _refuse(stream, full) from None\n",
-        "public/test_server.py::test_without_the_key_nobody_is_told_that_the_server_is_full",
+        "public/test_server_admission.py::test_without_the_key_nobody_is_told_that_the_server_is_full",
     ),
     Mutation(
         "h1-unchecked",
@@ -266,14 +266,14 @@ MUTATIONS: Final = [
         "_stream/establish.py",
         "        user=user, key=key, service=service, limits",
         '        user=None, key=None, service="", limits',
-        "public/test_server.py::test_nothing_falls_back",
+        "public/test_server_admission.py::test_nothing_falls_back",
     ),
     Mutation(
         "server-answers-plain",
         "_stream/establish.py",
         "sealed=user_key is not None, service",
         "sealed=False, service",
-        "public/test_server.py::test_nothing_falls_back",
+        "public/test_server_admission.py::test_nothing_falls_back",
     ),
     # ---- a stranger costs the server little ----
     Mutation(
@@ -397,7 +397,7 @@ MUTATIONS: Final = [
         "_stream/identify.py",
         '    raise AuthenticationError(f"peer_user has no name for {credentials}")\n',
         '    return ""\n',
-        "public/test_server.py::test_whom_peer_user_does_not_name_is_refused_before_all_else",
+        "public/test_server_admission.py::test_whom_peer_user_does_not_name_is_refused_before_all_else",
     ),
 ]
 
