@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Generator
+from pathlib import Path
+
 import pytest
 
+from bokbok_trio import Server, open_server
+from bokbok_trio.blocking import Portal
+
+from ..support.blocking_server import KEY, STORY, channel_handler, handler
 from ..support.network import Network
+from ..support.threads import no_thread_but
 
 
 @pytest.fixture
@@ -14,3 +23,24 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     # The longest waits there are, so that times can be told.
     monkeypatch.setattr("bokbok_trio._reconnecting._jitter", lambda _least, longest: longest)
     return network
+
+
+@pytest.fixture
+def leaves_no_thread() -> Generator[None]:
+    STORY.forget()
+    before = set(threading.enumerate())
+    yield
+    # Of Trio's, some wait a while for more to do.
+    no_thread_but({thread for thread in threading.enumerate() if "Trio thread" in thread.name} | before)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Generator[Server]:
+    """A server for blocking clients, which a portal runs."""
+    with (
+        Portal() as portal,
+        portal.enter(
+            open_server(f"{tmp_path}/s", handler, channel_handler=channel_handler, user_key={"alice": KEY})
+        ) as server,
+    ):
+        yield server
