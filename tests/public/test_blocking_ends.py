@@ -17,11 +17,7 @@ from typing import Any
 import pytest
 import trio
 
-from bokbok_trio import (
-    Connection,
-    Server,
-    open_server,
-)
+from bokbok_trio import Connection, Server, open_server
 from bokbok_trio._portal import Latch, Loop, _stop_all
 from bokbok_trio.blocking import Portal, connect
 

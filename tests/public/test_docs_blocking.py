@@ -7,13 +7,7 @@ import re
 import pytest
 import trio
 
-from bokbok_trio import (
-    Channel,
-    Connection,
-    Key,
-    RequestError,
-    open_server,
-)
+from bokbok_trio import Channel, Connection, Key, RequestError, open_server
 from bokbok_trio.blocking import Portal
 
 from ..support.helpers import documented_code

@@ -12,13 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-from bokbok_trio import (
-    Connection,
-    ConnectionClosed,
-    Server,
-    Settings,
-    open_connection,
-)
+from bokbok_trio import Connection, ConnectionClosed, Server, Settings, open_connection
 from bokbok_trio._portal import Loop
 from bokbok_trio.blocking import Portal
 

@@ -9,12 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio import (
-    ConnectionClosed,
-    ConnectionLost,
-    Settings,
-    open_reconnecting,
-)
+from bokbok_trio import ConnectionClosed, ConnectionLost, Settings, open_reconnecting
 from bokbok_trio._reconnecting import MAX_CONNECTIONS
 from bokbok_trio.testing import MemoryListener
 

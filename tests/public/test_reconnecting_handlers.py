@@ -8,12 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio import (
-    Connection,
-    ConnectionClosed,
-    ReconnectingConnection,
-    open_reconnecting,
-)
+from bokbok_trio import Connection, ConnectionClosed, ReconnectingConnection, open_reconnecting
 
 from ..support.helpers import echo, settle
 from ..support.network import A, Network, drop

@@ -32,7 +32,6 @@ from ..support.helpers import busy_handler, echo, settle
 
 KEY = Key(bytes(range(32)))
 
-
 THIS_PROCESS = PeerCredentials(pid=os.getpid(), uid=os.geteuid(), gid=os.getegid())
 
 

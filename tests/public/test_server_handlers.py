@@ -9,14 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio import (
-    Connection,
-    ConnectionLost,
-    HandshakeError,
-    Key,
-    PeerCredentials,
-    open_server,
-)
+from bokbok_trio import Connection, ConnectionLost, HandshakeError, Key, PeerCredentials, open_server
 from bokbok_trio.testing import MemoryListener, open_connection_pair
 
 from ..support.clients import client_of, client_over_socket

@@ -6,20 +6,12 @@ from typing import Any
 
 import trio
 
-from bokbok_trio import (
-    Channel,
-    Connection,
-    Key,
-    RequestError,
-    Server,
-    current_request,
-)
+from bokbok_trio import Channel, Connection, Key, RequestError, Server, current_request
 from bokbok_trio.blocking import connect
 
 from .threads import Story
 
 KEY = Key.generate()
-
 
 STORY = Story()
 

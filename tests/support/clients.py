@@ -9,10 +9,7 @@ from typing import Any
 import trio
 import trio.testing
 
-from bokbok_trio import (
-    Connection,
-    open_connection,
-)
+from bokbok_trio import Connection, open_connection
 from bokbok_trio.testing import MemoryListener
 
 

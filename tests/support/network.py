@@ -9,12 +9,7 @@ from typing import Any
 import trio
 import trio.testing
 
-from bokbok_trio import (
-    Channel,
-    Connection,
-    RequestHandler,
-    open_server,
-)
+from bokbok_trio import Channel, Connection, RequestHandler, open_server
 from bokbok_trio._addresses import Address
 from bokbok_trio.testing import FaultyStream, MemoryListener
 
