@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from bokbok_trio.blocking import Portal
 
 from ..support.blocking_server import KEY, STORY, channel_handler, handler
 from ..support.network import Network
+from ..support.node_peer import Link, NodeProcess, Role, interrupted, node_process, open_link
 from ..support.threads import no_thread_but
 
 
@@ -44,3 +45,29 @@ def server(tmp_path: Path) -> Generator[Server]:
         ) as server,
     ):
         yield server
+
+
+@pytest.fixture(scope="module")
+def process() -> Generator[NodeProcess]:
+    with node_process() as process:
+        yield process
+
+
+@pytest.fixture
+async def node(process: NodeProcess) -> AsyncGenerator[NodeProcess]:
+    async with process.ready():
+        await process("ended")
+        interrupted.clear()
+        yield process
+
+
+@pytest.fixture(params=["node dials", "node listens"])
+def role(request: pytest.FixtureRequest) -> Role:
+    role: Role = request.param
+    return role
+
+
+@pytest.fixture
+async def link(node: NodeProcess, role: Role, sealed: bool) -> AsyncGenerator[Link]:
+    async with open_link(node, role, sealed=sealed) as link:
+        yield link
