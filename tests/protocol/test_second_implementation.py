@@ -34,8 +34,8 @@ from bokbok_trio._protocol.session import Session
 from bokbok_trio.testing import MemoryListener
 
 from ..support import second_implementation as second
+from ..support.connection_vectors import SENT_BEFORE
 from ..support.helpers import decode, echo
-from ..support.make_vectors import SENT_BEFORE
 from .test_vectors import CONNECTION, OPEN_LIMITS, VECTORS, both_modes, named, packet_before
 
 # ---- the engine, and the vectors ----

@@ -32,16 +32,10 @@ from bokbok_trio._stream.secretbox import SecretboxStream
 from bokbok_trio.testing import MemoryListener
 
 from ..support import second_implementation as second
+from ..support.connection_vectors import server_of_a_sequence
 from ..support.helpers import decode
-from ..support.make_vectors import (
-    CLIENT_GREASE,
-    CLIENT_OPTIONS,
-    PATH,
-    SERVER_GREASE,
-    dump,
-    make,
-    server_of_a_sequence,
-)
+from ..support.make_vectors import PATH, dump, make
+from ..support.vector_parts import CLIENT_GREASE, CLIENT_OPTIONS, SERVER_GREASE
 
 DOCS = Path(__file__).parents[2] / "docs"
 VECTORS: dict[str, Any] = json.loads(PATH.read_text(encoding="ascii"))
