@@ -15,6 +15,7 @@ from bokbok_trio.interface import consume, expose
 from bokbok_trio.testing import consume_local, open_connection_pair
 
 from ..support.helpers import echo, settle
+from ..support.inside import reference_number
 from ..support.lending import Half, Note, Terminal, Work, Worker, check_usable, encode, note, open_work, rows
 
 # ---- revoked ----
@@ -208,7 +209,7 @@ async def test_only_what_is_lent_just_now_can_be_called_and_only_over_its_connec
 
         async def run(self, progress: Any) -> int:
             connection = current_request().connection
-            number = progress._bokbok_options.head[1]
+            number = reference_number(progress)
             assert await connection.request([b"%back", number, b"", encode([1])]) == [encode(10)]
             for fields, code in [
                 ([b"%back", number + b"0", b"", encode([1])], "no-reference"),
@@ -234,7 +235,7 @@ async def test_only_what_is_lent_just_now_can_be_called_and_only_over_its_connec
 
         async def use(self, screen: Any, how: str = "show") -> Any:
             connection = current_request().connection
-            number = screen._bokbok_options.head[1]
+            number = reference_number(screen)
             for method in (b"secret", b"", b"__init__", b"shown"):
                 assert await code_of(connection, b"%back", number, method, b"\x80") == "no-method"
             return None
@@ -338,7 +339,7 @@ async def test_a_reconnecting_client_lends_and_borrows_by_one_table() -> None:
 async def test_a_call_that_lends_what_cannot_be_lent_lends_nothing_at_all() -> None:
     class Prober(Worker):
         async def run(self, progress: Any) -> int:
-            last = int(progress._bokbok_options.head[1])
+            last = int(reference_number(progress))
             for number in range(1, last):
                 connection = current_request().connection
                 assert await code_of(connection, b"%back", b"%d" % number, b"", encode([1])) == "no-reference"

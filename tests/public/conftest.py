@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
@@ -22,7 +23,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     network = Network()
     monkeypatch.setattr("bokbok_trio._client.dial", network.dial)
     # The longest waits there are, so that times can be told.
-    monkeypatch.setattr("bokbok_trio._reconnecting._jitter", lambda _least, longest: longest)
+    monkeypatch.setattr(random, "uniform", lambda _least, longest: longest)
     return network
 
 

@@ -68,12 +68,12 @@ class Middle:
 
     def __init__(self, server: Address) -> None:
         assert isinstance(server, TCPAddress)
-        self._server = server
+        self.server = server
         self.attack: Attack = pass_on
         self.seen: tuple[list[bytes], list[bytes]] = ([], [])
 
     async def serve(self, client: trio.SocketStream) -> None:
-        server = await trio.open_tcp_stream("127.0.0.1", self._server.port)
+        server = await trio.open_tcp_stream("127.0.0.1", self.server.port)
         try:
             async with client, server, trio.open_nursery() as nursery:
                 nursery.start_soon(self._carry, client, server, CLIENT, self.attack)
@@ -347,7 +347,7 @@ async def test_a_recorded_session_gets_in_nowhere() -> None:
             await client.request(["order"])
         sent, received = scene.middle.seen
         for upto in (2, len(sent)):
-            stream = await trio.open_tcp_stream("127.0.0.1", scene.middle._server.port)
+            stream = await trio.open_tcp_stream("127.0.0.1", scene.middle.server.port)
             await stream.send_all(b"".join(sent[:upto]))
             answered = b""
             async with in_time():

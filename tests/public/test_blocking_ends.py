@@ -18,10 +18,11 @@ import pytest
 import trio
 
 from bokbok_trio import Connection, Server, open_server
-from bokbok_trio._portal import Latch, Loop, _stop_all
+from bokbok_trio._portal import Latch, Loop
 from bokbok_trio.blocking import Portal, connect
 
 from ..support.blocking_server import KEY, channel_handler, dial, handler
+from ..support.inside import finalize, stop_portals_at_exit
 from ..support.threads import Story, in_child, no_thread_but, sweep
 
 pytestmark = pytest.mark.usefixtures("leaves_no_thread")
@@ -35,7 +36,7 @@ def test_a_forked_child_has_no_portal(server: Server) -> None:
                 call()
             except (RuntimeError, TypeError) as exc:
                 errors.append(str(exc))
-        c.portal._loop.stop()
+        finalize(c.portal)
         return "\n".join(errors)
 
     with dial(server) as c:
@@ -50,13 +51,13 @@ def test_who_is_in_another_process_waits_for_nothing(monkeypatch: pytest.MonkeyP
             patch.setattr(os, "getpid", lambda: -1)
             with pytest.raises(RuntimeError, match="connect anew here"):
                 portal.call(trio.sleep, 0)
-            portal._loop.stop()  # as the finalizer does
+            finalize(portal)
         portal.call(trio.sleep, 0)
 
 
 def test_at_exit_what_is_open_is_closed(server: Server) -> None:
     c = dial(server)
-    _stop_all()
+    stop_portals_at_exit()
     assert c.connection.closed
     assert c.connection.reason == "this side closed the connection"
     c.close()

@@ -32,6 +32,7 @@ from bokbok_trio._protocol.events import Request
 from bokbok_trio._protocol.session import Session
 from bokbok_trio.testing import MemoryListener, open_connection_pair
 from tests.support.helpers import echo, packet, settle
+from tests.support.inside import close_as_a_channel_opens, held_for_channels
 
 KEY = Key.generate()
 
@@ -74,10 +75,9 @@ async def test_channels_that_are_cancelled_before_their_handlers_begin_leave_not
                     await client.ping()
             await client.ping()
             [accepted] = server.connections
-            while accepted._session.handling:
+            while accepted.statistics().handlers_running:
                 await client.ping()
-            assert len(accepted._channels) == 0
-            assert accepted._session.flow_control.held == 0
+            assert held_for_channels(accepted) == (0, 0)
         server.stop(0)
 
 
@@ -277,9 +277,11 @@ async def test_a_defect_of_ours_in_sending_is_told_as_one_and_at_once(
     async with open_server([listener], echo):
         async with open_connection(listener.connect()) as client:
             take = Session.take
+            takers: list[Session] = []  # the client's comes first
 
             def fail(self: Session, *args: Any) -> bytes:
-                if self is client._session:
+                takers.append(self)
+                if self is takers[0]:
                     raise KeyError(5)
                 return take(self, *args)
 
@@ -466,25 +468,12 @@ async def test_a_channel_whose_connection_is_closed_as_it_opens(
     async def handler(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes]:
         return [b"done"]
 
-    may_ask = Connection._may_ask
-    asked = 0
-
-    def close_at_second(self: Connection, depth: int = 0) -> bool:
-        nonlocal asked
-        asked += 1
-        if asked == 2:
-            if who == "connection":
-                self._close("closed at that moment")
-            else:
-                client._close()
-        return may_ask(self, depth)
-
     async with (
         open_server("127.0.0.1:0", echo, channel_handler=handler) as server,
         open_reconnecting(server.addresses[0]) as client,
     ):
         await client.request(["x"])
-        monkeypatch.setattr(Connection, "_may_ask", close_at_second)
+        close_as_a_channel_opens(monkeypatch, client, for_good=who == "client")
         if who == "connection":
             async with client.open_channel([]) as channel:
                 assert await channel.answer() == [b"done"]

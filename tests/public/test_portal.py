@@ -117,12 +117,15 @@ def test_a_block_may_mute_even_its_cancellation() -> None:
         portal.call(trio.sleep, 0.03)
 
 
-def test_a_run_may_end_just_before_it_is_called() -> None:
-    portal = Portal()
-    portal.close()
-    portal._loop._is_over = False  # as it is for a moment
-    with pytest.raises(ConnectionClosed):
-        portal.call(trio.sleep, 0)
+def test_a_run_may_end_just_before_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise trio.RunFinishedError
+
+    with Portal() as portal, monkeypatch.context() as patch:
+        patch.setattr(trio.lowlevel.TrioToken, "run_sync_soon", fail)
+        with pytest.raises(ConnectionClosed):
+            portal.call(trio.sleep, 0)
+        patch.undo()
 
 
 def test_a_block_is_left_when_its_portal_is_closed_first() -> None:
@@ -194,8 +197,8 @@ def test_a_run_that_ends_without_its_calls_is_logged(
         raise trio.TrioInternalError("simulated")
 
     monkeypatch.setattr(trio, "run", crash)
-    monkeypatch.setattr("bokbok_trio._portal.Call._end", lambda _: None)
     portal = Portal()
+    monkeypatch.setattr("bokbok_trio._portal.Latch.set", lambda _: None)  # no call ends
     has_begun = threading.Event()
 
     async def wait() -> None:

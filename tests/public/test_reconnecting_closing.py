@@ -18,8 +18,9 @@ from bokbok_trio import (
     open_reconnecting,
 )
 from bokbok_trio._addresses import Address
+from bokbok_trio._client import connect
 
-from ..support.helpers import settle
+from ..support.helpers import close_in_one_step, settle
 from ..support.network import A, Network, drop
 
 KEY = Key(bytes(range(32)))
@@ -95,10 +96,10 @@ async def test_aclose_waits_for_the_transport_and_the_block_for_the_handlers(
         async with open_reconnecting(A, user="u", key=KEY, close_handler=on_close) as client:
             assert client.connection
             network.streams[-1].sending.stall()
-            stream_closed = client.connection._ending.stream_closed
             started = trio.current_time()
             await client.aclose()
-            assert stream_closed.is_set()
+            with pytest.raises(trio.ClosedResourceError):
+                await network.streams[-1].send_all(b"")
             assert 0 < trio.current_time() - started <= 1
             assert story == []
         assert story == ["close handler"]
@@ -146,20 +147,20 @@ async def test_a_connection_that_is_opened_too_late_is_closed(
     network: Network, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes back from its handshake in the very step in which this side closes."""
+    opened: list[Connection] = []
+
+    async def connect_and_close(*args: Any, **options: Any) -> Connection:
+        opened.append(await connect(*args, **options))
+        if len(opened) == 2:
+            await close_in_one_step(client)
+        return opened[-1]
+
+    monkeypatch.setattr("bokbok_trio._reconnecting.connect", connect_and_close)
     async with network.server() as server, open_reconnecting(A) as client:
-        opened: list[Connection] = []
-        connect = client._connect
-
-        async def connect_and_close(address: Address) -> Connection:
-            opened.append(await connect(address))
-            client._close()
-            return opened[0]
-
-        client._connect = connect_and_close
         await drop(server)
         with pytest.raises(ConnectionClosed):
             await client.request(["ping", "x"])
-        await opened[0].wait_closed()
+        await opened[1].wait_closed()
     assert len(network.dialled) == 2
 
 

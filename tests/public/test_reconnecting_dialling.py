@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from bokbok_trio import (
     open_server,
     serve,
 )
-from bokbok_trio._reconnecting import MAX_BACKOFF, MIN_BACKOFF, _jitter
+from bokbok_trio._reconnecting import MAX_BACKOFF, MIN_BACKOFF
 
 from ..support.helpers import RawPeer, busy_handler, echo, settle
 from ..support.network import A, B, C, Network, count_items, drop
@@ -32,11 +33,21 @@ KEY = Key(bytes(range(32)))
 # ---- when it tries where ----
 
 
-def test_waits_are_random_between_the_least_and_the_limit() -> None:
-    for longest in (2 * MIN_BACKOFF, 1.0, MAX_BACKOFF):
-        waits = [_jitter(MIN_BACKOFF, longest) for _ in range(1000)]
-        assert MIN_BACKOFF <= min(waits) < MIN_BACKOFF + longest / 10
-        assert longest * 0.9 < max(waits) <= longest
+async def test_waits_are_random_between_half_of_a_limit_and_all_of_it(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Network()
+    monkeypatch.setattr("bokbok_trio._client.dial", network.dial)
+    with trio.move_on_after(40_000):
+        async with open_reconnecting(A):
+            raise AssertionError
+    gaps = [later - sooner for sooner, later in pairwise(network.times)]
+    limits = [min(2 * MIN_BACKOFF * 2**at, MAX_BACKOFF) for at in range(20)]
+    assert all(limit * 0.499 < gap < limit * 1.001 for gap, limit in zip(gaps, limits, strict=False))
+    late = gaps[9:]
+    assert len(late) > 1000
+    assert MAX_BACKOFF * 0.499 < min(late) < MAX_BACKOFF * 0.55
+    assert MAX_BACKOFF * 0.95 < max(late) < MAX_BACKOFF * 1.001
 
 
 async def test_waits_double_to_a_limit_and_never_overflow(

@@ -27,7 +27,7 @@ from bokbok_trio import (
 )
 from bokbok_trio.testing import MemoryListener
 
-from ..support.clients import client_of, client_over_socket
+from ..support.clients import GivenListener, client_of, client_over_socket
 from ..support.helpers import busy_handler, echo, settle
 
 KEY = Key(bytes(range(32)))
@@ -108,7 +108,7 @@ async def test_the_applications_functions_can_be_interrupted(tmp_path: Path) -> 
 
 async def test_peer_user_names_the_peer_before_the_open_handler() -> None:
     story: list[object] = []
-    listener = MemoryListener()
+    listener = GivenListener()
 
     def name(credentials: PeerCredentials) -> str:
         story.append(credentials)
@@ -132,7 +132,7 @@ async def test_whom_peer_user_does_not_name_is_refused_before_all_else(
     """Even where there is no room: a stranger is not told so, and does not count."""
     names = iter(["me", None, "me", None])
     opened: list[Connection] = []
-    listener = MemoryListener()
+    listener = GivenListener()
 
     async def on_open(connection: Connection) -> None:
         await trio.lowlevel.checkpoint()
@@ -278,9 +278,9 @@ async def test_a_connection_that_fails_oddly_harms_nobody(caplog: pytest.LogCapt
         async def aclose(self) -> None:
             await trio.lowlevel.checkpoint()
 
-    listener = MemoryListener()
+    listener = GivenListener()
     async with open_server([listener], echo):
-        listener._send.send_nowait(OddStream())
+        listener.give(OddStream())
         async with client_of(listener) as client:
             assert await client.request(["x"]) == [b"x"]
     assert "the connection with None failed" in caplog.text
@@ -316,10 +316,10 @@ async def test_who_was_cancelled_too_late_to_notice_is_not_served(
     async def wait_for_ever(connection: Connection) -> None:
         await trio.sleep_forever()
 
-    listener = MemoryListener()
+    listener = GivenListener()
     async with open_server([listener], echo, open_handler=wait_for_ever) as server:
         ours, theirs = trio.testing.memory_stream_pair()
-        listener._send.send_nowait(Shielded(theirs))
+        listener.give(Shielded(theirs))
         async with open_connection(ours) as client:
             await client.wait_closed()
         await server.wait_stopped()

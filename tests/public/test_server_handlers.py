@@ -12,7 +12,7 @@ import trio.testing
 from bokbok_trio import Connection, ConnectionLost, HandshakeError, Key, PeerCredentials, open_server
 from bokbok_trio.testing import MemoryListener, open_connection_pair
 
-from ..support.clients import client_of, client_over_socket
+from ..support.clients import GivenListener, client_of, client_over_socket
 from ..support.helpers import echo, settle
 
 KEY = Key(bytes(range(32)))
@@ -138,7 +138,7 @@ async def test_what_ends_the_program_ends_the_server_and_comes_out_bare(where: s
     def leave_at_once(credentials: PeerCredentials) -> str:
         raise SystemExit(3)
 
-    listener = MemoryListener()
+    listener = GivenListener()
     handlers: dict[str, dict[str, Any]] = {
         "open": {"open_handler": leave},
         "close": {"close_handler": leave},

@@ -192,7 +192,7 @@ async def test_a_connection_that_opens_as_the_server_stops_is_drained() -> None:
         async with trio.open_nursery() as nursery:
 
             async def stop_when_admitted() -> None:
-                while not server._admitted:
+                while not server.statistics().connections:
                     await trio.lowlevel.checkpoint()
                 server.stop()
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nacl.bindings import crypto_secretbox
+from nacl.bindings import crypto_scalarmult, crypto_secretbox
 
-from bokbok_trio._keys import Key, encode_user
+from bokbok_trio._keys import Key, encode_service, encode_user
 from bokbok_trio._protocol.handshake import (
     MAGIC,
-    ClientHandshake,
-    ServerHandshake,
     encode_hello,
     encode_refused,
 )
-from bokbok_trio._protocol.key_schedule import derive_box_key, hash_accepted, make_proof
+from bokbok_trio._protocol.key_schedule import (
+    derive_box_key,
+    hash_accepted,
+    hash_hellos,
+    hash_open,
+    make_proof,
+)
 from bokbok_trio._protocol.packets import encode_packet
 
 from .vector_parts import (
@@ -38,9 +42,14 @@ from .vector_parts import (
 )
 
 
-def _declared(handshake: ClientHandshake | ServerHandshake) -> list[bytes]:
-    """What a side declares: its two numbers, and its options."""
-    return list(handshake._declared)
+def _client_declares() -> list[bytes]:
+    """Its two numbers, and its options."""
+    return fields_of(client_handshake(None).open())[2:5]
+
+
+def _hash_hellos() -> bytes:
+    """``h0``."""
+    return hash_hellos(client_handshake().hello, server_handshake().hello)
 
 
 def _shown(options: Mapping[str, bytes]) -> dict[str, str]:
@@ -55,8 +64,10 @@ def sealed_handshakes() -> Vectors:
     server.receive_open(open)
     accepted = server.accept([Key(KEY)])
     client.receive_reply(accepted)
-    h1, box = client._h1, client._box
-    head = encode_packet(b"accepted", *_declared(server))
+    h0 = _hash_hellos()
+    h1 = hash_open(h0, encode_service(SERVICE), encode_packet(*fields_of(open)[:6]))
+    box = fields_of(open)[-1]
+    head = encode_packet(*fields_of(accepted)[:4])
     h2 = hash_accepted(h1, box, head)
     hs, fk = client.channel_keys(), client.final_keys
     assert fk is not None
@@ -66,8 +77,8 @@ def sealed_handshakes() -> Vectors:
         "server_secret": SERVER_SECRET,
         "C": client.hello,
         "S": server.hello,
-        "ee": client._ee,
-        "h0": client._h0,
+        "ee": crypto_scalarmult(CLIENT_SECRET, server.hello[-32:]),
+        "h0": h0,
         "hs": hs.c2s + hs.s2c,
         "O": encode_packet(*fields_of(open)[:6]),
         "h1": h1,
@@ -119,7 +130,7 @@ def bad_hellos() -> list[Vectors]:
     """What a side must refuse as the other's hello; its own secret is that of the good handshake."""
     client, server = client_handshake().hello, server_handshake().hello
     plain = encode_hello("client", b"")
-    own_key = encode_hello("client", server_handshake()._public)
+    own_key = encode_hello("client", server_handshake().hello[-32:])
     low_order = bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800")
     table: list[tuple[str, str, str, bytes]] = [
         ("server", "sealed", "another magic", b"bokbok2\n" + client[8:]),
@@ -140,7 +151,7 @@ def bad_hellos() -> list[Vectors]:
         ("server", "plain", "its own hello", encode_hello("server", b"")),
         ("client", "sealed", "its own hello", client),
         ("client", "sealed", "mode plain", encode_hello("server", b"")),
-        ("client", "sealed", "its own key", encode_hello("server", client_handshake()._public)),
+        ("client", "sealed", "its own key", encode_hello("server", client_handshake().hello[-32:])),
         ("client", "plain", "its own hello", plain),
         ("client", "plain", "mode sealed", server),
     ]
@@ -154,16 +165,14 @@ def _open(*head: bytes, key: bytes = KEY, service: str = SERVICE, pad: int = 0) 
 
 
 def _open_padded(*head: bytes, key: bytes = KEY, service: str = SERVICE) -> str:
-    client = client_handshake(key, service)
-    client.receive_hello(server_handshake().hello)
-    h1 = client._hash_open(head)
+    h1 = hash_open(_hash_hellos(), encode_service(service), encode_packet(*head))
     box = crypto_secretbox(SESSION_KEY + h1, h1[:24], derive_box_key(Key(key), h1))
     return encode_packet(*head, box).hex()
 
 
 def bad_opens() -> list[Vectors]:
     user = encode_user(USER)
-    size, count, options = _declared(client_handshake())
+    size, count, options = _client_declares()
     good = [b"open", user, size, count, options]
     plain = [b"open", b"", size, count, options, b"", b""]
     pad = fields_of(bytes.fromhex(_open(*good)))[5]
@@ -211,8 +220,7 @@ def bad_replies(sealed: Vectors) -> list[Vectors]:
         head = (b"accepted", *declared)
         return encode_packet(*head, make_proof(Key(key), hash_accepted(h1, box, encode_packet(*head))))
 
-    size, count, options = _declared(server_handshake())
-    proof = fields_of(accepted)[4]
+    size, count, options, proof = fields_of(accepted)[1:]
     other_options = encoded_body(b"grease.f00e", b"")
     table: list[tuple[str, str, bool, bytes]] = [
         ("sealed", "another key", True, accept(size, count, options, key=OTHER_KEY)),

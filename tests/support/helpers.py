@@ -20,6 +20,7 @@ from bokbok_trio import (
     ChannelHandler,
     CombinedHandler,
     Connection,
+    ReconnectingConnection,
     RequestError,
     RequestHandler,
     Settings,
@@ -216,6 +217,13 @@ async def outcomes(peer: RawPeer, count: int) -> dict[int, bytes]:
         assert kind in (b"ok", b"err")
         outcome[int(id)] = kind if kind == b"ok" else rest[0]
     return outcome
+
+
+async def close_in_one_step(connection: Connection | ReconnectingConnection) -> None:
+    """Close it, and wait for nothing; also in a task that this cancels."""
+    with trio.CancelScope(shield=True) as scope:
+        scope.cancel()
+        await connection.aclose()
 
 
 def check_idle(connection: Connection) -> None:

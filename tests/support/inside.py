@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
+from typing import Any
 
 import pytest
 
+from bokbok_trio import Connection, ReconnectingConnection, _portal
+from bokbok_trio._cli import _calls
 from bokbok_trio._stream.socket import _Borrowed
+from bokbok_trio.blocking import Portal
 
 
 def take_few(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
@@ -16,3 +21,59 @@ def take_few(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
         return socket.socket.send(self, data[:most], flags)
 
     monkeypatch.setattr(_Borrowed, "send", send)
+
+
+# ---- servers, clients and interfaces ----
+
+
+def close_as_a_channel_opens(
+    monkeypatch: pytest.MonkeyPatch, client: ReconnectingConnection, *, for_good: bool
+) -> None:
+    """Let this side close when the next channel has a connection, and before it is open on that.
+
+    Arguments:
+        for_good: whether the client is closed, and not its connection alone.
+    """
+    may_ask = Connection._may_ask
+    asked = 0
+
+    def close_at_second(self: Connection, depth: int = 0) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            if for_good:
+                client._close()
+            else:
+                self._close("closed at that moment")
+        return may_ask(self, depth)
+
+    monkeypatch.setattr(Connection, "_may_ask", close_at_second)
+
+
+def held_for_channels(connection: Connection) -> tuple[int, int]:
+    """How many channels it has, and how many bytes of items it holds for them."""
+    return len(connection._channels), connection._session.flow_control.held
+
+
+def reference_number(stand_in: Any) -> bytes:
+    """The number of what was lent, as a request to it has it."""
+    number: bytes = stand_in._bokbok_options.head[1]
+    return number
+
+
+def reads_arguments(function: object) -> bool:
+    """Whether this is what a thread does for `bokbok call` before the call: read its arguments."""
+    return isinstance(function, partial) and function.func is _calls._prepare
+
+
+# ---- portals ----
+
+
+def stop_portals_at_exit() -> None:
+    """Do as the interpreter's exit does."""
+    _portal._stop_all()
+
+
+def finalize(portal: Portal) -> None:
+    """Do as the finalizer of a portal does, which nobody has any more."""
+    portal._loop.stop()
