@@ -28,6 +28,8 @@ from bokbok_trio import (
 )
 from bokbok_trio._protocol.packets import PacketDecoder, encode_body, encode_packet
 
+from .inside import check_idle as check_idle
+
 MAGIC = b"bokbok1\n"
 
 
@@ -224,18 +226,6 @@ async def close_in_one_step(connection: Connection | ReconnectingConnection) -> 
     with trio.CancelScope(shield=True) as scope:
         scope.cancel()
         await connection.aclose()
-
-
-def check_idle(connection: Connection) -> None:
-    """Check that a connection is idle: no request remains, one task reads, and at most one waits to read."""
-    assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
-    assert not connection._sender.coalescing.is_corked
-    assert not connection._sender.lock.is_held
-    turn = connection._reader._turn
-    assert connection._reader._nursery is not None
-    tasks = connection._reader._nursery.child_tasks
-    assert tasks == {task for task in (turn.reader, turn.follower) if task is not None}
-    assert {task.name for task in tasks} == {"bokbok_trio reader"}
 
 
 def check_holds_no_secret(error: BaseException, *secrets: bytes | str) -> None:

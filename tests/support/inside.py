@@ -55,6 +55,18 @@ def held_for_channels(connection: Connection) -> tuple[int, int]:
     return len(connection._channels), connection._session.flow_control.held
 
 
+def check_idle(connection: Connection) -> None:
+    """Nothing is left of anything, one task reads, and one at most waits for its turn."""
+    assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
+    assert not connection._sender._coalescing.is_corked
+    assert not connection._sender.lock.is_held
+    turn = connection._reader._turn
+    assert connection._reader._nursery is not None
+    tasks = connection._reader._nursery.child_tasks
+    assert tasks == {task for task in (turn.reader, turn.follower) if task is not None}
+    assert {task.name for task in tasks} == {"bokbok_trio reader"}
+
+
 def reference_number(stand_in: Any) -> bytes:
     """The number of what was lent, as a request to it has it."""
     number: bytes = stand_in._bokbok_options.head[1]
