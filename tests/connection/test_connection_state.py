@@ -26,7 +26,6 @@ from bokbok_trio._trio_util import bare_nursery
 from bokbok_trio.testing import open_connection_pair
 from tests.support.helpers import (
     WholeStream,
-    check_idle,
     echo,
     open_peer,
     outcomes,
@@ -35,6 +34,7 @@ from tests.support.helpers import (
     req,
     settle,
 )
+from tests.support.inside import check_idle
 
 # ---- pings ----
 

@@ -37,7 +37,6 @@ from tests.support.helpers import (
     RawPeer,
     WholeStream,
     cancel,
-    check_idle,
     echo,
     open_peer,
     outcomes,
@@ -46,6 +45,7 @@ from tests.support.helpers import (
     req,
     settle,
 )
+from tests.support.inside import check_idle
 from tests.support.strategies import chunked
 
 in_memory_and_over_sockets = pytest.mark.parametrize("over_sockets", [False, True])

@@ -28,8 +28,6 @@ from bokbok_trio import (
 )
 from bokbok_trio._protocol.packets import PacketDecoder, encode_body, encode_packet
 
-from .inside import check_idle as check_idle
-
 MAGIC = b"bokbok1\n"
 
 
