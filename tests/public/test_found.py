@@ -32,13 +32,9 @@ from bokbok_trio._protocol.events import Request
 from bokbok_trio._protocol.session import Session
 from bokbok_trio.testing import MemoryListener, open_connection_pair
 from tests.support.helpers import echo, packet, settle
-from tests.support.inside import close_as_a_channel_opens, held_for_channels
+from tests.support.inside import close_as_a_channel_opens
 
 KEY = Key.generate()
-
-
-async def sleep_in_channel(connection: Connection, request: list[bytes], channel: Channel) -> None:
-    await trio.sleep_forever()
 
 
 async def sleep(connection: Connection, request: list[bytes]) -> None:
@@ -64,12 +60,20 @@ async def test_a_handler_that_closes_its_channel_and_goes_on_is_seen_to_at_once(
 
 
 async def test_channels_that_are_cancelled_before_their_handlers_begin_leave_nothing() -> None:
-    async def never(connection: Connection) -> None:
-        await trio.sleep_forever()
+    may_begin = trio.Event()
 
-    async with open_server("127.0.0.1:0", channel_handler=sleep_in_channel, open_handler=never) as server:
+    async def on_open(connection: Connection) -> None:
+        await may_begin.wait()
+
+    async def handler(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes]:
+        return await channel.receive()
+
+    settings = Settings(max_message_size=2**16, budget=2**20)  # for less than all that is sent
+    async with open_server(
+        "127.0.0.1:0", channel_handler=handler, open_handler=on_open, settings=settings
+    ) as server:
         async with open_connection(server.addresses[0]) as client:
-            for _ in range(20):
+            for _ in range(30):
                 async with client.open_channel([]) as channel:
                     await channel.send([bytes(40_000)])
                     await client.ping()
@@ -77,7 +81,11 @@ async def test_channels_that_are_cancelled_before_their_handlers_begin_leave_not
             [accepted] = server.connections
             while accepted.statistics().handlers_running:
                 await client.ping()
-            assert held_for_channels(accepted) == (0, 0)
+            async with client.open_channel([]) as channel:
+                await channel.send([bytes(40_000)])
+                await client.ping()
+                may_begin.set()
+                assert await channel.answer() == [bytes(40_000)]
         server.stop(0)
 
 

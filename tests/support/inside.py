@@ -50,11 +50,6 @@ def close_as_a_channel_opens(
     monkeypatch.setattr(Connection, "_may_ask", close_at_second)
 
 
-def held_for_channels(connection: Connection) -> tuple[int, int]:
-    """How many channels it has, and how many bytes of items it holds for them."""
-    return len(connection._channels), connection._session.flow_control.held
-
-
 def check_idle(connection: Connection) -> None:
     """Nothing is left of anything, one task reads, and one at most waits for its turn."""
     assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
