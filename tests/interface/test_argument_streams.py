@@ -123,7 +123,7 @@ async def test_an_item_that_cannot_be_one_is_told_here() -> None:
 
     async with open_logs() as (logs, implementation, client):
         with pytest.raises(
-            TypeError, match=r"Logs.upload was sent what its interface does not allow: .*got str"
+            TypeError, match=r"Logs.upload was sent a value that its interface does not allow: .*got str"
         ):
             await logs.upload("", wrong())
         await implementation.ended.wait()
@@ -134,7 +134,7 @@ async def test_an_item_that_cannot_be_one_is_told_here() -> None:
 async def test_an_item_that_cannot_be_one_is_a_bad_argument_there(item: list[bytes]) -> None:
     async with open_logs() as (_, implementation, client):
         with pytest.raises(
-            RemoteError, match=r"Logs.upload was sent what its interface does not allow"
+            RemoteError, match=r"Logs.upload was sent a value that its interface does not allow"
         ) as caught:
             async with client.open_channel(["%call", "Logs.upload", encode({"name": ""})]) as channel:
                 await channel.send(item)

@@ -88,9 +88,9 @@ async def test_two_declared_errors_at_once_are_a_failure() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("long", "the fields of NoSuchJob take 16[0-9]{3} bytes; 16384 are the most"),
-        ("unencodable", "NoSuchJob has what its fields do not allow: can't serialize ints"),
-        ("odd", r"NoSuchJob has what its fields do not allow: \$.tried: expected int, got str"),
+        ("long", "the fields of NoSuchJob take 16[0-9]{3} bytes; the limit is 16384"),
+        ("unencodable", "NoSuchJob has a value that its fields do not allow: can't serialize ints"),
+        ("odd", r"NoSuchJob has a value that its fields do not allow: \$.tried: expected int, got str"),
     ],
 )
 async def test_fields_that_cannot_travel_are_a_failure_that_says_so(

@@ -109,7 +109,7 @@ def test_what_is_put_together_must_make_sense() -> None:
         with pytest.raises(ValueError, match="two interfaces are named Jobs; give one of them another name="):
             _ = jobs | other
     _ = jobs | expose(Jobs, Queue(), name="Others")
-    with pytest.raises(TypeError, match="gets all that is left; put it last"):
+    with pytest.raises(TypeError, match="gets all other requests; put it last"):
         _ = jobs | echo | expose(Admin, Stopper())
     wrong: Any
     for wrong in (3, Admin):

@@ -175,7 +175,7 @@ class Wrong(Protocol):
         ...
 
     async def anything(self, a: object) -> None:
-        """parameter a: object says nothing; write Any"""
+        """parameter a: object is not a type of values; write Any"""
 
     async def ambiguous(self, a: list[int] | set[int]) -> None:
         """parameter a: Type unions may not contain more than one array-like"""
@@ -193,13 +193,13 @@ class Wrong(Protocol):
         """parameter a is a callback that is not async; write Callable[[float], Awaitable[None]], say"""
 
     async def any_callback(self, a: Callable[..., Awaitable[None]]) -> None:
-        """which says nothing of its arguments; write Callable[[float], Awaitable[None]], say"""
+        """which does not give the types of its arguments; write Callable[[float], Awaitable[None]], say"""
 
     async def bare_callback(self, a: Callable) -> None:  # type: ignore[type-arg]
-        """parameter a is Callable, which says nothing of its arguments"""
+        """parameter a is Callable, which does not give the types of its arguments"""
 
     async def param_callback(self, a: Callable[P, Awaitable[None]]) -> None:
-        """which says nothing of its arguments"""
+        """which does not give the types of its arguments"""
 
     async def streaming_callback(self, a: Callable[[AsyncIterable[int]], Awaitable[None]]) -> None:
         """parameter a is a callback with a stream; write a Protocol with a method"""
@@ -217,11 +217,11 @@ class Wrong(Protocol):
         """Store: T is open; write Store[int], say"""
 
     async def returns_callback(self) -> Callable[[int], Awaitable[None]]:
-        """what is lent lives only as long as a call; write methods of this interface, with a name or"""
+        """a lent object lives only as long as a call; write methods of this interface, with a name or"""
         ...
 
     async def returns_protocol(self) -> Listener:
-        """it returns Listener, and what is lent lives only as long as a call"""
+        """it returns Listener, and a lent object lives only as long as a call"""
         ...
 
     async def generic(self, a: T) -> T:
@@ -250,11 +250,11 @@ class Wrong(Protocol):
 
     @idempotent
     async def repeated_stream(self, a: AsyncIterable[int]) -> None:
-        """what streams cannot be repeated; take @idempotent away"""
+        """a stream cannot be repeated; take @idempotent away"""
 
     @raises(NoDataclass)
     async def no_dataclass(self) -> None:
-        """NoDataclass is no dataclass; write @dataclass above it"""
+        """NoDataclass is not a dataclass; write @dataclass above it"""
 
     @raises(Frozen)
     async def frozen(self) -> None:
@@ -266,7 +266,7 @@ class Wrong(Protocol):
 
     @raises(LONG)
     async def long(self) -> None:
-        """is too long; 63 bytes are the most"""
+        """is too long; the limit is 63 bytes"""
 
     @raises(HasSocket)
     async def odd_field(self) -> None:
@@ -274,7 +274,7 @@ class Wrong(Protocol):
 
     @raises(HasExtra)
     async def extra_argument(self) -> None:
-        """HasExtra: it takes extra, which is no field of it; give it a default"""
+        """HasExtra: it takes extra, which is not one of its fields; give it a default"""
 
     @raises(HasCause)
     async def exception_in_an_error(self) -> None:
@@ -308,7 +308,7 @@ EXPECTED: dict[str, str] = {
     "overloaded": "it is overloaded; write a method for each signature",
     **dict.fromkeys(
         ("count", "LIMIT", "static", "of_class", "size"),
-        "it is no method; write an 'async def' method that returns it",
+        "it is not a method; write an 'async def' method that returns it",
     ),
 }
 

@@ -208,7 +208,7 @@ async def test_a_wrong_item_is_a_failure_of_the_implementation(caplog: pytest.Lo
         async with logs.follow("wrong") as lines:
             assert (await lines.receive()).number == 1
             with pytest.raises(
-                RemoteError, match=r"Logs.follow sent what its interface does not allow"
+                RemoteError, match=r"Logs.follow sent a value that its interface does not allow"
             ) as caught:
                 await lines.receive()
         assert caught.value.code == "handler-error"
@@ -270,7 +270,7 @@ async def test_wrong_items_of_the_peers_are_a_protocol_error() -> None:
         async with consume(client, Logs).follow("") as lines:
             for _ in range(3):
                 with pytest.raises(
-                    ProtocolError, match=r"Logs.follow sent what our interface does not allow"
+                    ProtocolError, match=r"Logs.follow sent a value that our interface does not allow"
                 ):
                     await lines.receive()
             assert await lines.receive() == Line(1)
@@ -327,7 +327,7 @@ async def test_a_method_that_returns_no_stream_is_a_failure() -> None:
     async with consume_local(Logs, Odd()) as logs:
         async with logs.follow("") as lines:
             with pytest.raises(
-                RemoteError, match=r"TypeError: Logs.follow returned list, which is no stream"
+                RemoteError, match=r"TypeError: Logs.follow returned list, which is not a stream"
             ):
                 await lines.receive()
 

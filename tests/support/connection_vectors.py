@@ -26,12 +26,12 @@ def _chan(
     return packet_of(b"chan", encode_number(id), timeout, depth, context, credit, body=body)
 
 
-def _part(number: int, left: int, piece: bytes) -> bytes:
-    return encode_packet(b"part", encode_number(number), encode_number(left), piece)
+def _part(number: int, remaining: int, piece: bytes) -> bytes:
+    return encode_packet(b"part", encode_number(number), encode_number(remaining), piece)
 
 
 def connection_packets() -> Vectors:
-    """What a client sends first on an open connection, and what it must not."""
+    """Return packets that a client may send first on an open connection, and some that it must not."""
     trace = encoded_body(b"trace-id", b"4bf92f3577b34da6", b"lang", b"eo")
     longest = encoded_body(b"a", bytes(8192 - 10))
     most = encoded_body(*(field for at in range(32) for field in (b"a.b-c_%d" % at, b"")))
@@ -140,7 +140,7 @@ def connection_packets() -> Vectors:
 
 
 def _pieces(number: int, packet: bytes, *sizes: int) -> list[bytes]:
-    """A packet in pieces of these sizes, and the rest of it."""
+    """Cut a packet into pieces of these sizes, and a last piece with the remaining bytes."""
     parts = []
     rest = packet[4:]
     for size in (*sizes, len(rest) - sum(sizes)):
@@ -153,12 +153,12 @@ Sequences: TypeAlias = dict[str, tuple[bool, list[bytes]]]
 
 
 def _item(id: bytes, size: int) -> bytes:
-    """An item of one field, or of none, that takes up so much credit: 65 at least."""
+    """Make an item of one field, or of none, that uses up so much credit: at least 65."""
     return packet_of(b"item", id, body=[b"a" * (size - 64 - 5)] if size > 65 else [])
 
 
 def _channel_sequences() -> tuple[Sequences, Sequences]:
-    """Those of the client's channel 0, to which the server grants 140, and of the server's channel 1."""
+    """Return sequences for the client's channel 0, with a credit of 140, and for the server's channel 1."""
     chan, request = _chan(0, b"log", credit=b"100"), _req(0)
     most = _chan(0, credit=b"4294967295")
     tenth = _chan(10)
@@ -251,12 +251,12 @@ def _channel_sequences() -> tuple[Sequences, Sequences]:
 
 
 def _of(words: bytes) -> bytes:
-    """A packet of these fields."""
+    """Make a packet of these fields."""
     return encode_packet(*words.split())
 
 
 def sequences() -> Vectors:
-    """Packets of a client whose meaning depends on those before; True: the server has said `bye`."""
+    """Return packets of a client whose meaning depends on those before; True: the server has said `bye`."""
     channels_good, channels_bad = _channel_sequences()
     first, other = _req(0, b"ping", b"12345"), _req(2, b"a" * 30, timeout=b"1500000")
     nested = _req(4, b"again?", depth=b"1")
@@ -360,7 +360,7 @@ def sequences() -> Vectors:
 
 
 def server_of_a_sequence(has_bye: bool) -> second.Open:
-    """The server that it is sent to: it has opened a channel and made a request of its own."""
+    """Make the server that gets these packets. It has opened a channel and made a request of its own."""
     server = second.Open(1, OPEN_LIMITS.max_message_size, OPEN_LIMITS.max_requests, OPEN_CREDIT)
     for fields in SENT_BEFORE[has_bye]:
         server.put(fields)
@@ -373,11 +373,11 @@ _CALLS = [
 ]
 
 SENT_BEFORE = {False: _CALLS, True: [[b"bye"], *_CALLS]}
-"""What that server has sent, by whether it has said `bye`."""
+"""The packets that this server has sent, by whether it has said `bye`."""
 
 
 def _result(has_bye: bool, packets: Sequence[bytes]) -> Vectors:
-    """What a server makes of a client's packets."""
+    """Return the reaction of a server to a client's packets."""
     server = server_of_a_sequence(has_bye)
     taken = [fields for packet in packets if (fields := server.take(packet))]
 

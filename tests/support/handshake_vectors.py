@@ -127,7 +127,7 @@ def plain_handshakes() -> Vectors:
 
 
 def bad_hellos() -> list[Vectors]:
-    """What a side must refuse as the other's hello; its own secret is that of the good handshake."""
+    """Return hellos that a side must refuse. Its own secret is the one of the good handshake."""
     client, server = client_handshake().hello, server_handshake().hello
     plain = encode_hello("client", b"")
     own_key = encode_hello("client", server_handshake().hello[-32:])
@@ -159,7 +159,7 @@ def bad_hellos() -> list[Vectors]:
 
 
 def _open(*head: bytes, key: bytes = KEY, service: str = SERVICE, pad: int = 0) -> str:
-    """A sealed `open` of any first five fields, its box right for them, of 512 bytes and `pad` more."""
+    """Make a sealed `open` of any first five fields with the right box for them, `pad` bytes too long."""
     size = 512 - len(encode_packet(*head, b"", bytes(80)))
     return _open_padded(*head, bytes(size + pad), key=key, service=service)
 

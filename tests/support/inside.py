@@ -51,9 +51,9 @@ def close_as_a_channel_opens(
 
 
 def check_idle(connection: Connection) -> None:
-    """Nothing is left of anything, one task reads, and one at most waits for its turn."""
+    """Check that a connection is idle: no request remains, one task reads, and at most one waits to read."""
     assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
-    assert not connection._sender._coalescing.is_corked
+    assert not connection._sender.coalescing.is_corked
     assert not connection._sender.lock.is_held
     turn = connection._reader._turn
     assert connection._reader._nursery is not None

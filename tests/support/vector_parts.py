@@ -19,7 +19,7 @@ Vectors: TypeAlias = dict[str, Any]
 KEY = bytes(range(32))
 OTHER_KEY = bytes(range(1, 33))
 SESSION_KEY = bytes(range(0x40, 0x60))
-# The secrets of RFC 7748, section 6.1, whose shared secret is given there too.
+# The secrets of RFC 7748, section 6.1, which also gives their shared secret.
 CLIENT_SECRET = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
 SERVER_SECRET = bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb")
 USER = "zoë"
@@ -27,9 +27,9 @@ SERVICE = "maps"
 CLIENT_LIMITS = Limits(4194304, 100)
 SERVER_LIMITS = Limits(65536, 7)
 CLIENT_OPTIONS = {"example/1": b"\1"}
-# What each handshake draws, in this order: the X25519 secret (mode sealed), then the 11 bytes of grease (two
-# for the four hex digits of its name, one for its length modulo 9, eight for its value), then on the
-# client the session key (mode sealed).
+# Each handshake draws these random bytes in this order: the X25519 secret (mode sealed), then the 11 bytes of
+# grease (two for the four hex digits of its name, one for its length modulo 9, eight for its value), then on
+# the client the session key (mode sealed).
 CLIENT_GREASE = bytes.fromhex("0a1b0cc0c1c2c3c4c5c6c7")  # a length of 12 modulo 9
 SERVER_GREASE = bytes.fromhex("f00d00d0d1d2d3d4d5d6d7")
 OPEN_LIMITS = Limits(2**20, 5)
@@ -71,7 +71,7 @@ def server_handshake(*, sealed: bool = True) -> ServerHandshake:
 
 
 def sealed_records(*steps: tuple[bytes, Sequence[bytes]]) -> list[str]:
-    """What a stream sends, by plaintext, under each key in turn; empty: the end record."""
+    """Seal each plaintext as a stream does, under each key in turn; an empty one gives the end record."""
 
     async def run() -> list[str]:
         sent = []
