@@ -133,7 +133,7 @@ def test_in_a_notebook_an_event_loop_runs_already(server: Server) -> None:
                 print(c.request(["x"]))
             print(threading.active_count())
 
-        asyncio.run(cell())
+        asyncio.run(cell(), debug=False)  # else it tells of steps that took long
     """
     done = run_script(script, server.addresses[0])
     assert (done.stdout, done.stderr) == ("[b'x']\n1\n", "")
