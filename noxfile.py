@@ -54,7 +54,8 @@ def interop(session: nox.Session) -> None:
     session.install("-e", ".[test]")
     with session.chdir("interop/node"):
         session.run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", external=True)
-    tests = ("tests/public/test_node_peer.py", "tests/public/test_node_judges.py")
+    files = ("peer", "requests", "errors", "judges")
+    tests = (f"tests/public/test_node_{file}.py" for file in files)
     session.run("pytest", *tests, *session.posargs, env={"NODE_PEER": "must run"})
 
 

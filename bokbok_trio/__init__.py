@@ -1,8 +1,8 @@
-"""Requests between two Trio programs, either way, over one connection, encrypted with one shared key.
+"""Requests between two Trio programs, in both directions of one connection, encrypted with a shared key.
 
-`open_connection` dials, `open_reconnecting` dials again when a connection is lost, `serve` and
-`open_server` accept; a `Connection` makes requests and its handler answers them. The exceptions are
-drawn in ``bokbok_trio._errors``::
+`open_connection` dials, `open_reconnecting` dials again when a connection is lost, and `serve` and
+`open_server` accept. A `Connection` sends requests, and its handlers answer those of the peer. These are the
+exceptions::
 
     BokbokError
      ├── AddressError            (a ValueError)
@@ -74,7 +74,7 @@ from ._types import (
 
 __version__ = "0.1.0"
 
-# Tracebacks, reprs and pickles show the public name, not the file.
+# Tracebacks, reprs and pickles show the public name and not the file.
 for _public in list(globals().values()):
     if getattr(_public, "__module__", "").startswith("bokbok_trio."):
         _public.__module__ = "bokbok_trio"

@@ -1,4 +1,4 @@
-"""Addresses: parsing and printing them, and which of them plain TCP may use. No sockets.
+"""Addresses: parse and print them, and tell which of them plain TCP may use. No sockets.
 
 A TCP address is a host (a name, an IPv4 or an IPv6 address, or empty: all interfaces) and a port; a
 UNIX address is a path. As strings::
@@ -6,7 +6,7 @@ UNIX address is a path. As strings::
     HOST:PORT   [V6]:PORT   [V6%ZONE]:PORT   :PORT   tcp:HOST:PORT        TCP
     PATH/WITH/A/SLASH   unix:PATH                                         UNIX
 
-`parse_address` of the ``str`` of an address is that address again.
+`parse_address` of ``str(address)`` is an equal address.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from ._errors import AddressError, escape
 MAX_PORT: Final = 2**16 - 1
 
 MAX_PATH_SIZE: Final = 107
-"""Bytes of a UNIX socket's path on Linux: ``sun_path`` less its final zero. Fewer on some systems."""
+"""Bytes of a UNIX socket's path on Linux: ``sun_path`` without its final zero. Some systems allow fewer."""
 
 _PREFIXES: Final = ("unix:", "tcp:")
 
 _URL = re.compile(r"(?!unix:)[a-z][a-z0-9+.-]*://", re.ASCII | re.IGNORECASE)
-"""How a URL begins. Taken for a path, it would make a file of an odd name, or miss a directory of one."""
+"""How a URL begins. As a path, a URL would make a file with an odd name, or name a directory that is missing.
+"""
 
 _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 _HOST = re.compile(r"[^\s\x00-\x1f\x7f:\[\]/@,]+")
@@ -42,7 +43,7 @@ class TCPAddress:
     Arguments:
         host: a name, an IPv4 address, an IPv6 address (without brackets, a zone allowed), or empty
             to listen on all interfaces.
-        port: 0 to 65,535; 0, when listening, lets the system choose.
+        port: 0 to 65,535. A listener with port 0 gets a free port from the system.
 
     Raises:
         TypeError: `host` is not a str, or `port` is not an int.
@@ -76,13 +77,13 @@ class UnixAddress:
         path: the file's path, 1 to 107 bytes; a str or a path object, such as a `pathlib.Path`.
 
     Attributes:
-        path: the same, as a str.
+        path: the same path, as a str.
 
-    As a str it is in one line: a peer chooses its path, so control characters are shown escaped.
+    ``str(address)`` escapes control characters, because a peer chooses its path: it is always one line.
 
     Raises:
-        TypeError: `path` is neither.
-        AddressError: it is empty, too long, or has a zero in it.
+        TypeError: `path` is neither a str nor a path object.
+        AddressError: the path is empty, too long, or contains a zero byte.
     """
 
     path: str
@@ -110,7 +111,7 @@ class UnixAddress:
 Address: TypeAlias = TCPAddress | UnixAddress
 
 AddressLike: TypeAlias = str | os.PathLike[str] | Address
-"""What may be passed for an address. A path object is the path of a UNIX socket, with or without a slash."""
+"""An address as a user may pass it. A path object is the path of a UNIX socket, with or without a slash."""
 
 
 def _parse_ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -126,7 +127,7 @@ def parse_address(text: str) -> Address:
     """Parse an address.
 
     Raises:
-        AddressError: it is invalid.
+        AddressError: the address is invalid.
     """
     if url := _URL.match(text):
         raise AddressError(
@@ -157,11 +158,11 @@ def _parse_tcp(text: str) -> TCPAddress:
 
 
 def as_address(value: object) -> Address:
-    """Return an address as it is, and make one of a str or a path object.
+    """Return the address that a user passed: parse a str, and take a path object for a UNIX socket.
 
     Raises:
-        TypeError: it is none of these.
-        AddressError: it is invalid.
+        TypeError: the value is neither an address, a str nor a path object.
+        AddressError: the address is invalid.
     """
     if isinstance(value, str):
         return parse_address(value)
@@ -177,10 +178,10 @@ def as_address(value: object) -> Address:
 # ---- literal addresses, and plain TCP ----
 
 
-# Programs dial few hosts, and the same ones again and again.
+# Cached because programs dial few hosts, and the same ones again and again.
 @lru_cache(maxsize=64)
 def is_literal(host: str) -> bool:
-    """Whether a host is an IP address without a zone, which needs no look-up of any kind."""
+    """Return whether a host is an IP address without a zone, which needs no look-up of any kind."""
     if "%" in host:
         return False
     try:
@@ -192,22 +193,22 @@ def is_literal(host: str) -> bool:
 
 @lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
-    """Whether an IP address belongs to this machine only."""
+    """Return whether an IP address is a loopback address, of this machine only."""
     ip = ipaddress.ip_address(host)
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
     return (mapped or ip).is_loopback
 
 
 def refuse_insecure(where: object) -> AddressError:
-    """Make the exception for plain TCP that would leave this machine."""
+    """Make the error for plain TCP that would leave this machine."""
     return AddressError(f"plain TCP with {where}, which is not loopback, needs insecure=True (or a key)")
 
 
 def require_loopback(address: Address | None) -> None:
-    """Refuse the TCP address of a socket, ours or its peer's, that is not loopback.
+    """Refuse the TCP address of a socket, or of its peer, that is not loopback.
 
     Raises:
-        AddressError: it is not.
+        AddressError: the address is not loopback.
     """
     if isinstance(address, TCPAddress) and not is_loopback(address.host):
         raise refuse_insecure(address.host)
@@ -217,11 +218,11 @@ def check_dialable(address: Address, *, insecure: bool) -> None:
     """Refuse an address that `dial` would refuse without a look-up.
 
     Raises:
-        AddressError: it says only where to listen, or it needs `insecure`.
+        AddressError: the address is good only for listening, or it needs `insecure`.
     """
     if isinstance(address, UnixAddress):
         return
     if not address.host or not address.port:
-        raise AddressError(f"{address} can be listened on, and not dialled: give a host and a port")
+        raise AddressError(f"{address} is for listening and cannot be dialled: give a host and a port")
     if not insecure and is_literal(address.host):
         require_loopback(address)

@@ -1,7 +1,7 @@
-"""Checks of what `open_connection`, `open_reconnecting`, `serve` and `Server.stop` are given.
+"""Checks of the arguments of `open_connection`, `open_reconnecting`, `serve` and `Server.stop`.
 
-An argument that can never work, or hardly means what it says, is refused before anything is opened, by its
-name and with what to do. What may work is let pass.
+An argument that can never work, or is surely a mistake, is refused before anything is opened. The error names
+the argument and says what to do. An argument that may work passes.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ HANDLER_ARGUMENTS: Final[Mapping[str, tuple[str, ...]]] = {
     "open_handler": ("connection",),
     "close_handler": ("connection",),
 }
-"""What each kind of handler is called with."""
+"""The arguments that each kind of handler is called with."""
 
 ALL_MODES: Final = 0o777
-"""The permissions of a file."""
+"""All permissions that a file may have."""
 
 OWNER_MAY_WRITE: Final = 0o200
-"""The permission that its owner needs to connect to a UNIX socket."""
+"""The permission that the owner of a UNIX socket's file needs to connect."""
 
 
 # ---- one or several ----
 
 
 def is_several(value: object) -> bool:
-    """Whether this is a sequence of something. Text and bytes are one thing, or were meant for one."""
+    """Return whether a value is a sequence of things. Text and bytes are one thing, or were meant as one."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def list_keys(keys: object) -> Sequence[object]:
-    """One or several keys of a user as a sequence, whatever is in it."""
+    """Return one or several keys of a user as a sequence. It may contain other things too."""
     return cast("Sequence[object]", keys) if is_several(keys) else [keys]
 
 
-# ---- functions of the user's ----
+# ---- the user's functions ----
 
 
 def check_handlers(**handlers: object) -> None:
-    """Check that handlers are async, and can be called with what they will be called with.
+    """Check that handlers are async, and take the arguments that they will be called with.
 
     Arguments:
-        handlers: by the names of the arguments; None is fine.
+        handlers: by the names under which the user passed them. None is fine.
 
     Raises:
-        TypeError: one is not.
+        TypeError: a handler is not async, or takes other arguments.
     """
     for name, handler in handlers.items():
         if handler is not None:
@@ -66,10 +66,10 @@ def check_handlers(**handlers: object) -> None:
 
 
 def may_be_async(value: object) -> bool:
-    """Whether something may be called and awaited: an async function, or an object with an async call.
+    """Return whether a value may be an async function, or an object with an async ``__call__``.
 
-    Partials, methods and functions that wrap an async one, as `functools.wraps` says, are as what is in
-    them. Callables that are not written in Python cannot be judged, and may be.
+    A partial, a method or a function that wraps another by `functools.wraps` counts as the function inside. A
+    callable that is not written in Python cannot be judged, and counts as async.
     """
     while True:
         if inspect.iscoroutinefunction(value):
@@ -87,17 +87,17 @@ def may_be_async(value: object) -> bool:
 
 
 def _check_call(name: str, function: object, *arguments: str) -> None:
-    """Refuse a function that certainly cannot be called with so many arguments."""
+    """Refuse a function that certainly cannot be called with these arguments."""
     inner = function
     while isinstance(inner, partial):
         inner = cast("partial[object]", inner).func
     if hasattr(inner, "__signature__") or hasattr(type(inner).__call__, "__signature__"):
-        return  # somebody made it up: it may be what is shown, and not what is taken
+        return  # the function sets its own signature, which may be only for show
     try:
-        # A decorator may add arguments to those that it is called with, so what it wraps says nothing.
+        # Look at a decorated function from outside: its decorator may add arguments of its own.
         signature = inspect.signature(cast("Callable[..., Any]", function), follow_wrapped=False)
     except ValueError:
-        return  # there is none
+        return  # the function has no signature that Python can find
     try:
         signature.bind(*arguments)
     except TypeError as exc:
@@ -111,7 +111,7 @@ def _check_call(name: str, function: object, *arguments: str) -> None:
 
 
 def check_key_arguments(user: str | None, key: Key | None, service: str) -> None:
-    """Check what `open_connection` is told of a key."""
+    """Check the user, key and service that `open_connection` was given."""
     if (user is None) != (key is None):
         raise TypeError("user and key go together: give both, or neither for a plain connection")
     if user is not None:
@@ -123,7 +123,7 @@ def check_key_arguments(user: str | None, key: Key | None, service: str) -> None
 
 
 def check_user_key(user_key: object, service: str) -> None:
-    """Check what `serve` is told of keys."""
+    """Check the keys and the service that `serve` was given."""
     if callable(user_key):
         if not may_be_async(user_key):
             raise TypeError(
@@ -132,7 +132,7 @@ def check_user_key(user_key: object, service: str) -> None:
         _check_call("user_key", user_key, "user")
     elif user_key is not None and not isinstance(user_key, Mapping):
         raise TypeError("user_key must be an async function from user name to key, or a mapping")
-    if type(cast("object", user_key)) is dict:  # other mappings may look keys up somewhere
+    if type(cast("object", user_key)) is dict:  # another mapping may look up each key elsewhere
         for user, keys in cast("dict[object, object]", user_key).items():
             _check_user(user, keys)
     if encode_service(service) and user_key is None:
@@ -160,7 +160,7 @@ def _check_user(user: object, keys: object) -> None:
 
 
 def check_peer_user(peer_user: object, user_key: object) -> None:
-    """Check what `serve` is told of naming peers."""
+    """Check the `peer_user` that `serve` was given."""
     if peer_user is None:
         return
     if user_key is not None:
@@ -176,13 +176,13 @@ def check_peer_user(peer_user: object, user_key: object) -> None:
 
 
 def check_settings(settings: object) -> None:
-    """Check that settings are some."""
+    """Check that settings are `Settings`."""
     if not isinstance(settings, Settings):
         raise TypeError(f"settings must be Settings, not {type(settings).__name__}")
 
 
 def check_flag(name: str, value: object) -> None:
-    """Check that a bool is one: the text of a configuration, such as ``"no"``, is true."""
+    """Check that a flag is a bool. Text from a configuration, such as ``"no"``, would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
@@ -197,6 +197,14 @@ def check_backlog(backlog: object) -> None:
         raise ValueError(f"backlog must be at least 0, not {backlog}")
 
 
+def check_repeats(repeats: object) -> None:
+    """Check how often a request may be repeated."""
+    if not isinstance(repeats, int):
+        raise TypeError(f"max_repeats must be an int, not {type(repeats).__name__}")
+    if repeats < 0:
+        raise ValueError(f"max_repeats must be at least 0, not {repeats}")
+
+
 def check_unix_mode(mode: object) -> None:
     """Check the permissions of a UNIX socket's file."""
     if not isinstance(mode, int):
@@ -206,7 +214,7 @@ def check_unix_mode(mode: object) -> None:
             f"unix_mode must be 0 to 0o777, not {mode}, which is {oct(mode)}: octal numbers begin with 0o"
         )
     if not mode & OWNER_MAY_WRITE:
-        raise ValueError(f"unix_mode {oct(mode)} lets not even the file's owner connect: use 0o600 or more")
+        raise ValueError(f"unix_mode {oct(mode)} does not let the file's owner connect: use 0o600 or more")
 
 
 def check_grace(grace: object) -> None:

@@ -1,13 +1,12 @@
-"""Bech32m: bytes as text that a person can copy, with a checksum that notices mistakes.
+"""Bech32m: bytes as text that a person can copy, with a checksum that finds mistakes.
 
-A text is a prefix that says what it is, the separator ``1``, and characters of 5 bits each, of which the last
-six are the checksum. It notices every mistake in up to 4 characters, and all but one in 10^9 of others.
+A text is a prefix that names its kind, the separator ``1``, and characters of 5 bits each. The last six are
+the checksum. It finds every mistake in up to 4 characters, and all but one in 10^9 of the others.
 
-Why Bech32m and not Bech32, from which it differs by a constant: under Bech32 a text that ends with ``p``
-stays valid when any number of ``q`` is put before that or taken away.
+Bech32m differs from Bech32 by a constant. Under Bech32 a text that ends with ``p`` stays valid when any
+number of ``q`` is inserted before the ``p`` or removed there.
 
-Source: BIP-173 for all of it but that constant, which is BIP-350's. Errors of both functions that take
-texts do not show them, because they are secrets here.
+Source: BIP-350 for the constant, BIP-173 for the rest. Errors do not show the texts, which are secrets here.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 CHARACTERS: Final = "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
-"""What follows the separator: the character of each value of 5 bits. There is no 1, b, i or o."""
+"""The characters after the separator, by their value of 5 bits. There is no 1, b, i or o."""
 
 MAX_SIZE: Final = 90
-"""Characters of a text; in longer ones the checksum would notice less."""
+"""Characters of a text at most: in longer texts the checksum finds less."""
 
 _CHECKSUM_SIZE: Final = 6
 _CHECKSUM: Final = 0x2BC830A3
@@ -36,7 +35,7 @@ def _step(top: int) -> int:
 
 
 _STEPS: Final = [_step(top) for top in range(32)]
-"""What the five bits that leave the remainder at the top change in it."""
+"""By the five bits that leave the remainder at the top: the bits that they change in it."""
 
 
 def _remainder(prefix: str, values: Iterable[int]) -> int:
@@ -48,17 +47,17 @@ def _remainder(prefix: str, values: Iterable[int]) -> int:
 
 
 def encode(prefix: str, values: Sequence[int]) -> str:
-    """Make the text of values of 5 bits. The prefix is in lower case."""
+    """Return the text of values of 5 bits each. The prefix must be in lower case."""
     rest = _remainder(prefix, (*values, *bytes(_CHECKSUM_SIZE))) ^ _CHECKSUM
     checksum = [rest >> 5 * at & 31 for at in reversed(range(_CHECKSUM_SIZE))]
     return f"{prefix}1{''.join(CHARACTERS[value] for value in (*values, *checksum))}"
 
 
 def decode(prefix: str, text: str) -> list[int]:
-    """The values of a text that has that prefix; all of the text is in lower case, or in upper case.
+    """Return the values, of 5 bits each, of a text with this prefix, all in lower case or all in upper case.
 
     Raises:
-        ValueError: it is no such text; says how, and where.
+        ValueError: the text is invalid. The message says what is wrong with it, and where.
     """
     if text not in {text.lower(), text.upper()}:
         raise ValueError("upper and lower case are mixed")
@@ -73,25 +72,25 @@ def decode(prefix: str, text: str) -> list[int]:
         raise ValueError(f"it has {len(text)} characters")
     for position, character in enumerate(text[start:], start + 1):
         if character not in _VALUES:
-            raise ValueError(f"character {position} is none that can be there, as 1, b, i and o cannot")
+            raise ValueError(f"character {position} cannot be there: 1, b, i and o never can")
     values = [_VALUES[character] for character in text[start:]]
     if _remainder(prefix, values) != _CHECKSUM:
-        raise ValueError("the checksum does not fit, so a character is wrong, missing, or one too many")
+        raise ValueError("the checksum is wrong: a character is wrong, missing, or one too many")
     return values[:-_CHECKSUM_SIZE]
 
 
 def to_values(data: bytes) -> list[int]:
-    """Bytes as values of 5 bits, the last filled up with zeros."""
+    """Return bytes as values of 5 bits each. Zeros fill up the last one."""
     size = -(-8 * len(data) // 5)
     number = int.from_bytes(data, "big") << 5 * size - 8 * len(data)
     return [number >> 5 * at & 31 for at in reversed(range(size))]
 
 
 def to_bytes(values: Sequence[int]) -> bytes:
-    """Values of 5 bits as bytes.
+    """Return values of 5 bits each as bytes.
 
     Raises:
-        ValueError: they are not what `to_values` makes of any bytes.
+        ValueError: `to_values` makes such values of no bytes.
     """
     size, spare = divmod(5 * len(values), 8)
     number = 0

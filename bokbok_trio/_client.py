@@ -1,4 +1,4 @@
-"""`open_connection`: dial, shake hands, and be connected for as long as a block."""
+"""`open_connection`: dial, shake hands, and run the connection for as long as a block."""
 
 from __future__ import annotations
 
@@ -33,40 +33,40 @@ async def open_connection(
     close_handler: ConnectionHandler | None = None,
     settings: Settings = Settings(),  # noqa: B008  (immutable)
 ) -> AsyncGenerator[Connection]:
-    """Open a connection; it is closed when the block is left.
+    """Open a connection, which is closed when the block is left.
 
     ::
 
         async with open_connection("localhost:12345", user="myuser", key=key) as connection:
             answer = await connection.request(["ping", "12345"])
 
-    What the block raises comes out as itself. Losing the connection raises nothing by itself: the
+    An exception of the block is raised as itself. The loss of the connection raises nothing in the block: the
     requests that wait for an answer fail, and the block goes on.
 
     Arguments:
         to: an address, as a str or parsed, or the path of a UNIX socket as a path object; or an open
-            stream, which is then the connection's.
-        user, key: the user's name (1 to 255 bytes of UTF-8) and pre-shared key. With both, the
-            connection is encrypted and authenticated both ways, or is not opened; with neither, it
-            is plain. Nothing ever falls back.
-        service: names what is meant to be reached, at most 255 bytes of UTF-8 in normal form C; never sent.
-            A server with another one looks like one with another key.
+            stream, which then belongs to the connection.
+        user, key: the user's name (1 to 255 bytes of UTF-8) and pre-shared key. With both, the connection is
+            encrypted and authenticated both ways, or is not opened; with neither, it is plain. Neither falls
+            back to the other.
+        service: the name of the service that is wanted, at most 255 bytes of UTF-8 in normal form C. It is
+            never sent. A server with another service is refused as if it had another key.
         insecure: allow plain TCP to another machine.
-        request_handler: handles requests from the other side, many at once; see `RequestHandler`; or what
-            handles these and channels, see `CombinedHandler`.
+        request_handler: handles requests of the other side, many at once; see `RequestHandler`. A
+            `CombinedHandler` handles requests and channels.
         channel_handler: handles requests with a channel, as `Connection.open_channel` makes them.
         close_handler: called once, after the connection and all its handlers have ended.
         settings: the bounds of this side.
 
     Raises:
         TypeError: `user` without `key`, `key` without `user`, or an argument of the wrong type.
-        ValueError: the user name or the service cannot be one, or `service` comes without a key,
-            when nothing could check it.
-        AddressError: no address, or plain TCP to another machine without `insecure`.
-        OSError: the name is not found, or nobody answers there, or not within ``connect_timeout``.
-        HandshakeError: the peer is not one, or did not keep to the rules or to the time.
-        AuthenticationError: the server refused the user and key, or could not prove that it has it;
-            or, over a UNIX socket, it has no name for this process.
+        ValueError: the user name or the service is invalid, or `service` comes without a key, so that nothing
+            could check it.
+        AddressError: the address is invalid, or is plain TCP to another machine without `insecure`.
+        OSError: the name is not found, or no server answers there, or not within ``connect_timeout``.
+        HandshakeError: the peer does not speak bokbok, broke the rules, or was too slow.
+        AuthenticationError: the server refused the user and key, or could not prove that it has the key; or,
+            over a UNIX socket, it has no name for this process.
         ConnectionRefused: the server has no room, or is stopping.
     """
     check_key_arguments(user, key, service)
@@ -105,7 +105,7 @@ async def connect(
     close_handler: ConnectionHandler | None,
     settings: Settings,
 ) -> Connection:
-    """Dial and shake hands. Whoever calls has checked the arguments, and runs the connection."""
+    """Dial and shake hands. The caller has checked the arguments, and must run the connection."""
     if isinstance(to, trio.abc.Stream):
         stream = to
     else:
@@ -134,14 +134,14 @@ async def connect(
 
 
 def _name_place(to: Address | trio.abc.Stream, address: Address | None) -> str:
-    """Where a connection goes: the address dialled, and the one that answered, if it is another."""
+    """Return the address that was dialled, for a message, and the one that answered, if they differ."""
     if isinstance(to, trio.abc.Stream):
         return "the other end of the stream" if address is None else str(address)
     return str(to) if address in {to, None} else f"{to} ({address})"
 
 
 def _locate(error: HandshakeError, user: str | None, place: str) -> HandshakeError:
-    """The same, with who was refused, where that was, and what to check."""
+    """Return an error of the handshake with the user, the place, and what to check."""
     if isinstance(error, ConnectionRefused):
         return ConnectionRefused(f"{place}: {error.message}", error.code)
     if not isinstance(error, AuthenticationError):
@@ -157,5 +157,5 @@ def _locate(error: HandshakeError, user: str | None, place: str) -> HandshakeErr
 
 
 def end_reason(connection: Connection) -> str:
-    """Why a connection has ended, in words."""
+    """Return why a connection has ended, for a log line."""
     return connection.reason or "it is draining"

@@ -1,7 +1,7 @@
-"""Handlers of requests and channels in one, and such that are added to a connection that is open.
+"""One handler for requests and channels, and handlers that are added to an open connection.
 
-What is built on requests needs both: `bokbok_trio.interface` serves calls and streams by one object, and
-calls back into a connection whose own handler knows nothing of it.
+`bokbok_trio.interface` needs both: one object serves calls and streams, and callbacks arrive on a connection
+whose own handler knows nothing of them.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 class CombinedHandler(Protocol):
     """A handler of requests and of requests with a channel in one object.
 
-    It goes where a request handler goes: to `open_server`, `serve`, `open_connection`, `open_reconnecting`
-    and `add_handler`. `bokbok_trio.interface.expose` makes such objects.
+    Pass it in the place of a request handler: to `open_server`, `serve`, `open_connection`,
+    `open_reconnecting` or `add_handler`. `bokbok_trio.interface.expose` makes such objects.
     """
 
     def handle_request(self, connection: Connection, request: list[bytes], /) -> Awaitable[Fields | None]:
-        """Handle a request; as a `RequestHandler`."""
+        """Handle a request, as a `RequestHandler` does."""
         ...
 
     def handle_channel(
         self, connection: Connection, request: list[bytes], channel: Channel, /
     ) -> Awaitable[Fields | None]:
-        """Handle a request with a channel; as a `ChannelHandler`."""
+        """Handle a request with a channel, as a `ChannelHandler` does."""
         ...
 
 
 def split_handler(
     request_handler: RequestHandler | CombinedHandler | None, channel_handler: ChannelHandler | None
 ) -> tuple[RequestHandler | None, ChannelHandler | None]:
-    """Return the two handlers that a user gave, as two or in one object.
+    """Return the request handler and the channel handler that a user passed, as two or in one object.
 
     Raises:
-        TypeError: one object, and a channel handler besides.
+        TypeError: the user passed a combined handler and a channel handler.
     """
-    # What can be called is a function to us, whatever attributes it has: a mock has all.
+    # Take a callable for a function, whatever attributes it has: a mock has all attributes.
     if callable(request_handler) or not isinstance(request_handler, CombinedHandler):
         return request_handler, channel_handler
     if channel_handler is not None:
@@ -58,23 +58,23 @@ def split_handler(
 def add_handler(
     connection: Connection | ReconnectingConnection, first_field: bytes, handler: CombinedHandler
 ) -> None:
-    """Have the requests with a certain first field handled by a handler of their own, from now on.
+    """Let a handler handle all requests with a certain first field, from now on.
 
-    For what is built on a connection, such as callbacks: the connection's own handler need not know of it,
-    and does not see these requests. There is no way to take it away again. Of a `ReconnectingConnection` it
-    handles the requests on all connections to come as well.
+    This is for protocols on top of a connection, such as callbacks: the connection's own handler does not see
+    these requests. An added handler cannot be removed. One that is added to a `ReconnectingConnection`
+    handles the requests of all later connections too.
 
     Arguments:
-        connection: where the requests come from.
-        first_field: of the requests.
-        handler: of these, with a channel and without.
+        connection: the connection that the requests arrive on.
+        first_field: the first field of the requests, as bytes.
+        handler: handles these requests, with and without a channel.
 
     Raises:
-        TypeError: `first_field` is not bytes, or `handler` is no `CombinedHandler`.
-        ValueError: these requests have such a handler already.
+        TypeError: `first_field` is not bytes, or `handler` is not a `CombinedHandler`.
+        ValueError: requests with this first field have an added handler already.
     """
     if not isinstance(handler, CombinedHandler):
-        raise TypeError(f"a handler to be added has handle_request and handle_channel; {handler!r} has not")
+        raise TypeError(f"handler must have handle_request and handle_channel, unlike {handler!r}")
     if not isinstance(first_field, bytes):
         raise TypeError(f"the first field of requests is bytes, not {first_field!r}")
     handlers = _added_handlers(connection)
@@ -86,12 +86,15 @@ def add_handler(
 def find_handler(
     connection: Connection | ReconnectingConnection, first_field: bytes
 ) -> CombinedHandler | None:
-    """Return what `add_handler` has added for the requests with a certain first field; None if nothing.
+    """Return the handler that `add_handler` added for requests with a certain first field; None if there is
+    none.
 
-    A `ReconnectingConnection` and its connections have the same.
+    A `ReconnectingConnection` and its connections share their added handlers.
     """
     return _added_handlers(connection).get(first_field)
 
 
 def _added_handlers(connection: Connection | ReconnectingConnection) -> AddedHandlers:
-    return connection._handlers.added if isinstance(connection, Connection) else connection._added_handlers
+    if isinstance(connection, Connection):
+        return connection._handlers.added
+    return connection._dialler.added_handlers

@@ -14,10 +14,9 @@
      ├── RemoteError
      └── RequestError
 
-"You misused me" is a ``TypeError``, a ``ValueError``, `AddressError`, `MessageTooLarge` or
-`ConnectionClosed`; "the peer misbehaved, or is gone" is `HandshakeError`, `ConnectionLost` or
-`ProtocolError`. `RequestError` is the only one a handler is meant to raise, and `RemoteError` is
-what the asker then sees.
+``TypeError``, ``ValueError``, `AddressError`, `MessageTooLarge` and `ConnectionClosed` say that this program
+used the library wrongly. `HandshakeError`, `ConnectionLost` and `ProtocolError` say that the peer is gone, or
+broke the rules. A handler raises `RequestError` to answer with an error; its asker gets `RemoteError`.
 """
 
 import unicodedata
@@ -29,18 +28,18 @@ MAX_CODE_SIZE: Final = 64
 """Bytes of an error code in UTF-8. A code is a word for programs to compare, not a text."""
 
 MAX_ERROR_TEXT_SIZE: Final = 2048
-"""Bytes of an error's message in UTF-8, on the wire. With the code and the packet's head it
-fits the smallest ``max_message_size`` there is, so an error can always be told."""
+"""Bytes of an error's message in UTF-8, on the wire. With the code and the packet's head it fits the smallest
+``max_message_size``, so an error can always be sent."""
 
 MAX_DETAILS_SIZE: Final = 2**14
-"""Bytes of an error's details. They say more about one error; a result belongs into an answer."""
+"""Bytes of an error's details, which say more about the error. A result belongs into an answer."""
 
 _INVISIBLE: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories of characters that break, hide or reorder a line where it is shown."""
 
 
 def escape(text: str) -> str:
-    """Show the text of a peer in one line: control, format and bidi characters are escaped."""
+    """Return the text of a peer as one line, with control, format and bidi characters escaped."""
     if text.isprintable():
         return text
     return "".join(
@@ -52,33 +51,34 @@ def escape(text: str) -> str:
 
 
 class BokbokError(Exception):
-    """The root of every exception that is ours."""
+    """The base class of all exceptions of bokbok_trio."""
 
 
 @final
 class AddressError(BokbokError, ValueError):
-    """An address that cannot be parsed, cannot be used here, or is in use."""
+    """An address cannot be parsed, cannot be used here, or is in use."""
 
 
 class HandshakeError(BokbokError):
-    """The connection could not be opened: the peer is gone, is no peer of ours, or broke the rules."""
+    """The connection could not be opened: the peer is gone, does not speak bokbok, or broke the rules."""
 
 
 @final
 class AuthenticationError(HandshakeError):
-    """One side could not prove that it holds the user's key, or a server has no name for its peer.
+    """One side could not prove that it has the user's key, or a server has no name for its peer.
 
-    On a client: the server refused the user and key, or, by its `peer_user`, this process; or it did
-    not prove that it has the key itself.
+    On a client: the server refused the user and key, or its `peer_user` refused this process; or the server
+    did not prove that it has the key.
     """
 
 
 @final
 class ConnectionRefused(HandshakeError):  # noqa: N818  (the contract's name)
-    """The server will not take this connection now.
+    """The server does not take this connection now.
 
     Attributes:
-        code: ``"busy"`` (the server has all the connections it allows) or ``"stopping"``.
+        message: the reason, for people.
+        code: ``"busy"`` (the server has as many connections as it takes) or ``"stopping"``.
     """
 
     def __init__(self, message: str, code: str) -> None:
@@ -92,10 +92,10 @@ class ConnectionRefused(HandshakeError):  # noqa: N818  (the contract's name)
 
 @final
 class ConnectionClosed(BokbokError, trio.ClosedResourceError):  # noqa: N818  (the contract's name)
-    """Our own side has closed the connection.
+    """This side has closed the connection.
 
     Attributes:
-        may_have_run: as that of `ConnectionLost`.
+        may_have_run: as for `ConnectionLost`.
     """
 
     def __init__(self, reason: str, may_have_run: bool = True) -> None:  # noqa: FBT001, FBT002  (pickles)
@@ -111,9 +111,9 @@ class ConnectionLost(BokbokError, trio.BrokenResourceError):  # noqa: N818  (the
     """The peer closed the connection, vanished, or broke the protocol.
 
     Attributes:
-        reason: why, in words.
-        may_have_run: whether a handler over there may have seen the request. False only where it
-            is certain that none did, so that the request may safely be sent again elsewhere.
+        reason: the reason, for people.
+        may_have_run: whether a handler of the peer may have seen the request. If False, certainly none has,
+            and it is safe to send the request again elsewhere.
     """
 
     def __init__(self, reason: str, may_have_run: bool = True) -> None:  # noqa: FBT001, FBT002  (pickles)
@@ -127,16 +127,16 @@ class ConnectionLost(BokbokError, trio.BrokenResourceError):  # noqa: N818  (the
 
 @final
 class ProtocolError(BokbokError):
-    """The peer sent what the protocol does not allow. Decoders raise it; a connection ends by it."""
+    """The peer sent something that the protocol does not allow, which ends the connection."""
 
 
 @final
 class MessageTooLarge(BokbokError):  # noqa: N818  (the contract's name)
-    """A message is larger than both sides agreed to take. Nothing of it was sent.
+    """A message is larger than the two sides agreed on. Nothing of it was sent.
 
     Attributes:
         size: the encoded size of the message, in bytes.
-        limit: the largest size allowed on this connection, in bytes.
+        limit: the largest size that this connection allows, in bytes.
     """
 
     def __init__(self, size: int, limit: int) -> None:
@@ -152,15 +152,16 @@ class MessageTooLarge(BokbokError):  # noqa: N818  (the contract's name)
 class RemoteError(BokbokError):
     """The other side answered the request with an error.
 
-    ``str()`` of it escapes control characters, so a peer cannot forge a line of a log.
+    ``str(error)`` escapes control characters, so a peer cannot forge a line of a log.
 
-    A handler that asks another peer passes its error on by
+    A handler that sends a request to another peer passes an error on by
     ``raise RequestError(error.message, code=error.code, details=error.details) from error``.
 
     Attributes:
-        message: for people, as the other side sent it.
-        code: for programs, such as ``"handler-error"`` or the code of the `RequestError` raised there.
-        details: the handler's own bytes, at most 16 KiB; mostly empty.
+        message: the error for people, as the other side sent it.
+        code: the error for programs, such as ``"handler-error"``, or the code of the handler's
+            `RequestError`.
+        details: the details of the handler's `RequestError`, at most 16 KiB; mostly empty.
     """
 
     def __init__(self, message: str, code: str, details: bytes = b"") -> None:
@@ -175,14 +176,14 @@ class RemoteError(BokbokError):
 
 @final
 class RequestError(BokbokError):
-    """Raised by a handler to answer a request with exactly this error.
+    """A handler raises this to answer its request with exactly this error.
 
     Arguments:
-        message: for people; what is over 2,048 bytes of UTF-8 is cut off when it is sent.
-        code: for programs: 1 to 64 bytes of UTF-8. The code ``"closing"`` is the connection's own,
-            because the asker takes it to mean that no handler saw the request.
-        details: bytes for programs, at most 16 KiB. Where they do not fit the size of messages that
-            the two sides agreed on, they are left out, and that is logged.
+        message: the error for people. It is cut off after 2,048 bytes of UTF-8 when it is sent.
+        code: the error for programs: 1 to 64 bytes of UTF-8. The code ``"closing"`` is reserved: it tells the
+            asker that no handler saw the request.
+        details: more for programs, at most 16 KiB. If they do not fit the size of messages that the two sides
+            agreed on, the answer is sent without them, and a line is logged.
 
     Raises:
         TypeError: `message` or `code` is not a ``str``, or `details` is not ``bytes``.
@@ -207,17 +208,17 @@ class RequestError(BokbokError):
 
     @property
     def message(self) -> str:
-        """What is wrong, for people."""
+        """The error, for people."""
         return self._message
 
     @property
     def code(self) -> str:
-        """What is wrong, for programs."""
+        """The error, for programs."""
         return self._code
 
     @property
     def details(self) -> bytes:
-        """More about it, for programs."""
+        """More about the error, for programs."""
         return self._details
 
     def __str__(self) -> str:

@@ -3,26 +3,25 @@
 Theory
 ======
 
-A child of ``os.fork`` (or of `multiprocessing`, where it forks) has copies of the parent's sockets,
-keys and counters. If it lives on, its copy of a socket keeps a connection open that the parent has
-closed, and a port taken that the parent has given up. If it leaves the parent's blocks, as
-``sys.exit`` does, it closes connections in the parent's name, removes the parent's socket file, and
-seals under a nonce that the parent will use again for something else: whoever sees both records can
-then forge one.
+A child of ``os.fork`` (or of `multiprocessing`, where it forks) has copies of the parent's sockets, keys and
+counters. While it lives, its copy of a socket keeps a connection open that the parent has closed, and a port
+taken that the parent has released. If it leaves the parent's blocks, as ``sys.exit`` does, it closes the
+parent's connections, removes the parent's socket file, and seals under a nonce that the parent will use
+again: an observer of both records can then forge one.
 
-So one function runs in each forked child, before anything else does. It closes the descriptors of all
-our sockets, and tells all our streams and listeners that they are no longer this process's.
+So one function runs in each forked child before anything else. It closes the descriptors of all sockets of
+the library, and tells its streams and listeners that they belong to another process now.
 
-It closes descriptors without ``shutdown``, which would act on the parent's connection, and not by
-Trio's ``close``: that changes the epoll instance, which parent and child share, for the parent too. To
-close a descriptor that the parent still has open leaves the shared epoll instance alone.
+It closes descriptors without ``shutdown``, which would act on the parent's connection, and without Trio's
+``close``: that changes the epoll instance, which parent and child share. Closing a descriptor that the parent
+still has open does not change it.
 
 Rule
 ====
 
-A forked child leaves by ``exec`` or ``os._exit``. Trio itself demands this: a child that goes on to run
-the parent's event loop takes the parent's events from the shared epoll instance. What is here makes such
-a child harmless to connections and socket files, and does not make it right.
+A forked child must end by ``exec`` or ``os._exit``. Trio itself demands this: a child that runs the parent's
+event loop takes the parent's events from the shared epoll instance. This file keeps such a child from harming
+connections and socket files, and no more.
 """
 
 from __future__ import annotations
@@ -36,26 +35,26 @@ import trio
 
 
 class Abandonable(Protocol):
-    """A stream or a listener of ours."""
+    """A stream or a listener of the library."""
 
     def abandon(self) -> None:
-        """Give everything up without acting on it: this is a forked child, and the parent owns it."""
+        """Release everything without acting on it: this is a forked child, and the parent owns it."""
 
 
 _inherited: WeakSet[Abandonable | trio.socket.SocketType] = WeakSet()
 
 
 def abandon_in_child(resource: Abandonable) -> None:
-    """Have a stream or listener of ours abandoned in forked children."""
+    """Make forked children abandon a stream or listener of the library."""
     _inherited.add(resource)
 
 
 def close_in_child(resource: object) -> None:
-    """Have the socket below one of Trio's streams or listeners closed in forked children.
+    """Make forked children close the socket below a stream or listener of Trio.
 
     Arguments:
         resource: a Trio socket, a `trio.SocketStream` or `trio.SocketListener`, or either below TLS.
-            Anything else is left alone.
+            Any other object is ignored.
     """
     below = resource
     if isinstance(below, trio.SSLListener):
@@ -69,10 +68,10 @@ def close_in_child(resource: object) -> None:
 
 
 def close_inherited(sock: trio.socket.SocketType) -> None:
-    """Close the descriptor of a socket, and have the socket forget it. Again does nothing."""
+    """Close the descriptor of a socket, and make the socket forget it. A second call does nothing."""
     fd = sock.detach()
     if fd >= 0:
-        with suppress(OSError):  # or the next one would stay open
+        with suppress(OSError):  # an error must not keep the other descriptors open
             os.close(fd)
 
 

@@ -1,4 +1,4 @@
-"""`Instruments`: calls the instruments of a side, and keeps what they raise from harming anything."""
+"""`Instruments`: calls the instruments of a side, so that their errors do no harm."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ METHODS: Final[dict[type[object], str]] = {
     RequestEnded: "request_ended",
     ItemPassed: "item_passed",
 }
-"""Which method is told of an event."""
+"""The method that is called with each event."""
 
 CONTEXT_FOR: Final = "context_for"
 
@@ -45,10 +45,10 @@ logger = logging.getLogger("bokbok_trio")
 
 @final
 class Instruments:
-    """The instruments of a `Settings`. One that raises is logged, and not called any more, as Trio does it.
+    """The instruments of a `Settings`. As in Trio, one that raises is logged, and never called again.
 
     Arguments:
-        instruments: one or several.
+        instruments: the instruments, in the order in which they are called.
     """
 
     __slots__ = ("_instruments", "_methods")
@@ -57,7 +57,9 @@ class Instruments:
         self._keep(instruments)
 
     def _keep(self, instruments: Sequence[Instrument]) -> None:
-        """Call these, and no others; and of them only what does something."""
+        """Call these instruments from now on. Methods that `Instrument` itself has do nothing, and are left
+        out.
+        """
         self._instruments = instruments
         self._methods: dict[str, list[tuple[Instrument, Callable[[Any], Any]]]] = {
             name: [
@@ -78,19 +80,21 @@ class Instruments:
         self._keep([each for each in self._instruments if each is not instrument])
 
     def tell(self, event: object) -> None:
-        """Tell of an event."""
+        """Call the instruments with an event."""
         method = METHODS[type(event)]
         for instrument, call in self._methods[method]:
             try:
                 call(event)
-            except BaseException as exc:  # noqa: BLE001  (it is no more than watching)
+            except BaseException as exc:  # noqa: BLE001  (an observer must do no harm)
                 self._drop(instrument, method, exc)
 
     def add_context(self, request: RequestStarted, fits: Callable[[Context], bool]) -> Context | None:
-        """Return what travels beside a request, with what instruments add.
+        """Return the context of a request, with the names and values that instruments add; None for an empty
+        one.
 
         Arguments:
-            fits: whether a context may be sent along.
+            request: the request.
+            fits: returns whether a context is small enough to be sent.
         """
         context = dict(request.context)
         for instrument, call in self._methods[CONTEXT_FOR]:
@@ -108,7 +112,7 @@ class Instruments:
 
 @contextmanager
 def watch_handshake(instruments: Instruments | None, side: Side, address: Address | None) -> Generator[None]:
-    """Tell of a handshake, which is what happens in the block."""
+    """Tell the instruments of a handshake, which takes place in the block."""
     if instruments is None:
         yield
         return

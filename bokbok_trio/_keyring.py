@@ -1,22 +1,23 @@
-"""`Keyring`: a text file of users and their keys, which is read again when it has changed.
+"""`Keyring`: a text file of users and their keys, which is read again after each change.
 
-A line is a user's name, white space, and the text of a key; a user with several lines has several keys. Empty
-lines, and lines that begin with ``#``, are comments. A name that begins with ``#`` or ``"``, or with white
-space, or ends with that, is a string of JSON in its line.
+A line is a user's name, white space, and the text of a key. A user with several lines has several keys. Empty
+lines, and lines that begin with ``#``, are comments. A name that begins with ``#`` or ``"``, or begins or
+ends with white space, is written as a string of JSON.
 
 Theory
 ======
 
-A look-up asks the system for the file's status, and takes the keys that were read before if that has not
-changed. This would miss only a second change within one tick of the file system's clock. So a file that has
-just been changed is read at each look-up, and compared, until it has been at rest for `SETTLE_TIME`. What
-could not be read, or is broken, changes nothing: it is logged, once, and the keys that were read before
-stay.
+A look-up asks the system for the file's status, and uses the keys that were read before if the status is
+unchanged. This alone would miss a second change within one tick of the file system's clock. So a file that
+has just changed is read at each look-up, and compared, until it has rested for `SETTLE_TIME`. A file that
+cannot be read, or is broken, changes nothing: one line is logged, and the keys that were read before stay in
+force.
 
-A writer locks the file, reads it, and puts a new one in its place. Who waited for the lock may have that of
-a file which has been replaced meanwhile, so it looks again once it has the lock.
+A writer locks the file, reads it, and puts a new one in its place. While it waited for the lock, another
+writer may have replaced the file. So it checks, once it has the lock, that the file is still the one at the
+path.
 
-Lines that were there before are not decoded again: the first time 10,000 users take 0.2 s, and later some ms.
+A line that was read before is not decoded again, because decoding takes most of the time that reading takes.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from ._keys import KEY_PREFIX, MAX_KEYS, Key, decode_lines, encode_user, is_comm
 from ._private_files import StrPath, create_private, read_private, replace_private
 
 MAX_KEYRING_SIZE: Final = 2**24
-"""Bytes of the file: more than 100,000 users, for whom a database is the better place."""
+"""Bytes of the file: enough for more than 100,000 users. For so many, a database is the better place."""
 
 SETTLE_TIME: Final = 2.0
-"""Seconds after which one more change surely shows in a file's status: the clocks of file systems tick
-every few ms to 2 s."""
+"""Seconds after which a further change surely shows in a file's status: the clocks of file systems tick every
+few milliseconds to 2 seconds."""
 
 LOCK_TIMEOUT: Final = 10.0
-"""Seconds that a writer waits for others to have written. Each takes some ms."""
+"""Seconds that a writer waits for the lock, while others write."""
 
 _LOCK_PAUSE: Final = 0.01
 _HEADER: Final = (
@@ -54,7 +55,7 @@ logger = logging.getLogger("bokbok_trio")
 
 @final
 class _Entry(NamedTuple):
-    """What a line says."""
+    """The content of a line."""
 
     user: str
     key: Key
@@ -62,10 +63,10 @@ class _Entry(NamedTuple):
 
 @final
 class _Table(NamedTuple):
-    """What a file says.
+    """The content of a file.
 
     Attributes:
-        entries: what each line says, by the line.
+        entries: the content of each line, by the line.
         users: the keys of each user, in the order of the lines.
     """
 
@@ -74,10 +75,11 @@ class _Table(NamedTuple):
 
 
 def _parse(path: str, content: bytes, known: Mapping[str, _Entry]) -> _Table:
-    """Read what a file holds. The lines that are `known` need no decoding.
+    """Parse the content of a file. Lines in `known` are not decoded again.
 
     Raises:
-        ValueError: a line is wrong, and which. It is not shown, as a key may be in it.
+        ValueError: a line is wrong. The message has its number and does not show it, because it may contain a
+            key.
     """
     entries: dict[str, _Entry] = {}
     users: dict[str, list[Key]] = {}
@@ -116,7 +118,7 @@ def _parse_line(line: str) -> _Entry:
 def _check_user(user: str) -> None:
     if isinstance(user, str) and f"{KEY_PREFIX}1" in user.lower():
         raise ValueError("there is a key in the user's name")
-    encode_user(user)  # whose errors show the name
+    encode_user(user)  # last, because its errors show the name
 
 
 def _format_line(user: str, key: Key) -> str:
@@ -126,10 +128,10 @@ def _format_line(user: str, key: Key) -> str:
 
 @contextmanager
 def _locked(path: str) -> Generator[None]:
-    """Keep other writers away from a file.
+    """Lock a file against other writers.
 
     Raises:
-        TimeoutError: others kept it locked.
+        TimeoutError: other processes held the lock for `LOCK_TIMEOUT`.
     """
     import fcntl  # noqa: PLC0415  (not on Windows)
 
@@ -156,7 +158,7 @@ def _locked(path: str) -> Generator[None]:
 
 @final
 class Keyring(Mapping[str, Sequence[Key]]):
-    """The users of a text file, and the keys of each: a mapping that a server takes as ``user_key``.
+    """A mapping from the users of a text file to the keys of each. A server takes it as ``user_key``.
 
     ::
 
@@ -164,10 +166,10 @@ class Keyring(Mapping[str, Sequence[Key]]):
         async with open_server("localhost:12345", handler, user_key=keyring) as server:
             ...
 
-    `load` and `create` make one. The file is described in ``docs/keys.rst``; only its owner may read it.
-    When it has changed, the next look-up reads it again. A version that is broken, or cannot be read, is
-    logged as an error, and the keys that were read before stay in force. Look-ups take constant time. Any
-    thread may use a keyring.
+    Make one by `load` or `create`. ``docs/keys.rst`` describes the file, which only its owner may read. After
+    a change, the next look-up reads the file again. If the new version is broken, or cannot be read, an error
+    is logged, and the keys that were read before stay in force. Look-ups take constant time. Any thread may
+    use a keyring.
     """
 
     __slots__ = ("_content", "_lock", "_path", "_problem", "_stamp", "_table")
@@ -176,9 +178,9 @@ class Keyring(Mapping[str, Sequence[Key]]):
     def __init__(self, path: StrPath) -> None:
         self._path = os.path.abspath(path)
         self._lock = threading.Lock()  # held while the file is read again
-        self._problem: str | None = None  # that is logged already
+        self._problem: str | None = None  # the last one that was logged
         self._stamp = self._look()
-        self._content, _ = read_private(self._path, MAX_KEYRING_SIZE)  # good or bad, it has been dealt with
+        self._content, _ = read_private(self._path, MAX_KEYRING_SIZE)  # good or bad: it is not parsed again
         self._table = _parse(self._path, self._content, {})
 
     @classmethod
@@ -186,38 +188,42 @@ class Keyring(Mapping[str, Sequence[Key]]):
         """Read a file of users and keys.
 
         Raises:
-            PermissionError: group or others may read or change the file (``chmod 600`` mends it), or this
-                process may not read it.
-            OSError: the file is not there, or no regular file.
-            ValueError: a line is wrong, or there are over 16 MiB. The message names the line, and does not
-                show it.
+            PermissionError: group or others may read or change the file (correct it by ``chmod 600``), or
+                this process may not read it.
+            OSError: the file does not exist, or is not a regular file.
+            ValueError: a line is wrong, or the file is larger than 16 MiB. The message has the number of the
+                line, and does not show the line.
         """
         return cls(path)
 
     @classmethod
     def create(cls, path: StrPath) -> Keyring:
-        """Make a new file, without users, which only its owner may read.
+        """Make a new file without users, which only its owner may read.
 
         Raises:
-            FileExistsError: something is there already.
+            FileExistsError: the path exists already.
             OSError: the file cannot be written.
         """
         create_private(path, _HEADER)
         return cls(path)
 
     def add(self, user: str, key: Key) -> None:
-        """Write another key of a user into the file, after all that is there, and to the disk.
+        """Append a key of a user to the file, and sync the file to the disk.
 
-        The file is replaced at once, so whoever reads it has the old or the new one; several processes may
-        do so at the same time. A key that the user has already is not added again. This waits for the disk
-        and for other writers: in a Trio program, call it by `trio.to_thread.run_sync`.
+        The file is replaced in one step, so readers see the old file or the new one. Several processes may
+        add and remove keys at the same time. A key that the user has already is not added again. The call
+        blocks on the disk and on other writers: in a Trio program, call it by `trio.to_thread.run_sync`.
+
+        Arguments:
+            user: the user's name, 1 to 255 bytes of UTF-8.
+            key: the key.
 
         Raises:
-            TypeError: `user` is not a str, or `key` not a `Key`.
-            ValueError: the name cannot be one, or looks like a key; the user has 16 keys; or the file is
+            TypeError: `user` is not a str, or `key` is not a `Key`.
+            ValueError: the name is invalid, or looks like a key; the user has 16 keys already; or the file is
                 broken.
-            TimeoutError: another process has had the file locked for 10 s.
-            OSError: the file cannot be read or written; then it is as it was.
+            TimeoutError: other processes have held the lock on the file for 10 seconds.
+            OSError: the file cannot be read or written. Then it is unchanged.
         """
         _check_user(user)
         if not isinstance(key, Key):
@@ -233,17 +239,17 @@ class Keyring(Mapping[str, Sequence[Key]]):
 
     @without_secrets
     def remove(self, user: str, key: Key | str | None = None) -> None:
-        """Take a user's keys out of the file, or one of them; comments and all else stay. See `add`.
+        """Remove all keys of a user from the file, or one of them. Other lines and comments stay. See `add`.
 
-        Connections that are open stay open: see `Connection.key_fingerprint`.
+        Open connections stay open: to close those of a key, see `Connection.key_fingerprint`.
 
         Arguments:
-            user: the name.
-            key: a key, or its fingerprint; None for all of the user's.
+            user: the user's name.
+            key: the key, or its fingerprint; None for all keys of the user.
 
         Raises:
-            KeyError: there is no such user.
-            ValueError: the user has no such key, or the file is broken.
+            KeyError: the file does not have the user.
+            ValueError: the user does not have the key, or the file is broken.
             TimeoutError, OSError: as for `add`.
         """
 
@@ -264,7 +270,7 @@ class Keyring(Mapping[str, Sequence[Key]]):
 
     @without_secrets
     def _change(self, edit: Callable[[bytes, _Table], bytes]) -> None:
-        path = os.path.realpath(self._path)  # a link stays
+        path = os.path.realpath(self._path)  # a symbolic link stays one
         with _locked(path):
             content, status = read_private(path, MAX_KEYRING_SIZE)
             table = _parse(path, content, self._table.entries)
@@ -287,11 +293,11 @@ class Keyring(Mapping[str, Sequence[Key]]):
         return len(self._users())
 
     def items(self) -> ItemsView[str, Sequence[Key]]:
-        """Users with their keys, all of one version of the file."""
+        """Return all users with their keys, of one version of the file."""
         return self._users().items()
 
     def values(self) -> ValuesView[Sequence[Key]]:
-        """The keys of each user, all of one version of the file."""
+        """Return the keys of each user, of one version of the file."""
         return self._users().values()
 
     def __repr__(self) -> str:
@@ -300,18 +306,20 @@ class Keyring(Mapping[str, Sequence[Key]]):
     # ---- the file ----
 
     def _users(self) -> Mapping[str, Sequence[Key]]:
-        """Users and keys, as the file has them now."""
+        """Return the users with their keys, as the file has them now."""
         stamp = self._look()
         if stamp is None or stamp != self._stamp:
             with self._lock:
-                stamp = self._look()  # before it is read: what changes meanwhile is seen the next time
+                stamp = self._look()  # before reading: the next look-up must see a change in between
                 self._read_again()
                 self._stamp = stamp
         return self._table.users
 
     def _look(self) -> tuple[int, ...] | None:
-        """What changes whenever the file does. None where that is not known: it cannot be looked at, or was
-        changed just now, and may be once more without showing it.
+        """Return a stamp that differs after each change of the file.
+
+        None: there is no such stamp, because the system tells nothing of the file, or the file changed so
+        recently that a further change may not show.
         """
         try:
             status = os.stat(self._path)

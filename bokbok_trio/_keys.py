@@ -1,10 +1,10 @@
-"""The pre-shared keys of users; and the names of users and services.
+"""The pre-shared keys of users, and the names of users and services.
 
-A key is 32 bytes that only the user and the server know. It keys a hash in the handshake, and the one that
-its fingerprint is, and nothing else; see ``docs/protocol.rst`` and ``docs/keys.rst``.
+A key is 32 bytes that only the user and the server know. It is the key of two hashes, one in the handshake
+and one for its fingerprint, and of nothing else; see ``docs/protocol.rst`` and ``docs/keys.rst``.
 
-Nothing here leaves a secret where a report of an error would show it: neither in the exception, nor in the
-local variables of the frames that it went through. See `without_secrets`.
+No secret may appear in the report of an error: neither in the exception, nor in the local variables of the
+frames of its traceback. See `without_secrets`.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ KEY_SIZE: Final = 32
 """Bytes of a key."""
 
 KEY_PREFIX: Final = "bokbok-key-"
-"""What the text of a key begins with, and a ``1`` follows. It lets a scanner find keys that were leaked."""
+"""The text of a key begins with this and a ``1``, so that scanners can find leaked keys."""
 
 KEY_TEXT_SIZE: Final = 70
 """Characters of the text of a key."""
 
 MAX_KEY_FILE_SIZE: Final = 2**16
-"""Bytes of a key file, comments included: more is some other file."""
+"""Bytes of a key file with its comments. A larger file is certainly something else."""
 
 MAX_KEYS: Final = 16
-"""Keys of one user that a server tries. It tries as many of a user who has fewer, or is unknown, so that
-the time does not tell how many there are; each try takes some 4 us."""
+"""Keys of one user that a server tries. For a user with fewer keys, or for an unknown user, it tries as many,
+so that the time does not tell how many keys there are."""
 
 MAX_NAME_SIZE: Final = 255
-"""Bytes of the name of a user or a service in UTF-8: a packet of fixed size carries the one, and a byte the
-size of the other."""
+"""Bytes of the name of a user or a service in UTF-8. A packet of fixed size carries the name of the user, and
+one byte the size of the other."""
 
 ARGON2ID_PASSES: Final = 3
 ARGON2ID_MEMORY: Final = 256 * 2**20
-"""The cost of a guess at a passphrase: passes over so many bytes of memory, one lane. libsodium's
-MODERATE, some 0.7 s on a desktop of 2018. Fixed, because both sides must come to the same key."""
+"""The cost of a guess at a passphrase: passes over so many bytes of memory, in one lane. It is libsodium's
+MODERATE, and fixed, because both sides must derive the same key."""
 
 
 def without_secrets(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Have the exceptions of a function leave it without the frames in which they were raised, and without
-    those that they were raised for: for functions whose arguments or variables are secrets.
+    """Decorate a function whose arguments or variables are secrets: its exceptions leave it without
+    traceback, cause and context.
     """
 
     @functools.wraps(function)
@@ -70,7 +70,7 @@ def without_secrets(function: Callable[_P, _T]) -> Callable[_P, _T]:
         try:
             raise error.with_traceback(None)
         finally:
-            del error  # or this frame and the error would keep each other alive
+            del error  # the traceback refers to this frame, and both would keep each other alive
 
     return call
 
@@ -80,15 +80,15 @@ class Key:
     """The pre-shared key of one user.
 
     Arguments:
-        raw: exactly 32 bytes. Best from `generate`.
+        raw: exactly 32 bytes. Use `generate` to make a new key.
 
     Raises:
         TypeError: `raw` is not bytes.
         ValueError: `raw` is not 32 bytes long.
 
-    Keys compare equal when their bytes do, in constant time. Neither ``repr`` nor ``str`` shows them. They
-    cannot be changed, and copies are the same object. They are not pickled, so none gets into another
-    process or into a cache by accident.
+    Keys are equal if their bytes are, which is compared in constant time. Neither ``repr`` nor ``str`` shows
+    them. A key cannot be changed, and a copy is the same object. Keys cannot be pickled, so none gets into
+    another process or into a cache by accident.
     """
 
     __slots__ = ("_raw",)
@@ -111,11 +111,13 @@ class Key:
     @classmethod
     @without_secrets
     def from_text(cls, text: str) -> Key:
-        """The key of a text that `to_text` made. Upper case and white space around it do no harm.
+        """Return the key of a text that `to_text` made. The text may be in upper case, with white space
+        around it.
 
         Raises:
-            TypeError: it is not a str.
-            ValueError: it is not the text of a key, or mistyped. The message says how, and does not show it.
+            TypeError: `text` is not a str.
+            ValueError: `text` is not the text of a key, or is mistyped. The message says how, and does not
+                show it.
         """
         if not isinstance(text, str):
             raise TypeError(f"the text of a key is a str, not {type(text).__name__}")
@@ -130,11 +132,12 @@ class Key:
     @classmethod
     @without_secrets
     def from_hex(cls, text: str) -> Key:
-        """The key of 64 hexadecimal digits, such as ``openssl rand -hex 32`` prints. It has no checksum.
+        """Return the key of 64 hexadecimal digits, such as ``openssl rand -hex 32`` prints. They have no
+        checksum.
 
         Raises:
-            TypeError: it is not a str.
-            ValueError: it is something else. The message does not show it.
+            TypeError: `text` is not a str.
+            ValueError: `text` is not 64 hexadecimal digits. The message does not show it.
         """
         if not isinstance(text, str):
             raise TypeError(f"a key in hex is a str, not {type(text).__name__}")
@@ -151,13 +154,13 @@ class Key:
     def load(cls, path: StrPath) -> Key:
         """Read a key from a file that only its owner may read; see ``docs/keys.rst``.
 
-        The file holds the text of one key. Empty lines, and lines that begin with ``#``, do not count.
+        The file contains the text of one key. Empty lines, and lines that begin with ``#``, are ignored.
 
         Raises:
-            PermissionError: group or others may read or change the file (``chmod 600`` mends it), or this
-                process may not read it.
-            OSError: the file is not there, or no regular file.
-            ValueError: it does not hold a key, or a mistyped one. The message does not show it.
+            PermissionError: group or others may read or change the file (correct it by ``chmod 600``), or
+                this process may not read it.
+            OSError: the file does not exist, or is not a regular file.
+            ValueError: the file contains no key, several, or a mistyped one. The message does not show it.
         """
         content, _ = read_private(path, MAX_KEY_FILE_SIZE)
         texts = [line for line in decode_lines(path, content) if not is_comment(line)]
@@ -170,29 +173,29 @@ class Key:
 
     @without_secrets
     def save(self, path: StrPath) -> None:
-        """Write the key's text to a new file, with mode 0600, and to the disk.
+        """Write the key's text to a new file with mode 0600, and sync the file to the disk.
 
         Raises:
-            FileExistsError: something is there already. It is never overwritten.
-            OSError: the file cannot be written; then nothing is left of it.
+            FileExistsError: the path exists already. It is never overwritten.
+            OSError: the file cannot be written. Then it does not exist.
         """
         create_private(path, f"{self.to_text()}\n".encode())
 
     def to_text(self) -> str:
-        """The key as text, with a checksum: ``bokbok-key-1`` and 58 characters. Show it to nobody."""
+        """Return the key as text with a checksum: ``bokbok-key-1`` and 58 characters. Show it to nobody."""
         return _bech32.encode(KEY_PREFIX, _bech32.to_values(self._raw))
 
     @property
     def raw(self) -> bytes:
-        """The 32 bytes, to be stored where only its owner can read them."""
+        """The 32 bytes. Store them only where nobody but the owner can read them."""
         return self._raw
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that tell this key from others, and from which nobody can find it: safe to
-        show.
+        """16 hexadecimal digits that tell this key from others. They are safe to show: nobody can compute the
+        key from them.
 
-        Unless it is the key of a weak passphrase: who sees its fingerprint can test guesses at that.
+        This does not hold for the key of a weak passphrase: the fingerprint lets anybody test guesses at it.
         """
         return hashlib.blake2b(b"", digest_size=8, key=self._raw, person=b"bokbok1 key id").hexdigest()
 
@@ -233,7 +236,11 @@ def _check_raw(raw: bytes) -> bytes:
 
 
 def decode_lines(path: StrPath, content: bytes) -> list[str]:
-    """The lines of a file of keys, without the mark that some editors put at its beginning."""
+    """Return the lines of a file of keys, without the byte order mark that some editors write.
+
+    Raises:
+        ValueError: the file is not text in UTF-8.
+    """
     try:
         return content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
@@ -241,16 +248,16 @@ def decode_lines(path: StrPath, content: bytes) -> list[str]:
 
 
 def is_comment(line: str) -> bool:
-    """Whether a line of such a file says nothing."""
+    """Return whether a line of such a file is empty or a comment."""
     return line.strip()[:1] in {"", "#"}
 
 
 def encode_user(user: str) -> bytes:
-    """Check a user name and encode it.
+    """Check the name of a user, and encode it.
 
     Raises:
-        TypeError: it is not a str.
-        ValueError: it is not 1 to 255 bytes of UTF-8 in normal form C without control characters.
+        TypeError: the name is not a str.
+        ValueError: the name is not 1 to 255 bytes of UTF-8 in normal form C without control characters.
     """
     if not isinstance(user, str):
         raise TypeError(f"a user name is a str, not {type(user).__name__}")
@@ -258,7 +265,7 @@ def encode_user(user: str) -> bytes:
     if not 1 <= len(encoded) <= MAX_NAME_SIZE:
         raise ValueError(f"a user name is 1 to {MAX_NAME_SIZE} bytes of UTF-8, and not {len(encoded)}")
     if user.isascii() and user.isprintable():
-        return encoded  # it has one form only; not to look closer saves both sides together 2 us
+        return encoded  # printable ASCII has only one form, and no control characters
     if unicodedata.normalize("NFC", user) != user:
         raise ValueError(f"the user name {user!r} is not in normal form C")
     if any(unicodedata.category(character) == "Cc" for character in user):
@@ -267,12 +274,12 @@ def encode_user(user: str) -> bytes:
 
 
 def encode_service(service: str) -> bytes:
-    """Check a service name and encode it.
+    """Check the name of a service, and encode it.
 
     Raises:
-        TypeError: it is not a str.
-        ValueError: it is not 0 to 255 bytes of UTF-8 in normal form C. As it is never sent, another form
-            would look like a wrong key.
+        TypeError: the name is not a str.
+        ValueError: the name is not 0 to 255 bytes of UTF-8 in normal form C. It is never sent, so another
+            form would look like a wrong key.
     """
     if not isinstance(service, str):
         raise TypeError(f"a service is a str, not {type(service).__name__}")
@@ -287,20 +294,21 @@ def encode_service(service: str) -> bytes:
 async def passphrase_to_key(passphrase: str, user: str) -> Key:
     """Derive a user's key from a passphrase, with Argon2id, in a worker thread.
 
-    Prefer `Key.generate`: an active fake server that a client talks to learns something to test
-    guesses of a weak passphrase against, and then guesses as fast as its memory allows. Derive once
-    and keep the key; it takes 256 MiB of memory and about a second.
+    Prefer `Key.generate`: a fake server that a client talks to can then test guesses at a weak passphrase, as
+    fast as its memory allows. Derive the key once and keep it: this takes 256 MiB of memory and about a
+    second.
+
+    If it is cancelled, it returns at once; the thread runs to its end, and its result is dropped.
 
     Arguments:
-        passphrase: not empty; it is brought to normal form C, as keyboards differ.
-        user: the user name, which salts it: ``blake2b(user, 16 bytes, "bokbok1 argon2id")``.
+        passphrase: text, not empty. It is converted to normal form C, because keyboards differ.
+        user: the user's name, 1 to 255 bytes of UTF-8. It makes the salt:
+            ``blake2b(user, 16 bytes, "bokbok1 argon2id")``.
 
     Raises:
-        TypeError: either is not a str.
-        ValueError: the passphrase is empty, or the user name cannot be one.
-        MemoryError: the system does not give so much.
-
-    Cancelling it returns at once; the thread ends by itself and its result is dropped.
+        TypeError: an argument is not a str.
+        ValueError: the passphrase is empty, or the user name is invalid.
+        MemoryError: the system does not give so much memory.
 
     Source: RFC 9106, as libsodium's ``crypto_pwhash`` (version 1.3, one lane).
     """
@@ -317,7 +325,7 @@ def _prepare(passphrase: str, user: str) -> Callable[[], bytes]:
         raise TypeError(f"a passphrase is a str, not {type(passphrase).__name__}")
     if not passphrase:
         raise ValueError("a passphrase must not be empty")
-    # Not by encode()'s own error, which would show the passphrase.
+    # Check this before encode(), whose error would show the passphrase.
     if any(unicodedata.category(character) == "Cs" for character in passphrase):
         raise ValueError("a passphrase must be text that UTF-8 can encode")
     secret = unicodedata.normalize("NFC", passphrase).encode()
@@ -332,7 +340,7 @@ def _prepare(passphrase: str, user: str) -> Callable[[], bytes]:
         except SodiumError:
             size = ARGON2ID_MEMORY // 2**20
             raise MemoryError(
-                f"to derive a key takes {size} MiB of memory, which the system does not give"
+                f"deriving a key takes {size} MiB of memory, which the system did not give"
             ) from None
 
     return derive

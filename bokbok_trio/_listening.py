@@ -1,6 +1,6 @@
-"""Listening on addresses: on all of them at once, or on nothing.
+"""Listen on addresses: on all of them, or on none.
 
-A host name is all of its addresses that this machine has, at one port.
+A host name stands for all of its addresses that this machine has, with one port.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ._sockets import Target, close_all, listener_address, require_credentials, 
 from ._unix_listener import listen_unix
 
 MAX_BACKLOG: Final = 2**16 - 1
-"""Connections that may wait to be accepted, unless fewer are asked for: the system's own limit holds then.
-Some systems keep the number in 16 bits."""
+"""Connections that may wait to be accepted, if the user names no number: so many that the system's own limit
+holds. Some systems keep the number in 16 bits."""
 
 PORT_TRIES: Final = 10
-"""How often one port is sought that is free at all addresses of a name, where the system chooses it."""
+"""How often to look for a port that is free at all addresses of a name, if the system chooses the port."""
 
 _Member: TypeAlias = AddressLike | trio.abc.Listener[trio.abc.Stream]
 
@@ -53,16 +53,17 @@ async def open_listeners(
     credentials: bool,
     timeout: float,  # noqa: ASYNC109
 ) -> Listeners:
-    """Listen on all that `serve` is given, or on nothing.
+    """Return listeners for all addresses and listeners that `serve` was given.
+
+    If it fails, it closes all of them, also those that it was given.
 
     Arguments:
-        on: an address; or a sequence of at least one address or listener. Where this fails, the listeners
-            are closed.
+        on: an address; or a sequence of at least one address or listener.
         backlog, mode, insecure, timeout: see `listen`.
-        credentials: whether the system must tell who connects.
+        credentials: whether the system must tell which process connects.
 
     Raises:
-        TypeError: `on` is nothing of this.
+        TypeError: `on` is neither.
         AddressError, OSError: see `listen`.
     """
     if isinstance(on, trio.abc.Listener):
@@ -70,7 +71,7 @@ async def open_listeners(
     members = list(cast("Sequence[_Member]", on)) if is_several(on) else [as_address(on)]
     if not members:
         raise TypeError("pass an address, or a sequence of at least one address or trio.abc.Listener")
-    opened: list[trio.abc.Listener[trio.abc.Stream]] = []  # to be closed where the rest fails
+    opened: list[trio.abc.Listener[trio.abc.Stream]] = []  # closed if a later step fails
     opened += (member for member in members if isinstance(member, trio.abc.Listener))
     listeners: list[trio.abc.Listener[trio.abc.Stream]] = []
     try:
@@ -95,9 +96,9 @@ async def open_listeners(
 def _check_wanted(
     wanted: Address | trio.abc.Listener[trio.abc.Stream], *, insecure: bool, credentials: bool
 ) -> None:
-    """Refuse what is not to be listened on, as far as that can be told before."""
+    """Refuse an address or a listener that must not be used, as far as this is known before listening."""
     if not isinstance(wanted, trio.abc.Listener):
-        address: Address | None = wanted  # `listen` sees whether it is loopback
+        address: Address | None = wanted  # `listen` checks whether it is loopback
     elif (address := listener_address(wanted)) and not insecure:
         require_loopback(address)
     if credentials:
@@ -113,19 +114,19 @@ async def listen(
     insecure: bool,
     timeout: float,  # noqa: ASYNC109
 ) -> Sequence[trio.abc.Listener[trio.SocketStream]]:
-    """Listen on an address: on all the addresses of a host name that this machine has.
+    """Listen on an address, or on all addresses of a host name that this machine has.
 
-    Port 0 becomes one port, the same for all of them.
+    With port 0 the system chooses a port, the same for all of them.
 
     Arguments:
-        address: where.
-        backlog: connections that may wait to be accepted, or None for the system's limit.
+        address: the address.
+        backlog: connections that may wait to be accepted, 0 or more; None for the system's limit.
         mode: the permissions of a UNIX socket's file.
-        insecure: whether a TCP address that is not loopback will do.
+        insecure: whether a TCP address may be other than loopback.
         timeout: seconds for the look-up of a name, and for the lock on the directory of a UNIX socket.
 
     Raises:
-        AddressError: it is in use, or cannot be listened on.
+        AddressError: the address is in use, or is not for listening.
         OSError: the name is not found, or the system does not allow it.
     """
     await trio.lowlevel.checkpoint()
@@ -137,7 +138,7 @@ async def listen(
     else:
         if not insecure:
             raise refuse_insecure("all interfaces")
-        targets = [Target(socket.AF_INET, ("0.0.0.0", address.port))]  # noqa: S104  (that is what was asked for)
+        targets = [Target(socket.AF_INET, ("0.0.0.0", address.port))]  # noqa: S104  (the user asked for all interfaces)
         targets += [Target(socket.AF_INET6, ("::", address.port))]
     sockets = _bind_all(address, targets, backlog)
     listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
@@ -154,12 +155,12 @@ async def _resolve_to_listen(address: TCPAddress, *, insecure: bool, timeout: fl
 
 
 _NOT_HERE: Final = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
-"""What the system says of an address that this machine does not have, such as ``::1`` in many containers."""
+"""Errors of an address that this machine does not have, such as ``::1`` in many containers."""
 
 
 def _bind_all(address: TCPAddress, targets: Sequence[Target], backlog: int) -> list[socket.socket]:
-    """Listen on all the addresses of a host, at one port; of a name, on those that this machine has."""
-    may_miss = ":" not in address.host and not is_literal(address.host)  # a name's, or all interfaces
+    """Listen on all addresses of a host with one port. This machine may lack some addresses of a name."""
+    may_miss = ":" not in address.host and not is_literal(address.host)  # with a name, or with all interfaces
     tries = 1 if address.port else PORT_TRIES
     while True:
         tries -= 1
@@ -179,7 +180,11 @@ def _bind_all(address: TCPAddress, targets: Sequence[Target], backlog: int) -> l
 def _bind_each(
     targets: Sequence[Target], port: int, backlog: int, *, may_miss: bool
 ) -> tuple[list[socket.socket], list[OSError]]:
-    """Listen on some addresses at one port, chosen by the first if it is 0; return what is missing too."""
+    """Listen on several addresses with one port; the system chooses it for the first one if it is 0.
+
+    Returns:
+        The sockets, and the errors of the addresses that this machine does not have.
+    """
     sockets: list[socket.socket] = []
     missing: list[OSError] = []
     try:
@@ -204,7 +209,7 @@ def _bind(target: Target, port: int, backlog: int) -> socket.socket:
     try:
         sock = socket.socket(target.family, socket.SOCK_STREAM)
         try:
-            if sys.platform != "win32":  # pragma: no branch  (there it lets others take the port)
+            if sys.platform != "win32":  # pragma: no branch  (Windows would let others take the port)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if target.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -1,4 +1,4 @@
-"""Look-ups of host names, in threads of their own: so many at once, and fewer of each name."""
+"""Look-ups of host names in threads: a limited number at once, and a smaller one of each name."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Final, TypeVar
 import trio
 
 LOOK_UPS: Final = 40
-"""Look-ups of names at once in one Trio run, abandoned ones included: as many threads as Trio allows for all
-else. More wait in turn."""
+"""Look-ups at once in one Trio run, including those that were abandoned and have not ended. Others wait in
+order. Trio allows as many threads for all other purposes."""
 
 LOOK_UPS_OF_NAME: Final = 2
-"""Look-ups of one name at once. A name whose server hangs so keeps no other name waiting."""
+"""Look-ups of one name at once, so that a name whose server hangs does not hold up other names."""
 
 _T = TypeVar("_T")
 
 _Limiters = dict[str | None, trio.CapacityLimiter]
 
 _limiters: trio.lowlevel.RunVar[_Limiters] = trio.lowlevel.RunVar("bokbok_trio look-ups")
-"""By name; that of all names together is None's."""
+"""The limiter of each name; that of all names together has the key None."""
 
 
 async def look_up_in_thread(name: str, look_up: Callable[[], _T]) -> _T:
-    """Look a name up in a thread. Cancelled, this gives the thread up, which counts until it has ended."""
+    """Look a name up in a thread. Cancellation abandons the thread, which counts until it has ended."""
     try:
         limiters = _limiters.get()
     except LookupError:
@@ -56,5 +56,5 @@ async def look_up_in_thread(name: str, look_up: Callable[[], _T]) -> _T:
     except BaseException:
         release()
         raise
-    # From here on nothing keeps the thread from running, so it is the thread that releases.
+    # From here on the thread runs in any case. So the thread releases the limiters, and not this task.
     return await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))

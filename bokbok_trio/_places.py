@@ -3,22 +3,23 @@
 Theory
 ======
 
-Every unfinished handshake holds a *place*, and there are ``max_handshakes`` of them. When one too many
-comes, one is *displaced*: its connection is closed, and its client comes back later. A client whose user is
+Every unfinished handshake holds a *place*, and there are ``max_handshakes`` of them. When one more client
+connects, another is *displaced*: its connection is closed, and it comes back later. A client whose user is
 being looked up is never displaced, because it would only come back and cost another look-up: a herd of
-clients would displace each other for ever. For the same reason one that has sent a valid `open` and waits for
-its look-up gives way only to a source that has fewer clients. A newcomer for which nobody gives way is closed
-itself.
+clients would displace each other for ever. For the same reason a client that has sent a valid `open` and
+waits for its look-up is displaced only by a source that has fewer clients. If no client may be displaced, the
+newcomer is closed.
 
-The victims are drawn so that strangers cannot lock out a client that is a few hundred milliseconds away: from
-the source that has the most clients in question; of these from those whose authentication has failed and who
-only wait for the refusal, before the silent ones, before those that have sent a hello, before those that wait
-for their look-up; and among equals at random. A *source* is what one stranger may well own: an IPv4 address,
-a /64 of IPv6 addresses, or all UNIX sockets together. All of this takes constant time, however many places
-there are, because it happens when the server is busiest.
+Strangers must not lock out a client that is a few hundred milliseconds away. So the client to displace is
+drawn from the source that has the most; there, first from clients whose authentication has failed and that
+only wait for the refusal, then from silent ones, then from those that have sent a hello, then from those that
+wait for their look-up; and at random among equals. A *source* is a set of addresses that one stranger may
+well own: an IPv4 address, a /64 of IPv6 addresses, or all UNIX sockets together. All of this takes constant
+time, however many places there are, because it happens when the server is busiest.
 
-Looking a user up may be slow, and costs more than all else. So there are ``max_lookups`` *turns* for it. The
-rest wait: the sources one after another, and the clients of one source in the order in which they came.
+Looking a user up may be slow, and costs more than the rest of a handshake. So there are ``max_lookups``
+*turns* for it. The others wait: the sources take turns, and the clients of one source go in the order of
+their arrival.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ _T = TypeVar("_T", bound=Hashable)
 
 
 def find_source(address: Address | None) -> Hashable:
-    """What a client at this address shares with others that may well be the same stranger's.
+    """Return the source of an address: equal for addresses that one stranger may well own.
 
-    An IPv4 address is a source of its own, and so is a /64 of IPv6 addresses, which is the least that a
-    site gets. All other clients, over UNIX sockets or streams that are no sockets, are one source.
+    An IPv4 address is a source of its own, and so is a /64 of IPv6 addresses, the least that a site gets. All
+    other clients, over UNIX sockets or streams that are not sockets, are one source.
     """
     if not isinstance(address, TCPAddress):
         return None
@@ -53,7 +54,7 @@ def find_source(address: Address | None) -> Hashable:
 
 @final
 class RandomSet(Generic[_T]):
-    """A set that can draw one of its members at random. Everything takes constant time."""
+    """A set that can draw a random member. All methods take constant time."""
 
     __slots__ = ("_members", "_positions")
 
@@ -65,12 +66,12 @@ class RandomSet(Generic[_T]):
         return len(self._members)
 
     def add(self, member: _T) -> None:
-        """Add what is no member yet."""
+        """Add an object that is not a member yet."""
         self._positions[member] = len(self._members)
         self._members.append(member)
 
     def remove(self, member: _T) -> None:
-        """Remove a member; the last one takes its position."""
+        """Remove a member. The last member takes its position."""
         position = self._positions.pop(member)
         last = self._members.pop()
         if position < len(self._members):
@@ -78,12 +79,12 @@ class RandomSet(Generic[_T]):
             self._positions[last] = position
 
     def draw(self) -> _T:
-        """Return any member, each as likely as the others."""
+        """Return a random member, all with equal probability."""
         return random.choice(self._members)  # noqa: S311  (nothing secret)
 
 
 class _Stage(IntEnum):
-    """How far a handshake is, of those that may be displaced: the first are displaced first."""
+    """The stages of handshakes that may be displaced, in the order in which they are displaced."""
 
     FAILED = 0
     SILENT = 1
@@ -93,7 +94,7 @@ class _Stage(IntEnum):
 
 @final
 class _Crowd:
-    """The clients of one source that may be displaced, by stage."""
+    """The clients of one source that may be displaced, by their stage."""
 
     __slots__ = ("size", "source", "stages")
 
@@ -103,7 +104,7 @@ class _Crowd:
         self.stages: tuple[RandomSet[Place], ...] = tuple(RandomSet() for _ in _Stage)
 
     def draw(self) -> Place | None:
-        """Draw one of the first stage that anybody is at, but for those that wait; None: all of them do."""
+        """Draw a client of the first stage that has any, except WAITING; None: all of them are WAITING."""
         return next((stage.draw() for stage in self.stages[: _Stage.WAITING] if stage), None)
 
 
@@ -123,7 +124,7 @@ class _Crowds:
         self.largest = 0
 
     def find(self, source: Hashable) -> _Crowd | None:
-        """The crowd of a source, if it has any clients here."""
+        """Return the crowd of a source; None: it has no clients here."""
         return self._crowds.get(source)
 
     def add(self, place: Place, stage: _Stage) -> None:
@@ -142,11 +143,11 @@ class _Crowds:
         stages[after].add(place)
 
     def draw_largest(self) -> _Crowd:
-        """Draw one of the largest crowds. There must be one."""
+        """Draw one of the largest crowds. There must be a crowd."""
         return self._by_size[self.largest].draw()
 
     def _rank(self, crowd: _Crowd, change: int) -> None:
-        """A crowd's size changes, by 1 or -1."""
+        """Change the size of a crowd, by 1 or -1."""
         if crowd.size:
             equals = self._by_size[crowd.size]
             equals.remove(crowd)
@@ -176,22 +177,22 @@ class Places:
 
     def __init__(self, most: int, lookups: int) -> None:
         self._most = most
-        self._unfinished: set[Place] = set()  # with the displaced ones that have not ended
-        self._displaced = 0  # how many of these there are
+        self._unfinished: set[Place] = set()  # including displaced ones that have not ended
+        self._displaced = 0  # how many displaced ones there are in it
         self._crowds = _Crowds()
         self.turns = Turns(lookups)
 
     def __len__(self) -> int:
-        """How many handshakes have not ended; the displaced ones are among them until they have."""
+        """Return how many handshakes have not ended, including displaced ones."""
         return len(self._unfinished)
 
     def take(self, source: Hashable) -> Place | None:
-        """Give a newcomer a place, which may displace somebody.
+        """Give a newcomer from a source a place. This may displace another client.
 
         Returns:
-            The place, which the caller leaves at the end; None if there is none.
+            The place, which the caller must leave in the end; None: there is none.
         """
-        # Displaced clients end at once, unless their streams (the application's own) take their time.
+        # Displaced clients end at once, unless their streams, which the application may supply, close slowly.
         if len(self._unfinished) >= 2 * self._most:
             return None
         if len(self._unfinished) - self._displaced >= self._most:
@@ -205,7 +206,7 @@ class Places:
         return place
 
     def _find_victim(self, source: Hashable) -> Place | None:
-        """Who gives way to a newcomer from a source."""
+        """Return the client to displace for a newcomer from a source; None: there is none."""
         if not self._crowds.largest:
             return None
         largest, own = self._crowds.draw_largest(), self._crowds.find(source)
@@ -221,18 +222,18 @@ class Places:
         self._displaced += 1
 
     def displace_early(self) -> None:
-        """End a handshake that is not worth a look-up yet, if there is one in a largest crowd."""
+        """Displace a client of a largest crowd that has cost no look-up yet, if there is one."""
         victim = self._crowds.draw_largest().draw() if self._crowds.largest else None
         if victim is not None:
             self._displace(victim)
 
     @property
     def has_greeted(self) -> bool:
-        """Whether a handshake goes on whose client has said more than nothing."""
+        """Whether a handshake goes on whose client has sent a hello."""
         return any(not place.is_silent and not place.scope.cancel_called for place in self._unfinished)
 
     def cancel_all(self, *, silent_only: bool = False) -> None:
-        """End all handshakes, or those whose clients have said nothing: the server stops."""
+        """Cancel all handshakes, or only those whose clients are silent: the server is stopping."""
         for place in self._unfinished:
             if place.is_silent or not silent_only:
                 place.scope.cancel()
@@ -243,9 +244,9 @@ class Place:
     """The place of one unfinished handshake.
 
     Attributes:
-        scope: the handshake runs in this one. Displacing it cancels this.
-        source: where the client comes from.
-        is_displaced: whether the place was given to somebody else.
+        scope: the scope that the handshake runs in. Displacing the client cancels it.
+        source: the source of the client.
+        is_displaced: whether another client has displaced this one.
         is_silent: whether the client has not sent a valid hello.
     """
 
@@ -257,7 +258,7 @@ class Place:
         self.scope = trio.CancelScope()
         self.is_displaced = False
         self.is_silent = True
-        self._stage: _Stage | None = None  # None: it cannot be displaced, or was
+        self._stage: _Stage | None = None  # None: the client cannot be displaced, or was
 
     def note_hello(self) -> None:
         """The client has sent a valid hello."""
@@ -267,16 +268,16 @@ class Place:
             self._stage = _Stage.GREETED
 
     def note_open(self) -> None:
-        """The client has sent a valid `open`: it gives way to nobody, but for `take_turn`."""
+        """The client has sent a valid `open`. From now on it may be displaced only in `take_turn`."""
         self._exit()
 
     def note_failure(self) -> None:
-        """The client could not be authenticated: it may be displaced before it is told so."""
+        """The client could not be authenticated. It may be displaced before it gets the refusal."""
         if not self.is_displaced:
             self._enter(_Stage.FAILED)
 
     def displace(self) -> None:
-        """Give the place to somebody else: end the handshake."""
+        """Cancel the handshake, because another client takes the place."""
         self._exit()
         self.is_displaced = True
         self.scope.cancel()
@@ -288,7 +289,11 @@ class Place:
         self._places._displaced -= self.is_displaced
 
     async def take_turn(self, until: float) -> bool:
-        """Wait for a turn to look the user up; `Turns.give_back` ends it. False: none came in time."""
+        """Wait for a turn to look the user up; `end_turn` ends it. Returns False if none came in time.
+
+        Arguments:
+            until: a time of Trio's clock.
+        """
         if not self.is_displaced:
             self._enter(_Stage.WAITING)
         try:
@@ -297,7 +302,7 @@ class Place:
             self._exit()
 
     def end_turn(self) -> None:
-        """End the turn that was taken."""
+        """End the turn that `take_turn` took."""
         self._places.turns.give_back()
 
     def _enter(self, stage: _Stage) -> None:
@@ -312,23 +317,24 @@ class Place:
 
 @final
 class Turns:
-    """So many at once may look a user up; the rest wait, the sources one after another.
+    """Turns to look a user up. A bounded number of clients has one; the others wait, and their sources take
+    turns.
 
     Arguments:
-        most: how many at once.
+        most: how many clients may have a turn at once.
     """
 
     __slots__ = ("_free", "_waiting")
 
     def __init__(self, most: int) -> None:
-        self._free = most  # 0 where anybody waits
-        # By source; the source whose turn is next comes first, and in it the client that came first.
+        self._free = most  # 0 if a client waits
+        # By source: first the source that is served next, and in it first the client that waits longest.
         self._waiting: OrderedDict[Hashable, OrderedDict[trio.Event, None]] = OrderedDict()
 
     async def take(self, source: Hashable, until: float) -> bool:
-        """Take a turn, and wait for it until a time of Trio's clock. Returns whether there was one.
+        """Wait for a turn, until a time of Trio's clock. Returns whether there was one in time.
 
-        No checkpoint where a turn is free.
+        It is not a checkpoint if a turn is free.
         """
         if self._free:
             self._free -= 1
@@ -351,7 +357,7 @@ class Turns:
         return turn.is_set()
 
     def give_back(self) -> None:
-        """End a turn, and give it to the next who waits."""
+        """End a turn, and give it to the next client that waits."""
         if not self._waiting:
             self._free += 1
             return

@@ -1,7 +1,6 @@
-"""Files that only their owner may read: written whole or not at all, and refused where others can read them.
+"""Files that only their owner may read: written whole or not at all, and refused if others can read them.
 
-All of it waits for the disk, so in a Trio program it belongs into a thread, or before the program serves
-anybody.
+All functions block on the disk. So a Trio program should call them in a thread, or before it serves clients.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from typing import Final, TypeAlias
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
 MODE: Final = 0o600
-"""What its owner may do with a new file. Others may do nothing."""
+"""The permissions of a new file: its owner may read and write it, others may do nothing."""
 
 
 def read_private(path: StrPath, max_size: int) -> tuple[bytes, os.stat_result]:
-    """Read a file that only its owner may read; its status is as it was before that.
+    """Read a file that only its owner may read. Return its content, and its status before it was read.
 
     Raises:
-        PermissionError: the file's mode lets group or others do something with it, or does not let us read
+        PermissionError: the file's mode gives group or others a permission, or does not let this process read
             it.
-        OSError: it is not there, or no regular file, or cannot be read. It names the path.
-        ValueError: it has more than `max_size` bytes.
+        OSError: the file does not exist, is not a regular file, or cannot be read. The error names the path.
+        ValueError: the file has more than `max_size` bytes.
     """
     with _naming(os.fspath(path)):
-        # A pipe would be waited for, without the flag.
+        # O_NONBLOCK, because opening a pipe would wait for its writer.
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
-            if os.name != "nt" and status.st_mode & 0o077:  # Windows has no such bits
+            if os.name != "nt" and status.st_mode & 0o077:  # Windows does not have these bits
                 problem = f"others can read or change it: chmod 600 {shlex.quote(os.fspath(path))}"
                 raise PermissionError(errno.EACCES, problem)
             if status.st_size > max_size:
@@ -49,16 +48,16 @@ def read_private(path: StrPath, max_size: int) -> tuple[bytes, os.stat_result]:
 
 
 def create_private(path: StrPath, content: bytes, prepare: Callable[[int], object] = lambda _: None) -> None:
-    """Write a new file, to the disk.
+    """Write a new file, and sync it to the disk.
 
     Arguments:
-        path: where nothing is; not even a symbolic link.
-        content: all that will be in it.
-        prepare: called with the file's descriptor, before anything is in it.
+        path: a path that does not exist, not even as a symbolic link.
+        content: the whole content.
+        prepare: called with the descriptor of the file while the file is empty.
 
     Raises:
-        FileExistsError: something is there.
-        OSError: it cannot be written; then nothing is left of it. It names the path.
+        FileExistsError: the path exists.
+        OSError: the file cannot be written. Then it does not exist. The error names the path.
     """
     with _naming(os.fspath(path)):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, MODE)
@@ -76,19 +75,19 @@ def create_private(path: StrPath, content: bytes, prepare: Callable[[int], objec
 
 
 def replace_private(path: str, content: bytes, status: os.stat_result) -> None:
-    """Put a new file in the place of an old one, at once, with the mode and the owner of that.
+    """Replace a file by a new one in one step, with the mode and the owner of the old one.
 
     Arguments:
-        path: of the old file itself, and not of a symbolic link to it.
-        content: all that will be in it.
-        status: the old one's.
+        path: the path of the old file itself, and not of a symbolic link to it.
+        content: the whole new content.
+        status: the status of the old file.
 
     Raises:
-        OSError: it cannot be written; then the old file is as it was. It names the path.
+        OSError: the new file cannot be written. Then the old one is unchanged. The error names the path.
     """
 
     def take_after(fd: int) -> None:
-        # Root may write for another user, who must be able to read it afterwards.
+        # Root may write the file of another user, who must be able to read it afterwards.
         os.fchown(fd, status.st_uid, status.st_gid)
         os.fchmod(fd, stat.S_IMODE(status.st_mode))
 
@@ -106,7 +105,7 @@ def replace_private(path: str, content: bytes, status: os.stat_result) -> None:
 
 @contextmanager
 def _naming(path: str) -> Generator[None]:
-    """Have the system's errors name that path: reading and writing name none, or that of a temporary file."""
+    """Put the path into errors of the system, which name no path, or that of a temporary file."""
     try:
         yield
     except OSError as exc:
@@ -114,7 +113,7 @@ def _naming(path: str) -> Generator[None]:
 
 
 def _sync_directory(path: StrPath) -> None:
-    """Have the file's name on the disk too, on systems that can do that."""
+    """Sync the name of a file to the disk too, on systems that can."""
     with suppress(OSError):
         fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         try:

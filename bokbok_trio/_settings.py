@@ -1,4 +1,4 @@
-"""What a user may choose of a connection and of a server: its bounds, and who watches."""
+"""`Settings`: the bounds of a connection and of a server, and the instruments that watch them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ._instruments import Instruments
 from .instruments import Instrument
 
 MIN_MESSAGE_SIZE: Final = 4096
-"""Bytes. Every packet of the handshake, and every error, must fit."""
+"""Bytes. Every packet of the handshake and every error must fit."""
 
 MAX_MESSAGE_SIZE: Final = 2**32 - 1
-"""Bytes. The packet's length is a u32."""
+"""Bytes. The length of a packet is a u32."""
 
 MIN_MESSAGES: Final = 16
-"""Messages of the largest size that a budget must hold: so many that nested requests of that size need not
-be refused, however deep."""
+"""Messages of the largest size that a budget must hold: with these, nested requests of that size need not be
+refused, however deep they are."""
 
 MAX_BUDGET: Final = 2**56
-"""Bytes. The other side is told half of it, in a number of at most 18 digits."""
+"""Bytes. A side declares half of its budget to the other, as a number of at most 18 digits."""
 
 MAX_REQUESTS: Final = 10**6
-"""Requests. A declared number above it is a mistake; it also keeps slot counts small integers."""
+"""Requests. A higher number is a mistake; the bound also keeps counts of slots small."""
 
 
 @final
@@ -33,50 +33,49 @@ class Settings:
     """The bounds of one connection, or of all the connections of a server.
 
     Arguments:
-        max_message_size: bytes of one packet, 4 KiB to 4 GiB - 1. The smaller of what both sides
-            declare holds for both. The user's fields may take up all but 128 bytes of it.
-        max_requests: incoming requests in flight at once, 1 to 1,000,000. The other side waits
+        max_message_size: bytes of one packet, 4 KiB to 4 GiB - 1. Each side declares its own, and the smaller
+            one holds for both. The user's fields may take up all but 128 bytes of it.
+        max_requests: requests of the other side in flight at once, 1 to 1,000,000. The other side waits
             before it sends more.
-        budget: bytes that the other side can make this one hold by one connection; 16 times
-            `max_message_size` at least, and by default, so 64 MiB. Five eighths are for requests whose
-            handlers have not ended: the other side waits before it sends more, or is answered ``busy``. Three
-            sixteenths are for answers that it has not read: where they take up more, handlers wait before
-            they begin. Items of channels that nobody has received may take up what is left of it: a channel
-            whose items do not fit breaks. What handlers hold of their own does not count, nor do messages
-            that have partly arrived, four at most.
-        least_rate: bytes a second that must leave while more than 1 MiB of answers and items wait for the
-            other side; one that reads more slowly, over `ping_after` and `ping_timeout` together, is lost.
-            With 0 none is.
-        connect_timeout: seconds for dialling one address, the look-up of its name and all addresses of
-            the name included, more than 0; `math.inf` for no limit but the system's. A server takes it for
-            the look-up of a name to listen on, and for the lock on the directory of a UNIX socket.
-        handshake_timeout: seconds for all of the handshake, more than 0; `math.inf` for no limit.
-        ping_after: seconds of silence after which the peer is asked for a sign of life, more than 0.
-        ping_timeout: seconds it then has to give one, more than 0, or is lost. A send that takes as
-            long as both together is a loss too. With `math.inf` for either, nothing of this is done, nor is
-            `least_rate` looked after.
-        describe_error: a function from an exception of a handler to the text its asker is sent,
-            for applications that do not want to show their insides. By default ``Type: message``.
-        max_connections: connections of a server at once. One counts from the end of its handshake
-            until it is closed and its handlers and close handler have ended. The next client, once
-            it is authenticated, is told so: its `open_connection` raises `ConnectionRefused`, with the
-            code ``busy``. A server takes fewer, and fewer handshakes, where this process may have fewer open
-            files, and logs that.
-        max_connections_per_user: of these, those of one user; None for no such bound. One more is told so in
-            the same way.
-        max_handshakes: unfinished handshakes of a server at once. One more closes one of them: of the network
-            address that has most of them, and one that has sent nothing before others. A client whose user
-            is being looked up, or waits for that, is not closed; where all are such, the newcomer is. The
-            client that is closed is told nothing: its `open_connection` raises `HandshakeError`.
-        max_lookups: calls of a server's `user_key` function at once. The other clients wait in order, and
-            network addresses take turns. A client that has waited for half of `handshake_timeout` is told
-            so: its `open_connection` raises `ConnectionRefused`, with the code ``busy``.
-        instruments: objects that are told what goes on, in this order; see
-            `bokbok_trio.instruments.Instrument`.
+        budget: bytes that one connection may make this side hold, at least 16 times `max_message_size`; None
+            for exactly that, which is 64 MiB by default. Five eighths are for requests whose handlers have
+            not ended: the other side waits before it sends more, or gets the error ``busy``. Three sixteenths
+            are for answers that it has not read: while these take up more, new handlers wait. The rest is for
+            items of channels that have not been received: a channel whose items do not fit breaks. Memory
+            that handlers take for themselves does not count, nor do messages that have partly arrived, of
+            which there are at most four.
+        least_rate: bytes a second, 0 or more, that the other side must read while more than 1 MiB of answers
+            and items wait for it. If it reads more slowly, over `ping_after` and `ping_timeout` together, the
+            connection is lost; never with 0.
+        connect_timeout: seconds for dialling one address, more than 0, including the look-up of a name and
+            all addresses of that name; `math.inf` for no limit but the system's. A server uses it for the
+            look-up of a name to listen on, and for the lock on the directory of a UNIX socket.
+        handshake_timeout: seconds for the whole handshake, more than 0; `math.inf` for no limit.
+        ping_after: seconds of silence after which the peer is pinged, more than 0.
+        ping_timeout: seconds that the peer then has to send anything, more than 0; otherwise the connection
+            is lost. A send that takes as long as both times together loses it too. With `math.inf` for either
+            time, none of this is checked, nor is `least_rate`.
+        describe_error: a function that takes the exception of a handler, and returns the text for its asker.
+            It is for applications that do not want to show their inside. None for ``Type: message``.
+        max_connections: connections of a server at once, 1 or more. One counts from the end of its handshake
+            until it is closed and its handlers and close handler have ended. The next client is refused once
+            it is authenticated: its `open_connection` raises `ConnectionRefused` with the code ``busy``. A
+            server takes fewer connections and handshakes, and logs that, if its process may have too few open
+            files.
+        max_connections_per_user: connections of one user at once, 1 or more; None for no such bound. The next
+            one is refused in the same way.
+        max_handshakes: unfinished handshakes of a server at once, 1 or more. One more closes one of them: of
+            the network address that has the most, and first one that has sent nothing. A client whose user is
+            being looked up, or waits for that, is not closed; if all are such, the new client is closed. A
+            client that is closed gets no message: its `open_connection` raises `HandshakeError`.
+        max_lookups: calls of a server's `user_key` function at once, 1 or more. Other clients wait in order,
+            and network addresses take turns. A client that has waited for half of `handshake_timeout` is
+            refused: its `open_connection` raises `ConnectionRefused` with the code ``busy``.
+        instruments: objects that are told of events, in this order; see `bokbok_trio.instruments.Instrument`.
 
     Raises:
-        TypeError: a number is not a number, `describe_error` cannot be called, or what is to be an instrument
-            is none.
+        TypeError: a number is not a number, `describe_error` cannot be called, or a member of `instruments`
+            is not an instrument.
         ValueError: a number is out of range.
     """
 
@@ -98,7 +97,7 @@ class Settings:
 
     @property
     def effective_budget(self) -> int:
-        """`budget`, in bytes, also where that is None."""
+        """The budget in bytes: `budget`, or its default if that is None."""
         return MIN_MESSAGES * self.max_message_size if self.budget is None else self.budget
 
     def __post_init__(self) -> None:
@@ -127,7 +126,7 @@ class Settings:
 
 def _check_instruments(instruments: object) -> tuple[Instrument, ...]:
     if not isinstance(instruments, Sequence):
-        raise TypeError(f"instruments must be a list of them, not {type(instruments).__name__}")
+        raise TypeError(f"instruments must be a list of instruments, not {type(instruments).__name__}")
     found: list[Instrument] = []
     for each in cast("Sequence[object]", instruments):
         if not isinstance(each, Instrument):

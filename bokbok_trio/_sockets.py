@@ -1,8 +1,8 @@
-"""Sockets: the addresses of a host, dialling them, and who is at the other end.
+"""Sockets: find the addresses of a host, dial them, and tell the peer's address and credentials.
 
-A host name is looked up once, and all that follows uses the addresses that were found: the check that plain
-TCP stays on this machine, and dialling or listening. Look-ups run in threads that are counted apart from
-those of `trio.to_thread`, since one that hangs keeps its thread although nobody waits for it any more.
+A host name is looked up once. The check that plain TCP stays on this machine, and dialling or listening, use
+the same addresses. Look-ups run in threads that are counted apart from those of `trio.to_thread`, because one
+that hangs keeps its thread after its task was cancelled.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from ._unix_listener import UnixListener
 
 STAGGER: Final = 0.25
 """Seconds after which the next address of a name is tried beside the one before: the "Connection Attempt
-Delay" that RFC 8305 recommends, and Trio's."""
+Delay" that RFC 8305 recommends, and that Trio uses."""
 
 BACKLOG_POLL: Final = 0.02
-"""Seconds between attempts to connect to a UNIX socket with a full backlog. The system does not tell when
-there is room."""
+"""Seconds between attempts to connect to a UNIX socket with a full backlog, whose end the system does not
+tell.
+"""
 
 UCRED: Final = struct.Struct("@iII")
 """Linux's ``struct ucred``: pid, uid, gid."""
@@ -51,7 +52,7 @@ AF_UNIX: Final = getattr(socket, "AF_UNIX", None)
 
 @final
 class Target(NamedTuple):
-    """One address that the system can use, and how it is shown."""
+    """An address as the system takes it. Its str is for messages."""
 
     family: int
     where: tuple[str, int] | tuple[str, int, int, int]
@@ -64,11 +65,11 @@ class Target(NamedTuple):
 
 
 async def resolve(address: TCPAddress, *, insecure: bool) -> Sequence[Target]:
-    """Find the addresses of a host, without repetition, and refuse what is insecure.
+    """Return the addresses of a host, each once.
 
     Raises:
-        AddressError: the name is invalid; or one of its addresses is elsewhere, without `insecure`.
-        OSError: the name, or the zone, is not found.
+        AddressError: the name is invalid; or one of its addresses is not loopback, without `insecure`.
+        OSError: the name or the zone is not found.
     """
     host, port = address.host, address.port
     if is_literal(host):
@@ -84,7 +85,7 @@ async def resolve(address: TCPAddress, *, insecure: bool) -> Sequence[Target]:
 async def _look_up(address: TCPAddress) -> list[Target]:
     host, port = address.host, address.port
     try:
-        if ":" in host:  # an IPv6 address with a zone, which is no matter of names
+        if ":" in host:  # an IPv6 address with a zone, which needs no look-up of a name
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         elif (
             _has_custom_resolver() or not host.isascii()
@@ -103,7 +104,7 @@ async def _look_up(address: TCPAddress) -> list[Target]:
 
 
 def _has_custom_resolver() -> bool:
-    """Whether `trio.socket.set_custom_hostname_resolver` was used. Only setting another one tells."""
+    """Return whether `trio.socket.set_custom_hostname_resolver` was used. Only another call of it tells."""
     resolver = trio.socket.set_custom_hostname_resolver(None)
     trio.socket.set_custom_hostname_resolver(resolver)
     return resolver is not None
@@ -114,17 +115,18 @@ def _has_custom_resolver() -> bool:
 
 @trio.lowlevel.enable_ki_protection
 async def dial(address: Address, *, insecure: bool, timeout: float) -> trio.SocketStream:  # noqa: ASYNC109
-    """Connect to an address. Not always a checkpoint: the handshake that follows is one.
+    """Connect to an address. It is not always a checkpoint: the handshake that follows is one.
 
     Arguments:
-        address: the peer's. The addresses of a host name are tried in the order of RFC 8305, each some time
-            after the one before or as soon as that failed; the first that answers is taken.
-        insecure: whether a TCP address that is not loopback will do.
-        timeout: seconds for all of it, the look-up included; `math.inf` for no limit but the system's.
+        address: the address of the peer. The addresses of a host name are tried in the order of RFC 8305,
+            each `STAGGER` seconds after the one before, or as soon as that one failed. The first one that
+            answers wins.
+        insecure: whether a TCP address may be other than loopback.
+        timeout: seconds for all of this, including the look-up; `math.inf` for no limit but the system's.
 
     Raises:
         AddressError: the address cannot be dialled.
-        OSError: the name is not found, or nobody answers (`TimeoutError` after `timeout`).
+        OSError: the name is not found, or no server answers (`TimeoutError` after `timeout`).
     """
     check_dialable(address, insecure=insecure)
     await trio.lowlevel.checkpoint_if_cancelled()
@@ -151,7 +153,7 @@ async def _dial_unix(address: UnixAddress) -> trio.socket.SocketType:
 
 
 def _reorder(targets: Sequence[Target]) -> Sequence[Target]:
-    """Move the first address of another family to the second place, as RFC 8305 has it (section 4)."""
+    """Move the first address of another family to the second position: RFC 8305, section 4."""
     for at, target in enumerate(targets):
         if target.family != targets[0].family:
             return [targets[0], target, *targets[1:at], *targets[at + 1 :]]
@@ -173,7 +175,7 @@ async def _dial_first(address: TCPAddress, targets: Sequence[Target]) -> trio.so
 
 
 async def _attempt(target: Target, errors: list[OSError]) -> trio.socket.SocketType | None:
-    """Connect to an address, or note why that cannot be."""
+    """Connect to an address; None: it failed, and the error is in `errors`."""
     try:
         return await _connect(target.family, target.where)
     except OSError as exc:
@@ -182,7 +184,7 @@ async def _attempt(target: Target, errors: list[OSError]) -> trio.socket.SocketT
 
 
 async def _race(targets: Sequence[Target], errors: list[OSError]) -> trio.socket.SocketType | None:
-    """Connect to several addresses, one started after the other, until one answers."""
+    """Connect to several addresses, each started some time after the one before, until one answers."""
     connected: list[trio.socket.SocketType] = []
 
     async def run(target: Target, ended: trio.Event) -> None:
@@ -207,17 +209,17 @@ async def _race(targets: Sequence[Target], errors: list[OSError]) -> trio.socket
 
 
 RESET: Final = struct.pack("ii", 1, 0)
-"""A linger of no second: closing resets the connection."""
+"""A linger of 0 seconds: closing the socket resets the connection."""
 
 _CONNECTING: Final = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}
-"""What the system says of a connection that is under way."""
+"""Errors that mean that the system is still connecting."""
 
 
 async def _connect(family: int, where: str | tuple[object, ...]) -> trio.socket.SocketType:
-    """Connect a new socket. This waits only where the system does not connect at once, as over loopback.
+    """Connect a new socket. It waits only if the system does not connect at once, as it does over loopback.
 
-    This is what a name's addresses and a literal address have in common. For a literal one a look-up, a
-    nursery and a task less are a third of the time that dialling takes.
+    For a literal address this is called without a look-up, a nursery or a task, because they take long beside
+    it.
     """
     ours = socket.socket(family, socket.SOCK_STREAM)
     sock = trio.socket.from_stdlib_socket(ours)
@@ -234,8 +236,9 @@ async def _connect(family: int, where: str | tuple[object, ...]) -> trio.socket.
                 await trio.lowlevel.wait_writable(ours)
                 error = ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error in {0, errno.EISCONN} and family != AF_UNIX and ours.getsockname() == ours.getpeername():
-            # Nobody listens, and the system chose that very port for this end: TCP's simultaneous open. A
-            # reset frees the port at once, for the server that is to come. Go's net package does the same.
+            # The socket is connected to itself (TCP's simultaneous open): no server listens, and the system
+            # chose that very port for this end. A reset frees the port at once, for a server that starts
+            # later. Go's net package does the same.
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             error = errno.ECONNREFUSED
         if error not in {0, errno.EISCONN}:
@@ -247,18 +250,18 @@ async def _connect(family: int, where: str | tuple[object, ...]) -> trio.socket.
 
 
 def close_all(sockets: Sequence[socket.socket | trio.socket.SocketType]) -> None:
-    """Close sockets, for nobody needs them."""
+    """Close sockets."""
     for sock in sockets:
         sock.close()
 
 
-# ---- the addresses of what is open ----
+# ---- the addresses of open sockets ----
 
 
 def stream_address(stream: trio.abc.Stream) -> Address | None:
-    """The address of the peer at the other end of a socket; of a UNIX socket, the path it is on.
+    """Return the address of the peer of a socket. For a UNIX socket it is the path of either end.
 
-    None for other streams, and where a UNIX socket has no path on either end.
+    None: the stream is not a socket, the peer is gone, or neither end of the UNIX socket has a path.
     """
     if not isinstance(stream, trio.SocketStream):
         return None
@@ -273,7 +276,7 @@ def stream_address(stream: trio.abc.Stream) -> Address | None:
 
 
 def listener_address(listener: trio.abc.Listener[trio.abc.Stream]) -> Address | None:
-    """The address a listener is on, the port resolved; None where it is no socket's."""
+    """Return the address of a listener, with its real port; None: the listener is not a socket."""
     if isinstance(listener, UnixListener):
         return listener.address
     if not isinstance(listener, trio.SocketListener):
@@ -285,9 +288,9 @@ def listener_address(listener: trio.abc.Listener[trio.abc.Stream]) -> Address | 
 
 
 def _unix_address(name: object) -> UnixAddress | None:
-    """The path a UNIX socket is on; None of one that is on none, or on one that is no good.
+    """Return the address of one end of a UNIX socket; None: it has no path, or an invalid one.
 
-    A peer may bind its own end to anything the system allows.
+    A peer may bind its own end to any name that the system allows.
     """
     try:
         return UnixAddress(name) if isinstance(name, str) else None
@@ -296,7 +299,7 @@ def _unix_address(name: object) -> UnixAddress | None:
 
 
 def tcp_address(name: Sequence[object]) -> TCPAddress:
-    """The address of what the system calls a socket's name; with its zone, without which it is no address."""
+    """Return the address of a socket's name, as the system calls it, with its zone."""
     host, port, *rest = name
     zone = cast("int", rest[1]) if len(rest) > 1 else 0
     if not zone:
@@ -307,22 +310,22 @@ def tcp_address(name: Sequence[object]) -> TCPAddress:
         return TCPAddress(f"{host}%{zone}", int(str(port)))
 
 
-# ---- who is at the other end ----
+# ---- the credentials of the peer ----
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class PeerCredentials:
-    """The process at the other end of a UNIX socket, by the word of the system and not its own.
+    """The process at the other end of a UNIX socket, according to the system.
 
-    All of it is as of when a client connected or a server began to listen. The process may have
-    changed its user since, or have handed its socket on to another.
+    The values are from the moment when a client connected or a server began to listen. The process may have
+    changed its user since, or have passed its socket to another process.
 
     Attributes:
-        pid: the process; 0 of one that this process cannot see, in a container. It may be another
-            one's by now: good for a log, and not to decide by.
-        uid: its effective user; of one that has no number in this process's user namespace, the
-            overflow uid, mostly 65534 (``nobody``).
+        pid: the number of the process; 0 if this process cannot see it, from inside a container. Another
+            process may have the number by now: use it in a log, and not for decisions.
+        uid: its effective user; the overflow uid, mostly 65534 (``nobody``), if the user has no number in the
+            user namespace of this process.
         gid: its effective group, likewise.
     """
 
@@ -332,7 +335,9 @@ class PeerCredentials:
 
 
 def stream_credentials(stream: trio.abc.Stream) -> PeerCredentials | None:
-    """Who is at the other end of a UNIX socket; None for other streams, and on systems but Linux."""
+    """Return the process at the other end of a UNIX socket; None for other streams and other systems than
+    Linux.
+    """
     if sys.platform != "linux" or not isinstance(stream, trio.SocketStream):
         return None
     if stream.socket.family != socket.AF_UNIX:
@@ -340,15 +345,15 @@ def stream_credentials(stream: trio.abc.Stream) -> PeerCredentials | None:
     try:
         found = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
     except OSError:
-        return None  # it is closed
+        return None  # the socket is closed
     return PeerCredentials(*UCRED.unpack(found))
 
 
 def require_credentials(address: Address | None) -> None:
-    """Refuse to listen where the system will not tell who connects, as far as that is known.
+    """Refuse to listen if it is known that the system does not tell which process connects.
 
     Raises:
-        AddressError: so it is.
+        AddressError: the system is not Linux, or the address is a TCP address.
     """
     if sys.platform != "linux":
         raise AddressError("peer_user needs Linux: this system does not tell who connects")

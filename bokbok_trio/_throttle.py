@@ -1,4 +1,4 @@
-"""`Throttle`: log lines that strangers can cause, at most one a second of each kind."""
+"""`Throttle`: logs lines that strangers can cause, at most one a second of each kind."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Final, final
 import trio
 
 LOG_INTERVAL: Final = 1.0
-"""Seconds between two lines of one kind: a flood stays visible, and fills neither disk nor screen."""
+"""Seconds between two lines of one kind: a flood stays visible, and fills neither the disk nor the screen."""
 
 
 @final
 class Throttle:
-    """Passes log lines on, and counts those that would come too soon after one of the same kind.
+    """Logs lines, and counts those that come too soon after one of the same kind.
 
     Arguments:
-        logger: where the lines go.
+        logger: the logger that gets the lines.
     """
 
     __slots__ = ("_has_left_out", "_kinds", "_logger")
@@ -33,9 +33,9 @@ class Throttle:
         """Log a line, or count it.
 
         Arguments:
-            kind: one of a few words; lines of the same kind are alike.
+            kind: one of a few words; lines of one kind are alike.
             level, message, args: as for `logging.Logger.log`.
-            error: whose traceback goes along.
+            error: the exception whose traceback is logged too, if any.
         """
         state = self._kinds.setdefault(kind, _Kind())
         now = trio.current_time()
@@ -50,7 +50,7 @@ class Throttle:
         self._logger.log(level, "%s%s", state.text, more, exc_info=error)
 
     async def run(self) -> None:
-        """Log how many lines were left out, an interval later at the latest, until cancelled."""
+        """Log how many lines were left out, at most an interval later, until cancelled."""
         while True:
             await self._has_left_out.wait()
             await trio.sleep(LOG_INTERVAL)
@@ -68,7 +68,7 @@ class Throttle:
 
 @final
 class _Kind:
-    """What is known of the lines of one kind."""
+    """The state of the lines of one kind."""
 
     __slots__ = ("left_out", "level", "quiet_until", "text")
 

@@ -1,12 +1,12 @@
-"""Exceptions, nurseries and Ctrl-C: what comes out of a nursery of ours, and what must not.
+"""Exceptions, nurseries, cancellation and Ctrl-C, where the library and the user's code meet.
 
-Trio wraps what leaves a nursery in an exception group. A user who writes ``async with
-open_connection(...)`` did not ask for a nursery, so what the body raises must come out as itself;
-and no failure of a handler may come out at all.
+Trio wraps the exceptions that leave a nursery in an exception group. A user who writes ``async with
+open_connection(...)`` did not ask for a nursery. So an exception of the body must leave the block as itself,
+and no error of a handler may leave it at all.
 
-State of ours moves in tasks of the user, where Ctrl-C may raise ``KeyboardInterrupt`` between any two
-steps. So what moves state is marked by `trio.lowlevel.enable_ki_protection`, and calls the user's code by
-`call_user` alone, which lets Ctrl-C in again.
+The state of the library changes in tasks of the user too, where Ctrl-C may raise ``KeyboardInterrupt``
+between any two steps. So functions that change state are marked by `trio.lowlevel.enable_ki_protection`, and
+they call the user's code through `call_user`, which allows Ctrl-C again.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _P = ParamSpec("_P")
 
 @trio.lowlevel.disable_ki_protection
 async def call_user(function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts) -> _T:
-    """Call an async function of the user's, in which Ctrl-C may raise ``KeyboardInterrupt`` at once."""
+    """Call an async function of the user. Ctrl-C may raise ``KeyboardInterrupt`` in it at once."""
     return await function(*args)
 
 
 @trio.lowlevel.disable_ki_protection
 def call_user_sync(function: Callable[[*_Ts], _T], *args: *_Ts) -> _T:
-    """Call a function of the user's, in which Ctrl-C may raise ``KeyboardInterrupt`` at once."""
+    """Call a function of the user. Ctrl-C may raise ``KeyboardInterrupt`` in it at once."""
     return function(*args)
 
 
 def describe_error(error: BaseException) -> str:
-    """Say what is wrong, for a log line or a message. Never empty.
+    """Return an error as text for a log line or a message. The text is never empty.
 
-    Some exceptions have no text, such as those of Trio's TLS streams, but a cause that has one.
+    Some exceptions, such as those of Trio's TLS streams, have no text, but a cause that has one.
     """
     names: list[str] = []
     cause: BaseException | None = error
@@ -61,13 +61,13 @@ def describe_error(error: BaseException) -> str:
 
 
 def split_exception(exc: BaseException) -> tuple[BaseException | None, BaseException | None]:
-    """Tell apart what a piece of user code raised, in the task that ran it.
+    """Split an exception of the user's code, in the task that ran the code.
 
     Returns:
-        Its failure, to be logged; and what must be raised on, by itself: the first
-        ``KeyboardInterrupt`` or ``SystemExit`` in it, else its ``Cancelled``, which belongs
-        to a scope outside. Either may be None. A crash during a cancellation has both. A
-        ``Cancelled`` where nothing is cancelled, kept from earlier and raised again, is a failure.
+        The error, which the caller logs; and the exception that the caller must raise on: the first
+        ``KeyboardInterrupt`` or ``SystemExit`` in it, else its ``Cancelled``, which belongs to a scope
+        outside. Either may be None. A crash during a cancellation has both. A ``Cancelled`` that code kept
+        from earlier and raised again, where nothing is cancelled, is an error.
     """
     fatal = _find_fatal(exc)
     if fatal is not None:
@@ -85,7 +85,7 @@ def _find_fatal(exc: BaseException) -> BaseException | None:
 
 
 def _split_cancelled(exc: BaseException) -> tuple[BaseException | None, BaseException | None]:
-    """What of it is no cancellation, and what is."""
+    """Return the part of an exception that is not a cancellation, and the part that is."""
     if isinstance(exc, BaseExceptionGroup):
         cancelled, error = cast("_Group", exc).split(trio.Cancelled)
         return error, cancelled
@@ -93,7 +93,7 @@ def _split_cancelled(exc: BaseException) -> tuple[BaseException | None, BaseExce
 
 
 def find_single(exc: BaseException) -> BaseException:
-    """The only error in a group, besides cancellations and at whatever depth; else the error itself."""
+    """Return the only error in a group, at any depth, besides cancellations; else the exception itself."""
     leaves = [leaf for leaf in _find_leaves(exc) if not isinstance(leaf, trio.Cancelled)]
     return leaves[0] if len(leaves) == 1 else exc
 
@@ -107,10 +107,9 @@ def _find_leaves(exc: BaseException) -> Generator[BaseException]:
 
 
 def forget_traceback(exc: BaseException) -> None:
-    """Drop the frames that an error refers to, as nobody needs them any more.
+    """Drop the frames that an error refers to.
 
-    An error that was made once and is raised again and again would gather them, with all that their
-    local variables hold.
+    An error that is made once and raised many times would collect frames, and keep all their variables alive.
     """
     exc.__traceback__ = None
     for member in _members(exc):
@@ -119,42 +118,39 @@ def forget_traceback(exc: BaseException) -> None:
 
 @contextmanager
 def isolate_failures(log: Callable[[BaseException], object]) -> Generator[None]:
-    """Give the failure of a block to `log`, in place of raising it.
-
-    `split_exception` says what is raised nevertheless.
-    """
+    """Pass the error of a block to `log`, and raise only what `split_exception` says must be raised on."""
     try:
         yield
-    except BaseException as exc:  # noqa: BLE001  (what is not logged is raised on)
+    except BaseException as exc:  # noqa: BLE001  (`log_or_reraise` raises what must go further)
         log_or_reraise(exc, log)
 
 
 def log_or_reraise(exc: BaseException, log: Callable[[BaseException], object]) -> None:
-    """Give a failure to `log`, and raise what must go further, as `split_exception` tells."""
+    """Pass an error to `log`, and raise what `split_exception` says must be raised on."""
     error, rest = split_exception(exc)
     if error is not None:
         log(error)
-        forget_traceback(exc if rest is None else error)  # a group was split into a new one
+        forget_traceback(exc if rest is None else error)  # splitting a group made a new one
     if rest is not None:
         try:
             raise rest from rest.__cause__
         finally:
-            # Or this frame and the traceback would keep each other alive.
+            # The traceback refers to this frame, and both would keep each other alive.
             del exc, error, rest
 
 
 def innermost_scope(task: trio.lowlevel.Task) -> object:
-    """Return what stands for the innermost cancel scope that a task is in, to be compared by ``is``.
+    """Return an object that stands for the innermost cancel scope of a task. Compare it by ``is``.
 
-    Trio has no public way to ask, and to find out by leaving a scope costs a small request a fifth more.
-    Where the attribute is missing, a scope that was left open shows later, when the one around it is left.
+    Trio has no public way to ask. Without the attribute this returns None for all tasks, and a scope that was
+    left open is noticed later, when the scope around it is left.
     """
     return getattr(task, "_cancel_status", None)
 
 
 @final
 class _Block(AbstractAsyncContextManager[_T]):
-    """A context manager that Ctrl-C leaves whole: it is entered or it is not, left or not."""
+    """A context manager that Ctrl-C cannot leave half entered or half left."""
 
     __slots__ = ("_inner",)
 
@@ -176,7 +172,7 @@ class _Block(AbstractAsyncContextManager[_T]):
 
 
 def block(function: Callable[_P, AsyncGenerator[_T]]) -> Callable[_P, AbstractAsyncContextManager[_T]]:
-    """As `contextlib.asynccontextmanager`, but protected from Ctrl-C outside of the body."""
+    """Do as `contextlib.asynccontextmanager`, but protect all but the body from Ctrl-C."""
     make = asynccontextmanager(function)
 
     @wraps(function)
@@ -188,14 +184,14 @@ def block(function: Callable[_P, AsyncGenerator[_T]]) -> Callable[_P, AbstractAs
 
 @final
 class bare_nursery:  # noqa: N801  (as `trio.open_nursery`)
-    """Open a nursery that adds no exception group of its own; the body must see that the children end.
+    """Open a nursery that adds no exception group of its own. The body must see that the children end.
 
-    Of what is raised, this comes out, as itself: what a child raised that ends the program; else
-    what the body raised; else what a child raised; else, if the whole was cancelled, that.
+    It raises one exception as itself: a ``KeyboardInterrupt`` or ``SystemExit`` of a child; else the
+    exception of the body; else that of a child; else the ``Cancelled``.
 
     Raises:
-        RuntimeError: on leaving: another task than the one that entered it leaves it, or before a
-            nursery or block that was entered after it. Trio would wait for ever, or crash.
+        RuntimeError: on leaving: the task is not the one that entered the nursery, or a nursery or block that
+            was entered later has not been left. Trio would wait for ever, or crash.
     """
 
     __slots__ = ("_manager", "_nursery")
@@ -215,7 +211,7 @@ class bare_nursery:  # noqa: N801  (as `trio.open_nursery`)
         task = trio.lowlevel.current_task()
         if not task.child_nurseries or task.child_nurseries[-1] is not self._nursery:
             raise RuntimeError(
-                "this block is left in another task than it was entered in, or not in turn; "
+                "this block was left in another task than it was entered in, or before a later block; "
                 "close a generator that has it open by `contextlib.aclosing`"
             )
         try:
@@ -230,22 +226,22 @@ class bare_nursery:  # noqa: N801  (as `trio.open_nursery`)
             try:
                 raise error
             finally:
-                del error  # or this frame and its traceback would keep each other alive
+                del error  # the traceback refers to this frame, and both would keep each other alive
         return False
 
 
 def _members(exc: BaseException) -> tuple[BaseException, ...]:
-    """What is in a group; nothing, where it is none."""
+    """Return the members of a group; none for an exception that is not a group."""
     return cast("_Group", exc).exceptions if isinstance(exc, BaseExceptionGroup) else ()
 
 
 def check_run(home: trio.lowlevel.TrioToken, what: object) -> None:
-    """Refuse a call that does not come from the Trio run, and so the thread, that something belongs to.
+    """Refuse a call from another Trio run, or from another thread, than the one that an object belongs to.
 
-    Its state and its tasks are that run's: a change from another one corrupts both.
+    A change from outside would corrupt its state and its tasks.
 
     Raises:
-        RuntimeError: it comes from another run or thread, or from no Trio task.
+        RuntimeError: the call comes from another run or thread, or from no Trio task.
     """
     try:
         if trio.lowlevel.current_trio_token() is home:
@@ -256,10 +252,10 @@ def check_run(home: trio.lowlevel.TrioToken, what: object) -> None:
 
 
 async def check_cancelled() -> None:
-    """Raise the cancellation in force here, if there is one; else go on at once.
+    """Raise ``Cancelled`` if the task is cancelled; otherwise return at once.
 
-    Other than `trio.lowlevel.checkpoint_if_cancelled` it sees a deadline that passed while the task computed,
-    and that Trio has not noticed.
+    Unlike `trio.lowlevel.checkpoint_if_cancelled` it sees a deadline that passed while the task computed,
+    before Trio has noticed.
     """
     deadline = trio.current_effective_deadline()
     if deadline < math.inf and deadline <= trio.current_time():
@@ -302,7 +298,7 @@ class LazyEvent:
 
 
 def current_task_is_under(ancestor: trio.lowlevel.Task | None) -> bool:
-    """Whether the current task is that one, or was started by it, at any remove."""
+    """Return whether the current task is `ancestor`, or was started by it, directly or not."""
     task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
     while task is not None and task is not ancestor:
         task = task.parent_nursery.parent_task if task.parent_nursery is not None else None

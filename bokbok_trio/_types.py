@@ -1,6 +1,6 @@
 """Types that users and every file may name: handlers, fields, and how a server knows its users.
 
-The one file that names classes of higher files, for type checkers only.
+This is the one file that names classes of higher files, and only for type checkers.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 Side: TypeAlias = Literal["client", "server"]
 
 Field: TypeAlias = bytes | bytearray | memoryview | str
-"""What a user may give as a field. A str is sent as UTF-8; bytes is what arrives."""
+"""A field as a user may pass it. A str is sent as UTF-8. Fields always arrive as bytes."""
 
 _T_co = TypeVar("_T_co", covariant=True)
 
 
 class _SequenceNotStr(Protocol[_T_co]):
-    """A sequence, but not a str: a str contains only str, where this contains any object.
+    """A sequence that is not a str: ``str.__contains__`` takes only str, and this one takes any object.
 
-    Borrowed from the ``SequenceNotStr`` of ``useful-types``.
+    It is the ``SequenceNotStr`` of ``useful-types``.
     """
 
     def __len__(self) -> int: ...
@@ -43,29 +43,31 @@ class _SequenceNotStr(Protocol[_T_co]):
 
 
 Fields: TypeAlias = _SequenceNotStr[Field]
-"""What a user may give as the fields of a request, an answer or an item: 0 to 255 of them. Type checkers
+"""The fields of a request, an answer or an item as a user may pass them: 0 to 255 of them. Type checkers
 refuse a str or bytes, which are sequences too, and mostly a mistake for a list of one field."""
 
 Context: TypeAlias = Mapping[str, bytes | str]
-"""What a user may give as the context of a request: at most 32 names and values, 8 KiB in all."""
+"""The context of a request as a user may pass it: at most 32 names with values, 8 KiB in all."""
 
 RequestHandler: TypeAlias = "Callable[[Connection, list[bytes]], Awaitable[Fields | None]]"
-"""``async def handler(connection, request)``; returns the fields of the answer; None means none.
+"""``async def handler(connection, request)``: returns the fields of the answer; None stands for no fields.
 
-It must leave every cancel scope and nursery that it enters before it returns, or its request fails.
-``SystemExit`` and ``KeyboardInterrupt`` end the program, also where a request of the peer makes a handler
-raise them, as `argparse` does; any other exception is the answer to its request.
+A handler must leave every cancel scope and nursery that it enters before it returns, or its request fails.
+``SystemExit`` and ``KeyboardInterrupt`` of a handler end the program, even if a request of the peer causes
+them, as with `argparse`. Any other exception becomes the answer to its request.
 """
 
 ChannelHandler: TypeAlias = "Callable[[Connection, list[bytes], Channel], Awaitable[Fields | None]]"
-"""``async def handler(connection, request, channel)``; as a request handler, with a `Channel`."""
+"""``async def handler(connection, request, channel)``: like a request handler, with a `Channel`."""
 
 ConnectionHandler: TypeAlias = "Callable[[Connection], Awaitable[object]]"
 """``async def handler(connection)``: an open or a close handler."""
 
 UserKeys: TypeAlias = Key | Sequence[Key] | None
 UserKey: TypeAlias = Callable[[str], Awaitable[UserKeys]] | Mapping[str, Key | Sequence[Key]]
-"""How a server finds a user's key: a mapping, or an async function; None for an unknown user."""
+"""How a server finds the keys of a user: a mapping, or an async function that returns None for an unknown
+user.
+"""
 
 PeerUser: TypeAlias = "Callable[[PeerCredentials], str | None]"
-"""How a plain server names who is at the other end of a UNIX socket; None refuses it."""
+"""How a plain server names the peer of a UNIX socket; None refuses the peer."""

@@ -1,12 +1,11 @@
-"""Listening on a UNIX socket: its file is made by one server at a time, and removed by the one that made it.
+"""Listen on a UNIX socket: one server at a time makes its file, and the server that made a file removes it.
 
-A server finds a stale file by connecting to it, removes it, and binds. Two servers that start together
-could each remove the other's file, so all this is done under a lock (``flock``) on the directory. The
-lock is a safeguard beside the socket, and worth less than it: where the system cannot give it, the server
-goes on without, and says so in the log.
+A server finds a stale file by connecting to it, removes it, and binds. Two servers that start together could
+each remove the other's file, so a server does all this under a lock (``flock``) on the directory. The lock is
+only a safeguard: if the system cannot give it, the server logs that and goes on without it.
 
-The file has its mode before anyone can connect, which ``listen`` allows. The mode is set without following
-a symbolic link that somebody may have put in the file's place.
+The file gets its mode before ``listen``, and so before a client can connect. Setting the mode does not follow
+a symbolic link that another process may have put in the file's place.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from ._errors import AddressError
 from ._fork import abandon_in_child, close_inherited
 
 LOCK_POLL: Final = 0.02
-"""Seconds between attempts at the lock. We hold it for a few system calls only; but anyone who can open
-the directory can hold it for as long as they like, so waiting for it must be possible to cancel."""
+"""Seconds between attempts to take the lock. A server holds it for a few system calls only. But any process
+that can open the directory can hold it for ever, so a task must be able to cancel the wait."""
 
 LOCK_WARNING: Final = 0.5
-"""Seconds of waiting for the lock after which the log says so: much longer than any of us holds it."""
+"""Seconds of waiting for the lock after which a line is logged: much longer than a server holds it."""
 
 logger = logging.getLogger("bokbok_trio")
 
 
 @final
 class UnixListener(trio.abc.Listener[trio.SocketStream]):
-    """A listener that unlinks its file when it closes, if the file is still its own."""
+    """A listener that removes its file when it closes, if the file is still its own."""
 
     def __init__(
         self, sock: trio.socket.SocketType, address: UnixAddress, path: str, inode: tuple[int, int]
@@ -54,7 +53,7 @@ class UnixListener(trio.abc.Listener[trio.SocketStream]):
         return await self._listener.accept()
 
     async def aclose(self) -> None:
-        inode, self._inode = self._inode, None  # the next file may get the same
+        inode, self._inode = self._inode, None  # a later file may get the same inode
         try:
             if inode is not None:
                 _unlink(self._path, inode)
@@ -64,7 +63,7 @@ class UnixListener(trio.abc.Listener[trio.SocketStream]):
             await self._listener.aclose()
 
     def abandon(self) -> None:
-        """See `Abandonable.abandon`. The file is the parent's."""
+        """See `Abandonable.abandon`. The file belongs to the parent."""
         self._inode = None
         close_inherited(self._listener.socket)
 
@@ -79,14 +78,15 @@ async def listen_unix(
     """Make the file of a UNIX socket, and listen on it.
 
     Arguments:
-        address: where.
+        address: the address of the socket.
         backlog: connections that may wait to be accepted.
         mode: the permissions of the file.
-        timeout: seconds to wait for the lock on the directory, where somebody else holds it.
+        timeout: seconds to wait for the lock on the directory, if another process holds it.
 
     Raises:
-        AddressError: the address is in use, or is something else's, or somebody held the lock for too long.
-        OSError: the system does not allow it. It names the path.
+        AddressError: the address is in use, the path exists and is not a socket, or another process held the
+            lock for too long.
+        OSError: the system does not allow it. The error names the path.
     """
     if not hasattr(socket, "AF_UNIX"):
         raise AddressError(f"cannot listen on {address}: this system has no UNIX sockets")
@@ -102,14 +102,14 @@ async def listen_unix(
 
 
 def _make_absolute(address: UnixAddress) -> tuple[str, UnixAddress]:
-    """The absolute path, and its address, as the working directory may change.
+    """Return the absolute path of an address, and an address of it, because the working directory may change.
 
-    Where that path is too long for an address, the address is as it was.
+    If that path is too long for an address, the address stays relative.
     """
     if os.path.isabs(address.path):
         return address.path, address
     with _name_path(address.path):
-        # Not `os.path.abspath`, which would take ".." after a symbolic link for what it is not.
+        # `os.path.abspath` would not do: it resolves ".." after a symbolic link wrongly.
         path = os.path.join(os.getcwd(), address.path.removeprefix("./").lstrip("/"))
     with suppress(AddressError):
         address = UnixAddress(path)
@@ -120,13 +120,13 @@ def _make_absolute(address: UnixAddress) -> tuple[str, UnixAddress]:
 
 
 async def _lock(address: UnixAddress, directory: str, timeout: float) -> int | None:  # noqa: ASYNC109
-    """Lock a directory; return its descriptor, or None where the system cannot give the lock."""
+    """Lock a directory, and return its descriptor; None: the system cannot give the lock."""
     try:
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError as exc:
         _warn_unlocked(address, directory, exc)
         return None
-    except OSError as exc:  # mostly, that it is not there
+    except OSError as exc:  # mostly, the directory does not exist
         raise OSError(exc.errno, f"{exc.strerror} (the directory {directory!r})", address.path) from exc
     try:
         if await _wait_for_lock(lock, address, directory, timeout):
@@ -139,7 +139,7 @@ async def _lock(address: UnixAddress, directory: str, timeout: float) -> int | N
 
 
 async def _wait_for_lock(lock: int, address: UnixAddress, directory: str, timeout: float) -> bool:  # noqa: ASYNC109
-    """Wait for the lock. False: the system cannot give it."""
+    """Wait for the lock. Returns False if the system cannot give it."""
     import fcntl  # noqa: PLC0415  (not on Windows)
 
     began = trio.current_time()
@@ -185,9 +185,8 @@ def _unlock(lock: int) -> None:
     import fcntl  # noqa: PLC0415  (not on Windows)
 
     with suppress(OSError):
-        fcntl.flock(
-            lock, fcntl.LOCK_UN
-        )  # a child that another thread just forked has a copy, which would hold it
+        # Closing would not do: a child that another thread just forked has a copy, which keeps the lock.
+        fcntl.flock(lock, fcntl.LOCK_UN)
     os.close(lock)
 
 
@@ -195,14 +194,15 @@ def _unlock(lock: int) -> None:
 
 
 def _bind(path: str, backlog: int, mode: int) -> tuple[socket.socket, tuple[int, int]]:
-    """Make a listening socket with a file; return it, and the file's inode."""
+    """Make a listening socket with a file. Return the socket, and the device and inode of the file."""
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     inode: tuple[int, int] | None = None
     try:
         with _name_path(path):
             if sys.platform == "linux":
-                os.fchmod(sock.fileno(), mode)  # bind() gives the file this mode, less the umask
+                # bind() gives the file the mode of the socket, less the umask.
+                os.fchmod(sock.fileno(), mode)
             sock.bind(path)
             status = os.lstat(path)
             if stat.S_ISSOCK(status.st_mode):
@@ -221,7 +221,7 @@ def _bind(path: str, backlog: int, mode: int) -> tuple[socket.socket, tuple[int,
 
 
 def _set_mode(path: str, mode: int) -> None:
-    """Set the mode of a socket's file, and never of another file that is in its place."""
+    """Set the mode of a socket's file, and never that of another file in its place."""
     if sys.platform != "linux":
         os.chmod(path, mode, follow_symlinks=False)
         return
@@ -235,7 +235,11 @@ def _set_mode(path: str, mode: int) -> None:
 
 
 def _remove_stale(path: str) -> None:
-    """Make room at a path, if a socket is there that nobody listens on."""
+    """Remove the socket at a path, if there is one that no server listens on.
+
+    Raises:
+        AddressError: a server listens there, or the path is not a socket.
+    """
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -246,13 +250,13 @@ def _remove_stale(path: str) -> None:
         probe.setblocking(False)
         result = probe.connect_ex(path)
     if result != errno.ECONNREFUSED:
-        # Accepted, or a full backlog, or no permission to ask: somebody may be there.
+        # The probe was accepted, or the backlog is full, or permission is missing: a server may be there.
         raise AddressError(f"{path} is in use ({errno.errorcode.get(result, 'a server answers')})")
     os.unlink(path)
 
 
 def _unlink(path: str, inode: tuple[int, int]) -> None:
-    """Remove a file, if it is still that one."""
+    """Remove a file, if it still has this inode."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -263,10 +267,10 @@ def _unlink(path: str, inode: tuple[int, int]) -> None:
 
 @contextmanager
 def _name_path(path: str) -> Generator[None]:
-    """Have the system's errors name the path, and EADDRINUSE be an error of the address."""
+    """Put the path into errors of the system, and turn EADDRINUSE into `AddressError`."""
     try:
         yield
     except OSError as exc:
-        if exc.errno == errno.EADDRINUSE:  # by a server that knows nothing of the lock
+        if exc.errno == errno.EADDRINUSE:  # a server bound it without taking the lock
             raise AddressError(f"{path} is in use") from exc
         raise OSError(exc.errno, exc.strerror, path) from exc

@@ -9,8 +9,8 @@
         files = c.consume(Files)
         print(c.call(files.stat, "/etc/hosts", timeout=5).size)
 
-All of it happens in a thread with a Trio run, a `Portal`, and other threads wait for it. `connect` makes one,
-unless it is given one. ``docs/blocking.rst`` shows what it is good for, in a notebook and under asyncio too.
+Everything runs in a thread with a Trio run, a `Portal`, and other threads wait for results. `connect` makes a
+portal, unless you pass one. ``docs/blocking.rst`` has examples, also for notebooks and asyncio.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = ["Channel", "Connection", "Portal", "Stream", "connect"]
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
-Portal.__module__ = __name__  # where it is public
+Portal.__module__ = __name__  # this is its public module
 
 
 class _Receiving(Iterator[_T]):
-    """What items are received from."""
+    """The receiving side of a channel or a stream."""
 
     def __init__(self, connection: Connection, held: Held[Any], receive: Callable[[], Awaitable[_T]]) -> None:
-        self._connection = connection  # which must not be collected
+        self._connection = connection  # keep it: collecting it would close it
         self._loop = connection.portal._loop
         self._held = held
         self._receive = receive
@@ -58,12 +58,16 @@ class _Receiving(Iterator[_T]):
     def receive(self, *, timeout: float | None = None) -> _T:
         """Receive an item.
 
-        After the time no item is lost: the next call gets it. After Ctrl-C one may be.
+        A time limit loses no item: the next call gets it. Ctrl-C may lose one.
+
+        Arguments:
+            timeout: seconds that it may take, 0 or more; None for no limit.
 
         Raises:
-            trio.EndOfChannel: there are no more.
+            TimeoutError: no item came in time.
+            trio.EndOfChannel: there are no more items.
         """
-        return self._loop.call(self._receive, timeout, self._held.place)
+        return self._loop.call(self._receive, timeout, self._held.calls)
 
     def __next__(self) -> _T:
         try:
@@ -74,17 +78,18 @@ class _Receiving(Iterator[_T]):
 
 @final
 class Stream(_Receiving[_T]):
-    """A stream of results, made by `Connection.open_stream`; any threads may use it at once.
+    """A stream of results. `Connection.open_stream` makes it. Any thread may use it, several at once.
 
-    ``for item in stream`` ends where the method has ended. What that raises comes after the items before.
+    ``for item in stream`` ends when the method has returned. If the method raises, its error is raised after
+    the items that it sent before.
     """
 
 
 @final
 class Channel(_Receiving[list[bytes]]):
-    """A channel of a `Connection`, made by `Connection.open_channel`; any threads may use it at once.
+    """A channel of a connection. `Connection.open_channel` makes it. Any thread may use it, several at once.
 
-    ``for item in channel`` ends where the other side has ended its direction, or answered. The errors are
+    ``for item in channel`` ends when the other side has ended its direction, or has answered. The errors are
     those of `bokbok_trio.Channel`, and ``TimeoutError``.
     """
 
@@ -95,27 +100,45 @@ class Channel(_Receiving[list[bytes]]):
         self._channel = channel
 
     def send(self, item: Fields, *, timeout: float | None = None) -> None:
-        """Send an item, as soon as the other side has room; see `bokbok_trio.Channel.send`."""
-        self._loop.call(partial(self._channel.send, item), timeout, self._held.place)
+        """Send an item as soon as the other side has room for it; see `bokbok_trio.Channel.send`.
+
+        Arguments:
+            item: 0 to 255 fields, each bytes or str (sent as UTF-8).
+            timeout: seconds that it may take, 0 or more; None for no limit.
+
+        Raises:
+            TimeoutError: the other side had no room in time.
+            Exception: the errors of `bokbok_trio.Channel.send`.
+        """
+        self._loop.call(partial(self._channel.send, item), timeout, self._held.calls)
 
     def end(self) -> None:
-        """Send no more items; receiving goes on."""
-        self._loop.call(self._channel.end, None, self._held.place)
+        """End the sending direction. Receiving goes on."""
+        self._loop.call(self._channel.end, None, self._held.calls)
 
     def answer(self, *, timeout: float | None = None) -> list[bytes]:
-        """Wait for the answer of the handler over there; see `bokbok_trio.Channel.answer`."""
-        return self._loop.call(self._channel.answer, timeout, self._held.place)
+        """Wait for the answer of the other side's handler; see `bokbok_trio.Channel.answer`.
+
+        Arguments:
+            timeout: seconds that it may take, 0 or more; None for no limit.
+
+        Raises:
+            TimeoutError: no answer came in time.
+            Exception: the errors of `bokbok_trio.Channel.answer`.
+        """
+        return self._loop.call(self._channel.answer, timeout, self._held.calls)
 
 
 @final
 class Connection:
-    """A connection whose calls block; made by `connect`. Any threads may use it at once.
+    """A connection whose calls block. `connect` makes it. Any thread may use it, several at once.
 
-    It is closed by `close`, with its block, or when nobody has it any more.
+    It is closed when `close` is called, when its ``with`` block is left, or when nothing refers to it any
+    more.
 
     Attributes:
-        connection: the connection itself, for use in the Trio thread; its properties may be read anywhere.
-        portal: where that runs.
+        connection: the connection itself, for the Trio thread. Any thread may read its properties.
+        portal: the portal in whose thread the connection runs.
     """
 
     def __init__(
@@ -140,15 +163,19 @@ class Connection:
     ) -> list[bytes]:
         """Send a request and wait for its answer; see `bokbok_trio.Connection.request`.
 
-        The time limit is the deadline of the handler over there as well.
+        The time limit is also the deadline of the handler on the other side.
 
         Arguments:
-            fields, context: as there.
-            timeout: seconds that it may take; None for no limit.
+            fields: 0 to 255 fields, each bytes or str (sent as UTF-8).
+            context: as for `bokbok_trio.Connection.request`.
+            timeout: seconds that it may take, 0 or more; None for no limit.
+
+        Returns:
+            The fields of the answer.
 
         Raises:
-            TimeoutError: no answer came in time. The request was cancelled, over there too.
-            BokbokError and others: as there.
+            TimeoutError: no answer came in time. The request was cancelled, on the other side too.
+            BokbokError, TypeError, ValueError: as for `bokbok_trio.Connection.request`.
         """
         return self.call(partial(self.connection.request, fields, context=context), timeout=timeout)
 
@@ -156,7 +183,7 @@ class Connection:
     def open_channel(
         self, fields: Fields, *, context: Context | None = None, timeout: float | None = None
     ) -> Generator[Channel]:
-        """Send a request with a channel, which lasts as long as the block.
+        """Send a request with a channel, which is open as long as the block lasts.
 
         ::
 
@@ -164,15 +191,17 @@ class Connection:
                 for [line] in channel:
                     print(line)
 
-        Leaving the block does what it does for `bokbok_trio.Connection.open_channel`.
+        Leaving the block does the same as for `bokbok_trio.Connection.open_channel`, which also lists the
+        errors.
 
         Arguments:
-            fields, context: as there.
-            timeout: seconds that the whole of it may last, here and over there; None for no limit. Each call
-                may have a shorter limit of its own.
+            fields: 0 to 255 fields, each bytes or str (sent as UTF-8).
+            context: as for `bokbok_trio.Connection.request`.
+            timeout: seconds that the whole block may last, on both sides, 0 or more; None for no limit. Each
+                call may have a shorter limit.
         """
         manager = self.connection.open_channel(fields, context=context)
-        held = Held(self.portal._loop, manager, timeout, self._held.place)
+        held = Held(self.portal._loop, manager, timeout, self._held.calls, name="channel")
         with held as channel:
             yield Channel(self, held, channel)
 
@@ -185,7 +214,8 @@ class Connection:
         encode_hook: EncodeHook | None = None,
         decode_hook: DecodeHook | None = None,
     ) -> _T:
-        """Return a stand-in for what the peer serves, whose async methods are for `call` and `open_stream`.
+        """Return a stand-in for the peer's implementation of an interface. Use its methods by `call` and
+        `open_stream`.
 
         ::
 
@@ -195,14 +225,15 @@ class Connection:
             with c.open_stream(files.follow("/var/log/syslog")) as lines:
                 for line in lines: ...
 
-        What is passed to methods is as ever: middleware, callbacks and streams of arguments are async, and
-        run in the Trio thread. It needs the extra ``interface``.
+        Middleware, callbacks and streams that you pass are async, and run in the Trio thread. This needs the
+        extra ``interface``.
 
-        Arguments are those of `bokbok_trio.interface.consume`; errors too, and those of `call`.
+        The arguments and errors are those of `bokbok_trio.interface.consume`. The errors of `call` may be
+        raised too.
         """
         from .interface import consume  # noqa: PLC0415  (the rest of this module works without msgspec)
 
-        async def make() -> _T:  # there, as it may add a handler for what is lent
+        async def make() -> _T:  # in the Trio thread, because it may add a handler for callbacks
             return consume(
                 self.connection,
                 interface,
@@ -221,7 +252,7 @@ class Connection:
         *,
         timeout: float | None = None,
     ) -> Generator[Stream[_T]]:
-        """Call a method that streams its results, which lasts as long as the block.
+        """Call a method that streams its results. The stream is open as long as the block lasts.
 
         ::
 
@@ -232,45 +263,56 @@ class Connection:
         Leaving the block cancels the method.
 
         Arguments:
-            stream: what the method of the stand-in returned.
-            timeout: as for `open_channel`.
+            stream: the return value of a method of the stand-in.
+            timeout: seconds that the whole block may last, on both sides, 0 or more; None for no limit.
 
         Raises:
-            TypeError: `stream` is none.
+            TypeError: `stream` is not such a return value.
+            Exception: any error of the method, after the items before it; and the errors of `call`.
         """
         if not hasattr(stream, "__aenter__"):
-            raise TypeError(f"{stream!r} is no stream; pass what a method that streams its results returned")
-        held = Held(self.portal._loop, stream, timeout, self._held.place)
+            raise TypeError(f"{stream!r} is not a stream: pass the result of a method that streams")
+        held = Held(self.portal._loop, stream, timeout, self._held.calls, name="stream")
         with held as items:
             yield Stream(self, held, items.receive)
 
     def ping(self, *, timeout: float | None = None) -> float:
-        """Return how long it takes there and back, in seconds."""
+        """Return the seconds that a ping and its answer take; see `bokbok_trio.Connection.ping`.
+
+        Arguments:
+            timeout: seconds that it may take, 0 or more; None for no limit.
+
+        Raises:
+            TimeoutError: no answer came in time.
+        """
         return self.call(self.connection.ping, timeout=timeout)
 
     def call(
         self, function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts, timeout: float | None = None
     ) -> _T:
-        """Call any async function in the Trio thread, as `Portal.call` does; it ends with the connection.
+        """Call any async function in the Trio thread, as `Portal.call` does. It ends with the connection.
 
-        Keyword arguments go by `functools.partial`, as in Trio.
+        To pass keyword arguments, use `functools.partial`, as in Trio.
+
+        Arguments and errors are those of `Portal.call`. ``ConnectionClosed`` says that the connection was
+        closed.
         """
-        return self.portal._loop.call(bind(function, *args), timeout, self._held.place)
+        return self.portal._loop.call(bind(function, *args), timeout, self._held.calls)
 
     def submit(
         self, function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts, timeout: float | None = None
     ) -> concurrent.futures.Future[_T]:
-        """As `call`, but do not wait for it; see `Portal.submit`.
+        """Start an async function as `call` does, and return a future of its result; see `Portal.submit`.
 
         ::
 
             futures = [c.submit(c.connection.request, ["ping", str(n)]) for n in range(100)]
             answers = [future.result() for future in futures]
         """
-        return self.portal._loop.submit(bind(function, *args), timeout, self._held.place)
+        return self.portal._loop.submit(bind(function, *args), timeout, self._held.calls)
 
     def close(self) -> None:
-        """Close it, and the thread that it has for itself. Again it does nothing."""
+        """Close the connection, and its portal if `connect` made that. A second call does nothing."""
         self.__exit__(None, None, None)
 
     def __enter__(self) -> Self:
@@ -302,18 +344,20 @@ def connect(
     settings: Settings = Settings(),  # noqa: B008  (immutable)
     portal: Portal | None = None,
 ) -> Connection:
-    """Open a connection, to be used as a block, or at once and until `Connection.close`.
+    """Open a connection. Use it as a ``with`` block, or until you call `Connection.close`.
 
-    It takes no longer than ``connect_timeout`` and ``handshake_timeout`` of the settings. Ctrl-C ends it.
+    It takes at most the ``connect_timeout`` and the ``handshake_timeout`` of the settings. Ctrl-C cancels it.
 
     Arguments:
         to, user, key, service, insecure, settings: as for `bokbok_trio.open_connection`.
-        request_handler, channel_handler, close_handler: as there; they run in the Trio thread.
-        portal: whose thread to use; None: one of its own, which ends with the connection.
+        request_handler, channel_handler, close_handler: as for `bokbok_trio.open_connection`: async
+            functions, which run in the Trio thread.
+        portal: the portal whose thread the connection uses; None for a new one, which ends with the
+            connection.
 
     Raises:
-        ConnectionClosed, RuntimeError: as by `Portal.call`.
-        Exception: what `bokbok_trio.open_connection` raises.
+        ConnectionClosed, RuntimeError: as for `Portal.call`.
+        Exception: the errors of `bokbok_trio.open_connection`.
     """
     owns = portal is None
     portal = Portal() if portal is None else portal
@@ -328,7 +372,7 @@ def connect(
         close_handler=close_handler,
         settings=settings,
     )
-    held = Held(portal._loop, manager, None)
+    held = Held(portal._loop, manager, None, name="connection")
     try:
         return Connection(portal, held, held.__enter__(), owns=owns)
     except BaseException:

@@ -1,4 +1,4 @@
-"""`Broadcast`: one message to many subscribers, none of whom can keep the others waiting.
+"""`Broadcast`: one message to many subscribers, where a slow one does not hold up the others.
 
 ::
 
@@ -7,15 +7,15 @@
     async def channel_handler(connection, request, channel):    # one for each subscriber
         await news.forward(channel)
 
-    news.publish(["hello, all"])                                # to all of them, at once
+    news.publish(["hello, all"])                                # to all of them
 
 Theory
 ======
 
-Each subscriber has a queue of its own, of bounded length, and publishing waits for nobody. So where a queue
-is full something must give way, and the owner says what: the oldest message, which is counted, or the
-subscriber. A message is one object in all queues, not to be changed any more: what a slow subscriber costs is
-references, and that messages live longer.
+Each subscriber has a queue of bounded length, and publishing never waits. So if a queue is full, something
+must be dropped, and the owner chooses: the oldest message, which is counted, or the subscriber. All queues
+share one object for a message, which must not be changed any more. So a slow subscriber costs only
+references, and the memory of messages that live longer.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from ._errors import RequestError
 __all__ = ["Broadcast", "Subscription", "WhenFull"]
 
 DEFAULT_LENGTH: Final = 100
-"""Messages that wait for a subscriber at most."""
+"""Messages that may wait for a subscriber."""
 
 _T = TypeVar("_T")
 _T_contra = TypeVar("_T_contra", contravariant=True)
 
 WhenFull: TypeAlias = Literal["drop-oldest", "close"]
-"""What gives way where the queue of a subscriber is full: its oldest message, or the subscriber."""
+"""What is dropped if the queue of a subscriber is full: its oldest message, or the subscriber."""
 
 
 class _Sends(Protocol[_T_contra]):
-    """What messages are forwarded to, such as a channel."""
+    """An object that messages are forwarded to, such as a channel."""
 
     async def send(self, value: _T_contra, /) -> None: ...
 
 
 @final
 class Subscription(Generic[_T]):
-    """The messages for one subscriber, from `Broadcast.subscribe`.
+    """The messages for one subscriber. `Broadcast.subscribe` makes it.
 
-    ``async for`` ends when the broadcast has been closed, and what was published before has been received.
+    ``async for`` ends when the broadcast is closed and all earlier messages were received.
 
     Attributes:
-        dropped: how many messages it has missed, because it was too slow.
+        dropped: how many messages were dropped because the subscriber was too slow.
     """
 
     def __init__(self, length: int) -> None:
@@ -62,10 +62,10 @@ class Subscription(Generic[_T]):
         self._scope = trio.CancelScope()
 
     async def receive(self) -> _T:
-        """Receive the next message. Cancelled, it loses none.
+        """Receive the next message. No message is lost if the call is cancelled.
 
         Raises:
-            trio.EndOfChannel: there will be none.
+            trio.EndOfChannel: the broadcast was closed, and there are no more messages.
             trio.ClosedResourceError: the block of the subscription was left.
         """
         return await self._receive.receive()
@@ -82,19 +82,19 @@ class Subscription(Generic[_T]):
 
 @final
 class Broadcast(Generic[_T]):
-    """Messages for all who have subscribed, each of whom takes them at its own pace.
+    """Messages for all subscribers, each of which takes them at its own pace.
 
-    It belongs to the Trio run of its subscribers: publish from there.
+    It belongs to the Trio run of its subscribers: publish from that run.
 
     Arguments:
-        when_full: what gives way for a subscriber whose queue is full. ``"drop-oldest"``: its oldest message,
-            which `Subscription.dropped` counts. ``"close"``: the subscriber; what its block waits for, such
-            as a send to its peer, is cancelled, and the block raises `RequestError`, code ``"too-slow"``,
-            which is a handler's answer.
-        length: messages that wait for each subscriber at most.
+        when_full: what is dropped if the queue of a subscriber is full. ``"drop-oldest"``: its oldest
+            message, which `Subscription.dropped` counts. ``"close"``: the subscriber. Its block is cancelled,
+            with whatever it waits for, such as a send to its peer, and raises `RequestError` with the code
+            ``"too-slow"``, which a handler can let pass as its answer.
+        length: messages that may wait for each subscriber, 1 or more.
 
     Raises:
-        ValueError: `when_full` is neither, or `length` is under 1.
+        ValueError: `when_full` is neither, or `length` is less than 1.
     """
 
     def __init__(self, *, when_full: WhenFull, length: int = DEFAULT_LENGTH) -> None:
@@ -108,14 +108,14 @@ class Broadcast(Generic[_T]):
         self._subscriptions: dict[Subscription[_T], None] = {}
 
     def __len__(self) -> int:
-        """How many subscribers there are."""
+        """Return the number of subscribers."""
         return len(self._subscriptions)
 
     def publish(self, message: _T) -> None:
         """Give a message to all subscribers. Returns at once.
 
         Raises:
-            trio.ClosedResourceError: it was closed.
+            trio.ClosedResourceError: the broadcast was closed.
         """
         if self._is_closed:
             raise trio.ClosedResourceError("this broadcast was closed")
@@ -133,7 +133,7 @@ class Broadcast(Generic[_T]):
 
     @contextmanager
     def subscribe(self) -> Generator[Subscription[_T]]:
-        """Receive what is published from now on, as long as the block lasts.
+        """Receive the messages that are published from now on, as long as the block lasts.
 
         ::
 
@@ -142,7 +142,7 @@ class Broadcast(Generic[_T]):
                     await channel.send(message)
 
         Raises:
-            RequestError: code ``"too-slow"``, by the policy ``"close"``.
+            RequestError: code ``"too-slow"``: the queue was full, and `when_full` is ``"close"``.
         """
         subscription = Subscription[_T](self._length)
         if self._is_closed:
@@ -165,15 +165,15 @@ class Broadcast(Generic[_T]):
         """Subscribe, and send every message to a channel, until the broadcast is closed.
 
         Raises:
-            RequestError: code ``"too-slow"``, by the policy ``"close"``.
-            Exception: what the channel raises.
+            RequestError: code ``"too-slow"``: the queue was full, and `when_full` is ``"close"``.
+            Exception: any error of the channel.
         """
         with self.subscribe() as messages:
             async for message in messages:
                 await channel.send(message)
 
     def close(self) -> None:
-        """Let all subscriptions end, once what was published has been received. Again it does nothing."""
+        """End all subscriptions once their messages were received. A second call does nothing."""
         self._is_closed = True
         for subscription in self._subscriptions:
             subscription._send.close()

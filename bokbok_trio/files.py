@@ -1,4 +1,4 @@
-"""Files over a channel: whole or not at all, checked, and resumed where they were broken off.
+"""Files over a channel: transferred whole or not at all, checked, and resumed after a break.
 
 ::
 
@@ -10,25 +10,25 @@
             case [b"put", name]:
                 await receive_file(channel, f"/srv/files/{safe_name(name)}", max_size=2**30)
 
-Either side of a channel may send, and several files may follow one another. On POSIX systems only.
+Either side of a channel may send, and several files may follow one another. It works on POSIX systems only.
 
 Theory
 ======
 
-These items, numbers as decimal text, digests BLAKE2b of 32 bytes::
+The two sides exchange these items, with numbers as decimal text, and BLAKE2b digests of 32 bytes::
 
     sender      receiver
     file size              a file of so many bytes
-                from offset digest    I have so many bytes of it, with this digest (of none: 0)
-    from offset            I go on from there, if the digest is that of my own first bytes; else from 0
-    data bytes             until all have been sent
-    end digest             of the whole file, as it was read
-                done       it is in its place
+                from offset digest    I have so many bytes of it (0 or more), with this digest
+    from offset            I go on from there if my own first bytes have this digest; otherwise from 0
+    data bytes             until all bytes are sent
+    end digest             the digest of the whole file, as it was read
+                done       the file is in its place
 
-What was received is in a file of its own, named as the file and ``.part``. It gets its name once it is whole,
-checked and on disk, and until then it stays where it is, whatever happens, to be resumed. The sender never
-says where it goes: names are the receiver's business, and `safe_name` is for those that came over the wire.
-Files are read, written and hashed in threads, a chunk at a time, and one chunk is in memory.
+The receiver writes to a file with the name and ``.part``. This part gets the name when it is whole, checked
+and on disk. Until then it stays, whatever happens, so that a transfer can resume. The sender never says where
+the file goes: the receiver chooses names, and `safe_name` checks those that come over the wire. Files are
+read, written and hashed in threads, a chunk at a time, with one chunk in memory.
 """
 
 from __future__ import annotations
@@ -51,27 +51,27 @@ from ._types import Fields
 __all__ = ["TransferError", "receive_file", "safe_name", "send_file"]
 
 CHUNK_SIZE: Final = 2**16
-"""Bytes of a file in one item: as much as travels whole. A receiver takes other sizes too."""
+"""Bytes of a file in one item: the most that is sent in one piece. A receiver takes other sizes too."""
 
 HASH_SIZE: Final = 2**20
-"""Bytes that are hashed at a time where a transfer is resumed, between two looks for a cancellation."""
+"""Bytes that are hashed at a time when a transfer is resumed. Cancellation is noticed in between."""
 
 DIGEST_SIZE: Final = 32
 """Bytes of a digest."""
 
 MAX_NAME_SIZE: Final = 250
-"""Bytes of a file's name; most file systems take 255, and ``.part`` is to fit."""
+"""Bytes of a file's name: most file systems take 255, and ``.part`` must fit."""
 
 LOCK_PATIENCE: Final = 5.0
-"""Seconds that a file may still be locked by a transfer that was broken off; after these it is another's."""
+"""Seconds to wait for the lock on a file, which a broken transfer may still hold for a while."""
 
 LOCK_POLL: Final = 0.05
-"""Seconds between two tries to lock it."""
+"""Seconds between two attempts to lock a file."""
 
 _NUMBER: Final = re.compile(rb"0|[1-9][0-9]{0,17}")
 
 Progress: TypeAlias = Callable[[int, int], object]
-"""Called with how many bytes of the file are there by now, and how many it has."""
+"""A function that takes the bytes of the file that were transferred by now, and its size in bytes."""
 
 _Path: TypeAlias = "str | os.PathLike[str]"
 _T = TypeVar("_T")
@@ -79,7 +79,7 @@ _Ts = TypeVarTuple("_Ts")
 
 
 class _Channel(Protocol):
-    """A `bokbok_trio.Channel`, or anything that does as well."""
+    """A `bokbok_trio.Channel`, or an object with the same methods."""
 
     async def send(self, value: Fields, /) -> None: ...
     async def receive(self) -> list[bytes]: ...
@@ -91,14 +91,17 @@ class TransferError(BokbokError):
 
 
 def safe_name(name: bytes | str) -> str:
-    """Check the name of a file that came from a peer: a plain name, which stays in its folder.
+    """Check the name of a file that a peer sent, so that it names a plain file inside its folder.
 
     Arguments:
         name: 1 to 250 bytes of UTF-8.
 
+    Returns:
+        The name as a str.
+
     Raises:
-        RequestError: code ``"bad-name"``: it has a slash, a backslash or something that cannot be printed,
-            begins with a dot, or ends with ``.part``, or is no name at all.
+        RequestError: code ``"bad-name"``: the name is empty, too long or not UTF-8, has a slash, a backslash
+            or an unprintable character, begins with a dot, or ends with ``.part``.
     """
     try:
         text = name if isinstance(name, str) else name.decode()
@@ -122,21 +125,22 @@ def safe_name(name: bytes | str) -> str:
 
 
 async def send_file(channel: _Channel, path: _Path, *, progress: Progress | None = None) -> bytes:
-    """Send a file to the other side, which calls `receive_file`; return when it is in its place there.
+    """Send a file to the other side, which calls `receive_file`. Return when the file is in its place there.
 
     Arguments:
-        channel: to the other side.
-        path: of a regular file.
-        progress: called after each chunk, and before the first, with the bytes that were sent (those too that
-            were there before) and the size of the file.
+        channel: the channel to the other side.
+        path: the path of a regular file.
+        progress: called before the first chunk, and after each one, with the bytes that the other side has
+            (also from an earlier transfer), and the size of the file in bytes.
 
     Returns:
         The digest of the file, BLAKE2b of 32 bytes.
 
     Raises:
         OSError: the file cannot be read.
-        TransferError: it changed its size meanwhile, or the other side does not keep to the rules.
-        Exception: what the channel raises. If the other side answered with an error, that is the cause.
+        TransferError: the file became shorter during the transfer, or the other side broke the rules.
+        Exception: any error of the channel. Its cause is the error that the other side answered with, if it
+            did.
     """
     with _closing(await _in_thread(_open_source, os.fspath(path))) as fd:
         size = os.fstat(fd).st_size
@@ -166,26 +170,30 @@ async def receive_file(
 ) -> bytes:
     """Receive a file from the other side, which calls `send_file`.
 
-    It is at `path` when this returns, and replaces what was there in one step. If it raises, or is
-    cancelled, `path` is as before, and what was received stays in ``path + ".part"``, where the next call
-    goes on; unless all that is missing is to tell the other side, or to write the name to the disk. A part
-    that the disk took and then failed to keep is dropped.
+    When it returns, the file is at `path`, and has replaced an earlier file there in one step. If it raises,
+    or is cancelled, `path` is unchanged, and the received part stays in ``path + ".part"``, where the next
+    call resumes. Only an error in the very last steps, after the file got its name, leaves the file in place:
+    when the name is synced to the disk, or the other side is told. A part with the wrong digest, or one that
+    the disk fails to keep, is removed.
 
     Arguments:
-        channel: to the other side.
-        path: where the file goes. Its folder must exist, and others should not be able to write in it. If it
-            is being received already, this waits up to 5 s for that to end.
-        max_size: bytes that it may have at most; ``math.inf`` where the other side is trusted with the disk.
-        progress: called after each chunk, and before the first, with the bytes that are there and the size.
+        channel: the channel to the other side.
+        path: the path for the file. Its folder must exist, and other users should not be able to write to it.
+            If another call receives to the same path, this one waits up to 5 seconds for its end.
+        max_size: bytes that the file may have, 0 or more; ``math.inf`` if the other side may fill the disk.
+        progress: called before the first chunk, and after each one, with the bytes that are there, and the
+            size of the file in bytes.
 
     Returns:
         The digest of the file, BLAKE2b of 32 bytes.
 
     Raises:
+        ValueError: `max_size` is negative.
         OSError: the file cannot be written.
-        TransferError: it is too large, or arrived differently than it was sent; it is being received already;
-            or the other side does not keep to the rules.
-        Exception: what the channel raises. If the other side answered with an error, that is the cause.
+        TransferError: the file is too large, or arrived differently than it was sent; another call receives
+            to the path; or the other side broke the rules.
+        Exception: any error of the channel. Its cause is the error that the other side answered with, if it
+            did.
     """
     path = os.fspath(path)
     if not max_size >= 0:
@@ -197,7 +205,7 @@ async def receive_file(
     with _closing(await _claim_part(path)) as fd:
         offset = os.fstat(fd).st_size
         if offset > size:
-            offset = 0  # of another file
+            offset = 0  # the part is of another file
         hasher = await _hash(fd, offset)
         await channel.send(["from", str(offset), hasher.digest()])
         [start_text] = await _receive(channel, b"from", 1)
@@ -211,7 +219,7 @@ async def receive_file(
         while done < size:
             [data] = await _receive(channel, b"data", 1)
             if not 1 <= len(data) <= size - done:
-                raise TransferError(f"{len(data)} bytes came where 1 to {size - done} were to come")
+                raise TransferError(f"the other side sent {len(data)} bytes instead of 1 to {size - done}")
             await _in_thread(_write, fd, hasher, done, data)
             done += len(data)
             _report(progress, done, size)
@@ -228,21 +236,21 @@ async def receive_file(
 
 
 async def _receive(channel: _Channel, kind: bytes, count: int) -> list[bytes]:
-    """Receive an item of that kind, and return its other fields, so many."""
+    """Receive an item of a kind, and return its other fields, of which there must be `count`."""
     try:
         got, *fields = await channel.receive()
     except trio.EndOfChannel:
-        raise TransferError(f"the other side ended, where {kind.decode()!r} was to come") from None
+        raise TransferError(f"the other side ended instead of sending {kind.decode()!r}") from None
     except ValueError:
         got, fields = b"", []
     if got != kind or len(fields) != count:
-        raise TransferError(f"the other side said {got[:20]!r}, where {kind.decode()!r} was to come")
+        raise TransferError(f"the other side sent {got[:20]!r} instead of {kind.decode()!r}")
     return fields
 
 
 def _number(text: bytes) -> int:
     if _NUMBER.fullmatch(text) is None:
-        raise TransferError(f"the other side sent {text[:20]!r}, which is no number")
+        raise TransferError(f"the other side sent {text[:20]!r}, which is not a number")
     return int(text)
 
 
@@ -252,7 +260,7 @@ def _report(progress: Progress | None, done: int, size: int) -> None:
 
 
 async def _claim_part(path: str) -> int:
-    """Open the part of a file, new or to be resumed, for us alone."""
+    """Open the part of a file, new or old, and lock it."""
     until = trio.current_time() + LOCK_PATIENCE
     while (fd := await _in_thread(_open_part, path)) is None:
         if trio.current_time() >= until:
@@ -281,7 +289,7 @@ def _new_hasher() -> hashlib.blake2b:
 
 
 async def _hash(fd: int, size: int) -> hashlib.blake2b:
-    """Hash so many bytes of a file, from its beginning."""
+    """Hash the first `size` bytes of a file."""
     hasher = _new_hasher()
     for at in range(0, size, HASH_SIZE):
         await _in_thread(_read, fd, hasher, at, min(HASH_SIZE, size - at))
@@ -289,7 +297,7 @@ async def _hash(fd: int, size: int) -> hashlib.blake2b:
 
 
 def _read(fd: int, hasher: hashlib.blake2b, at: int, size: int) -> bytes:
-    """Read and hash so many bytes."""
+    """Read and hash `size` bytes."""
     data = os.pread(fd, size, at)
     if len(data) < size:
         raise TransferError("the file has become shorter while it was read")
@@ -298,7 +306,7 @@ def _read(fd: int, hasher: hashlib.blake2b, at: int, size: int) -> bytes:
 
 
 def _write(fd: int, hasher: hashlib.blake2b, at: int, data: bytes) -> None:
-    """Write and hash all of it."""
+    """Write and hash all of `data`."""
     hasher.update(data)
     rest = memoryview(data)
     while rest:
@@ -317,7 +325,7 @@ def _open_source(path: str) -> int:
 
 
 def _open_part(path: str) -> int | None:
-    """Open and lock the part of a file. None: somebody else has it locked."""
+    """Open and lock the part of a file; None: another transfer has locked it."""
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     part = _part_of(path)
@@ -334,7 +342,7 @@ def _open_part(path: str) -> int | None:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # who had it locked has put it in its place meanwhile
+        os.close(fd)  # the transfer that had locked it has renamed it: open the path again
 
 
 def _is_at(fd: int, path: str) -> bool:
@@ -350,12 +358,12 @@ def _check_regular(fd: int, path: str) -> None:
 
 
 def _put_in_place(fd: int, path: str) -> None:
-    """Give a part its name, once it is on disk; and then the name, too."""
+    """Sync a part to the disk, give it the name of the file, and sync the name."""
     with _closing(os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)) as folder:
         try:
             os.fsync(fd)
         except OSError:
-            # What is on disk is not known any more, and to sync once more would tell of no error.
+            # Nobody knows what is on disk now, and another sync would report no error.
             # https://wiki.postgresql.org/wiki/Fsync_Errors
             with suppress(OSError):
                 os.unlink(_part_of(path))

@@ -1,4 +1,4 @@
-"""To see what goes on: an `Instrument` is told of handshakes, connections, requests and items.
+"""Instruments: an `Instrument` is told of handshakes, connections, requests and items.
 
 ::
 
@@ -10,9 +10,10 @@
 
     settings = Settings(instruments=[Slowest()])
 
-Either side takes some, in its `Settings`. `LogInstrument` writes to the log; ``bokbok_trio.opentelemetry``
-has one that traces. ``docs/watching.rst`` has more, and what it costs. An event is equal to itself alone, so
-one that starts something can be the key of what is known of that.
+Each side takes instruments in its `Settings`. `LogInstrument` writes to the log, and
+``bokbok_trio.opentelemetry`` has one for traces. ``docs/watching.rst`` has more, and the cost. An event
+equals only itself, so the event that starts something can be the key in a dict of what an instrument knows
+about that.
 """
 
 from __future__ import annotations
@@ -44,17 +45,18 @@ __all__ = [
 ]
 
 Direction: TypeAlias = Literal["in", "out"]
-"""``"in"``: from the peer; ``"out"``: from this side."""
+"""``"in"``: the peer sent it. ``"out"``: this side sent it."""
 
 HandshakeOutcome: TypeAlias = Literal["ok", "refused", "authentication", "failed", "cancelled"]
-"""``"refused"``: the server had no room, or is stopping. ``"failed"``: all else that goes wrong."""
+"""``"refused"``: the server had no room, or is stopping. ``"authentication"``: an `AuthenticationError`.
+``"failed"``: any other error."""
 
 RequestOutcome: TypeAlias = Literal["ok", "error", "cancelled", "timeout", "lost"]
 """How a request ended.
 
-``"error"``: it was answered with an error, whose code is beside it. ``"cancelled"``: nobody wants the answer
-any more. ``"timeout"``: the same, as its deadline has passed. ``"lost"``: the connection ended before the
-answer, or the peer, which is stopping, did not take it.
+``"error"``: the answer was an error, and the event has its code. ``"cancelled"``: its asker does not want the
+answer any more. ``"timeout"``: its deadline has passed. ``"lost"``: the connection ended before the answer,
+or the peer was stopping and did not take the request.
 """
 
 
@@ -64,8 +66,8 @@ class HandshakeStarted:
     """A stream is open, and its handshake begins.
 
     Attributes:
-        side: this one's.
-        address: the peer's, as far as it is known.
+        side: this side.
+        address: the address of the peer; None if it is unknown.
     """
 
     side: Side
@@ -75,13 +77,13 @@ class HandshakeStarted:
 @final
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class HandshakeEnded:
-    """A handshake has ended, well or not.
+    """A handshake has ended, with a connection or without.
 
     Attributes:
-        handshake: how it began.
+        handshake: the event of its start.
         outcome: how it ended.
-        code: of a refusal, ``"busy"`` or ``"stopping"``; else empty.
-        error: what went wrong, in words; else empty.
+        code: the code of a refusal, ``"busy"`` or ``"stopping"``; otherwise empty.
+        error: the error, for people; otherwise empty.
         seconds: how long it took.
     """
 
@@ -95,7 +97,7 @@ class HandshakeEnded:
 @final
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ConnectionOpened:
-    """A connection is open. Nothing was asked on it, and its open handler has not begun."""
+    """A connection is open. No request was made on it, and its open handler has not begun."""
 
     connection: Connection
 
@@ -103,14 +105,14 @@ class ConnectionOpened:
 @final
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ConnectionEnded:
-    """A connection is over, and its handlers and close handler have ended.
+    """A connection has ended, with its handlers and its close handler.
 
     Attributes:
-        connection: the one that was opened.
-        reason: why, in words; see `Connection.reason`.
+        connection: the connection.
+        reason: why it ended, for people; see `Connection.reason`.
         seconds: how long it lasted.
-        requests_in: how many the peer made, with those that were refused here.
-        requests_out: how many this side made.
+        requests_in: requests that the peer made, including those that this side refused.
+        requests_out: requests that this side made.
     """
 
     connection: Connection
@@ -123,20 +125,20 @@ class ConnectionEnded:
 @final
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RequestStarted:
-    """A request was made by this side, or came from the peer and has a handler.
+    """This side made a request, or a request of the peer arrived and has a handler.
 
     Attributes:
-        connection: the one it is made on.
-        id: its number there. The two sides of a connection never use the same.
-        direction: ``"out"`` where this side asks, ``"in"`` where it is asked.
-        name: what is asked for: the method of a typed call, as in ``"Files.stat"``, with ``%back.`` before
-            that of a callback; else the first field, 64 bytes at most. What the peer asks for, it may make
-            up.
-        has_channel: whether it is a channel, which lasts until its block is left or its answer came.
-        depth: how many requests it is made inside of.
-        context: what its asker sends along.
-        deadline: until when its asker wants the answer, by Trio's clock; `math.inf` if it did not say.
-        size: bytes of its fields, encoded.
+        connection: the connection of the request.
+        id: its number on that connection. The two sides never use the same number.
+        direction: ``"out"`` for a request of this side, ``"in"`` for one of the peer.
+        name: the method of a typed call, such as ``"Files.stat"``, or ``"%back."`` and the method for a
+            callback; otherwise the first field, at most 64 bytes of it. The peer chooses the name of its
+            requests, so it may be anything.
+        has_channel: whether it has a channel, which lasts until its block is left or its answer has arrived.
+        depth: how many requests it was made inside of.
+        context: the context that its asker sent along.
+        deadline: until when its asker wants the answer, by Trio's clock; `math.inf` for no deadline.
+        size: bytes of its encoded fields.
     """
 
     connection: Connection
@@ -153,20 +155,20 @@ class RequestStarted:
 @final
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RequestEnded:
-    """A request was answered, or will not be.
+    """A request was answered, or never will be.
 
     Attributes:
-        request: how it started.
+        request: the event of its start.
         outcome: how it ended.
-        code: of the error that it was answered with; else empty.
-        seconds: how long it took, with the time it waited.
-        waited: seconds of that in which it was not begun: one of this side's had no slot; the open handler
-            had not returned, or the peer had not read the answers before, for one of the peer's.
-        bytes_in: of the fields that came with it, encoded: of the request or the answer, and of items. Those
-            of errors do not count.
-        bytes_out: of those that went.
-        items_in: how many items came.
-        items_out: how many items went.
+        code: the code of the error that was its answer; otherwise empty.
+        seconds: how long it took, including `waited`.
+        waited: seconds before it began. A request of this side waited for a slot. A request of the peer
+            waited for the open handler, or until the peer had read earlier answers.
+        bytes_in: encoded bytes of received fields: of the request or the answer, and of items. Errors do not
+            count.
+        bytes_out: encoded bytes of sent fields, likewise.
+        items_in: received items.
+        items_out: sent items.
     """
 
     request: RequestStarted
@@ -183,12 +185,12 @@ class RequestEnded:
 @final
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ItemPassed:
-    """An item of a channel came, or was queued to go.
+    """An item of a channel arrived, or was queued to be sent.
 
     Attributes:
-        request: of the channel.
-        direction: ``"in"`` where it came, ``"out"`` where this side sent it.
-        size: bytes of its fields, encoded.
+        request: the event of the start of the channel's request.
+        direction: ``"in"`` for an item of the peer, ``"out"`` for one of this side.
+        size: bytes of its encoded fields.
     """
 
     request: RequestStarted
@@ -197,63 +199,63 @@ class ItemPassed:
 
 
 class Instrument:
-    """Is told what goes on: override what you want to know of. The methods of this class do nothing.
+    """The base class of instruments. Its methods do nothing: override those of the events that you want.
 
-    They are called in the task that does the thing, and everything waits until they return: so they must not
-    block. Events of one connection come in order: it is opened, requests start and end, it ends; what started
-    ends once. Requests that are refused without a handler (this side is draining, has no handler, or no room
-    for their bytes) are no events here.
+    The methods are called in the task where the event happens, and everything waits until they return: they
+    must not block. The events of one connection are in order: it opens, requests start and end, it ends.
+    Everything that started ends once. A request that is refused without a handler (this side is draining, has
+    no handler, or has no room for its bytes) causes no event.
 
-    Where a method raises, that is logged once, and none of this instrument's methods is called any more for
-    the `Settings` it was given in; nothing else happens.
+    If a method raises, the error is logged once, and no method of this instrument is called again for the
+    `Settings` that have it. Nothing else happens.
     """
 
     def handshake_started(self, event: HandshakeStarted) -> None:
         """A stream is open, and its handshake begins."""
 
     def handshake_ended(self, event: HandshakeEnded) -> None:
-        """A handshake has ended, well or not."""
+        """A handshake has ended, with a connection or without."""
 
     def connection_opened(self, event: ConnectionOpened) -> None:
         """A connection is open."""
 
     def connection_ended(self, event: ConnectionEnded) -> None:
-        """A connection is over, with all that ran on it."""
+        """A connection has ended, with all that ran on it."""
 
     def request_started(self, event: RequestStarted) -> None:
         """A request starts.
 
-        Of a request of the peer's, this runs in the context of its handler: a context variable that is set
-        here has that value in the handler and in the tasks it starts, and nowhere else. `current_request`
-        works.
+        For a request of the peer, this runs in the context of the handler: a context variable that is set
+        here has its value in the handler and in the tasks that the handler starts, and nowhere else.
+        `current_request` works here too.
         """
 
     def context_for(self, event: RequestStarted) -> Mapping[str, bytes | str]:  # noqa: ARG002
-        """Return names and values to travel beside a request of this side, as ``context=`` does.
+        """Return names and values to send with a request of this side, as those of ``context=``.
 
-        It is called right after `request_started`. A name that the application sends along keeps the
-        application's value, and what does not fit beside that is left out, from the first such name on: 32
-        names and 8 KiB of a context, and the agreed size of a message.
+        It is called right after `request_started`. A name that the application uses keeps the application's
+        value. A context has at most 32 names and 8 KiB, and must fit the agreed size of a message: the first
+        name that does not fit is left out, with all later ones.
         """
         return {}
 
     def request_ended(self, event: RequestEnded) -> None:
-        """A request was answered, or will not be."""
+        """A request was answered, or never will be."""
 
     def item_passed(self, event: ItemPassed) -> None:
-        """An item of a channel came or went."""
+        """An item of a channel arrived, or was queued to be sent."""
 
 
 @final
 class LogInstrument(Instrument):
-    """Logs requests: to the logger ``bokbok_trio.requests``, one line for each when it has ended.
+    """Logs each request when it has ended, with one line of the logger ``bokbok_trio.requests``.
 
-    These lines have the level DEBUG, so a program that did not ask for them sees none; those of slow requests
-    have WARNING. Each connection has a number here, and a DEBUG line says which that is.
+    These lines have the level DEBUG, which programs show only if they ask for it; those of slow requests have
+    WARNING. The lines number the connections, and a DEBUG line tells which connection has which number.
 
     Arguments:
-        slow: seconds from which on a request is slow; `math.inf` for no such thing. A channel is not slow,
-            as many are open for as long as their program runs.
+        slow: seconds after which a request is slow, 0 or more; `math.inf` for never. A channel is never slow,
+            because many are open as long as their program runs.
 
     Raises:
         TypeError, ValueError: `slow` is not a number of seconds, or negative.
@@ -270,16 +272,16 @@ class LogInstrument(Instrument):
         self._numbers: dict[Connection, int] = {}
 
     def connection_opened(self, event: ConnectionOpened) -> None:
-        """Give it a number."""
+        """Give the connection a number, and log it."""
         connection = event.connection
         number = self._numbers[connection] = next(self._counter)
         self._logger.debug(
-            "connection %d is opened: a %s's, with %s, user %r",
+            "connection %d is open: this side is the %s, the peer is %s, user %r",
             *(number, connection.side, connection.address, connection.user),
         )
 
     def connection_ended(self, event: ConnectionEnded) -> None:
-        """Forget its number. A server has a line of its own about it."""
+        """Forget the number of the connection, and log its end. On a server, the server logs it."""
         number = self._numbers.pop(event.connection)
         if event.connection.side == "client":
             self._logger.debug(
@@ -288,7 +290,7 @@ class LogInstrument(Instrument):
             )
 
     def request_ended(self, event: RequestEnded) -> None:
-        """Log it."""
+        """Log the request."""
         request = event.request
         is_slow = event.seconds >= self._slow and not request.has_channel
         level = logging.WARNING if is_slow else logging.DEBUG

@@ -1,11 +1,12 @@
-"""Traces by OpenTelemetry: a span for each request on both sides, and the one is the other's parent.
+"""Traces by OpenTelemetry: a span for each request on both sides, where the asker's span is the parent of the
+other.
 
 ::
 
     settings = Settings(instruments=[TracingInstrument()])
 
-It needs the extra ``opentelemetry``, which is the API alone. Who wants to see the spans also installs the SDK
-and an exporter; ``docs/watching.rst`` shows it.
+It needs the extra ``opentelemetry``, which has only the API. To see spans, install the SDK and an exporter as
+``docs/watching.rst`` shows.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 __all__ = ["TracingInstrument"]
 
 SYSTEM: Final = "bokbok"
-"""Our name among systems of remote procedure calls."""
+"""The name of bokbok among systems of remote procedure calls."""
 
 
 @final
 class _ContextGetter(Getter[Mapping[str, "bytes | str"]]):
-    """Reads the context of a request, whose names are lower-case and whose values are bytes."""
+    """Reads the context of a request. Its names are in lower case, and its values are bytes."""
 
     def get(self, carrier: Mapping[str, bytes | str], key: str) -> list[str] | None:
         value = carrier.get(key.lower())
@@ -51,7 +52,7 @@ class _ContextGetter(Getter[Mapping[str, "bytes | str"]]):
 
 @final
 class _ContextSetter(Setter[dict[str, "bytes | str"]]):
-    """Writes it."""
+    """Writes the context of a request."""
 
     def set(self, carrier: dict[str, bytes | str], key: str, value: str) -> None:
         carrier[key.lower()] = value
@@ -65,22 +66,24 @@ _SETTER: Final = _ContextSetter()
 class TracingInstrument(Instrument):
     """Makes a span for each request and each channel, from its start to its end.
 
-    Of a request of this side it is a client's span, in the span that is current where the request is made. It
-    travels in the request's context, as ``traceparent`` and what else the propagator has. Of a request of the
-    peer's it is a server's span, whose parent is the span that came, if one did; and it is current in the
-    handler and the tasks it starts, so what these ask in turn, callbacks too, belongs to it.
+    A request of this side gets a client span, whose parent is the current span. It is sent in the context of
+    the request, as ``traceparent`` and the other names of the propagator. A request of the peer gets a server
+    span, whose parent is the span in the context, if there is one. It is the current span in the handler and
+    in the tasks that the handler starts, so their own requests, and callbacks too, belong to it.
 
     The attributes are those of the semantic conventions for remote procedure calls: ``rpc.system.name``,
     ``rpc.method`` (the request's name), ``rpc.response.status_code`` and ``error.type`` of a request that
-    failed, ``server.address`` and ``server.port`` where this side dialled, ``network.peer.address`` and
-    ``network.peer.port``. And of our own: ``bokbok.request.id``, ``bokbok.waited`` (seconds),
-    ``bokbok.bytes_in``, ``bokbok.bytes_out``, ``bokbok.items_in``, ``bokbok.items_out``.
+    failed, ``server.address`` and ``server.port`` on the side that dialled, ``network.peer.address`` and
+    ``network.peer.port``. There are also ``bokbok.request.id``, ``bokbok.waited`` (seconds),
+    ``bokbok.bytes_in``, ``bokbok.bytes_out``, ``bokbok.items_in`` and ``bokbok.items_out``.
 
-    The SDK's span processors run in it, and so must not block: use the ``BatchSpanProcessor``.
+    The span processors of the SDK run inside this instrument, and so must not block: use
+    ``BatchSpanProcessor``.
 
     Arguments:
-        tracer_provider: where spans go; None for the program's own.
-        propagator: how they travel; None for the program's own. Its names travel in lower case.
+        tracer_provider: gets the spans; None for the global provider of the program.
+        propagator: writes and reads the context; None for the global propagator of the program. Its names are
+            sent in lower case.
     """
 
     def __init__(
@@ -94,11 +97,11 @@ class TracingInstrument(Instrument):
         self._spans: dict[RequestStarted, trace.Span] = {}
 
     def request_started(self, event: RequestStarted) -> None:
-        """Begin a span; for a handler, make it current."""
+        """Begin the span. For a request of the peer, make it the current span of the handler."""
         is_local = event.direction == "out"
-        parent = None  # what is current here
+        parent = None  # the current span
         if not is_local:
-            # Nothing is, but what was where the connection was opened, which has nothing to do with it.
+            # The current span is that of the task that opened the connection, and not related to the request.
             propagator = self._propagator or propagate.get_global_textmap()
             parent = propagator.extract(event.context, contexts.Context(), _GETTER)
         span = self._spans[event] = self._tracer.start_span(
@@ -117,7 +120,7 @@ class TracingInstrument(Instrument):
             contexts.attach(trace.set_span_in_context(span, parent))
 
     def context_for(self, event: RequestStarted) -> Mapping[str, bytes | str]:
-        """Return the span, to travel beside the request."""
+        """Return the span, to be sent with the request."""
         carrier: dict[str, bytes | str] = {}
         propagator = self._propagator or propagate.get_global_textmap()
         propagator.inject(carrier, trace.set_span_in_context(self._spans[event]), _SETTER)
@@ -136,7 +139,7 @@ class TracingInstrument(Instrument):
             span.set_attribute("error.type", event.code or event.outcome)
             if event.code:
                 span.set_attribute("rpc.response.status_code", event.code)
-            if event.outcome != "cancelled":  # which is no failure: somebody wanted it no more
+            if event.outcome != "cancelled":  # the asker did not want the answer any more: not an error
                 span.set_status(trace.StatusCode.ERROR)
         span.end()
 
@@ -146,7 +149,7 @@ def _is_to_server(event: RequestStarted) -> bool:
 
 
 def _describe(prefix: str, address: Address | None) -> dict[str, str | int]:
-    """The attributes of an address."""
+    """Return the attributes of an address."""
     if address is None:
         return {}
     if isinstance(address, TCPAddress):

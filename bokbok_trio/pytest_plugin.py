@@ -1,12 +1,12 @@
-"""Fixtures for pytest-trio: connections and servers in memory that are closed when a test ends.
+"""Fixtures for pytest-trio: connections and servers in memory, which are closed when a test ends.
 
-A project that uses them says so in its top ``conftest.py``; nothing is loaded where none does::
+To use them, name this module in the top ``conftest.py`` of your project. It is never loaded otherwise::
 
     pytest_plugins = ["bokbok_trio.pytest_plugin"]
 
-The fixtures are functions: called with the arguments of `bokbok_trio.testing.open_connection_pair` and
-`bokbok_trio.testing.open_memory_server`, they open what these open, for the rest of the test. Tests that call
-`trio.run` themselves, or run under another plugin, enter these as blocks.
+Each fixture is a function with the arguments of `bokbok_trio.testing.open_connection_pair` or
+`bokbok_trio.testing.open_memory_server`. It opens the same, for the rest of the test. A test that calls
+`trio.run` itself, or runs under another plugin, can enter these two as blocks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 async def _held(
     block: Callable[_P, AbstractAsyncContextManager[_T]],
 ) -> AsyncGenerator[Callable[_P, Awaitable[_T]]]:
-    """Make a function that enters blocks, each in a task of its own, to be left when this one is."""
+    """Return a function that enters blocks, each in a task. They are left when this block is left."""
     is_over = trio.Event()
 
     async def hold(manager: AbstractAsyncContextManager[_T], *, task_status: trio.TaskStatus[_T]) -> None:
@@ -50,10 +50,10 @@ async def _held(
 
 
 OpenPair: TypeAlias = Callable[..., Awaitable[tuple[Connection, Connection]]]
-"""What `bokbok_pair` is: takes the arguments of `bokbok_trio.testing.open_connection_pair`."""
+"""The type of `bokbok_pair`: a function with the arguments of `bokbok_trio.testing.open_connection_pair`."""
 
 OpenServer: TypeAlias = Callable[..., Awaitable[MemoryServer]]
-"""What `bokbok_server` is: takes the arguments of `bokbok_trio.testing.open_memory_server`."""
+"""The type of `bokbok_server`: a function with the arguments of `bokbok_trio.testing.open_memory_server`."""
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ async def bokbok_pair() -> AsyncGenerator[OpenPair]:
 
 @pytest.fixture
 async def bokbok_server() -> AsyncGenerator[OpenServer]:
-    """Open a server, for the rest of the test, that clients connect to as whoever they like.
+    """Open a server for the rest of the test. Clients may connect as any of its users.
 
     ::
 

@@ -1,7 +1,7 @@
 """For the tests of applications: connections and interfaces in memory, and streams that fail on purpose.
 
-Nothing here touches a socket or the clock by itself, so all of it works, in no time, under
-`trio.testing.MockClock`. ``docs/testing.rst`` has recipes, and `bokbok_trio.pytest_plugin` has fixtures.
+Nothing here uses a socket or the real clock, so it all works under `trio.testing.MockClock`, without delay.
+``docs/testing.rst`` has recipes, and `bokbok_trio.pytest_plugin` has fixtures.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ __all__ = [
 _T = TypeVar("_T")
 
 THROTTLE_STEP: Final = 0.1
-"""Seconds' worth of bytes that a throttled stream passes on at a time."""
+"""Seconds: a throttled stream passes on at a time the bytes that its rate allows in this time."""
 
 
 @final
 class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
-    """A listener without a network: what `connect` returns is the other end of what it accepts."""
+    """A listener in memory. It accepts one end of a stream, and `connect` returns the other end."""
 
     def __init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel[trio.abc.Stream](math.inf)
 
     def connect(self) -> trio.abc.HalfCloseableStream:
-        """Make a connection and return the client's end.
+        """Make a stream in memory, and return the client's end.
 
         Raises:
             trio.BrokenResourceError: the listener was closed.
@@ -76,11 +76,11 @@ class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
 
 @final
 class MemoryServer:
-    """A server in memory, made by `open_memory_server`.
+    """A server in memory. `open_memory_server` makes it.
 
     Attributes:
         server: the server itself.
-        keys: the keys of its users, by their names; empty where it is plain.
+        keys: the keys of its users, by their names; empty for a plain server.
     """
 
     def __init__(self, server: Server, listener: MemoryListener, keys: Mapping[str, Key]) -> None:
@@ -101,12 +101,15 @@ class MemoryServer:
         """Connect to the server, as `bokbok_trio.open_connection` does.
 
         Arguments:
-            user: who to be; by default the first of the users, or nobody where the server is plain.
-            request_handler, channel_handler, close_handler, settings: the client's.
-            wrap: what to put around the client's stream, such as a `FaultyStream`.
+            user: the name of the user; None for the first user of the server, or for none with a plain
+                server.
+            request_handler, channel_handler, close_handler, settings: the client's, as for
+                `bokbok_trio.open_connection`.
+            wrap: takes the client's stream and returns the stream to use, such as a `FaultyStream` around it.
 
         Raises:
-            ValueError: it has no such user.
+            ValueError: the server does not have the user.
+            Exception: the errors of `bokbok_trio.open_connection`.
         """
         if user is None:
             user = next(iter(self.keys), None)
@@ -133,7 +136,7 @@ async def open_memory_server(
     close_handler: ConnectionHandler | None = None,
     settings: Settings = Settings(),  # noqa: B008  (immutable)
 ) -> AsyncGenerator[MemoryServer]:
-    """Open a server in memory, and let clients connect as whoever they like.
+    """Open a server in memory. Clients may connect as any of its users.
 
     ::
 
@@ -147,9 +150,9 @@ async def open_memory_server(
     Arguments:
         request_handler, channel_handler, open_handler, close_handler, settings: as for
             `bokbok_trio.open_server`.
-        users: whom it knows, by names; each gets a key of its own. None: it is plain, and knows nobody.
+        users: the names of its users, each of whom gets a new key; None for a plain server.
 
-    What the block raises comes out as itself.
+    An exception of the block is raised as itself.
     """
     keys = None if users is None else {user: Key.generate() for user in users}
     listener = MemoryListener()
@@ -180,7 +183,7 @@ async def open_connection_pair(
     server_settings: Settings = Settings(),  # noqa: B008  (immutable)
     wrap: Callable[[trio.abc.HalfCloseableStream], trio.abc.Stream] = lambda stream: stream,
 ) -> AsyncGenerator[tuple[Connection, Connection]]:
-    """Open both ends of a connection in memory, through the whole of handshake and server.
+    """Open both ends of a connection in memory, with a real server and handshake.
 
     ::
 
@@ -189,14 +192,14 @@ async def open_connection_pair(
 
     Arguments:
         client_handler, server_handler: the request handlers of the two sides, or their combined handlers.
-        sealed: whether it is encrypted, for `user`, or plain.
-        user: the client's name, which the server sees as `Connection.user`.
-        client_channel_handler, server_channel_handler: their channel handlers.
-        client_close_handler, server_close_handler: their close handlers.
-        client_settings, server_settings: the bounds of the two sides.
-        wrap: what to put around the client's stream, such as a `FaultyStream`.
+        sealed: whether the connection is encrypted, with a new key for `user`; otherwise it is plain.
+        user: the client's name, which the server sees as `Connection.user` if the connection is encrypted.
+        client_channel_handler, server_channel_handler: the channel handlers of the two sides.
+        client_close_handler, server_close_handler: the close handlers of the two sides.
+        client_settings, server_settings: the settings of the two sides.
+        wrap: takes the client's stream and returns the stream to use, such as a `FaultyStream` around it.
 
-    What the block raises comes out as itself.
+    The block gets the two connections, first the client's. An exception of the block is raised as itself.
     """
     accepted: list[Connection] = []
     has_accepted = trio.Event()
@@ -236,22 +239,22 @@ async def consume_local(
     encode_hook: EncodeHook | None = None,
     decode_hook: DecodeHook | None = None,
 ) -> AsyncGenerator[_T]:
-    """Serve an interface and call it, both in memory: the stand-in that a client would have.
+    """Serve an interface in memory, and return the stand-in that a client would use.
 
     ::
 
         async with consume_local(Files, FilesInMemory()) as files:
             assert (await files.stat("/a")).size == 3
 
-    All that a call over a network goes through is there, with every check. The user is ``"user"``. It needs
-    the extra ``interface``.
+    Calls go through the same steps and checks as over a network. The user is ``"user"``. This needs the extra
+    ``interface``.
 
     Arguments:
         interface, implementation, encode_hook, decode_hook: as for `bokbok_trio.interface.expose`.
-        middleware: of the serving side.
+        middleware: the middleware of the serving side.
 
     Raises:
-        TypeError: as by `bokbok_trio.interface.expose`.
+        TypeError: as for `bokbok_trio.interface.expose`.
     """
     from .interface import consume, expose  # noqa: PLC0415  (the rest of this module works without msgspec)
 
@@ -263,25 +266,25 @@ async def consume_local(
 
 @final
 class Faults:
-    """What goes wrong in one direction of a `FaultyStream`. All of it may be changed at any time.
+    """The faults of one direction of a `FaultyStream`. They may be changed at any time.
 
-    Each piece of data waits while the direction is stalled, then for its delay and as long as its rate
-    demands; then bytes of it are dropped and corrupted, and it is altered.
+    Each piece of data waits while the direction is stalled, then for `delay`, and as long as `rate` demands.
+    Then some of its bytes are dropped or corrupted, and `alter` is applied.
 
     Attributes:
-        delay: seconds that each piece is held up. What comes meanwhile goes in one piece after it.
-        rate: bytes a second that pass at most; ``math.inf`` for no such limit.
-        most: bytes of a piece at most: 1 for one byte at a time; None for no such limit.
-        alter: a function that every piece goes through; one that it makes empty is lost. What it raises
-            is raised by the stream.
-        passed: how many bytes have come to the point where they are dropped, corrupted or passed on.
+        delay: seconds that each piece waits, 0 or more. Data that arrives meanwhile follows as one piece.
+        rate: bytes a second that may pass, more than 0; ``math.inf`` for no limit.
+        most: bytes that a piece may have, 1 or more; None for no limit.
+        alter: a function that takes each piece and returns the piece to pass on; None for no such function.
+            An empty piece is lost. The stream raises the errors of the function.
+        passed: how many bytes were dropped, corrupted or passed on by now.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._flowing = trio.Event()
         self._flowing.set()
-        self._scope: trio.CancelScope | None = None  # of the task that uses this direction
+        self._scope: trio.CancelScope | None = None  # around the task that uses this direction
         self._dropped: list[range] = []
         self._corrupted: list[range] = []
         self._end = math.inf
@@ -295,30 +298,30 @@ class Faults:
         return f"<bokbok_trio.testing.Faults of {self._name} after {self.passed} bytes>"
 
     def stall(self) -> None:
-        """Let nothing pass from now on, as where a peer has stopped reading, or a cable was pulled."""
+        """Let nothing pass from now on, as if the peer had stopped reading, or a cable was pulled."""
         if self._flowing.is_set():
             self._flowing = trio.Event()
 
     def resume(self) -> None:
-        """Let go on what `stall` has stopped. Nothing was lost."""
+        """End a stall. No data was lost."""
         self._flowing.set()
 
     def drop(self, count: int = 1, *, after: int = 0) -> None:
-        """Lose some bytes: so many, after so many more that pass."""
+        """Lose `count` bytes, after `after` more bytes have passed."""
         self._dropped.append(self._range(count, after))
 
     def corrupt(self, count: int = 1, *, after: int = 0) -> None:
-        """Flip a bit in each of some bytes: so many, after so many more that pass."""
+        """Flip a bit in each of `count` bytes, after `after` more bytes have passed."""
         self._corrupted.append(self._range(count, after))
 
     def cut(self, *, after: int) -> None:
-        """Cut the connection, both ways, when so many bytes more have passed in this direction."""
+        """Cut the connection, both ways, after `after` more bytes have passed in this direction."""
         self._end = self._range(0, after).start
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Refuse what could not be done, where it is written."""
+        """Refuse an impossible value at once, where the test sets it."""
         if name in {"rate", "most"} and value is not None and not cast("float", value) > 0:
-            raise ValueError(f"{name} must be over 0, not {value}; where nothing is to pass, call stall")
+            raise ValueError(f"{name} must be over 0, not {value}; to let nothing pass, call stall")
         if name == "delay" and not 0 <= cast("float", value) < math.inf:
             raise ValueError(f"delay must be at least 0 seconds, not {value}")
         super().__setattr__(name, value)
@@ -331,20 +334,22 @@ class Faults:
     # ---- for the stream ----
 
     def _limit(self, size: int | None) -> int | None:
-        """Bytes of the next piece at most, where there are, or are asked for, so many."""
+        """Return how many bytes the next piece may have, if `size` bytes are there or asked for; None: any
+        number.
+        """
         limits = [math.inf if limit is None else limit for limit in (size, self.most)]
         limit = min(*limits, self.rate * THROTTLE_STEP)
         return None if limit == math.inf else max(1, int(limit))
 
     async def _hold_up(self, size: int) -> None:
-        """Wait as long as a piece of so many bytes must."""
+        """Wait as long as a piece of `size` bytes must."""
         await self._flowing.wait()
         if seconds := self.delay + size / self.rate:
             await trio.sleep(seconds)
             await self._flowing.wait()
 
     def _edit(self, piece: bytes) -> tuple[bytes, bool]:
-        """What passes of a piece, and whether the connection is to be cut after it."""
+        """Return the bytes of a piece that pass, and whether the connection must be cut after them."""
         start = self.passed
         is_cut = start + len(piece) >= self._end
         if is_cut:
@@ -363,7 +368,7 @@ class Faults:
 
 @final
 class FaultyStream(trio.abc.HalfCloseableStream):
-    """A stream around another that fails as it is told, at any time, in each direction by itself.
+    """A stream around another, with faults that a test may set at any time, separately for each direction.
 
     ::
 
@@ -373,13 +378,13 @@ class FaultyStream(trio.abc.HalfCloseableStream):
         await stream.cut()
 
     Arguments:
-        transport: the stream to pass things on to. Below TLS there is room for one, above there is not.
+        transport: the stream below. With TLS, put the `FaultyStream` below the TLS stream, not around it.
 
     Attributes:
-        sending, receiving: what goes wrong in either direction; at first nothing.
+        sending, receiving: the faults of each direction; at first there are none.
 
     Raises:
-        TypeError: `transport` cannot be closed in one direction alone.
+        TypeError: `transport` is not a `trio.abc.HalfCloseableStream`.
     """
 
     def __init__(self, transport: trio.abc.HalfCloseableStream) -> None:
@@ -390,15 +395,15 @@ class FaultyStream(trio.abc.HalfCloseableStream):
         self._transport = transport
         self._is_cut = False
         self._is_closed = False
-        self._held = b""  # received, and being held up
-        self._ready = b""  # received, and to be returned next
+        self._held = b""  # received, and waiting
+        self._ready = b""  # received, and returned next
         self.sending = Faults("sending")
         self.receiving = Faults("receiving")
 
     async def cut(self) -> None:
         """Cut the connection now. Tasks that send or receive get `trio.BrokenResourceError` at once.
 
-        The other side sees the end of the stream. To let it see nothing at all, stall both directions.
+        The other side sees the end of the stream. If it must see nothing, stall both directions instead.
         """
         await self._cut(self.sending, self.receiving)
 
@@ -439,7 +444,7 @@ class FaultyStream(trio.abc.HalfCloseableStream):
             limit = self.receiving._limit(max_bytes)
             while not self._ready:
                 self._check()
-                # A cancelled call keeps what it has: the next one goes on with it.
+                # Keep the data in the stream: if this call is cancelled, the next one goes on with it.
                 self._held = self._held or bytes(await self._transport.receive_some(limit))
                 await self.receiving._hold_up(len(self._held))
                 if not self._held:
@@ -465,7 +470,11 @@ class FaultyStream(trio.abc.HalfCloseableStream):
 
     @contextmanager
     def _using(self, faults: Faults) -> Generator[None]:
-        """For the one task that uses a direction, and that `_interrupt` wakes."""
+        """Let one task use a direction. `_interrupt` ends the block.
+
+        Raises:
+            trio.BusyResourceError: another task uses the direction.
+        """
         if faults._scope is not None:
             raise trio.BusyResourceError(f"another task is {faults._name} on this stream")
         self._check()
@@ -485,7 +494,7 @@ class FaultyStream(trio.abc.HalfCloseableStream):
 
 
 def _interrupt(*directions: Faults) -> None:
-    """Wake the tasks that use them, to see what has become of the stream."""
+    """Wake the tasks that use these directions, so that they notice that the stream was closed or cut."""
     for faults in directions:
         if faults._scope is not None:
             faults._scope.cancel()

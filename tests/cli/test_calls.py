@@ -12,9 +12,9 @@ import pytest
 import trio
 
 from bokbok_trio import Connection, RequestError
-from bokbok_trio._cli import _calls
 from bokbok_trio._cli._schemas import MAX_DEPTH, TEMPLATE_DEPTH, Schemas
 from tests.support.cli import Run, address, handler, make_handler, run, serving
+from tests.support.inside import reads_arguments
 
 __all__ = ["address", "run"]
 
@@ -230,7 +230,7 @@ def test_what_is_read_may_take_any_time(run: Run, address: str, monkeypatch: pyt
     run_sync = trio.to_thread.run_sync
 
     async def spy(function: Any, *args: Any, **options: Any) -> Any:
-        if getattr(function, "func", None) is _calls._prepare:
+        if reads_arguments(function):
             limits.append(trio.current_effective_deadline() - trio.current_time())
         return await run_sync(function, *args, **options)
 

@@ -9,7 +9,9 @@ from trio.testing import MockClock
 from bokbok_trio import Connection, MessageTooLarge
 from bokbok_trio._protocol.pieces import MAX_IN_PIECES
 from bokbok_trio.testing import open_connection_pair
+from tests.support.connections import check_nothing_in_flight
 from tests.support.helpers import packet, raw_peer, settle
+from tests.support.inside import held_in_pieces, session_of
 
 MIB = 2**20
 LINK = 10_000_000 / 8
@@ -104,8 +106,8 @@ async def test_a_big_request_cancelled_half_way_is_forgotten_over_there(autojump
         assert trio.current_time() == pytest.approx(began + 1)
         assert await client.request(["1"]) == [b"\0"]
         await settle()
-        assert server._session._interpreter.reassembler.held == 0
-        assert server._session.handling == 0
+        assert held_in_pieces(session_of(server)) == 0
+        check_nothing_in_flight(client, server)
 
 
 async def test_what_is_held_of_a_peer_is_bounded(autojump_clock: MockClock) -> None:
@@ -114,7 +116,7 @@ async def test_what_is_held_of_a_peer_is_bounded(autojump_clock: MockClock) -> N
         for number in range(MAX_IN_PIECES):
             await peer.send(b"part", b"%d" % number, b"%d" % (4 * MIB - 60_000), bytes(60_000))
             await settle()
-            held.append(connection._session._interpreter.reassembler.held)
+            held.append(held_in_pieces(session_of(connection)))
         assert held == [60_000, 120_000, 180_000, 240_000]
         await peer.stream.send_all(packet(b"part", b"9", b"1", b"x"))
         await connection.wait_closed()

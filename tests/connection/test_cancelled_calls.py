@@ -13,6 +13,7 @@ import trio.lowlevel
 import trio.testing
 
 from bokbok_trio import Channel, Connection, ConnectionLost
+from tests.support.inside import items_held
 from tests.support.pairs import open_pair, over_all_ways, settle
 
 
@@ -193,7 +194,7 @@ async def test_a_handler_whose_channel_is_cancelled_before_takes_and_sends_nothi
 ) -> None:
     async def channel_handler(connection: Connection, request: list[bytes], channel: Channel) -> None:
         await channel.send([b"first"])
-        while not channel._buffer:
+        while not items_held(channel):
             await trio.sleep(0.001)
         with scope():
             await channel.send([b"cancelled"])

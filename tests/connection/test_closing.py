@@ -22,6 +22,7 @@ from bokbok_trio import (
     open_server,
 )
 from bokbok_trio.testing import FaultyStream, open_connection_pair
+from tests.support.inside import send_raw
 from tests.support.pairs import open_pair, over_all_ways, settle
 
 SIZES = [0, 60_000, 140_000, 300_000]
@@ -186,7 +187,7 @@ async def test_a_peer_that_broke_the_protocol_is_told_so(way: str) -> None:
 
     async with open_pair(way, None, handler) as (client, server):
         # Bytes that are no packet: a length that is far over the limit.
-        await client._stream.send_all(b"\xff\xff\xff\xff")
+        await send_raw(client, b"\xff\xff\xff\xff")
         with trio.fail_after(5):
             await client.wait_closed()
             await server.wait_closed()
@@ -457,11 +458,11 @@ async def test_ends_in_the_midst_of_traffic(way: str) -> None:
         await trio.sleep(0.001)
         return request
 
-    ends: list[Callable[[Connection, Connection], object]] = [
-        lambda client, server: client.drain(),
-        lambda client, server: server.drain(),
-        lambda client, server: client._close("of the test"),
-        lambda client, server: server._close("of the test"),
+    ends: list[Callable[[trio.Nursery, Connection, Connection], object]] = [
+        lambda nursery, client, server: client.drain(),
+        lambda nursery, client, server: server.drain(),
+        lambda nursery, client, server: nursery.start_soon(client.aclose),
+        lambda nursery, client, server: nursery.start_soon(server.aclose),
     ]
     for i in range(12):
         async with open_pair(way, handler, handler) as (client, server):
@@ -477,7 +478,7 @@ async def test_ends_in_the_midst_of_traffic(way: str) -> None:
                         nursery.start_soon(ask, client, size)
                         nursery.start_soon(ask, server, size)
                     await trio.sleep(0.0007 * i)
-                    ends[i % 4](client, server)
+                    ends[i % 4](nursery, client, server)
                 await client.wait_closed()
                 await server.wait_closed()
 

@@ -21,6 +21,7 @@ from bokbok_trio._stream.fast import FastStream
 from bokbok_trio._stream.secretbox import SecretboxStream
 from bokbok_trio.testing import open_connection_pair
 from tests.support.helpers import packet, raw_peer, settle
+from tests.support.inside import break_transport
 from tests.support.pairs import open_pair
 
 over_all_ends = pytest.mark.parametrize(
@@ -211,7 +212,7 @@ async def test_a_connection_that_is_kept_has_no_keys_any_more(
         assert len(keys) == 4
         assert len(owners()) >= 4
         if is_lost:
-            await trio.aclose_forcefully(client._stream)
+            await break_transport(client)
         else:
             await client.aclose()
         for connection in (client, server):

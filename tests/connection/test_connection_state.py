@@ -26,7 +26,6 @@ from bokbok_trio._trio_util import bare_nursery
 from bokbok_trio.testing import open_connection_pair
 from tests.support.helpers import (
     WholeStream,
-    check_idle,
     echo,
     open_peer,
     outcomes,
@@ -35,6 +34,8 @@ from tests.support.helpers import (
     req,
     settle,
 )
+from tests.support.inside import check_idle
+from tests.support.tasks import count_reading_tasks
 
 # ---- pings ----
 
@@ -124,10 +125,10 @@ async def test_a_stream_that_cannot_say_its_end_is_closed_at_once(
 
 async def test_a_follower_is_cancelled_with_what_is_around_the_connection() -> None:
     with trio.CancelScope() as scope:
-        async with open_connection_pair(server_handler=echo, client_handler=echo) as (client, server):
+        async with open_connection_pair(server_handler=echo, client_handler=echo) as (_, server):
             assert await server.request(["x"]) == [b"x"]
             await settle()
-            assert client._reader._turn.follower is not None
+            assert count_reading_tasks() == 3, "the client's second one waits for its turn"
             scope.cancel()
     assert scope.cancelled_caught
 

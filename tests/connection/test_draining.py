@@ -9,6 +9,7 @@ from trio.testing import MockClock
 from bokbok_trio import Connection, ConnectionClosed, ConnectionLost, RemoteError, Settings, open_connection
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.support.helpers import busy_handler, echo, raw_peer, settle
+from tests.support.inside import break_transport
 
 
 async def test_an_idle_connection_drains_at_once(sealed: bool, autojump_clock: MockClock) -> None:
@@ -197,7 +198,7 @@ async def test_no_request_is_lost_without_a_true_word_of_whether_it_ran(
                 for _ in range(steps):
                     await trio.lowlevel.checkpoint()
                 if how == "lose":
-                    await trio.aclose_forcefully(server._stream)
+                    await break_transport(server)
                 elif how == "drain":
                     server.drain()
                 else:

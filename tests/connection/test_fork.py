@@ -7,7 +7,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,6 @@ import pytest
 import trio
 import trio.testing
 
-import bokbok_trio._fork
 from bokbok_trio import Key, TCPAddress, UnixAddress, open_connection, open_server
 from bokbok_trio._fork import close_in_child, close_inherited
 from bokbok_trio._sockets import stream_address
@@ -25,6 +23,7 @@ from bokbok_trio._stream.secretbox import SecretboxStream
 from bokbok_trio._stream.socket import SocketStream, make_fast
 from bokbok_trio.testing import FaultyStream
 from tests.support.helpers import echo
+from tests.support.inside import forked_from_now_on, keys_held
 from tests.support.sockets import dial_to, listen_on, tcp_address
 
 KEY = Key(bytes(range(32)))
@@ -144,8 +143,8 @@ async def test_it_keeps_no_connection_that_was_being_dialled() -> None:
 
 async def test_it_leaves_the_socket_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "sock"
-    async with open_server(path, echo) as server:
-        [listener] = server._listeners
+    [listener] = await listen_on(UnixAddress(path))
+    async with open_server([listener], echo):
         assert in_child(lambda: run_coroutine(listener.aclose())) == "None"
         assert path.exists()
         assert "ClosedResourceError" in in_child(lambda: run_coroutine(listener.accept()))
@@ -181,17 +180,16 @@ async def test_it_seals_and_opens_nothing(over: str) -> None:
     await peer.send_all(b"for the parent")
 
     for act in (
-        lambda: stream._sealer.seal_all(b"x"),
+        lambda: stream.send_nowait(b"x"),
         lambda: run_coroutine(stream.send_all(b"x")),
         lambda: run_coroutine(stream.send_eof()),
         lambda: run_coroutine(stream.receive_some()),
         lambda: run_coroutine(stream.receive_view()),
-        lambda: stream._opener.direction.open(memoryview(b"")),
     ):
         assert "ClosedResourceError" in in_child(act)
-    assert in_child(stream._seal_end) == repr(b"")
+    assert in_child(stream.send_end_nowait) == str(over == "socket"), "nothing is left to be done"
     assert in_child(lambda: run_coroutine(stream.aclose())) == "None"
-    assert in_child(lambda: (stream._sealer._key, stream._opener.direction._key)) == "(b'', b'')"
+    assert in_child(lambda: keys_held(stream)) == "(b'', b'')"
     await stream.send_all(b"for the peer")
     assert await peer.receive_some() == b"for the peer"
     assert await stream.receive_some() == b"for the parent"
@@ -301,8 +299,7 @@ async def test_one_that_leaves_a_servers_block_ends_no_connection(
 @pytest.fixture
 def fork(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """What runs first in a child, for what is made from now on."""
-    monkeypatch.setattr(bokbok_trio._fork, "_inherited", weakref.WeakSet())
-    return bokbok_trio._fork._after_fork_in_child
+    return forked_from_now_on(monkeypatch)
 
 
 async def test_all_sockets_are_closed_and_no_file_is_removed(
@@ -321,9 +318,9 @@ async def test_all_sockets_are_closed_and_no_file_is_removed(
     assert dialled.socket.fileno() == accepted.socket.fileno() == -1
     sealed.close_nowait()
     with pytest.raises(trio.ClosedResourceError, match="the process that this one was forked from"):
-        sealed._sealer.seal_all(b"x")
+        sealed.send_nowait(b"x")
     with pytest.raises(trio.ClosedResourceError):
-        sealed._opener.direction.open(memoryview(b"x"))
+        await sealed.receive_some()
     for each in (tcp, unix):
         with pytest.raises(trio.ClosedResourceError):
             await each.accept()

@@ -26,6 +26,7 @@ from bokbok_trio import (
 )
 from bokbok_trio._protocol.handshake import MAX_REASON_SIZE
 from bokbok_trio.testing import MemoryListener
+from tests.support.inside import break_transport, refuse_for_too_many
 
 KEY = Key(bytes(range(32)))
 
@@ -193,14 +194,7 @@ async def test_a_user_with_the_longest_name_is_told_of_its_bound_too(
 
 
 def test_what_a_refused_client_is_told_fits() -> None:
-    server = Server.__new__(Server)
-    server._stopping = False
-    server._admitted, server._max_connections = 5, 10**18
-    server._settings = Settings(max_connections_per_user=10**60)
-    server._of_user = {"u": 10**60}  # type: ignore[assignment]
-    refusal = server._find_refusal("u")
-    assert refusal is not None
-    assert len(refusal.message.encode()) <= MAX_REASON_SIZE
+    assert len(refuse_for_too_many(10**60).encode()) <= MAX_REASON_SIZE
 
 
 # ---- orderly ends in the log of a client that reconnects ----
@@ -282,7 +276,7 @@ async def test_a_connection_that_is_lost_is_a_warning(caplog: pytest.LogCaptureF
         while not server.connections:
             await trio.sleep(0.001)
         [other_end] = server.connections
-        other_end._ending.fail("the cable is gone")
+        await break_transport(other_end)
         assert connection is not None
         with trio.fail_after(5):
             await connection.wait_closed()

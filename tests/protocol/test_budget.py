@@ -24,7 +24,7 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
-from bokbok_trio._accepting import fit_descriptors
+from bokbok_trio._admission import fit_descriptors
 from bokbok_trio._errors import HandshakeError
 from bokbok_trio._protocol.budget import COUNTED, MIN_WINDOW, Budget, Room
 from bokbok_trio._protocol.events import Answer, Failure, Request
@@ -34,6 +34,7 @@ from bokbok_trio._protocol.outbox import MIN_BATCH_SIZE
 from bokbok_trio._protocol.session import Session
 from bokbok_trio._protocol.slots import MAX_DEPTH
 from bokbok_trio.testing import open_connection_pair
+from tests.support.inside import session_of
 
 from ..support.helpers import RawPeer, echo, open_peer, outcomes, packet, req, settle
 
@@ -308,7 +309,7 @@ async def test_handlers_wait_before_they_begin_while_answers_are_not_read(waits:
                 answers += 1
         assert begun == 61
         assert got < 61 or waits
-        assert connection._session.waiting_bytes == 0
+        assert session_of(connection).waiting_bytes == 0
 
 
 async def test_one_that_waits_to_begin_may_be_cancelled() -> None:
@@ -405,8 +406,8 @@ async def test_a_channel_that_is_closed_gives_up_what_it_held() -> None:
         for _ in range(3):
             async with connection.open_channel([]):
                 await trio.testing.wait_all_tasks_blocked()
-                assert connection._session.flow_control.held == 4 * 50_005
-            assert connection._session.flow_control.held == 0
+                assert session_of(connection).flow_control.held == 4 * 50_005
+            assert session_of(connection).flow_control.held == 0
 
 
 # ---- a peer that reads slowly ----

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from bokbok_trio import ProtocolError
 from bokbok_trio._protocol.outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE, RESERVED_FRACTION, SLOW_SEND, Outbox
 from bokbok_trio._protocol.packets import PacketDecoder, decode_body, encode_packet
 from bokbok_trio._protocol.pieces import MAX_IN_PIECES, MAX_PIECE_SIZE, Reassembler
@@ -136,7 +135,6 @@ def test_big_packets_take_turns_and_four_at_most_are_open() -> None:
         [number] = {int(part[1]) for part in parts}
         turns.append(number)
         assert receiver.pieces.held <= MAX_IN_PIECES * LIMIT
-        assert len(receiver.pieces._in_pieces) <= MAX_IN_PIECES
     assert turns[:9] == [*[0, 1, 2, 3] * 2, 0], "the first is done, its last bytes too, and makes room"
     assert turns[9] == 4
     assert sorted(turns) == sorted([0, 1, 2, 3, 4, 5] * 3)
@@ -281,41 +279,3 @@ def test_whatever_is_queued_arrives_once_unless_it_was_taken_back(operations: li
         pass
     assert sorted(receiver.whole) == sorted(sizes.items())
     assert receiver.pieces.held == 0
-
-
-# ---- pieces that break the rules ----
-
-
-@pytest.mark.parametrize(
-    ("pieces", "error"),
-    [
-        ([(0, 0, b"")], "an empty piece"),
-        ([(0, 5, b"x"), (0, 5, b"")], "an empty piece"),
-        ([(0, LIMIT, b"x")], f"a packet of {LIMIT + 1} bytes"),
-        ([(0, 10**17, b"x")], "a packet of 100000000000000001 bytes"),
-        ([(0, 5, b"x"), (0, 5, b"x")], "a piece with 5 bytes to come after one with 5"),
-        ([(0, 5, b"x"), (0, 0, b"x")], "a piece with 0 bytes to come after one with 5"),
-        ([(0, 5, b"x"), (0, 0, b"123456")], "a piece with 0 bytes to come"),
-        ([(n, 5, b"x") for n in range(MAX_IN_PIECES + 1)], "more than 4 packets in pieces"),
-    ],
-)
-def test_pieces_that_break_the_rules(pieces: list[tuple[int, int, bytes]], error: str) -> None:
-    receiver = Reassembler(LIMIT)
-    for piece in pieces[:-1]:
-        assert receiver.add(*piece) is None
-    held = receiver.held
-    with pytest.raises(ProtocolError, match=error):
-        receiver.add(*pieces[-1])
-    assert receiver.held == held, "nothing of it was kept"
-
-
-def test_the_limit_itself_is_allowed() -> None:
-    receiver = Reassembler(5)
-    assert receiver.add(0, 3, b"ab") is None
-    assert bytes(receiver.add(0, 0, b"cde") or b"") == b"abcde"
-    assert receiver.held == 0
-
-
-def test_a_drop_of_what_is_not_there() -> None:
-    with pytest.raises(ProtocolError, match="`drop` of packet 7, of which no piece has come"):
-        Reassembler(5).drop(7)

@@ -1,11 +1,10 @@
 """The vectors, the handshake of the package, the second implementation and the texts in ``docs``.
 
-The engine of an open connection is compared with them in ``test_second_implementation.py``.
+The engine of an open connection is compared with them in ``test_engine_vectors.py``.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,14 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from bokbok_trio import (
-    AuthenticationError,
-    HandshakeError,
-    Key,
-    ProtocolError,
-    open_connection,
-    open_server,
-)
+from bokbok_trio import AuthenticationError, HandshakeError, Key, ProtocolError, open_connection, open_server
 from bokbok_trio._keys import encode_user
 from bokbok_trio._protocol.handshake import ClientHandshake, ServerHandshake
 from bokbok_trio._protocol.limits import Limits
@@ -30,21 +22,15 @@ from bokbok_trio._protocol.options import decode_options
 from bokbok_trio._protocol.packets import PacketDecoder, decode_number
 from bokbok_trio._stream.secretbox import SecretboxStream
 from bokbok_trio.testing import MemoryListener
+from tests.support.vectors import CONNECTION, OPEN_LIMITS, VECTORS, both_modes, named, packet_before
 
 from ..support import second_implementation as second
+from ..support.connection_vectors import server_of_a_sequence
 from ..support.helpers import decode
-from ..support.make_vectors import (
-    CLIENT_GREASE,
-    CLIENT_OPTIONS,
-    PATH,
-    SERVER_GREASE,
-    dump,
-    make,
-    server_of_a_sequence,
-)
+from ..support.make_vectors import PATH, dump, make
+from ..support.vector_parts import CLIENT_GREASE, CLIENT_OPTIONS, SERVER_GREASE
 
 DOCS = Path(__file__).parents[2] / "docs"
-VECTORS: dict[str, Any] = json.loads(PATH.read_text(encoding="ascii"))
 SEALED = VECTORS["sealed"]
 PLAIN = VECTORS["plain"]
 HANDSHAKES: dict[str, Any] = {"sealed": SEALED, "plain": PLAIN}
@@ -52,17 +38,6 @@ HANDSHAKES: dict[str, Any] = {"sealed": SEALED, "plain": PLAIN}
 
 def unhex(vector: Mapping[str, Any], *names: str) -> list[bytes]:
     return [bytes.fromhex(vector[name]) for name in names]
-
-
-def named(vectors: list[dict[str, Any]]) -> pytest.MarkDecorator:
-    """Run a test for each vector, with its name."""
-    ids = [
-        " ".join(str(vector[key]) for key in ("to", "mode", "name") if key in vector) for vector in vectors
-    ]
-    return pytest.mark.parametrize("vector", vectors, ids=ids)
-
-
-both_modes = pytest.mark.parametrize("mode", ["sealed", "plain"])
 
 
 # ---- the file ----
@@ -408,17 +383,6 @@ async def test_bad_records(vector: dict[str, Any]) -> None:
 
 
 # ---- an open connection ----
-
-
-CONNECTION = VECTORS["connection"]
-OPEN_LIMITS = (CONNECTION["max_message_size"], CONNECTION["max_requests"])
-
-
-def packet_before(kind: bytes) -> bytes:
-    """What must come before a good packet of this kind."""
-    names = {b"cancel": "req", b"drop": "part"}
-    found = [vector["packet"] for vector in CONNECTION["good"] if vector["name"] == names.get(kind)]
-    return bytes.fromhex("".join(found))
 
 
 @named(CONNECTION["good"])

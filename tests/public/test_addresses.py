@@ -212,7 +212,7 @@ def test_only_tcp_must_stay_at_home() -> None:
 @pytest.mark.parametrize("insecure", [False, True])
 def test_an_address_that_only_says_where_to_listen(insecure: bool) -> None:
     for address in (TCPAddress("", 80), TCPAddress("localhost", 0), TCPAddress("", 0)):
-        with pytest.raises(AddressError, match=f"^{address} can be listened on, and not dialled"):
+        with pytest.raises(AddressError, match=f"^{address} is for listening and cannot be dialled"):
             check_dialable(address, insecure=insecure)
 
 

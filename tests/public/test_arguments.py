@@ -137,7 +137,7 @@ async def test_a_mode_without_0o_is_refused(mode: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0, 0o444, 0o77, True])
 async def test_a_mode_by_which_nobody_connects_is_refused(mode: int, tmp_path: Path) -> None:
-    text = f"unix_mode {oct(mode)} lets not even the file's owner connect"
+    text = f"unix_mode {oct(mode)} does not let the file's owner connect"
     await expect_refusal(open_server, ValueError, text, on=tmp_path / "sock", unix_mode=mode)
 
 

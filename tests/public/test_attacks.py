@@ -1,7 +1,8 @@
 """Attacks on the wire: a real client and a real server, sealed, and somebody in the middle of them.
 
 What an attacker does to single messages and streams is tested where these are: `test_handshake`,
-`test_opening`, `test_secretbox_stream`, `test_vectors`; an attacker who only waits, in `test_watchdog`.
+`test_handshake_attacks`, `test_establish_attacked`, `test_records`, `test_vectors`; an attacker who only
+waits, in `test_watchdog`.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ class Middle:
 
     def __init__(self, server: Address) -> None:
         assert isinstance(server, TCPAddress)
-        self._server = server
+        self.server = server
         self.attack: Attack = pass_on
         self.seen: tuple[list[bytes], list[bytes]] = ([], [])
 
     async def serve(self, client: trio.SocketStream) -> None:
-        server = await trio.open_tcp_stream("127.0.0.1", self._server.port)
+        server = await trio.open_tcp_stream("127.0.0.1", self.server.port)
         try:
             async with client, server, trio.open_nursery() as nursery:
                 nursery.start_soon(self._carry, client, server, CLIENT, self.attack)
@@ -347,7 +348,7 @@ async def test_a_recorded_session_gets_in_nowhere() -> None:
             await client.request(["order"])
         sent, received = scene.middle.seen
         for upto in (2, len(sent)):
-            stream = await trio.open_tcp_stream("127.0.0.1", scene.middle._server.port)
+            stream = await trio.open_tcp_stream("127.0.0.1", scene.middle.server.port)
             await stream.send_all(b"".join(sent[:upto]))
             answered = b""
             async with in_time():

@@ -25,7 +25,7 @@ from bokbok_trio._protocol.packets import encode_packet
 from bokbok_trio._stream.handshake_io import exchange_hello, receive_packet
 from bokbok_trio._stream.socket import make_fast
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
-from tests.support.helpers import MAGIC, echo, packet
+from tests.support.helpers import MAGIC, close_in_one_step, echo, packet
 
 KEY = Key(bytes(range(32)))
 
@@ -188,7 +188,7 @@ async def test_losing_the_race_with_a_failing_block() -> None:
     """The block fails in the very moment in which the peer goes: the block's error comes out."""
     with pytest.raises(KeyError):
         async with open_connection_pair() as (_, server):
-            server._close("gone")
+            await close_in_one_step(server)
             raise KeyError
 
 

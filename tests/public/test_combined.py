@@ -171,7 +171,7 @@ async def test_what_was_added_is_found() -> None:
 async def test_only_combined_handlers_can_be_added() -> None:
     async with open_connection_pair() as (client, _):
         wrong: Any = echo
-        with pytest.raises(TypeError, match="has handle_request and handle_channel"):
+        with pytest.raises(TypeError, match="must have handle_request and handle_channel"):
             add_handler(client, b"a", wrong)
         wrong = "a"
         with pytest.raises(TypeError, match="the first field of requests is bytes, not 'a'"):

@@ -68,7 +68,7 @@ async def test_a_host_name_that_is_here_is_looked_up_once() -> None:
 @pytest.mark.parametrize("insecure", [False, True])
 @pytest.mark.parametrize("address", [TCPAddress("", 80), TCPAddress("localhost", 0)])
 async def test_an_address_that_only_says_where_to_listen(address: Address, insecure: bool) -> None:
-    with pytest.raises(AddressError, match=f"^{address} can be listened on, and not dialled"):
+    with pytest.raises(AddressError, match=f"^{address} is for listening and cannot be dialled"):
         await dial_to(address, insecure=insecure)
 
 

@@ -371,19 +371,22 @@ async def test_a_file_may_be_too_large(source: Side, target: Side) -> None:
 @pytest.mark.parametrize(
     ("items", "match"),
     [
-        ([], "ended, where 'file'"),
-        ([[]], "said b''"),
-        ([["file"]], "said b'file'"),
-        ([["data", "x"]], "said b'data'"),
-        *[([["file", number]], "no number") for number in ("", "-1", "+1", "1_0", "01", " 1", "9" * 19, "x")],
-        ([["file", "5"]], "ended, where 'from'"),
+        ([], "ended instead of sending 'file'"),
+        ([[]], "sent b''"),
+        ([["file"]], "sent b'file'"),
+        ([["data", "x"]], "sent b'data'"),
+        *[
+            ([["file", number]], "not a number")
+            for number in ("", "-1", "+1", "1_0", "01", " 1", "9" * 19, "x")
+        ],
+        ([["file", "5"]], "ended instead of sending 'from'"),
         ([["file", "5"], ["from", "5"]], "goes on from 5 instead of 2"),
         ([["file", "5"], ["from", "1"]], "goes on from 1 instead of 2"),
-        ([["file", "5"], ["from", "0"], ["data", ""]], "0 bytes came where 1 to 5"),
-        ([["file", "5"], ["from", "0"], ["data", "123456"]], "6 bytes came where 1 to 5"),
-        ([["file", "5"], ["from", "2"], ["data", "1234"]], "4 bytes came where 1 to 3"),
-        ([["file", "5"], ["from", "0"], ["data", "123"], ["end", "x"]], "said b'end'"),
-        ([["file", "5"], ["from", "0"], ["data", "12345"], ["data", "6"]], "said b'data'"),
+        ([["file", "5"], ["from", "0"], ["data", ""]], "0 bytes instead of 1 to 5"),
+        ([["file", "5"], ["from", "0"], ["data", "123456"]], "6 bytes instead of 1 to 5"),
+        ([["file", "5"], ["from", "2"], ["data", "1234"]], "4 bytes instead of 1 to 3"),
+        ([["file", "5"], ["from", "0"], ["data", "123"], ["end", "x"]], "sent b'end'"),
+        ([["file", "5"], ["from", "0"], ["data", "12345"], ["data", "6"]], "sent b'data'"),
     ],
 )
 async def test_a_sender_that_breaks_the_rules(items: Any, match: str, target: Side) -> None:
@@ -413,12 +416,12 @@ async def test_what_arrived_differently_is_dropped(target: Side) -> None:
 @pytest.mark.parametrize(
     ("items", "match"),
     [
-        ([], "ended, where 'from'"),
-        ([["from", "0"]], "said b'from'"),
-        ([["from", "x", ""]], "no number"),
+        ([], "ended instead of sending 'from'"),
+        ([["from", "0"]], "sent b'from'"),
+        ([["from", "x", ""]], "not a number"),
         ([["from", str(len(SOME) + 1), ""]], f"has {len(SOME) + 1} bytes of a file of {len(SOME)}"),
-        ([["from", str(len(SOME)), digest_of(SOME)]], "ended, where 'done'"),
-        ([["from", str(len(SOME)), digest_of(SOME)], ["well done"]], "said b'well done'"),
+        ([["from", str(len(SOME)), digest_of(SOME)]], "ended instead of sending 'done'"),
+        ([["from", str(len(SOME)), digest_of(SOME)], ["well done"]], "sent b'well done'"),
     ],
 )
 async def test_a_receiver_that_breaks_the_rules(items: Any, match: str, source: Side) -> None:

@@ -32,12 +32,9 @@ from bokbok_trio._protocol.events import Request
 from bokbok_trio._protocol.session import Session
 from bokbok_trio.testing import MemoryListener, open_connection_pair
 from tests.support.helpers import echo, packet, settle
+from tests.support.inside import close_as_a_channel_opens
 
 KEY = Key.generate()
-
-
-async def sleep_in_channel(connection: Connection, request: list[bytes], channel: Channel) -> None:
-    await trio.sleep_forever()
 
 
 async def sleep(connection: Connection, request: list[bytes]) -> None:
@@ -63,21 +60,32 @@ async def test_a_handler_that_closes_its_channel_and_goes_on_is_seen_to_at_once(
 
 
 async def test_channels_that_are_cancelled_before_their_handlers_begin_leave_nothing() -> None:
-    async def never(connection: Connection) -> None:
-        await trio.sleep_forever()
+    may_begin = trio.Event()
 
-    async with open_server("127.0.0.1:0", channel_handler=sleep_in_channel, open_handler=never) as server:
+    async def on_open(connection: Connection) -> None:
+        await may_begin.wait()
+
+    async def handler(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes]:
+        return await channel.receive()
+
+    settings = Settings(max_message_size=2**16, budget=2**20)  # for less than all that is sent
+    async with open_server(
+        "127.0.0.1:0", channel_handler=handler, open_handler=on_open, settings=settings
+    ) as server:
         async with open_connection(server.addresses[0]) as client:
-            for _ in range(20):
+            for _ in range(30):
                 async with client.open_channel([]) as channel:
                     await channel.send([bytes(40_000)])
                     await client.ping()
             await client.ping()
             [accepted] = server.connections
-            while accepted._session.handling:
+            while accepted.statistics().handlers_running:
                 await client.ping()
-            assert len(accepted._channels) == 0
-            assert accepted._session.flow_control.held == 0
+            async with client.open_channel([]) as channel:
+                await channel.send([bytes(40_000)])
+                await client.ping()
+                may_begin.set()
+                assert await channel.answer() == [bytes(40_000)]
         server.stop(0)
 
 
@@ -277,9 +285,11 @@ async def test_a_defect_of_ours_in_sending_is_told_as_one_and_at_once(
     async with open_server([listener], echo):
         async with open_connection(listener.connect()) as client:
             take = Session.take
+            takers: list[Session] = []  # the client's comes first
 
             def fail(self: Session, *args: Any) -> bytes:
-                if self is client._session:
+                takers.append(self)
+                if self is takers[0]:
                     raise KeyError(5)
                 return take(self, *args)
 
@@ -466,25 +476,12 @@ async def test_a_channel_whose_connection_is_closed_as_it_opens(
     async def handler(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes]:
         return [b"done"]
 
-    may_ask = Connection._may_ask
-    asked = 0
-
-    def close_at_second(self: Connection, depth: int = 0) -> bool:
-        nonlocal asked
-        asked += 1
-        if asked == 2:
-            if who == "connection":
-                self._close("closed at that moment")
-            else:
-                client._close()
-        return may_ask(self, depth)
-
     async with (
         open_server("127.0.0.1:0", echo, channel_handler=handler) as server,
         open_reconnecting(server.addresses[0]) as client,
     ):
         await client.request(["x"])
-        monkeypatch.setattr(Connection, "_may_ask", close_at_second)
+        close_as_a_channel_opens(monkeypatch, client, for_good=who == "client")
         if who == "connection":
             async with client.open_channel([]) as channel:
                 assert await channel.answer() == [b"done"]

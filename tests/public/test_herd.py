@@ -28,6 +28,7 @@ from bokbok_trio._protocol.handshake import ClientHandshake
 from bokbok_trio._protocol.limits import Limits
 from bokbok_trio._stream.establish import MAX_WAIT_SHARE
 from bokbok_trio.testing import MemoryListener
+from tests.support.clients import GivenListener
 from tests.support.helpers import echo, settle
 
 KEY = Key(bytes(range(32)))
@@ -211,11 +212,11 @@ async def test_displaced_streams_that_do_not_end_are_bounded_too(
         async def aclose(self) -> None:
             await trio.lowlevel.checkpoint()
 
-    listener = MemoryListener()
+    listener = GivenListener()
     settings = Settings(max_handshakes=2, handshake_timeout=math.inf)
     async with open_server([listener], echo, settings=settings) as server:
         for _ in range(100):
-            listener._send.send_nowait(Stubborn())
+            listener.give(Stubborn())
         await settle()
         assert server.statistics().handshakes == 4
         await trio.sleep(51)

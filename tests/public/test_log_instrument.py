@@ -53,7 +53,7 @@ async def test_each_request_has_a_line_with_its_connection_and_its_id(
         f"connection {number}{rest}"
         for number, user in ((1, "alice"), (2, "bob"))
         for rest in (
-            f" is opened: a client's, with None, user '{user}'",
+            f" is open: this side is the client, the peer is None, user '{user}'",
             ": request 0 out 'a': ok after 0.000 s (waited 0.000), 13 bytes in, 13 out",
             ": request 2 out 'no': error 'no\\nway' after 0.000 s (waited 0.000), 0 bytes in, 7 out",
             ": request 4 out 'sleep': timeout after 2.000 s (waited 0.000), 0 bytes in, 15 out",
@@ -92,7 +92,7 @@ async def test_a_server_says_nothing_twice(caplog: pytest.LogCaptureFixture) -> 
             await client.request(["a"])
     texts = [each.message for each in caplog.records]
     assert len([text for text in texts if "has ended" in text]) == 1
-    assert len([text for text in texts if "is opened" in text]) == 1
+    assert len([text for text in texts if "is open: " in text]) == 1
 
 
 @pytest.mark.parametrize(("slow", "error"), [("1", TypeError), (-1, ValueError), (float("nan"), ValueError)])

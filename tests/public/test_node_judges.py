@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -11,22 +10,15 @@ import pytest
 from bokbok_trio._protocol.events import Abort, Answer, Event, Failure, Item, Request
 from bokbok_trio._protocol.session import Session
 
-from ..protocol.test_second_implementation import engine_of_a_sequence
-from ..protocol.test_vectors import CONNECTION
 from ..support import second_implementation as second
-from ..support.node_peer import NodeProcess, node_process, why_not
+from ..support.node_peer import NodeProcess, why_not
+from ..support.vectors import CONNECTION, engine_of_a_sequence
 
 if (reason := why_not()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 SEQUENCES = 250
 """For each seed."""
-
-
-@pytest.fixture(scope="module")
-def process() -> Generator[NodeProcess]:
-    with node_process() as process:
-        yield process
 
 
 class Client:

@@ -18,7 +18,6 @@ import pytest
 import trio
 import trio.testing
 
-import bokbok_trio._unix_listener
 from bokbok_trio import AddressError, UnixAddress
 from bokbok_trio._sockets import listener_address, stream_address
 from bokbok_trio._unix_listener import LOCK_WARNING
@@ -249,13 +248,13 @@ async def test_a_file_that_cannot_be_removed_does_not_keep_the_listener_open(
 async def test_of_many_that_start_together_on_a_stale_file_one_wins(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def remove_stale(path: str) -> None:
-        real_remove_stale(path)
+    def unlink(path: str) -> None:
+        real_unlink(path)
         time.sleep(0.005)  # whoever is not kept out by the lock comes in now
 
-    real_remove_stale = bokbok_trio._unix_listener._remove_stale
-    monkeypatch.setattr(bokbok_trio._unix_listener, "_remove_stale", remove_stale)
+    real_unlink = os.unlink
     make_stale(path)
+    monkeypatch.setattr(os, "unlink", unlink)
     winners: list[trio.abc.Listener[trio.SocketStream]] = []
     refused: list[str] = []
 
@@ -380,8 +379,8 @@ async def test_a_forked_copy_of_the_lock_holds_nobody_up(path: str, monkeypatch:
     """Another thread may fork while the lock is held; its child has a copy of the descriptor."""
     copies: list[int] = []
 
-    def remove_stale(path: str) -> None:
-        real_remove_stale(path)
+    def unlink(path: str) -> None:
+        real_unlink(path)
         [lock] = [
             int(fd)
             for fd in os.listdir("/proc/self/fd")
@@ -390,9 +389,10 @@ async def test_a_forked_copy_of_the_lock_holds_nobody_up(path: str, monkeypatch:
         ]
         copies.append(os.dup(lock))
 
-    real_remove_stale = bokbok_trio._unix_listener._remove_stale
+    real_unlink = os.unlink
+    make_stale(path)
     with monkeypatch.context() as patch:
-        patch.setattr(bokbok_trio._unix_listener, "_remove_stale", remove_stale)
+        patch.setattr(os, "unlink", unlink)
         [first] = await listen_on(UnixAddress(path))
     [second] = await listen_on(UnixAddress(f"{path}2"), timeout=0.1)
     os.close(copies[0])
@@ -403,12 +403,13 @@ async def test_a_forked_copy_of_the_lock_holds_nobody_up(path: str, monkeypatch:
 async def test_a_server_that_knows_nothing_of_the_lock_comes_first(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def remove_stale(path: str) -> None:
-        real_remove_stale(path)
+    def unlink(path: str) -> None:
+        real_unlink(path)
         other.bind(path)
 
-    real_remove_stale = bokbok_trio._unix_listener._remove_stale
-    monkeypatch.setattr(bokbok_trio._unix_listener, "_remove_stale", remove_stale)
+    real_unlink = os.unlink
+    make_stale(path)
+    monkeypatch.setattr(os, "unlink", unlink)
     with socket.socket(socket.AF_UNIX) as other:
         with pytest.raises(AddressError, match=f"^{path} is in use$") as caught:
             await listen_on(UnixAddress(path))

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 from bokbok_trio import Connection, ConnectionLost, Key, Settings, open_connection, open_server
 from bokbok_trio._protocol.outbox import MAX_BATCH_SIZE, MIN_BATCH_SIZE
-from bokbok_trio._stream.fast import Load
+from bokbok_trio._stream.fast import Load, PlainStream
 from bokbok_trio._stream.pacing import (
     LEAST_BOUND,
     MAX_WAIT,
@@ -223,12 +223,19 @@ async def answer_by_size(connection: Connection, request: list[bytes]) -> list[b
     return [bytes(int(request[0]))]
 
 
-async def test_while_a_big_packet_waits_small_ones_go(sealed: bool, autojump_clock: MockClock) -> None:
+def say_load(monkeypatch: pytest.MonkeyPatch, load: Callable[[], Load | None]) -> None:
+    """Have all streams of connections that are opened from now on, and that are no sockets, tell this."""
+    monkeypatch.setattr(PlainStream, "load", lambda _: load())
+
+
+async def test_while_a_big_packet_waits_small_ones_go(
+    sealed: bool, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stuck = Load(MIB, MIB, 0, 0.0, 0.0)
     began = trio.current_time()
     finished: list[float] = []
+    say_load(monkeypatch, lambda: stuck if trio.current_time() < began + MAX_WAIT / 2 else None)
     async with open_connection_pair(server_handler=answer_by_size, sealed=sealed) as (client, server):
-        server._sender._pacer = Pacer(lambda: stuck if trio.current_time() < began + MAX_WAIT / 2 else None)
 
         async def fetch() -> None:
             assert await client.request(["300000"]) == [bytes(300_000)]
@@ -246,7 +253,10 @@ async def test_while_a_big_packet_waits_small_ones_go(sealed: bool, autojump_clo
     assert began + MAX_WAIT / 2 <= finished[0] <= began + MAX_WAIT / 2 + PAUSE * 1.01
 
 
-async def test_a_peer_that_does_not_read_is_noticed_though_pieces_wait(autojump_clock: MockClock) -> None:
+async def test_a_peer_that_does_not_read_is_noticed_though_pieces_wait(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say_load(monkeypatch, lambda: Load(MIB, MIB, 0, 0.0, 0.0))
     settings = Settings(ping_after=3, ping_timeout=2)
     streams: list[FaultyStream] = []
 
@@ -255,7 +265,6 @@ async def test_a_peer_that_does_not_read_is_noticed_though_pieces_wait(autojump_
         return streams[0]
 
     async with open_connection_pair(echo, echo, client_settings=settings, wrap=wrap) as (client, server):
-        client._sender._pacer = Pacer(lambda: Load(MIB, MIB, 0, 0.0, 0.0))
         streams[0].sending.stall()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(talk, server)
@@ -279,9 +288,11 @@ async def ask(connection: Connection) -> None:
         await connection.request(["x"])
 
 
-async def test_closing_does_not_wait_for_the_queue_to_drain(autojump_clock: MockClock) -> None:
+async def test_closing_does_not_wait_for_the_queue_to_drain(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say_load(monkeypatch, lambda: Load(MIB, MIB, 0, 0.0, 0.0))
     async with open_connection_pair(server_handler=answer_by_size) as (client, server):
-        server._sender._pacer = Pacer(lambda: Load(MIB, MIB, 0, 0.0, 0.0))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_for, client, "300000")
             await trio.testing.wait_all_tasks_blocked()
@@ -296,10 +307,18 @@ async def ask_for(connection: Connection, size: str) -> None:
     assert len((await connection.request([size]))[0]) == int(size)
 
 
-async def test_a_connection_over_tcp_asks_its_socket() -> None:
+async def test_a_connection_over_tcp_asks_its_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     key = Key.generate()
+    told: list[Load | None] = []
+    load = SocketStream.load
+
+    def spy(stream: SocketStream) -> Load | None:
+        told.append(load(stream))
+        return told[-1]
+
+    monkeypatch.setattr(SocketStream, "load", spy)
     async with open_server("127.0.0.1:0", answer_by_size, user_key={"u": key}) as server:
         async with open_connection(str(server.addresses[0]), user="u", key=key) as connection:
             assert len((await connection.request(["1000000"]))[0]) == 1_000_000
-            load: Callable[[], Load | None] = connection._sender._pacer._load
-            assert load() is not None
+            assert told
+            assert None not in told

@@ -20,6 +20,7 @@ from bokbok_trio import (
     ChannelHandler,
     CombinedHandler,
     Connection,
+    ReconnectingConnection,
     RequestError,
     RequestHandler,
     Settings,
@@ -218,16 +219,11 @@ async def outcomes(peer: RawPeer, count: int) -> dict[int, bytes]:
     return outcome
 
 
-def check_idle(connection: Connection) -> None:
-    """Check that a connection is idle: no request remains, one task reads, and at most one waits to read."""
-    assert connection._session.handling == connection._session.queued == len(connection._handlers) == 0
-    assert not connection._sender.coalescing.is_corked
-    assert not connection._sender.lock.is_held
-    turn = connection._reader._turn
-    assert connection._reader._nursery is not None
-    tasks = connection._reader._nursery.child_tasks
-    assert tasks == {task for task in (turn.reader, turn.follower) if task is not None}
-    assert {task.name for task in tasks} == {"bokbok_trio reader"}
+async def close_in_one_step(connection: Connection | ReconnectingConnection) -> None:
+    """Close it, and wait for nothing; also in a task that this cancels."""
+    with trio.CancelScope(shield=True) as scope:
+        scope.cancel()
+        await connection.aclose()
 
 
 def check_holds_no_secret(error: BaseException, *secrets: bytes | str) -> None:

@@ -47,14 +47,14 @@ MUTATIONS: Final = [
         "_keys.py",
         "        return self._raw\n",
         "        return bytes(KEY_SIZE)\n",
-        "public/test_server.py::test_users_get_in_with_a_key_of_theirs_only",
+        "public/test_server_admission.py::test_users_get_in_with_a_key_of_theirs_only",
     ),
     Mutation(
         "h1-without-service",
         "_protocol/key_schedule.py",
         "h0 + bytes((len(service),)) + service + open_packet)",
         "h0 + open_packet)",
-        "public/test_server.py::test_services_must_agree",
+        "public/test_server_admission.py::test_services_must_agree",
     ),
     Mutation(
         "busy-before-key",
@@ -62,21 +62,21 @@ MUTATIONS: Final = [
         "                place.note_failure()\n",
         "                if (full := admit(None)) is not None:\n"
         "                    raise await _refuse(stream, full) from None\n",
-        "public/test_server.py::test_without_the_key_nobody_is_told_that_the_server_is_full",
+        "public/test_server_admission.py::test_without_the_key_nobody_is_told_that_the_server_is_full",
     ),
     Mutation(
         "h1-unchecked",
         "_protocol/handshake.py",
         "if hmac.compare_digest(opened[KEY_SIZE:], self._h1) and at < len(own):",
         "if at < len(own):",
-        "protocol/test_handshake.py::test_a_box_under_the_right_key_must_hold_the_hash",
+        "protocol/test_handshake_messages.py::test_a_box_under_the_right_key_must_hold_the_hash",
     ),
     Mutation(
         "h1-without-user",
         "_protocol/handshake.py",
         "self._service, encode_packet(*fields))",
         "self._service, encode_packet(*fields[2:]))",
-        "protocol/test_handshake.py::test_a_box_for_one_user_opens_for_no_other_with_the_same_key",
+        "protocol/test_handshake_attacks.py::test_a_box_for_one_user_opens_for_no_other_with_the_same_key",
     ),
     # ---- nobody without the user's key poses as the server ----
     Mutation(
@@ -91,7 +91,7 @@ MUTATIONS: Final = [
         "_protocol/key_schedule.py",
         'return keyed_hash(32, key.raw, b"bokbok1 server", h2)',
         'return keyed_hash(32, b"", b"bokbok1 server", h2)',
-        "protocol/test_handshake.py::test_a_server_that_only_knows_another_key_proves_nothing",
+        "protocol/test_handshake_messages.py::test_a_server_that_only_knows_another_key_proves_nothing",
     ),
     Mutation(
         "limits-before-proof",
@@ -100,7 +100,7 @@ MUTATIONS: Final = [
         "                peer_options = decode_options(options)\n",
         "                peer_options = decode_options(options)\n"
         "                final_keys = self._check_proof([max_message_size, max_requests, options], proof)\n",
-        "protocol/test_handshake.py::test_nothing_is_believed_before_the_proof",
+        "protocol/test_handshake_messages.py::test_nothing_is_believed_before_the_proof",
     ),
     # ---- nobody in the middle ----
     Mutation(
@@ -115,7 +115,7 @@ MUTATIONS: Final = [
         "_protocol/key_schedule.py",
         'return keyed_hash(32, b"", b"bokbok1 accept", h1 + box + accepted_packet)',
         'return keyed_hash(32, b"", b"bokbok1 accept", accepted_packet)',
-        "protocol/test_handshake.py::test_a_recorded_server_session_does_not_open_again",
+        "protocol/test_handshake_attacks.py::test_a_recorded_server_session_does_not_open_again",
     ),
     # ---- nobody changes the options of the handshake ----
     Mutation(
@@ -123,14 +123,14 @@ MUTATIONS: Final = [
         "_protocol/handshake.py",
         "self._service, encode_packet(*fields))",
         "self._service, encode_packet(*fields[:4]))",
-        "protocol/test_handshake.py::test_options_are_bound_by_the_hashes",
+        "protocol/test_handshake_messages.py::test_options_are_bound_by_the_hashes",
     ),
     Mutation(
         "options-before-box",
         "_protocol/handshake.py",
         "        self._claimed_options = decode_options(options)\n",
         "        self._claimed_options = self.peer_options = decode_options(options)\n",
-        "protocol/test_handshake.py::test_options_are_not_believed_before_the_box_has_opened",
+        "protocol/test_handshake_messages.py::test_options_are_not_believed_before_the_box_has_opened",
     ),
     # ---- nobody reads ----
     Mutation(
@@ -138,7 +138,7 @@ MUTATIONS: Final = [
         "_stream/records.py",
         "        self._counter += 1\n",
         "        self._counter = (self._counter + 1) % 3\n",
-        "stream/test_secretbox_stream.py::test_no_nonce_is_used_twice_under_a_key",
+        "stream/test_records.py::test_no_nonce_is_used_twice_under_a_key",
     ),
     Mutation(
         "one-key-both-ways",
@@ -197,14 +197,14 @@ MUTATIONS: Final = [
         "_stream/records.py",
         "        self.failure = reason\n",
         "",
-        "stream/test_secretbox_stream.py::test_a_failed_record_ends_receiving_though_good_ones_follow",
+        "stream/test_records.py::test_a_failed_record_ends_receiving_though_good_ones_follow",
     ),
     Mutation(
         "own-hello-comes-back",
         "_protocol/handshake.py",
         "        if theirs == self._public:\n",
         "        if False:\n",
-        "protocol/test_handshake.py::test_our_own_key_is_refused",
+        "protocol/test_handshake_messages.py::test_our_own_key_is_refused",
     ),
     # ---- a silent drop is noticed in time ----
     Mutation(
@@ -228,7 +228,7 @@ MUTATIONS: Final = [
         "_protocol/key_schedule.py",
         'keyed_hash(64, ee, b"bokbok1 shake", h0)',
         'keyed_hash(64, b"", b"bokbok1 shake", h0)',
-        "protocol/test_handshake.py::test_a_recording_stays_unreadable_to_who_has_the_key_later",
+        "protocol/test_handshake_attacks.py::test_a_recording_stays_unreadable_to_who_has_the_key_later",
     ),
     # ---- a listener learns neither the user name nor its length ----
     Mutation(
@@ -243,7 +243,7 @@ MUTATIONS: Final = [
         "_stream/establish.py",
         "                await send_packet(stream, handshake.open())\n",
         "                await send_packet(fast, handshake.open())\n",
-        "stream/test_establish.py::test_a_listener_sees_neither_the_user_name_nor_its_length",
+        "stream/test_establish_attacked.py::test_a_listener_sees_neither_the_user_name_nor_its_length",
     ),
     # ---- an unknown user and a wrong key look the same ----
     Mutation(
@@ -251,7 +251,7 @@ MUTATIONS: Final = [
         "_stream/establish.py",
         "                if handshake.sealed:  # a peer that the system names has nothing to guess\n",
         "                if handshake.sealed and keys:\n",
-        "stream/test_establish.py::test_every_refusal_of_a_user_looks_the_same_and_comes_at_the_same_time",
+        "stream/test_establish_refused.py::test_every_refusal_of_a_user_looks_the_same_and_comes_at_the_same_time",
     ),
     Mutation(
         "tries-tell",
@@ -266,14 +266,14 @@ MUTATIONS: Final = [
         "_stream/establish.py",
         "        user=user, key=key, service=service, limits",
         '        user=None, key=None, service="", limits',
-        "public/test_server.py::test_nothing_falls_back",
+        "public/test_server_admission.py::test_nothing_falls_back",
     ),
     Mutation(
         "server-answers-plain",
         "_stream/establish.py",
         "sealed=user_key is not None, service",
         "sealed=False, service",
-        "public/test_server.py::test_nothing_falls_back",
+        "public/test_server_admission.py::test_nothing_falls_back",
     ),
     # ---- a stranger costs the server little ----
     Mutation(
@@ -295,7 +295,7 @@ MUTATIONS: Final = [
         "_stream/establish.py",
         "    scope.deadline = began + settings.handshake_timeout\n",
         "",
-        "stream/test_establish.py::test_a_peer_that_stalls_at_any_call_is_given_the_timeout",
+        "stream/test_establish_fails.py::test_a_peer_that_stalls_at_any_call_is_given_the_timeout",
     ),
     Mutation(
         "anybody-is-displaced",
@@ -307,8 +307,8 @@ MUTATIONS: Final = [
     Mutation(
         "looked-up-is-displaced",
         "_places.py",
-        'but for `take_turn`."""\n        self._exit()\n',
-        'but for `take_turn`."""\n',
+        'only in `take_turn`."""\n        self._exit()\n',
+        'only in `take_turn`."""\n',
         "public/test_herd.py::test_a_newcomer_displaces_nobody_whose_user_is_looked_up",
     ),
     # ---- a channel holds no more than its credit ----
@@ -317,7 +317,7 @@ MUTATIONS: Final = [
         "_protocol/flow_control.py",
         "        if self.receive_credit <= 0:\n",
         "        if False:\n",
-        "connection/test_channel.py::test_a_lying_peer_loses_the_connection",
+        "connection/test_channel_packets.py::test_a_lying_peer_loses_the_connection",
     ),
     Mutation(
         "items-cost-nothing",
@@ -346,14 +346,14 @@ MUTATIONS: Final = [
         "_protocol/packets.py",
         "            if count == MAX_AT_ONCE:\n",
         "            if count == 2**30:\n",
-        "protocol/test_session.py::test_very_many_packets_are_decoded_some_at_a_time",
+        "protocol/test_interpreter.py::test_very_many_packets_are_decoded_some_at_a_time",
     ),
     Mutation(
         "nonsense-unbounded",
         "_protocol/interpreter.py",
         "        self._ignored += 1\n",
         "",
-        "protocol/test_session.py::test_packets_that_mean_nothing_are_bounded",
+        "protocol/test_interpreter.py::test_packets_that_mean_nothing_are_bounded",
     ),
     # ---- no key material is shown ----
     Mutation(
@@ -368,7 +368,7 @@ MUTATIONS: Final = [
         "_protocol/key_schedule.py",
         '        return "<DirectionKeys>"\n',
         '        return f"<DirectionKeys {self.c2s!r}>"\n',
-        "protocol/test_handshake.py::test_nothing_secret_shows_in_a_repr_an_error_or_a_log",
+        "protocol/test_handshake_attacks.py::test_nothing_secret_shows_in_a_repr_an_error_or_a_log",
     ),
     Mutation(
         "error-shows-key",
@@ -397,7 +397,7 @@ MUTATIONS: Final = [
         "_stream/identify.py",
         '    raise AuthenticationError(f"peer_user has no name for {credentials}")\n',
         '    return ""\n',
-        "public/test_server.py::test_whom_peer_user_does_not_name_is_refused_before_all_else",
+        "public/test_server_admission.py::test_whom_peer_user_does_not_name_is_refused_before_all_else",
     ),
 ]
 

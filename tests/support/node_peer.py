@@ -32,6 +32,9 @@ HOME: Final = Path(__file__).parents[2] / "interop" / "node"
 USER: Final = "zoë"
 KEY: Final = "d2" * 32
 
+SMALL_PIECES: Final[dict[str, Any]] = {"wholeUpTo": 300, "pieceSize": 101, "recordSize": 37}
+"""Settings for Node: packets in many pieces, and pieces in many records."""
+
 Role = Literal["node dials", "node listens"]
 
 
@@ -289,3 +292,21 @@ def where(address: Any) -> dict[str, Any]:
         if isinstance(address, TCPAddress)
         else {"path": str(address)}
     )
+
+
+async def until(condition: Any) -> None:
+    """Wait for what another process does, which no clock of ours can know."""
+    with trio.fail_after(5):
+        while not condition():
+            await trio.sleep(0.002)
+
+
+async def nothing_in_flight(link: Link) -> None:
+    """Both sides know of no request any more."""
+    with trio.fail_after(5):
+        while True:
+            counts = await link.node_does("counts")
+            ours = link.ours.statistics()
+            if ours.used_slots == ours.handlers_running == counts["asked"] == counts["theirs"] == 0:
+                assert counts["handling"] == 0
+                return

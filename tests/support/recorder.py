@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any
 
-from bokbok_trio import Connection, Settings
+from bokbok_trio import CombinedHandler, Connection, RequestHandler, Settings
 from bokbok_trio.instruments import (
     ConnectionEnded,
     ConnectionOpened,
@@ -15,6 +17,7 @@ from bokbok_trio.instruments import (
     RequestEnded,
     RequestStarted,
 )
+from bokbok_trio.testing import open_connection_pair
 
 
 class Recorder(Instrument):
@@ -98,3 +101,17 @@ class Recorder(Instrument):
         assert not handshakes
         assert not connections
         assert not requests
+
+
+@asynccontextmanager
+async def recorded_pair(
+    server_handler: RequestHandler | CombinedHandler | None = None, **more: Any
+) -> AsyncGenerator[tuple[Connection, Connection, Recorder, Recorder]]:
+    """Both ends of a connection, and what their instruments were told; checked at the end."""
+    ours, theirs = Recorder(), Recorder()
+    more.setdefault("client_settings", ours.settings())
+    more.setdefault("server_settings", theirs.settings())
+    async with open_connection_pair(server_handler=server_handler, **more) as (client, server):
+        yield client, server, ours, theirs
+    for each in (ours, theirs):
+        each.check()

@@ -1,0 +1,45 @@
+"""What tests of tasks share: handlers, what they wait for, and where they are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+import trio
+
+from bokbok_trio import Channel, Connection, current_request
+
+in_memory_and_over_sockets = pytest.mark.parametrize("over_sockets", [False, True])
+
+
+async def never_waits(connection: Connection, request: list[bytes]) -> list[bytes]:
+    return request
+
+
+class Foreign:
+    """What an object of another event loop does when it is awaited."""
+
+    def __await__(self) -> Generator[str, Any, Any]:
+        return (yield "are you there, asyncio?")
+
+
+async def wait_and_do(something: Callable[[], object]) -> None:
+    """Wait, and have something done before any other task has its turn."""
+
+    def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+        something()
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+
+async def sleep_forever(connection: Connection, request: list[bytes], *channel: Channel) -> None:
+    await trio.sleep_forever()
+
+
+async def tell_context(connection: Connection, request: list[bytes]) -> list[bytes | str]:
+    await trio.lowlevel.checkpoint()
+    return [f"{name}={value.decode()[:5]}" for name, value in current_request().context.items()]
