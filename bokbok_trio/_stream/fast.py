@@ -74,7 +74,7 @@ class FastStream(trio.abc.Stream):
         """
 
     def receive_nowait(self, max_bytes: int) -> bytes:  # noqa: ARG002
-        """Return bytes that are here already; nothing if there are none, or if the stream cannot tell."""
+        """Return bytes that are here already; empty: there are none, or the stream cannot tell."""
         return b""
 
     @abstractmethod
