@@ -1,8 +1,8 @@
 """The command `bokbok`, which is ``python -m bokbok_trio`` as well; ``docs/cli.rst`` describes it.
 
-`main` parses the command line, has a command do its work, and says in one line what went wrong. Each module
-has one concern: `_parser` the command line, `_connecting` the way to a connection, `_output` what is written,
-`_exits` what errors mean; the others are the commands.
+`main` parses the command line, runs a command, and reports an error in one line. Each module has one concern:
+`_parser` parses the command line, `_connecting` opens connections, `_output` writes, and `_exits` maps errors
+to exit codes and messages. The others are the commands.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Arguments:
-        argv: its arguments; those of the process if None.
+        argv: its arguments; None for those of the process.
 
     Returns:
         The exit code; ``docs/cli.rst`` has the table.
@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Output(json=options.json, seq=options.seq, raw=options.raw)
         with _logging(options):
             options.run(options, out)
-    except BaseException as exc:  # noqa: BLE001  (said below)
+    except BaseException as exc:  # noqa: BLE001  (reported below)
         return _fail(find_leaf(exc), options, out)
     return Exit.DONE
 
 
 def _fail(error: BaseException, options: Namespace, out: Output) -> int:
-    """Say what went wrong, and return the exit code."""
+    """Report an error, and return the exit code."""
     failure = explain(error)
     if options.verbose:
         traceback.print_exception(error)
@@ -60,7 +60,7 @@ def _fail(error: BaseException, options: Namespace, out: Output) -> int:
 
 @contextmanager
 def _logging(options: Namespace) -> Generator[None]:
-    """Show what the library logs, or nothing of it: what matters comes as an error too."""
+    """Show the log of the library if that is asked for. Else hide it: errors are reported anyway."""
     handler = logging.StreamHandler() if options.verbose or options.shows_log else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     before = logger.level

@@ -1,8 +1,9 @@
-r"""The arguments of a call as HTTPie writes them, or as a JSON object.
+r"""Parses the arguments of a call, written as for HTTPie or as a JSON object.
 
-``name=text`` is a text, or what the listing says that it stands for; ``name:=json`` is a value of JSON;
-``name=@file`` and ``name:=@file`` have the same in a file, ``@-`` in the standard input. ``name=\@text`` is a
-text that begins with ``@``. One argument alone may be a JSON object, ``@file`` with one, or ``-``.
+``name=text`` is a text, or the value that the text stands for by the listing; ``name:=json`` is a value of
+JSON; ``name=@file`` and ``name:=@file`` take the same from a file, ``@-`` from the standard input.
+``name=\@text`` is a text that begins with ``@``. One argument alone may be a JSON object, ``@file`` with one,
+or ``-``.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class Given(NamedTuple):
     """An argument as it stands on the command line.
 
     Attributes:
-        name: of the parameter.
-        is_json: its value is a JSON text.
-        text: its value, or None where it is in a file.
-        file: the file's path, ``-`` for the standard input.
+        name: the name of the parameter.
+        is_json: whether the value is a JSON text.
+        text: the value, or None if it is in a file.
+        file: the path of the file, or ``-`` for the standard input.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Given(NamedTuple):
     file: str | None
 
     def read(self) -> bytes:
-        """What stands there, or in the file.
+        """Return the bytes of the value, from the command line or from the file.
 
         Raises:
             CommandError: the file cannot be read.
@@ -48,14 +49,14 @@ class Given(NamedTuple):
 
 
 Arguments = dict[str, Any] | list[Given]
-"""Those of a call: an object of JSON, or one by one."""
+"""The arguments of a call: a JSON object, or a list of single arguments."""
 
 
 def parse_arguments(texts: Sequence[str]) -> Arguments:
-    """The arguments of a call.
+    """Parse the arguments of a call.
 
     Raises:
-        CommandError: they cannot be understood, or a file cannot be read.
+        CommandError: an argument is malformed, or a file cannot be read.
     """
     if len(texts) == 1:
         [text] = texts
@@ -95,12 +96,12 @@ def _parse_argument(text: str) -> Given:
 
 
 def to_values(arguments: Arguments, schemas: Schemas, schema: Any) -> dict[str, Any]:
-    """The values of arguments, as their schema says.
+    """Convert arguments to values by their schema.
 
     Arguments:
-        arguments: those that are values.
-        schemas: what the schema refers to.
-        schema: of the object that all of them are.
+        arguments: the arguments that are values.
+        schemas: the schemas that the schema refers to.
+        schema: the schema of the object of all arguments.
 
     Raises:
         CommandError: there is no such argument, or a value is wrong; the message begins with its name.

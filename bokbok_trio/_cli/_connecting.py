@@ -1,4 +1,4 @@
-"""From the options of a command to a connection, within a time."""
+"""Opens the connection of a command by its options, with a time limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .. import AddressError, Connection, Key, open_connection
 from ._exits import CommandError, Exit, describe_os_error
 
 DEFAULT_TIMEOUT: Final = 60.0
-"""Seconds that a command may take that is no stream, with dialling and all."""
+"""Seconds that a command may take, including dialling. Streams have no such limit."""
 
 USER: Final = "BOKBOK_USER"
 KEY_FILE: Final = "BOKBOK_KEY_FILE"
@@ -24,12 +24,12 @@ _T = TypeVar("_T")
 
 
 class Session(NamedTuple):
-    """What a command works with.
+    """The connection of a command, with its options and its time limit.
 
     Attributes:
         connection: the connection.
-        options: of the command.
-        scope: whose deadline is the end of all.
+        options: the options of the command.
+        scope: the scope of the command. Its deadline is the time limit.
     """
 
     connection: Connection
@@ -37,12 +37,12 @@ class Session(NamedTuple):
     scope: trio.CancelScope
 
     def allow_any_time(self) -> None:
-        """Have no deadline, unless one was given: what comes may take as long as it likes."""
+        """Have no deadline from now on, unless the options give one."""
         if self.options.timeout is None:
             self.scope.deadline = math.inf
 
     def allow_usual_time(self) -> None:
-        """Have the usual deadline from now on, unless one was given."""
+        """Have the usual deadline from now on, unless the options give one."""
         if self.options.timeout is None:
             self.scope.deadline = trio.current_time() + DEFAULT_TIMEOUT
 
@@ -51,7 +51,7 @@ def load_key(path: str) -> Key:
     """Load a key from a file.
 
     Raises:
-        CommandError: it cannot be read, or holds none.
+        CommandError: the file cannot be read, or holds no key.
     """
     try:
         return Key.load(path)
@@ -62,10 +62,10 @@ def load_key(path: str) -> Key:
 
 
 def find_key(options: Namespace) -> Key | None:
-    """The key to use, or None for a plain connection; its user becomes that of the options.
+    """Return the key to use, or None for a plain connection. Put the user into the options.
 
     Raises:
-        CommandError: what is given does not go together, or the key cannot be loaded.
+        CommandError: the options contradict each other, or the key cannot be loaded.
     """
     if options.plain:
         if options.user or options.key_file:
@@ -89,16 +89,16 @@ def find_key(options: Namespace) -> Key | None:
 def run_connected(
     options: Namespace, work: Callable[[Session], Awaitable[_T]], *, is_stream: bool = False
 ) -> _T:
-    """Open a connection, do some work with it, and return what came of it.
+    """Open a connection, run a function with it, and return the result.
 
     Arguments:
-        options: the address, and what `find_key` needs.
-        work: what to do.
-        is_stream: it may take any time, unless a time is given.
+        options: the options of the command.
+        work: the function.
+        is_stream: whether there is no time limit, unless the options give one.
 
     Raises:
         CommandError: there is no connection, or the time is over.
-        BaseException: what the work raises.
+        BaseException: any exception of the function.
     """
     key = find_key(options)
     limit = (None if is_stream else DEFAULT_TIMEOUT) if options.timeout is None else options.timeout

@@ -1,4 +1,4 @@
-"""What a command ends with: its exit codes, and what it says of an error."""
+"""The exit codes of commands, and their messages for errors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .._errors import escape
 from ._values import as_text
 
 RAISED: Final = "%"
-"""Before the name of a declared exception, in the code of an error; see ``docs/interfaces.rst``."""
+"""The prefix of the error code for a declared exception; see ``docs/interfaces.rst``."""
 
 INSECURE: Final = "insecure=True (or a key)"
-"""What the library says to pass for plain TCP, which is an option of ours."""
+"""The advice of the library for plain TCP, which is an option here."""
 
 
 class Exit(enum.IntEnum):
@@ -47,17 +47,17 @@ class Exit(enum.IntEnum):
 
 
 FORGIVABLE: Final = frozenset({*range(Exit.NO_CONNECTION, Exit.LOST_NOT_RUN + 1), Exit.TIME_OUT})
-"""What ``--graceful`` takes by its number."""
+"""The exit codes that ``--graceful`` takes."""
 
 
 class CommandError(Exception):
-    """What a command finds wrong itself.
+    """An error that a command finds itself.
 
     Arguments:
         message: one line.
-        exit: the code to end with.
-        code: of the error, for programs, where it has one.
-        details: what else was answered, for programs.
+        exit: the exit code.
+        code: the code of the error, for programs; may be empty.
+        details: the details of the answer, for programs.
     """
 
     def __init__(self, message: str, exit: Exit = Exit.OURS, code: str = "", details: Any = None) -> None:
@@ -71,18 +71,18 @@ class OutputError(Exception):
     """The output cannot be written."""
 
 
-class ReaderGone(Exception):  # noqa: N818  (what happened; it is no fault)
+class ReaderGone(Exception):  # noqa: N818  (the name says what happened; it is not an error)
     """Nobody reads the output any more."""
 
 
 class Failure(NamedTuple):
-    """What is said of an error.
+    """The report of an error.
 
     Attributes:
-        exit: the code to end with.
-        message: one line; nothing is said where it is empty.
-        code: of the error, for programs; mostly empty.
-        details: what else was answered, for JSON.
+        exit: the exit code.
+        message: one line; empty: nothing is written.
+        code: the code of the error, for programs; mostly empty.
+        details: the details of the answer, for JSON.
     """
 
     exit: Exit
@@ -91,13 +91,13 @@ class Failure(NamedTuple):
     details: Any = None
 
     def as_object(self) -> dict[str, Any]:
-        """The same, as an object of JSON."""
+        """Return the report as a JSON object."""
         shown = {"error": self.message, "exit": int(self.exit), "code": self.code, "details": self.details}
         return {name: value for name, value in shown.items() if value is not None and value != ""}
 
 
 def find_leaf(error: BaseException) -> BaseException:
-    """The error that counts, where a nursery put several together: Ctrl-C before all others."""
+    """Return the error to report if a nursery raised several: Ctrl-C before all others."""
     while isinstance(error, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", error)
         interrupts = group.subgroup(KeyboardInterrupt)
@@ -106,7 +106,7 @@ def find_leaf(error: BaseException) -> BaseException:
 
 
 def explain(error: BaseException) -> Failure:
-    """Say what an error means to who ran the command."""
+    """Make the report of an error for the user of the command."""
     message = escape(str(error)).replace(INSECURE, "--insecure (or a key)")
     if isinstance(error, CommandError):
         return Failure(error.exit, message, error.code, error.details)
@@ -143,7 +143,7 @@ def _explain_answer(error: RemoteError) -> Failure:
 
 
 def describe_os_error(error: OSError) -> str:
-    """An error of the system's in a line, without its number."""
+    """Describe an error of the system in a line, without its number."""
     text = error.strerror or str(error)
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {text}"
@@ -151,5 +151,5 @@ def describe_os_error(error: OSError) -> str:
 
 
 def is_broken_pipe(error: OSError) -> bool:
-    """Whether nobody reads what is written any more."""
+    """Whether an error says that nobody reads the output any more."""
     return error.errno in {errno.EPIPE, errno.ECONNRESET}

@@ -1,6 +1,6 @@
-r"""What stands on the command line for bytes: a text, ``@FILE``, or ``-`` for the standard input.
+r"""Reads fields from the command line: a text, ``@FILE``, or ``-`` for the standard input.
 
-A backslash before the first character takes what follows as it is: ``\@home`` is ``@home``.
+A backslash at the beginning takes the rest as it is: ``\@home`` is ``@home``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FILE: Final = "@"
 ESCAPE: Final = "\\"
 
 MAX_SIZE: Final = 2**24
-"""Bytes of what is read at once, and of a line: more than a message may have, also in base64."""
+"""Bytes of a file, and of a line: more than a message may have, even in base64."""
 
 KEY_TEXT: Final = re.compile(f"{KEY_PREFIX}1[0-9a-z]{{40}}", re.IGNORECASE)
-"""What is a key, or was meant to be one."""
+"""A key, or a text that was meant to be one."""
 
 SECRET_OPTIONS: Final = ("--key", "--passphrase", "--password")
 
@@ -32,10 +32,10 @@ WHY_NOT: Final = (
 
 
 def refuse_secrets(argv: list[str]) -> None:
-    """Refuse a command line with a secret in it, without showing that.
+    """Refuse a command line that contains a secret, and do not show the secret.
 
     Raises:
-        CommandError: there is one.
+        CommandError: it contains one.
     """
     options = argv[: argv.index("--")] if "--" in argv else argv
     names = {each.partition("=")[0] for each in options}
@@ -44,10 +44,10 @@ def refuse_secrets(argv: list[str]) -> None:
 
 
 def read_file(path: str) -> bytes:
-    """All of a file, or of the standard input if it is ``-``.
+    """Read a whole file, or the standard input if the path is ``-``.
 
     Raises:
-        CommandError: it cannot be read, or is too large for any message.
+        CommandError: the file cannot be read, or is too large for any message.
     """
     try:
         with open(0 if path == STDIN else path, "rb", closefd=path != STDIN) as file:
@@ -60,21 +60,21 @@ def read_file(path: str) -> bytes:
 
 
 def name_file(path: str) -> str:
-    """A file, or the standard input, as errors call it."""
+    """Name a file, or the standard input, for a message."""
     return "the standard input" if path == STDIN else repr(path)
 
 
 def cannot_read(path: str, error: OSError | ValueError) -> CommandError:
-    """The error to raise where a file cannot be read."""
+    """Make the error for a file that cannot be read."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return CommandError(f"cannot read {name_file(path)}: {reason}")
 
 
 def parse_fields(texts: list[str]) -> list[bytes]:
-    """The fields of a request, as they stand on the command line.
+    """Parse the fields of a request.
 
     Raises:
-        CommandError: a file cannot be read, or the standard input is wanted twice.
+        CommandError: a file cannot be read, or the standard input is used twice.
     """
     if texts.count(STDIN) + texts.count(FILE + STDIN) > 1:
         raise CommandError("the standard input can be one field only", Exit.USAGE)
@@ -88,10 +88,10 @@ def _parse_field(text: str) -> bytes:
 
 
 def ask_secret(prompt: str, *, twice: bool = False) -> str:
-    """Ask for a secret where nobody can read along; or read a line of an input that is no terminal.
+    """Ask for a secret on the terminal, without showing it. If the input is no terminal, read a line of it.
 
     Raises:
-        CommandError: it cannot be read, or was not typed twice alike.
+        CommandError: the secret cannot be read, or the two texts typed differ.
     """
     if not os.isatty(0):
         try:

@@ -1,4 +1,4 @@
-"""`bokbok key` and `bokbok users`: keys and users in files."""
+"""`bokbok key` and `bokbok users`: files of keys and of users."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ._output import Output
 
 
 def new(options: Namespace, out: Output) -> None:
-    """Make a key, into a new file."""
+    """Make a key, and save it in a new file."""
     _save(Key.generate(), options.file, out)
 
 
 def from_passphrase(options: Namespace, out: Output) -> None:
-    """Derive a key from a passphrase, into a new file."""
+    """Derive a key from a passphrase, and save it in a new file."""
     passphrase = ask_secret("Passphrase", twice=True)
     with explained():
         key = trio.run(passphrase_to_key, passphrase, options.user)
@@ -29,7 +29,7 @@ def from_passphrase(options: Namespace, out: Output) -> None:
 
 
 def show(options: Namespace, out: Output) -> None:
-    """Write the fingerprint of a key, or the key itself where that is asked for."""
+    """Write the fingerprint of a key, or the key itself if that is asked for."""
     key = _read(options.file)
     if options.secret:
         _write(out, options.file, "key", key.to_text())
@@ -38,12 +38,12 @@ def show(options: Namespace, out: Output) -> None:
 
 
 def check(options: Namespace, out: Output) -> None:
-    """Say whether something is a key, and was not mistyped."""
+    """Check that a text is a key without a typing error, and write its fingerprint."""
     _write(out, options.file, "fingerprint", _read(options.file).fingerprint)
 
 
 def add_user(options: Namespace, out: Output) -> None:
-    """Add a key of a user to a file, which is made if it is not there."""
+    """Add a key of a user to a file. Make the file if it is missing."""
     key = _read(options.key)
     with explained():
         with suppress(FileExistsError):
@@ -55,7 +55,7 @@ def add_user(options: Namespace, out: Output) -> None:
 
 
 def remove_user(options: Namespace, _out: Output) -> None:
-    """Take a user, or one of the user's keys, out of a file."""
+    """Remove a user, or one key of the user, from a file."""
     with explained():
         users = Keyring.load(options.file)
         try:
@@ -94,7 +94,7 @@ def _save(key: Key, path: str, out: Output) -> None:
 
 
 def _write(out: Output, name: str, what: str, value: str) -> None:
-    """Write what there is to say of a key or a user."""
+    """Write one value about a key or a user."""
     if out.is_for_programs:
         out.value({"name": name, what: value})
     else:
@@ -103,7 +103,7 @@ def _write(out: Output, name: str, what: str, value: str) -> None:
 
 @contextmanager
 def explained() -> Generator[None]:
-    """What is wrong with a file, a name or a key is said in one line."""
+    """Report the error of a file, a name or a key in one line."""
     try:
         yield
     except OSError as exc:

@@ -1,4 +1,4 @@
-"""`bokbok list` and `bokbok describe`: what the other side serves; it needs the extra ``interface``."""
+"""`bokbok list` and `bokbok describe` show what the other side serves. They need the extra ``interface``."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ._values import as_json, dump
 
 
 class Listed(NamedTuple):
-    """A method that is listed.
+    """A method of the listing.
 
     Attributes:
-        path: its name on the wire, as in ``Files.stat``.
-        info: what is told of it.
-        schemas: what its schemas refer to.
+        path: its name on the wire, such as ``Files.stat``.
+        info: the entry of the listing.
+        schemas: the schemas that its schemas refer to.
     """
 
     path: str
@@ -36,7 +36,7 @@ class Listed(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Its arguments that are values, in the order of its signature, which schemas do not keep."""
+        """The names of its arguments that are values. Only the signature has their order."""
         signature = self.info.signature
         return sorted(
             self.schemas.properties(self.info.arguments),
@@ -47,12 +47,12 @@ class Listed(NamedTuple):
 
     @property
     def stream(self) -> str:
-        """Its argument that is a stream of items."""
+        """The name of its argument that is a stream."""
         found = re.search(r"(\w+): (?:AsyncItera|ReceiveChannel)", self.info.signature)
         return found[1] if found else "a stream"
 
     def template(self, name: str) -> Any:
-        """A value for an argument, to be filled in: its default, if the signature has that in literals."""
+        """Return an example value for an argument: its default, if the signature shows that as a literal."""
         found = re.search(rf"\b{name}: .*? = (.*?)(?:, \w+: |, \*, |\)(?: -> |$))", self.info.signature)
         if found and name not in self.schemas.required(self.info.arguments):
             with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -83,7 +83,7 @@ def find_method(interfaces: Sequence[InterfaceInfo], path: str) -> Listed:
     """Find a method by its name on the wire.
 
     Raises:
-        CommandError: there is none; the message has one of a similar name.
+        CommandError: there is no such method. The message suggests one of a similar name.
     """
     paths = {f"{each.name}.{method.name}": (each, method) for each in interfaces for method in each.methods}
     if path not in paths:
@@ -98,7 +98,7 @@ def find_method(interfaces: Sequence[InterfaceInfo], path: str) -> Listed:
 
 
 def list_all(options: Namespace, out: Output) -> None:
-    """Write what the other side serves."""
+    """Write the interfaces that the other side serves."""
     interfaces = run_connected(options, ask_listing)
     if out.is_for_programs:
         out.value([dataclasses.asdict(each) for each in interfaces])
@@ -110,7 +110,7 @@ def list_all(options: Namespace, out: Output) -> None:
 
 
 def describe(options: Namespace, out: Output) -> None:
-    """Write what there is to know of a method, and a call of it to be filled in."""
+    """Write the description of a method, and an example of a call."""
     method = find_method(run_connected(options, ask_listing), options.method)
     template = make_template(method)
     if out.is_for_programs:
@@ -121,7 +121,7 @@ def describe(options: Namespace, out: Output) -> None:
 
 
 def make_template(method: Listed) -> dict[str, Any]:
-    """The arguments of a method, to be filled in; where it has a default, with that."""
+    """Return example arguments of a method: the defaults where it has any."""
     template = {name: method.template(name) for name in method.names}
     return template if method.info.items_in is None else {**template, method.stream: []}
 
@@ -130,7 +130,7 @@ def make_template(method: Listed) -> dict[str, Any]:
 
 
 def show_text(interface: InterfaceInfo) -> Iterator[str]:
-    """An interface, in lines."""
+    """Yield the lines that show an interface as text."""
     yield interface.name
     yield from indent(interface.doc, 4)
     for method in interface.methods:
@@ -139,7 +139,7 @@ def show_text(interface: InterfaceInfo) -> Iterator[str]:
 
 
 def show_markdown(interface: InterfaceInfo) -> Iterator[str]:
-    """An interface, as a chapter of Markdown."""
+    """Yield the lines that show an interface as a chapter of Markdown."""
     yield f"# {interface.name}"
     if interface.doc:
         yield from ("", *interface.doc.splitlines())
@@ -155,7 +155,7 @@ def show_markdown(interface: InterfaceInfo) -> Iterator[str]:
 
 
 def show_method(method: Listed, address: str, template: dict[str, Any]) -> Iterator[str]:
-    """A method, in lines, with a call of it to be filled in."""
+    """Yield the lines that show a method, with an example of a call."""
     info, schemas = method.info, method.schemas
     yield info.signature
     yield from indent(info.doc, 4)
@@ -185,12 +185,12 @@ def show_method(method: Listed, address: str, template: dict[str, Any]) -> Itera
 
 
 def show_members(schemas: Schemas, schema: Any) -> str:
-    """The fields of an error."""
+    """Describe the fields of an error."""
     members = schemas.properties(schema)
     return ", ".join(f"{name} ({schemas.name(each)})" for name, each in members.items()) or "nothing"
 
 
 def indent(text: str, width: int) -> Iterator[str]:
-    """The lines of a text, indented."""
+    """Yield the lines of a text, indented."""
     for line in text.splitlines():
         yield f"{' ' * width}{line}".rstrip()

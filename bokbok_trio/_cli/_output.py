@@ -1,7 +1,7 @@
-"""Where commands write: data on the standard output, and all that is about it on the standard error.
+"""Writes data to the standard output, and messages to the standard error.
 
-Bytes go to the descriptors themselves, so each line has left when it is written, and an error of writing is
-known at once, and not when the process ends.
+It writes to the descriptors themselves, without a buffer. So each line is out at once, and an error of
+writing shows at once, and not when the process ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OUT: Final = 1
 ERR: Final = 2
 
 RECORD_SEPARATOR: Final = "\x1e"
-"""What RFC 7464 has before each JSON text."""
+"""The character before each JSON text of RFC 7464."""
 
 _TOKENS: Final = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|\b(?:true|false|null)\b|-?\d[\d.eE+-]*')
 _NAME, _STRING, _WORD, _NUMBER = "34", "32", "35", "36"  # blue, green, magenta, cyan
@@ -51,8 +51,8 @@ def write_all(fd: int, data: bytes) -> None:
     """Write to a descriptor.
 
     Raises:
-        ReaderGone: nobody reads it.
-        OutputError: it cannot be written.
+        ReaderGone: nobody reads the output.
+        OutputError: the output cannot be written.
     """
     view = memoryview(data)
     try:
@@ -68,12 +68,12 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 class Output:
-    """Writes what a command has to say.
+    """Writes the output of a command.
 
     Arguments:
-        json: errors are objects of JSON, and nothing is pretty.
-        seq: JSON texts are records of RFC 7464.
-        raw: texts and bytes are written as they are.
+        json: whether errors are JSON objects, and nothing is indented or coloured.
+        seq: whether JSON texts are records of RFC 7464.
+        raw: whether texts and bytes are written as they are.
     """
 
     def __init__(self, *, json: bool = False, seq: bool = False, raw: bool = False) -> None:
@@ -91,11 +91,11 @@ class Output:
         write_all(OUT, self.encode_raw(text))
 
     def data(self, data: bytes) -> None:
-        """Write bytes as they are; but on a terminal as a line of text that does not steer it."""
+        """Write bytes as they are. On a terminal, write them as a line of text that does not steer it."""
         write_all(OUT, self.encode_raw(data))
 
     def encode_raw(self, value: bytes | str) -> bytes:
-        """What `line` writes of a text, and `data` of bytes."""
+        """Return the bytes that `line` writes for a text, or `data` for bytes."""
         if isinstance(value, bytes):
             if not self.is_terminal:
                 return value
@@ -103,11 +103,11 @@ class Output:
         return f"{self._tame(value)}\n".encode(errors="backslashreplace")
 
     def value(self, value: Any, *, is_item: bool = False) -> None:
-        """Write a JSON text: indented where people read it, unless it is one of many."""
+        """Write a JSON text. For people it is indented, unless it is one of many."""
         write_all(OUT, self.encode(value, is_item=is_item))
 
     def encode(self, value: Any, *, is_item: bool = False) -> bytes:
-        """What `value` writes."""
+        """Return the bytes that `value` writes."""
         text = dump(value, indent=2 if self._is_pretty and not is_item else None)
         text = self._tame(text)
         if self._has_colours:
@@ -115,16 +115,16 @@ class Output:
         return f"{RECORD_SEPARATOR if self._seq else ''}{text}\n".encode()
 
     async def item(self, data: bytes) -> None:
-        """Write what is one of many. It may wait for whoever reads it, and the connection does not."""
+        """Write one of many items. It may wait for the reader; the connection goes on meanwhile."""
         await trio.to_thread.run_sync(write_all, OUT, data, abandon_on_cancel=True)
 
     def note(self, text: str) -> None:
-        """Write a line about what goes on; whether anyone sees it does not matter."""
+        """Write a message. An error of writing does not matter."""
         with suppress(OutputError, ReaderGone):
             write_all(ERR, f"bokbok: {escape(text)}\n".encode(errors="backslashreplace"))
 
     def failure(self, failure: Failure) -> None:
-        """Write why a command failed: a line, or an object of JSON."""
+        """Write why a command failed: a line, or a JSON object."""
         if failure.message and not self.json:
             self.note(failure.message)
         elif failure.message:
@@ -156,9 +156,9 @@ def colour(text: str) -> str:
 
 @asynccontextmanager
 async def while_read() -> AsyncGenerator[None]:
-    """A block that ends by `ReaderGone` when nobody reads the output any more, also while nothing is written.
+    """End a block by `ReaderGone` when nobody reads the output any more, even if nothing is written.
 
-    Where the output is no pipe, or on another system than Linux, only writing tells.
+    If the output is not a pipe, and on systems other than Linux, only writing shows that.
     """
     async with bare_nursery() as nursery:
         nursery.start_soon(_wait_reader_gone)
@@ -170,7 +170,7 @@ async def while_read() -> AsyncGenerator[None]:
 
 async def _wait_reader_gone() -> None:
     if sys.platform == "linux" and stat.S_ISFIFO(os.fstat(OUT).st_mode):
-        # This end is never readable, and Linux wakes who waits for that when the other one is closed.
+        # This end is never readable. Linux wakes a task that waits for that when the other end is closed.
         await trio.lowlevel.wait_readable(OUT)
         poll = select.poll()
         poll.register(OUT, 0)

@@ -1,4 +1,4 @@
-"""How far a transfer is, on a terminal, if it takes over a second."""
+"""Shows the progress of a transfer on a terminal, if it takes more than a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._exits import OutputError, ReaderGone
 from ._output import ERR, Output, write_all
 
 SHOW_AFTER: Final = 1.0
-"""Seconds that a transfer takes before anything is shown of it."""
+"""Seconds until the progress of a transfer is shown."""
 
 SHOW_EVERY: Final = 0.2
 """Seconds between two lines."""
@@ -20,12 +20,12 @@ _STEP: Final = 1024
 
 
 class Progress:
-    """Shows a line that is overwritten, and wiped at the end.
+    """Shows a line of progress, which it overwrites, and wipes at the end.
 
     Arguments:
-        out: whether anybody would see it.
-        total: bytes there are in all, or None where that is not known.
-        is_seen: what is transferred is shown itself.
+        out: the output, which tells whether anybody would see the line.
+        total: bytes of the whole transfer, or None if that is not known.
+        is_seen: whether the transferred data is shown itself. Then there is no line.
     """
 
     def __init__(self, out: Output, total: int | None = None, *, is_seen: bool = False) -> None:
@@ -36,7 +36,7 @@ class Progress:
         self._due = self._begun + SHOW_AFTER if out.may_show_progress and not is_seen else math.inf
 
     def add(self, size: int) -> None:
-        """So many bytes more are through."""
+        """Note that so many more bytes were transferred."""
         self._count += size
         now = time.monotonic()
         if now >= self._due:
@@ -59,7 +59,7 @@ class Progress:
 
 
 def show_size(size: float) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes for people."""
     unit = 0
     while size >= _STEP and unit < len(_UNITS) - 1:
         size /= _STEP

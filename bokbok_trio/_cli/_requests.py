@@ -23,7 +23,7 @@ MS: Final = 1000
 """Milliseconds in a second."""
 
 MAX_TIMES: Final = 100_000
-"""Pings that the summary looks at: the last ones."""
+"""Pings that the summary covers: the last ones."""
 
 
 def request(options: Namespace, out: Output) -> None:
@@ -46,7 +46,7 @@ def request(options: Namespace, out: Output) -> None:
 
 
 def write_fields(fields: list[bytes], out: Output) -> None:
-    """Write the fields of an answer: a line each, or as a JSON text, or as they are."""
+    """Write the fields of an answer: one a line, as a JSON text, or as they are."""
     if out.raw:
         out.data(b"".join(fields))
     elif out.is_for_programs:
@@ -60,7 +60,7 @@ def write_fields(fields: list[bytes], out: Output) -> None:
 
 
 def ping(options: Namespace, out: Output) -> None:
-    """Ping again and again, and write a line for each and at last a summary."""
+    """Ping again and again. Write a line for each ping, and a summary at the end."""
     pings = Pings()
     try:
         run_connected(options, partial(_ping, pings=pings, out=out), is_stream=True)
@@ -83,7 +83,7 @@ async def _ping(session: Session, *, pings: Pings, out: Output) -> None:
             pings.sent += 1
             try:
                 seconds = await connection.ping()
-            except BokbokError as exc:  # and a ping runs nothing
+            except BokbokError as exc:  # a ping runs nothing, so nothing has run
                 raise CommandError(f"the connection was lost: {exc}", Exit.LOST_NOT_RUN) from exc
             pings.add(seconds)
             line = f"pong from {connection.address}: seq={pings.sent} time={seconds * MS:.3f} ms"
@@ -92,7 +92,7 @@ async def _ping(session: Session, *, pings: Pings, out: Output) -> None:
 
 
 class Pings:
-    """Counts pings, and keeps how long the last ones took.
+    """Counts pings, and keeps the round trip times of the last ones.
 
     Attributes:
         sent: how many were sent.
@@ -104,12 +104,12 @@ class Pings:
         self._times: deque[float] = deque(maxlen=MAX_TIMES)
 
     def add(self, seconds: float) -> None:
-        """One was answered."""
+        """Note that a ping was answered after so many seconds."""
         self._answered += 1
         self._times.append(seconds)
 
     def summarize(self) -> dict[str, Any]:
-        """How many there were, and the least, the middle and the 99th of a hundred times, in seconds."""
+        """Return the counts, and the minimum, the median and the 99th percentile of the times in seconds."""
         summary: dict[str, Any] = {"pings": self.sent, "pongs": self._answered}
         if self._times:
             times = sorted(self._times)
@@ -119,7 +119,7 @@ class Pings:
 
 
 def show_summary(address: str, summary: dict[str, Any]) -> str:
-    """A summary in two lines, or in one if nothing was answered."""
+    """Format a summary in two lines, or in one if no ping was answered."""
     head = f"--- {address}: {summary['pings']} pings, {summary['pongs']} pongs"
     times = [f"{name} {summary[name] * MS:.3f} ms" for name in ("min", "median", "p99") if name in summary]
     return "\n".join([head, ", ".join(times)]) if times else head

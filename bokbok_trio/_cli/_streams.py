@@ -1,4 +1,4 @@
-"""Streams: the items of a channel, written as they come; and those that are sent over one."""
+"""Streams: writes the items of a channel as they arrive, and reads the items to send over one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._output import Output, while_read
 from ._progress import Progress
 
 CHUNK: Final = 2**16
-"""Bytes read at once, and of an item of bytes: a field of this size travels whole."""
+"""Bytes read at once, and so the size of an item: a field of this size is sent whole."""
 
 
 async def write_items(
@@ -27,13 +27,13 @@ async def write_items(
     out: Output,
     sending: Callable[[Channel], AbstractAsyncContextManager[None]],
 ) -> list[bytes]:
-    """Make a request with a channel, write its items as they come, and return its answer.
+    """Make a request with a channel, write its items as they arrive, and return its answer.
 
     Arguments:
-        session: where to.
-        fields: of the request.
-        encode: an item, as it is written.
-        out: where.
+        session: the session of the command.
+        fields: the fields of the request.
+        encode: encodes an item for the output.
+        out: the output.
         sending: a block that sends items meanwhile.
     """
     progress = Progress(out, is_seen=out.is_terminal)
@@ -58,15 +58,15 @@ async def send_nothing(channel: Channel) -> AsyncGenerator[None]:
 
 
 def find_answer(error: trio.BrokenResourceError) -> Exception:
-    """What a channel broke by: the error that was answered, if that is it."""
+    """Return the error answer that a channel broke by; if there is none, the error itself."""
     return error.__cause__ if isinstance(error.__cause__, RemoteError) else error
 
 
 async def read_chunks(path: str, out: Output) -> AsyncGenerator[bytes]:
-    """The bytes of a file, or of the standard input if it is ``-``, as they come.
+    """Yield the bytes of a file, or of the standard input if the path is ``-``, as they arrive.
 
     Raises:
-        CommandError: it cannot be read.
+        CommandError: the file cannot be read.
     """
     try:
         fd = 0 if path == STDIN else os.open(path, os.O_RDONLY)
@@ -87,7 +87,7 @@ async def read_chunks(path: str, out: Output) -> AsyncGenerator[bytes]:
 
 
 async def split_lines(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """The lines of what comes in chunks, without their ends; the last one may have none.
+    """Yield the lines of some chunks without their newlines. The last line may have none.
 
     Raises:
         CommandError: a line is too large for any message.
@@ -110,6 +110,6 @@ async def split_lines(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
 
 
 async def give(items: list[Any]) -> AsyncGenerator[Any]:
-    """Items that are there."""
+    """Yield the items of a list."""
     for item in items:
         yield item

@@ -1,4 +1,4 @@
-"""Values as JSON: what travelled, as people and programs may read it."""
+"""Converts received values to JSON, for people and programs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, TypeGuard
 
 
 def encode_base64(data: bytes) -> str:
-    """Bytes, as JSON has them where a schema says so."""
+    """Encode bytes as base64, which JSON has for bytes where a schema says so."""
     return base64.b64encode(data).decode()
 
 
 def as_text(field: bytes) -> Any:
-    """A field of a request: a text where it is one, and else an object with its base64."""
+    """Convert a field of a request to a text if it is UTF-8; else to an object with its base64."""
     try:
         return field.decode()
     except UnicodeDecodeError:
@@ -33,9 +33,9 @@ def is_list(value: Any) -> TypeGuard[list[Any]]:
 
 
 def as_json(value: Any) -> Any:
-    """A value that travelled, in the types of JSON; what these cannot tell becomes text.
+    """Convert a received value to the types of JSON. Values that JSON does not have become text.
 
-    Bytes are base64, as the schemas of a listing have it, and numbers that are not finite are null.
+    Bytes become base64, as the schemas of a listing say, and numbers that are not finite become null.
     """
     if is_object(value):
         return {_as_name(name): as_json(each) for name, each in value.items()}
@@ -56,9 +56,9 @@ def _as_name(key: Any) -> str:
 
 
 def dump(value: Any, *, indent: int | None = None) -> str:
-    """A JSON text, in one line unless it is indented.
+    """Encode a value as JSON, in one line unless `indent` is given.
 
-    Half a surrogate pair, which JSON can name but UTF-8 cannot have, is escaped.
+    Half a surrogate pair is escaped: JSON can express it, and UTF-8 cannot.
     """
     text = json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
     try:

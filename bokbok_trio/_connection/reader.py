@@ -289,8 +289,7 @@ class Reader:
         else:
             assert self._nursery is not None
             # The task's context is a copy of the one that it is started in.
-            start = partial(self._nursery.start_soon, self.run, self._nursery)
-            self._handlers.new_context().run(start)
+            self._handlers.new_context().run(self._nursery.start_soon, self.run, self._nursery)
 
     async def _sleep_until_end(self, task: trio.lowlevel.Task) -> None:
         """Keep a task in which a handler left a nursery open, until the connection ends.

@@ -24,7 +24,7 @@ MAX_CONTEXT_SIZE: Final = 2**13
 _NAME: Final = re.compile(r"[a-z0-9._-]{1,64}", re.ASCII)
 
 
-class ContextTooLong(ValueError):  # noqa: N818  (it says what is the matter)
+class ContextTooLong(ValueError):  # noqa: N818  (the name says what is wrong)
     """A context has too many names, or takes up too many bytes."""
 
 
@@ -73,7 +73,7 @@ def decode_context(field: Buffer) -> Mapping[str, bytes]:
         raise ProtocolError(f"a context of {len(field)} bytes exceeds the limit of {MAX_CONTEXT_SIZE}")
     fields = decode_body(field)
     if not fields or len(fields) % 2 or len(fields) > 2 * MAX_CONTEXT_PAIRS:
-        raise ProtocolError(f"a context of {len(fields)} fields: names and values take turns, 32 at most")
+        raise ProtocolError(f"a context of {len(fields)} fields; it has 1 to 32 pairs of name and value")
     context: dict[str, bytes] = {}
     for at in range(0, len(fields), 2):
         name = fields[at].decode("latin-1")

@@ -82,7 +82,7 @@ class Pong(NamedTuple):
     """The peer answered a ping of this side."""
 
     def __bool__(self) -> bool:
-        """Return True, although the tuple is empty: `Session.receive` drops what is false."""
+        """Return True, although the tuple is empty: `Session.receive` drops false events."""
         return True
 
 

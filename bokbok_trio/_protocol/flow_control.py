@@ -57,7 +57,8 @@ class ChannelCredit:
 
     Arguments:
         send_credit, receive_credit: bytes, at the beginning.
-        started: whether the peer knows of the channel, or will know before it receives what is queued now.
+        started: whether the peer knows of the channel, or will know before it receives any packet that is
+            queued now.
 
     Attributes:
         send_credit: bytes that this side may still send.
@@ -138,7 +139,7 @@ class ChannelCredit:
         self.peer_ended = True
 
     def consume(self, size: int) -> int:
-        """Note that our user took an item. Return how much credit to grant now, which is mostly none.
+        """Note that our user took an item. Return the credit to grant now, which is mostly 0.
 
         Credit is granted for half a window at a time.
         """

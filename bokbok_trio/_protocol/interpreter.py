@@ -1,7 +1,7 @@
 """Interprets the packets of the peer. Each changes the state of the session, and most become an event.
 
 `KINDS` lists every kind of packet. Its function decodes the fields, checks that the peer may send this now,
-and returns the event for `Connection`, or None if there is none.
+and returns an event for `Connection`, or None.
 
 Packets may cross: the peer can send a `cancel`, an item, a `credit` or an `end` before it knows that this
 side has answered. Such packets are *ignored*, and counted, because a peer that sends nothing else keeps this

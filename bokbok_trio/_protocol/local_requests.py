@@ -194,7 +194,7 @@ class LocalRequests:
         return id
 
     def measure(self, fields: Fields, context: Context | None) -> int:
-        """Return the bytes of a request's body, or raise what `request` would."""
+        """Return the bytes of a request's body, or raise as `request` does."""
         return encode_body(fields, self._max_body_size - len(encode_context(context)))[1]
 
     def has_room(self, size: int, context: Context) -> bool:

@@ -39,8 +39,8 @@ Chunks: TypeAlias = list[bytes | memoryview]
 """Bytes in parts, to be joined when they are sent. Until then a big field is not copied."""
 
 Buffer: TypeAlias = bytes | memoryview
-"""Received bytes. A memoryview shows a buffer that will be used again: copy what must last beyond the next
-checkpoint."""
+"""Received bytes. A memoryview shows a buffer that will be used again: copy bytes that must last beyond the
+next checkpoint."""
 
 MAX_AT_ONCE: Final = 100
 """Packets that are decoded at once, and records that are opened at once. Then other connections have their
@@ -196,7 +196,7 @@ def _decode_fields(data: Buffer, start: int, end: int) -> list[Any]:
 
 
 def _find_fault(body: bytes) -> ProtocolError:
-    """Say what is wrong with a malformed body."""
+    """Make the error for a malformed body."""
     end = len(body)
     if not end:
         return ProtocolError("a body without a count")

@@ -1,15 +1,15 @@
-r"""The protocol engine of an open connection: bytes and calls in, bytes and events out.
+"""The protocol engine of an open connection: bytes and calls in, bytes and events out.
 
-`Session` never waits. `Connection` feeds it with what was received, sends what it `take`\ s, and acts on its
-events. The session is the face; each part of the work has a file of its own:
+`Session` never waits. `Connection` feeds it the received bytes, sends the batches that `take` returns, and
+acts on its events. The session is the face; each part of the work has a file of its own:
 
 - `local_requests`: the requests that this side makes. They wait for slots (`slots`) and for the peer's room
   (`budget`).
 - `remote_requests`: the requests that the peer makes, and their answers.
 - `flow_control`: the credit of channels. A *channel* is a request with items in both directions.
-- `interpreter`: what each packet of the peer means.
-- `draining`: how both sides stop taking requests.
-- `outbox` and `pieces`: in which order packets leave.
+- `interpreter`: the meaning of each packet of the peer.
+- `draining`: the agreement of both sides to take no more requests.
+- `outbox` and `pieces`: the order in which packets leave.
 
 At most one ping and one pong are queued. After a `ProtocolError` the engine only sends, `abort` last of all.
 """

@@ -57,7 +57,7 @@ HINT: Final = "check whether the server expects a key, and which service"
 @final
 @dataclass(frozen=True, slots=True)
 class Established:
-    """The result of a handshake: the stream of an open connection, and what both sides agreed on."""
+    """The result of a handshake: the stream of an open connection, its user, and the limits of both sides."""
 
     stream: FastStream
     user: str | None
@@ -194,7 +194,7 @@ async def establish_as_server(
         log: logs how a function of the application failed.
 
     Raises:
-        HandshakeError: it failed; this or a subclass. The client has been told what it may know.
+        HandshakeError: it failed; this or a subclass. The client was told as much as it may know.
     """
     handshake = ServerHandshake(
         sealed=user_key is not None, service=service, limits=_limits(settings), options=_options(settings)

@@ -10,6 +10,7 @@ another fast stream (`SecretboxStream`), or any other Trio stream (`PlainStream`
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Awaitable
 from typing import Final, NamedTuple, final
 
 import trio
@@ -67,14 +68,14 @@ class FastStream(trio.abc.Stream):
         """
 
     @abstractmethod
-    async def receive_view(self) -> Buffer | bytearray:
+    def receive_view(self) -> Awaitable[Buffer | bytearray]:
         """Receive some bytes, which are good until the next checkpoint. Empty: the stream has ended.
 
         Raises as `receive_some` does.
         """
 
     def receive_nowait(self, max_bytes: int) -> bytes:  # noqa: ARG002
-        """Return bytes that are here already; nothing if there are none, or if the stream cannot tell."""
+        """Return bytes that are here already; empty: there are none, or the stream cannot tell."""
         return b""
 
     @abstractmethod

@@ -47,8 +47,8 @@ async def exchange_hello(transport: FastStream, handshake: ClientHandshake | Ser
         try:
             hello += await _receive(transport, handshake.hello_size - len(hello))
         except (PeerLeft, trio.BrokenResourceError) as exc:
-            # A client that resets the connection has left too, and Trio gives the reset as the cause. A
-            # failed TLS handshake is another cause, and must be reported as what it is.
+            # A client that resets the connection has left too, and Trio gives the reset as the cause. Other
+            # causes, such as a failed TLS handshake, must be reported.
             if hello or handshake.side == "client" or not isinstance(exc.__cause__, ConnectionError | None):
                 raise
             raise NothingCame(f"the client left before it had sent anything: {describe_error(exc)}") from exc

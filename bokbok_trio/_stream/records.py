@@ -130,7 +130,7 @@ class Opener:
         self.has_ended = False
         self._ciphertext = bytearray()
         self._plaintext = b""  # of the last record that was opened
-        self._position = 0  # how much of it was taken
+        self._position = 0  # bytes of it that were taken
 
     @property
     def has_plaintext(self) -> bool:

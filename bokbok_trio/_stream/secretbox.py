@@ -84,7 +84,7 @@ class SecretboxStream(FastStream, trio.abc.HalfCloseableStream):
 
     @contextmanager
     def _sending(self) -> Generator[None]:
-        """Let one task at a time send, and none after the end."""
+        """Let one task at a time send."""
         if self._send_busy:
             raise trio.BusyResourceError("another task is sending on this stream")
         self._check_open()

@@ -40,10 +40,10 @@ members differ on the wire, and ``Annotated`` with bounds by ``msgspec.Meta``. T
 other types; see `expose`. Arguments are checked before a method runs, and results before they are sent.
 
 *Streams*: a parameter of the type ``AsyncIterable`` is a stream of arguments. The caller's side sends its
-items while the method runs, and closes it when the method has ended. A method that is not async and returns
-``AbstractAsyncContextManager[ReceiveChannel[...]]`` streams its results. Leaving the block cancels the
-method, a slow reader slows it, and an exception of the method follows the items before it. A method can have
-one stream of each direction.
+items while the method runs, and closes the stream when the method has ended. A method that is not async and
+returns ``AbstractAsyncContextManager[ReceiveChannel[...]]`` streams its results. Leaving the block cancels
+the method, a slow reader slows it, and an exception of the method follows the items before it. A method can
+have one stream of each direction.
 
 *Callbacks and objects*: if the type of a parameter is an async ``Callable``, or another Protocol, the caller
 lends its argument to the method for as long as the method runs. When the method has ended, both sides cancel

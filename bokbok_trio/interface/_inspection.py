@@ -41,7 +41,7 @@ CALL: Final = "__call__"
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
-_OVERLOADED = "_overload_dummy"  # what `typing.overload` returns
+_OVERLOADED = "_overload_dummy"  # the name of the function that `typing.overload` returns
 
 
 def inspect_interface(form: Any, name: str | None = None, *, has_hooks: bool = False) -> Interface:
@@ -98,7 +98,7 @@ class _Inspection:
         if open := [each for each in find_parameters(cls) if each not in bound[cls]]:
             names = ", ".join(each.__name__ for each in open)
             types = ", ".join(["int"] * len(find_parameters(cls)))
-            self.note(f"{interface.name}: {names} is open; write {cls.__name__}[{types}], say")
+            self.note(f"{interface.name}: {names} has no type; write {cls.__name__}[{types}], say")
             return interface
         told = len(self.offences)
         for owner in cls.__mro__:
@@ -259,7 +259,7 @@ class _Inspection:
     def _check_type(self, hint: Any, where: str) -> None:
         if open := find_open(hint):
             names = ", ".join(each.__name__ for each in open)
-            self.note(f"{where}: {names} is open; write a type")
+            self.note(f"{where}: {names} has no type; write one")
             return
         try:
             Required[hint]  # this refuses ClassVar and the like

@@ -67,7 +67,9 @@ class Lender:
         try:
             return self._lent[number]
         except KeyError:
-            raise RequestError("nothing is lent by this number, or no longer", NO_REFERENCE) from None
+            raise RequestError(
+                "no lent object has this number, or its call has ended", NO_REFERENCE
+            ) from None
 
 
 def _check(coder: InterfaceCoder, value: object) -> None:

@@ -214,7 +214,7 @@ class Wrong(Protocol):
         """Dunder: it has no methods"""
 
     async def open_protocol(self, a: Store) -> None:  # type: ignore[type-arg]
-        """Store: T is open; write Store[int], say"""
+        """Store: T has no type; write Store[int], say"""
 
     async def returns_callback(self) -> Callable[[int], Awaitable[None]]:
         """a lent object lives only as long as a call; write methods of this interface, with a name or"""
@@ -225,7 +225,7 @@ class Wrong(Protocol):
         ...
 
     async def generic(self, a: T) -> T:
-        """parameter a: T is open; write a type"""
+        """parameter a: T has no type; write one"""
         ...
 
     async def unknown_name(self, a: Decimal) -> None:
@@ -354,7 +354,7 @@ class Open(Protocol[T]):  # type: ignore[misc]
 
 
 def test_a_generic_interface_needs_its_types() -> None:
-    with pytest.raises(TypeError, match=r"Open: T is open; write Open\[int\], say"):
+    with pytest.raises(TypeError, match=r"Open: T has no type; write Open\[int\], say"):
         inspect_interface(Open)
 
 
@@ -477,7 +477,7 @@ def test_what_the_codec_cannot_take_is_told_with_what_to_write(annotation: Any, 
 
 
 def test_a_generic_interface_is_told_how_many_types_it_takes() -> None:
-    with pytest.raises(TypeError, match=r"Two: T, U is open; write Two\[int, int\], say"):
+    with pytest.raises(TypeError, match=r"Two: T, U has no type; write Two\[int, int\], say"):
         inspect_interface(Two)
 
 
