@@ -130,58 +130,38 @@ class Connection:
         self.data: Any = None
         self._home = trio.lowlevel.current_trio_token()
         self._opened = opened
-        self._stream = opened.stream
+        self._stream = stream = opened.stream
         self._side: Side = side
         self._address = address
         self._settings = settings
         self._close_handler = close_handler
         self._server = server
-        self._ending = Ending(self)
+        self._ending = ending = Ending(self)
         self._session = session = _make_session(side, opened, settings)
         self._draining = session.draining
         watching = settings._instruments
         self._observer = observer = None if watching is None else Observer(watching, self, session)
         self._watchdog = self._make_watchdog()
         self._sender = Sender(
-            session,
-            self._stream,
-            self._watchdog,
-            ending=self._ending,
-            lock=SendLock(),
-            connection=self,
+            session, stream, self._watchdog, ending=ending, lock=SendLock(), connection=self
         )
         packet_queued = self._sender.packet_queued
         self._pings = Pings(session, packet_queued)
-        self._calls = Calls(session, self._ending, packet_queued, observer)
+        self._calls = Calls(session, ending, packet_queued, observer)
         on_item = None if observer is None else observer.tell_item
         self._channels = Channels(session.flow_control, packet_queued, on_item)
-        self._handlers = Handlers(
-            self,
-            session,
-            self._channels,
-            request_handler=request_handler,
-            channel_handler=channel_handler,
-            describe_error=settings.describe_error,
-            packet_queued=packet_queued,
-            observer=observer,
-            ending=self._ending,
-        )
+        self._handlers = self._make_handlers(request_handler, channel_handler)
         self._reader = Reader(
-            self._stream.receive_view,
+            stream.receive_view,
             session,
             self._sender,
             self._watchdog,
             self._handlers,
-            ending=self._ending,
+            ending=ending,
             table=self._make_dispatch_table(),
         )
         self._closing = Closing(
-            self._stream,
-            session,
-            self._reader,
-            self._sender,
-            ending=self._ending,
-            is_server=server is not None,
+            stream, session, self._reader, self._sender, ending=ending, is_server=server is not None
         )
         self._nursery: trio.Nursery | None = None  # while it runs
         self._task: trio.lowlevel.Task | None = None  # until all has ended
@@ -196,6 +176,21 @@ class Connection:
             fail=self._ending.fail,
             least_rate=self._settings.least_rate,
             count_waiting=lambda: self._session.waiting_bytes,
+        )
+
+    def _make_handlers(
+        self, request_handler: RequestHandler | None, channel_handler: ChannelHandler | None
+    ) -> Handlers:
+        return Handlers(
+            self,
+            self._session,
+            self._channels,
+            request_handler=request_handler,
+            channel_handler=channel_handler,
+            describe_error=self._settings.describe_error,
+            packet_queued=self._sender.packet_queued,
+            observer=self._observer,
+            ending=self._ending,
         )
 
     def _make_dispatch_table(self) -> DispatchTable:
