@@ -10,13 +10,12 @@ from bokbok_trio import Connection, ConnectionClosed, ConnectionLost, RemoteErro
 from bokbok_trio._connection.ending import CLOSE_TIMEOUT
 from bokbok_trio.testing import FaultyStream, open_connection_pair
 from tests.support.connections import (
-    close_without_waiting,
     faulty,
     ignore_any_loss,
     ignore_loss,
     start_waiting,
 )
-from tests.support.helpers import busy_handler, echo, settle
+from tests.support.helpers import busy_handler, close_in_one_step, echo, settle
 from tests.support.streams import OddStream
 
 
@@ -207,7 +206,7 @@ async def test_an_answer_that_was_queued_leaves_before_the_end(sealed: bool) -> 
                 await settle()
             assert client.statistics().handlers_running == 0
             assert client.statistics().packets_queued == 1
-            await close_without_waiting(client)
+            await close_in_one_step(client)
             streams[0].sending.resume()
         assert answers == [[b"is being sent"], [b"is queued"]]
 

@@ -20,9 +20,8 @@ from bokbok_trio import (
 )
 from bokbok_trio._connection.ending import CLOSE_TIMEOUT
 from bokbok_trio.testing import FaultyStream, MemoryListener, open_connection_pair
-from tests.support.connections import close_without_waiting
 from tests.support.handlers import in_memory_and_over_sockets, never_waits, wait_and_do
-from tests.support.helpers import RawPeer, open_peer, outcomes, packet, req, settle
+from tests.support.helpers import RawPeer, close_in_one_step, open_peer, outcomes, packet, req, settle
 from tests.support.inside import close_at_once
 from tests.support.streams import Deaf
 
@@ -63,7 +62,7 @@ async def test_what_arrives_when_the_connection_is_over_is_not_handled(
     async with open_peer(handler) as (connection, peer):
         await peer.stream.send_all(req(1))
         # The task that reads is woken by these bytes, and before it runs the connection is closed.
-        await close_without_waiting(connection)
+        await close_in_one_step(connection)
         await connection.wait_closed()
     assert handled == []
 
@@ -81,7 +80,7 @@ async def test_a_connection_that_is_closed_before_it_reads_ends_and_handles_noth
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.shake_hands)
         async with open_connection(ours, request_handler=handler) as connection:
-            await close_without_waiting(connection)
+            await close_in_one_step(connection)
         await connection.wait_closed()
         assert await theirs.receive_some() == b""
     assert handled == []
@@ -99,14 +98,14 @@ async def test_a_goodbye_waits_a_second_for_a_peer_that_does_not_read(
     async with open_connection_pair(never_waits, wrap=wrap) as (client, _):
         await settle()
         streams[0].sending.stall()
-        await close_without_waiting(client)
+        await close_in_one_step(client)
         await settle()
         assert trio.current_time() == 0
         await client.wait_closed()
         assert trio.current_time() == CLOSE_TIMEOUT
 
 
-@pytest.mark.parametrize("close", [Connection.aclose, close_without_waiting])
+@pytest.mark.parametrize("close", [Connection.aclose, close_in_one_step])
 @pytest.mark.parametrize("waits", [False, True])
 @in_memory_and_over_sockets
 async def test_a_handler_closes_the_connection_and_the_rest_of_the_batch_is_not_handled(

@@ -16,7 +16,14 @@ from trio.testing import memory_stream_pair
 
 from bokbok_trio._protocol.packets import MAX_AT_ONCE
 from bokbok_trio._stream import records
-from bokbok_trio._stream.records import HEADER_SIZE, MAC_SIZE, MAX_PLAINTEXT_SIZE, MAX_RECORD_SIZE, Direction
+from bokbok_trio._stream.records import (
+    HEADER_SIZE,
+    MAC_SIZE,
+    MAX_PLAINTEXT_SIZE,
+    MAX_RECORD_SIZE,
+    Direction,
+    Keyless,
+)
 from bokbok_trio._stream.secretbox import RECORDS_PER_SEND, SecretboxStream
 from tests.support.sealed import (
     BATCH,
@@ -450,3 +457,12 @@ def test_no_key_shows_in_a_repr() -> None:
     for shown in (repr(stream), repr(Direction(key)), str(stream)):
         assert repr(key)[2:-1] not in shown
         assert key.hex() not in shown
+
+
+def test_a_direction_that_is_over_seals_and_opens_nothing() -> None:
+    """Somebody may still wait for a record when its stream is closed."""
+    over = Keyless("it is closed")
+    with pytest.raises(trio.ClosedResourceError, match="it is closed"):
+        over.seal(b"x")
+    with pytest.raises(trio.ClosedResourceError, match="it is closed"):
+        over.open(memoryview(bytes(20)))

@@ -52,13 +52,6 @@ def numbers(connection: Connection) -> tuple[int, ...]:
     return tuple(value for name, value in found.items() if name not in {"total_slots", "max_requests"})
 
 
-async def close_without_waiting(connection: Connection) -> None:
-    """Close it, and go on at once, also where that cancels whoever calls this: a handler."""
-    with trio.CancelScope(shield=True) as scope:
-        scope.cancel()
-        await connection.aclose()
-
-
 def check_nothing_in_flight(*connections: Connection) -> None:
     for connection in connections:
         found = connection.statistics()
