@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import trio
@@ -388,27 +388,36 @@ async def test_errors_and_cancellations_leave_no_cycles(
     async def channel_handler(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes]:
         return await handle(request)
 
-    async def once(client: Connection, what: str) -> None:
-        with trio.move_on_after(0.003):
-            try:
-                if by_channel:
-                    async with client.open_channel([what]) as channel:
-                        await channel.answer()
-                else:
-                    await client.request([what])
-            except RemoteError:
-                pass
+    async def once(client: Connection, what: str, turns: int) -> None:
+        """Ask, and cancel that after so many turns of the event loop, if it takes as many."""
+
+        async def cancel() -> None:
+            for _ in range(turns):
+                await trio.lowlevel.checkpoint()
+            scope.cancel()
+
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cancel)
+                with suppress(RemoteError):
+                    if by_channel:
+                        async with client.open_channel([what]) as channel:
+                            await channel.answer()
+                    else:
+                        await client.request([what])
+
+    async def all_ways(client: Connection, server: Connection) -> None:
+        for turns in range(12):
+            for what in ("error", "request error", "sleep", "fine"):
+                await once(client, what, turns)
+        await settle(client, server)
 
     async with open_pair(way, None, handler, server_channel_handler=channel_handler) as (client, server):
-        for what in ("error", "request error", "sleep", "fine"):
-            await once(client, what)
-        await settle(client, server)
+        await all_ways(client, server)
         gc.collect()
         gc.disable()
         try:
-            for what in ("error", "request error", "sleep", "fine") * 5:
-                await once(client, what)
-            await settle(client, server)
+            await all_ways(client, server)
             assert gc.collect() == 0
         finally:
             gc.enable()
