@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Final, NamedTuple, cast
 
 from ._exits import CommandError, Exit
-from ._fields import ESCAPE, FILE, STDIN, read_file
+from ._fields import ESCAPE, FILE, STDIN, name_file, read_file
 from ._schemas import Mismatch, Schemas, is_bytes, parse_json
 
 _ARGUMENT: Final = re.compile(r"([^\W\d]\w*)(:?=)(.*)", re.DOTALL)
@@ -61,7 +61,8 @@ def parse_arguments(texts: Sequence[str]) -> Arguments:
     if len(texts) == 1:
         [text] = texts
         if text == STDIN or text.startswith(FILE):
-            return _parse_object(read_file(text.removeprefix(FILE)), "what was read")
+            path = text.removeprefix(FILE)
+            return _parse_object(read_file(path), name_file(path))
         if text.lstrip().startswith("{"):
             return _parse_object(text, "the argument")
     given = [_parse_argument(text) for text in texts]

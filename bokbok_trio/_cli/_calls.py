@@ -25,7 +25,7 @@ from ._connecting import Session, run_connected
 from ._exits import RAISED, CommandError, Exit
 from ._listing import Listed, find_method
 from ._output import Output
-from ._schemas import Schemas, is_bytes, parse_json
+from ._schemas import Mismatch, Schemas, is_bytes, parse_json
 from ._streams import give, read_chunks, send_nothing, split_lines, write_items
 from ._values import as_json, is_list
 
@@ -145,12 +145,17 @@ def _prepare(path: str, method: Listed | None, arguments: Arguments, out: Output
         check_names(names, method.names, path)
         values = to_values(arguments, method.schemas, method.info.arguments)
     for name, value in values.items():
-        try:
-            _encode(value)
-        except ValueError as exc:
-            raise CommandError(f"{name}: {exc}", Exit.BAD_ARGUMENTS, BAD_ARGUMENTS) from exc
+        with naming(name):
+            _check_travels(value)
     is_stream = method is not None and method.info.items_out is not None
     return _Prepared([CALL, path.encode(errors="surrogateescape"), _encode(values)], source, is_stream)
+
+
+def _check_travels(value: Any) -> None:
+    try:
+        _encode(value)
+    except ValueError as exc:  # an integer that is too large, mostly
+        raise Mismatch(str(exc)) from None
 
 
 def _take_source(method: Listed, arguments: Arguments, out: Output) -> tuple[Arguments, AsyncIterable[Any]]:
@@ -197,13 +202,19 @@ async def _read_items(method: Listed, chunks: AsyncGenerator[bytes], *, is_text:
 
 
 def _parse_item(method: Listed, line: bytes) -> Any:
-    return method.schemas.from_json(method.info.items_in, parse_json(line))
+    return _to_item(method, parse_json(line))
 
 
 def _give(method: Listed, items: list[Any]) -> AsyncIterable[Any]:
     """Items of JSON."""
     with naming(method.stream):
-        return give([method.schemas.from_json(method.info.items_in, each) for each in items])
+        return give([_to_item(method, each) for each in items])
+
+
+def _to_item(method: Listed, value: Any) -> Any:
+    item = method.schemas.from_json(method.info.items_in, value)
+    _check_travels(item)
+    return item
 
 
 # ---- errors ----

@@ -11,11 +11,15 @@ from typing import Final, NamedTuple, TypeVar
 
 import trio
 
-from .. import AddressError, Connection, Key, open_connection
+from .. import AddressError, Connection, Key, Settings, open_connection
 from ._exits import CommandError, Exit, describe_os_error
+from ._fields import MAX_SIZE
 
 DEFAULT_TIMEOUT: Final = 60.0
 """Seconds that a command may take, including dialling. Streams have no such limit."""
+
+SETTINGS: Final = Settings(max_message_size=MAX_SIZE)
+"""The other side's limit is what counts, up to what is read at once."""
 
 USER: Final = "BOKBOK_USER"
 KEY_FILE: Final = "BOKBOK_KEY_FILE"
@@ -123,6 +127,7 @@ async def _open(stack: AsyncExitStack, options: Namespace, key: Key | None) -> C
                 key=key,
                 service=options.service,
                 insecure=options.insecure,
+                settings=SETTINGS,
             )
         )
     except OSError as exc:

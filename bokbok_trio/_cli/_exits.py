@@ -117,6 +117,8 @@ def explain(error: BaseException) -> Failure:
         return Failure(exit, f"the connection was lost, and it {what}: {message}")
     if isinstance(error, KeyboardInterrupt):
         return Failure(Exit.INTERRUPTED, "interrupted")
+    if isinstance(error, MessageTooLarge):
+        message += " (the smaller max_message_size of both sides); a stream may have any size"
     for cls, exit in _EXITS.items():
         if isinstance(error, cls):
             return Failure(exit, message)

@@ -107,4 +107,7 @@ def ask_secret(prompt: str, *, twice: bool = False) -> str:
             raise CommandError("the two are not alike")
     except EOFError:
         raise CommandError("nothing was typed") from None
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")  # the prompt stands on a line of its own
+        raise
     return answer

@@ -31,8 +31,8 @@ RECORD_SEPARATOR: Final = "\x1e"
 _TOKENS: Final = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|\b(?:true|false|null)\b|-?\d[\d.eE+-]*')
 _NAME, _STRING, _WORD, _NUMBER = "34", "32", "35", "36"  # blue, green, magenta, cyan
 
-_STEERING: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""What makes a terminal do something, but for the ends of lines and tabs."""
+_STEERING: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What makes a terminal do something, or show text in another order; but for ends of lines and tabs."""
 
 
 def open_missing_descriptors() -> None:
@@ -87,8 +87,8 @@ class Output:
         self._has_colours = self._is_pretty and may_colour()
 
     def line(self, text: str) -> None:
-        """Write a line of text, which cannot steer a terminal."""
-        write_all(OUT, self.encode_raw(text))
+        """Write a line of text for people, which cannot steer a terminal, not even through a pager."""
+        write_all(OUT, f"{tame(text)}\n".encode(errors="backslashreplace"))
 
     def data(self, data: bytes) -> None:
         """Write bytes as they are. On a terminal, write them as a line of text that does not steer it."""
@@ -100,7 +100,7 @@ class Output:
             if not self.is_terminal:
                 return value
             value = value.decode(errors="backslashreplace")
-        return f"{self._tame(value)}\n".encode(errors="backslashreplace")
+        return f"{tame(value) if self.is_terminal else value}\n".encode(errors="backslashreplace")
 
     def value(self, value: Any, *, is_item: bool = False) -> None:
         """Write a JSON text. For people it is indented, unless it is one of many."""
@@ -109,7 +109,8 @@ class Output:
     def encode(self, value: Any, *, is_item: bool = False) -> bytes:
         """Return the bytes that `value` writes."""
         text = dump(value, indent=2 if self._is_pretty and not is_item else None)
-        text = self._tame(text)
+        if self.is_terminal:
+            text = _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # which is JSON still
         if self._has_colours:
             text = colour(text)
         return f"{RECORD_SEPARATOR if self._seq else ''}{text}\n".encode()
@@ -131,10 +132,10 @@ class Output:
             with suppress(OutputError, ReaderGone):
                 write_all(ERR, f"{dump(failure.as_object())}\n".encode())
 
-    def _tame(self, text: str) -> str:
-        if not self.is_terminal:
-            return text
-        return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+def tame(text: str) -> str:
+    """Show what would steer a terminal as an escape of Python's."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def may_colour() -> bool:

@@ -156,9 +156,12 @@ def parse_count(text: str) -> int:
 
 def parse_graceful(text: str) -> str | Exit:
     """Which error is none."""
-    if text.isascii() and text.isdigit() and int(text) in FORGIVABLE:
-        return Exit(int(text))
-    return text
+    number = int(text) if text.isascii() and text.isdigit() else None
+    if number not in set(Exit):
+        return text  # servers may have codes of digits
+    if number not in FORGIVABLE:
+        raise argparse.ArgumentTypeError(f"exit code {text} cannot be made 0: use 3 to 8 or 124")
+    return Exit(number)
 
 
 # ---- the commands ----
@@ -188,7 +191,7 @@ def _add_call(commands: Any) -> None:
     ):
         parser = _add_connected(commands, name, _typed("_calls", name), help, description)
         parser.add_argument("method", metavar="METHOD", help="as in Files.stat")
-        parser.add_argument("argument", metavar="ARGUMENT", nargs="*", help=ARGUMENT)
+        parser.add_argument("argument", metavar="ARGUMENT", nargs="*", default=[], help=ARGUMENT)
         _add_raw(parser, "write texts and bytes as they are, and not as JSON")
 
 

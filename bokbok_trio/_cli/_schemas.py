@@ -39,16 +39,53 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
         Mismatch: it is none.
     """
-
-    def refuse(name: str) -> NoReturn:
-        raise Mismatch(f"JSON has no {name}")
-
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_json_integer,
+            parse_float=_parse_json_number,
+            object_pairs_hook=_make_object,
+        )
+        json.dumps(value, ensure_ascii=False).encode()
     except Mismatch:
         raise
-    except (ValueError, RecursionError) as exc:
+    except UnicodeEncodeError:
+        raise Mismatch("half of a surrogate pair is no text") from None
+    except RecursionError:
+        raise Mismatch("expected JSON: it is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise Mismatch("expected JSON: it is not text in UTF-8") from None
+    except ValueError as exc:
         raise Mismatch(f"expected JSON: {exc}") from None
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise Mismatch(f"JSON has no {name}")
+
+
+def _parse_json_integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # Python bounds their length
+        raise Mismatch(f"expected a number, and got one of {len(text)} digits") from None
+
+
+def _parse_json_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise Mismatch(f"{text} is too large for a number")
+    return number
+
+
+def _make_object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, value in members:
+        if name in made:
+            raise Mismatch(f"{name} is given twice")
+        made[name] = value
+    return made
 
 
 def is_bytes(schema: Schema) -> bool:

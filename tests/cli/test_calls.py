@@ -81,6 +81,16 @@ def test_an_argument_becomes_what_the_listing_says(run: Run, address: str, argum
         ('{"number": 1, "none": 2}', "none: Files.echo has no such argument; it takes "),
         ('{"data": "!"}', "data: $: expected base64, and got '!'"),
         ("{", "the argument: expected JSON: "),
+        ('{"text": "a", "text": "b"}', "the argument: text is given twice"),
+        ('anything:={"a": [{"b": 1, "b": 1}]}', "anything: b is given twice"),
+        ("ratio:=1e400", "ratio: 1e400 is too large for a number"),
+        ("ratio:=-1e400", "ratio: -1e400 is too large for a number"),
+        pytest.param(
+            "number:=" + "9" * 5000, "number: expected a number, and got one of 5000 digits", id="long"
+        ),
+        pytest.param("tags:=" + "[" * 100_000, "tags: expected JSON: it is nested too deeply", id="deep"),
+        (r'text:="\ud800"', "text: half of a surrogate pair is no text"),
+        (r'blobs:={"\udfff": ""}', "blobs: half of a surrogate pair is no text"),
         ('number:="x"', "Files.echo: $.number: expected int, got str [bad-arguments]"),
     ],
 )
@@ -115,7 +125,34 @@ def test_one_object_for_all_arguments(run: Run, address: str, tmp_path: Path) ->
     assert run("call", address, "Files.echo", f"@{path}").json == expected
     assert run("call", address, "Files.echo", "-", stdin=text.encode()).json == expected
     ran = run("call", address, "Files.echo", "-", stdin=b"[]")
-    assert (ran.code, ran.error) == (6, "what was read must be a JSON object of the arguments by name")
+    assert (ran.code, ran.error) == (6, "the standard input must be a JSON object of the arguments by name")
+    ran = run("call", address, "Files.echo", "-", stdin=b'{"text": "\xff"}')
+    assert (ran.code, ran.error) == (6, "the standard input: expected JSON: it is not text in UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("argument", "stdin", "error"),
+    [
+        ("numbers:=[1, 99999999999999999999]", None, "numbers: can't serialize ints < -2**63"),
+        ("numbers=@-", b"1\n99999999999999999999\n", "numbers: can't serialize ints < -2**63"),
+        (r'numbers:=["\ud800"]', None, "numbers: half of a surrogate pair is no text"),
+        ("numbers=@-", b'"\\ud800"\n', "numbers: half of a surrogate pair is no text"),
+    ],
+)
+def test_an_item_that_cannot_travel_is_a_wrong_argument(
+    run: Run, address: str, argument: str, stdin: bytes | None, error: str
+) -> None:
+    ran = run("call", address, "Files.total", argument, stdin=stdin)
+    assert (ran.code, ran.out) == (6, "")
+    assert ran.error.startswith(error)
+
+
+def test_the_arguments_that_a_call_needs_are_named(run: Run) -> None:
+    ran = run("call", "./sock")
+    assert (ran.code, ran.error) == (
+        2,
+        "the following arguments are required: METHOD (see bokbok call --help)",
+    )
 
 
 def test_arguments_in_files(run: Run, address: str, tmp_path: Path) -> None:

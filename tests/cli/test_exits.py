@@ -23,6 +23,7 @@ from bokbok_trio import (
     MessageTooLarge,
     ProtocolError,
     RemoteError,
+    Settings,
 )
 from bokbok_trio._cli import main
 from bokbok_trio._cli._exits import CommandError, Exit, OutputError, ReaderGone, explain, find_leaf
@@ -48,7 +49,12 @@ DOCS = (Path(__file__).parents[2] / "docs" / "cli.rst").read_text()
         (RemoteError("no\nforged", "bad\n"), 5, r"no\nforged [bad\n]"),
         (RemoteError("no", "handler-error"), 5, "no [handler-error]"),
         (RemoteError("$.x", "bad-arguments"), 6, "$.x [bad-arguments]"),
-        (MessageTooLarge(2, 1), 6, "the message takes 2 bytes, and this connection allows 1"),
+        (
+            MessageTooLarge(2, 1),
+            6,
+            "the message takes 2 bytes, and this connection allows 1 (the smaller max_message_size of both sides); "
+            "a stream may have any size",
+        ),
         (ConnectionLost("gone"), 7, "the connection was lost, and it may have run: gone"),
         (ConnectionClosed("gone"), 7, "the connection was lost, and it may have run: gone"),
         (ConnectionLost("gone", may_have_run=False), 8, "the connection was lost, and it did not run: gone"),
@@ -198,10 +204,20 @@ def test_a_message_that_is_too_large(run: Run, address: str, tmp_path: Path) -> 
     path.write_bytes(bytes(5 * 2**20))
     ran = run("request", address, f"@{path}")
     assert ran.code == 6
-    assert (
-        ran.error == "the message takes 5242900 bytes, and this connection allows 4194304"
-        or "message" in ran.error
+    assert re.fullmatch(
+        r"the message takes 5242\d{3} bytes, and this connection allows 419\d{4} "
+        r"\(the smaller max_message_size of both sides\); a stream may have any size",
+        ran.error,
     )
+
+
+def test_a_server_may_allow_messages_that_are_larger(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "big"
+    path.write_bytes(bytes(5 * 2**20))
+    settings = Settings(max_message_size=2**23)
+    with serving(str(tmp_path / "sock"), make_handler(), settings=settings) as address:
+        ran = run("request", "--raw", address, f"@{path}")
+    assert (ran.code, len(ran.out)) == (0, 5 * 2**20)
 
 
 # ---- --graceful, --json, --verbose ----
@@ -215,7 +231,7 @@ def test_a_message_that_is_too_large(run: Run, address: str, tmp_path: Path) -> 
         (["other", "why"], 0),
         (["other"], 5),
         (["4", "05", "7"], 0),
-        (["1"], 5),
+        (["404"], 5),
         (["¹"], 5),
     ],
 )
@@ -223,6 +239,13 @@ def test_graceful_makes_one_error_none(run: Run, address: str, graceful: list[st
     ran = run("request", address, "no", "why", *[f"--graceful={each}" for each in graceful])
     assert ran.code == code
     assert ran.error == r"it says no\nforged: line [why]"
+
+
+@pytest.mark.parametrize("number", ["0", "1", "2", "130", "141"])
+def test_an_exit_code_that_is_never_graceful_is_a_wrong_use(run: Run, address: str, number: str) -> None:
+    ran = run("request", address, "no", "why", f"--graceful={number}")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"exit code {number} cannot be made 0: use 3 to 8 or 124" in ran.error
 
 
 def test_an_error_is_an_object_for_programs(run: Run, address: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import math
 import os
 import pty
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -22,6 +23,7 @@ from bokbok_trio._cli import _progress, main
 from bokbok_trio._cli._exits import OutputError, ReaderGone
 from bokbok_trio._cli._output import Output, colour, open_missing_descriptors, write_all
 from bokbok_trio._cli._values import as_json, dump
+from bokbok_trio.interface import expose
 from tests.support.cli import Run, address, make_handler, replaced, run, serving
 
 __all__ = ["address", "run"]
@@ -92,18 +94,42 @@ def test_items_are_a_line_each_on_a_terminal_too(address: str) -> None:
 
 
 def test_nothing_that_comes_steers_a_terminal(address: str) -> None:
-    evil = "\x1b[2J\x9b2J\x07\rx\ty"
+    evil = "\x1b[2J\x9b2J\x07\u202e\u2066\rx\ty"
     with on_terminal(1, 2) as read:
         main(["request", address, evil])
-        assert read() == r"\x1b[2J\x9b2J\x07\rx" + "\ty\n"
+        assert read() == r"\x1b[2J\x9b2J\x07\u202e\u2066\rx" + "\ty\n"
         main(["request", "--raw", address, evil])
-        assert read() == r"\x1b[2J\x9b2J\x07\rx" + "\ty\n"
+        assert read() == r"\x1b[2J\x9b2J\x07\u202e\u2066\rx" + "\ty\n"
         main(["call", address, "Files.lines", "path=" + evil, "count=1", "--raw"])
         assert "\x1b[2J" not in read()
         main(["request", address, "no", "\x1b[2J"])
         assert read() == r"bokbok: it says no\nforged: line [\x1b[2J]" + "\n"
+        main(["call", address, "Files.lines", "path=" + evil, "count=1"])
+        shown = re.sub(r"\x1b\[\d+m", "", read())
+        assert shown.isascii()
+        assert json.loads(shown) == evil + ":0"
         main(["request", address, "@/dev/null", "--raw"])
         assert read() == "\n"
+
+
+class Steering(Protocol):
+    """Says \x1b]0;evil\x07 and \u202e."""
+
+    async def do(self, text: str = "\x9b") -> None: ...
+
+
+class NoSteering:
+    async def do(self, text: str = "") -> None: ...
+
+
+def test_a_listing_steers_no_terminal_behind_a_pipe(run: Run, tmp_path: Path) -> None:
+    served = expose(Steering, NoSteering(), listed=True)
+    with serving(str(tmp_path / "sock"), served, peer_user=lambda _: "tester") as address:
+        listed = run("list", address).out + run("list", "--markdown", address).out
+        described = run("describe", address, "Steering.do").out
+    assert r"Says \x1b]0;evil\x07 and \u202e." in listed
+    assert (listed + described).isascii()
+    assert "\x1b" not in listed + described
 
 
 def test_bytes_are_written_as_they_are_unless_on_a_terminal(run: Run, address: str, tmp_path: Path) -> None:
