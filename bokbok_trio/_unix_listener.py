@@ -49,6 +49,17 @@ class UnixListener(trio.abc.Listener[trio.SocketStream]):
         self._inode: tuple[int, int] | None = inode
         abandon_in_child(self)
 
+    @property
+    def socket(self) -> trio.socket.SocketType:
+        """The socket, as of a `trio.SocketListener`."""
+        return self._listener.socket
+
+    def leave_file(self) -> tuple[str, int, int]:
+        """Leave the file there for whoever goes on to listen; return its path, device and inode."""
+        assert self._inode is not None
+        inode, self._inode = self._inode, None
+        return self._path, *inode
+
     async def accept(self) -> trio.SocketStream:
         return await self._listener.accept()
 

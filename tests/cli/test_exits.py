@@ -52,8 +52,10 @@ DOCS = (Path(__file__).parents[2] / "docs" / "cli.rst").read_text()
         (
             MessageTooLarge(2, 1),
             6,
-            "the message takes 2 bytes, and this connection allows 1 (the smaller max_message_size of both sides); "
-            "a stream may have any size",
+            (
+                "the message takes 2 bytes, and this connection allows 1 (the smaller "
+                "max_message_size of both sides); a stream may have any size"
+            ),
         ),
         (ConnectionLost("gone"), 7, "the connection was lost, and it may have run: gone"),
         (ConnectionClosed("gone"), 7, "the connection was lost, and it may have run: gone"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import signal
@@ -9,7 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,11 @@ async def handler(connection, request):
         await connection.draining.wait()
         os.kill(os.getpid(), signal.SIGINT)
         await trio.sleep_forever()
-    if request == [b"change"]:
+    if request[0] == b"change":
         os.utime(__file__, (1, 1))
+    if request == [b"change", b"stop"]:
+        await connection.draining.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
     return ["first", connection.user or "nobody"]
 class Box:
     handler = handler
@@ -54,6 +59,8 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(_serving, "POLL", 0.01)
     yield name
     sys.modules.pop(name, None)
+    for fd, _ in json.loads(os.environ.pop(_serving.RELOADED, "[]")):
+        os.close(fd)
 
 
 class Asked(threading.Thread):
@@ -85,6 +92,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+async def unlink_and(path: Path, wait: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+    path.unlink()
+    return await wait(*args)
 
 
 def test_a_handler_is_served_until_a_signal_comes(run: Run, app: str) -> None:
@@ -125,7 +137,79 @@ def test_it_begins_anew_when_the_code_changes(run: Run, app: str, monkeypatch: p
     asked.join()
     assert asked.answer[0] == b"first"
     assert ran == [(sys.executable, [sys.executable, "-m", "bokbok_trio", "serve"])]
-    assert os.environ.pop(_serving.RELOADED) == "1"
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_the_process_that_begins_anew_goes_on_to_listen(
+    run: Run, app: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(os, "execv", lambda *_: None)
+    address = "./sock" if kind == "unix" else f"127.0.0.1:{free_port()}"
+    asked = Asked(address, "change")
+    ran = run("serve", f"{app}:handler", address)
+    asked.join()
+    assert (ran.code, asked.answer[0]) == (0, b"first")
+    with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as dialled:
+        # Nobody accepts yet, and it is not refused.
+        dialled.connect("sock" if kind == "unix" else ("127.0.0.1", int(address.partition(":")[2])))
+    asked = Asked(address, "stop")
+    again = run("serve", f"{app}:handler", address)
+    asked.join()
+    assert (again.code, asked.answer[0]) == (0, b"first")
+    assert again.err.splitlines()[0] == ran.err.splitlines()[0]
+    assert _serving.RELOADED not in os.environ
+    assert not Path("sock").exists()
+
+
+@pytest.mark.parametrize("code", ["(", "handler = 3"])
+def test_a_signal_ends_it_while_it_waits_for_a_change(
+    run: Run, app: str, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    monkeypatch.setattr(os, "execv", lambda *_: None)
+    asked = Asked("./sock", "change")
+    assert run("serve", f"{app}:handler", "./sock").code == 0
+    asked.join()
+    Path(f"{app}.py").write_text(code)
+    sys.modules.pop(app)
+    assert Path("sock").exists()
+
+    async def wait_for_change(_: _serving.Files) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(_serving.Files, "wait_for_change", wait_for_change)
+    ran = run("serve", f"{app}:handler", "./sock")
+    assert ran.code == 0
+    assert ran.err.endswith("; waiting for a change\n")
+    assert not Path("sock").exists()
+
+
+def test_a_signal_ends_it_while_it_stops_for_a_change(
+    run: Run, app: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[Any] = []
+    monkeypatch.setattr(os, "execv", lambda *args: began.append(args))
+    asked = Asked("./sock", "change", "stop")
+    assert run("serve", f"{app}:handler", "./sock").code == 0
+    asked.join()
+    assert asked.answer[0] == b"first"
+    assert not began
+    assert not Path("sock").exists()
+
+
+def test_users_that_cannot_be_read_are_waited_for(
+    run: Run, app: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[Any] = []
+    monkeypatch.setattr(os, "execv", lambda *args: began.append(args))
+    monkeypatch.setenv(_serving.RELOADED, "[]")
+    Path("users.keys").write_text("nonsense")
+    Path("users.keys").chmod(0o600)
+    monkeypatch.setattr(_serving, "_wait", partial(unlink_and, Path("users.keys"), _serving._wait))
+    ran = run("serve", f"{app}:handler", "./sock", "--users", "users.keys")
+    assert ran.code == 0
+    assert "; waiting for a change\n" in ran.err
+    assert began
 
 
 def test_code_that_cannot_be_loaded_is_waited_for(
@@ -140,11 +224,9 @@ def test_code_that_cannot_be_loaded_is_waited_for(
     assert ran.err.splitlines()[-1].startswith(f"bokbok: cannot load {app}:handler: SyntaxError: ")
     began: list[Any] = []
     monkeypatch.setattr(os, "execv", lambda *args: began.append(args))
-    monkeypatch.setenv(_serving.RELOADED, "1")
-    timer = threading.Timer(0.05, path.unlink)
-    timer.start()
+    monkeypatch.setenv(_serving.RELOADED, "[]")
+    monkeypatch.setattr(_serving, "_wait", partial(unlink_and, path, _serving._wait))
     ran = run("serve", f"{app}:handler", "./sock")
-    timer.join()
     assert "; waiting for a change\n" in ran.err
     assert began
 
@@ -221,6 +303,8 @@ def test_a_change_of_the_code_is_served_by_a_process(tmp_path: Path) -> None:
             wait_for("serving app:handler plain on ")
             path.write_text("(")
             wait_for("waiting for a change")
+            with socket.socket(socket.AF_UNIX) as dialled:
+                dialled.connect(str(tmp_path / "sock"))
             path.write_text(APP.replace("first", "second"))
             wait_for("serving app:handler plain on ")
             asked = Asked(str(tmp_path / "sock"), "x")
@@ -229,5 +313,6 @@ def test_a_change_of_the_code_is_served_by_a_process(tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=WAIT)
             assert process.returncode == 0
+            assert not (tmp_path / "sock").exists()
         finally:
             process.kill()
