@@ -23,7 +23,7 @@ from ..interface._streams import pump
 from ._arguments import Arguments, Given, check_names, decode_text, naming, parse_arguments, to_values
 from ._connecting import Session, run_connected
 from ._exits import RAISED, CommandError, Exit
-from ._listing import Listed, find_method
+from ._listing import Listed, explain_unlisted, find_method
 from ._output import Output
 from ._schemas import Mismatch, Schemas, is_bytes, parse_json
 from ._streams import give, read_chunks, send_nothing, split_lines, write_items
@@ -32,10 +32,7 @@ from ._values import as_json, is_list
 _decode = make_decoder(Any)
 _encode = make_encoder()
 
-UNLISTED = (
-    "; the other side lists no interfaces to us, so texts were sent as texts: write NAME:=JSON for all else, "
-    "and bokbok follow for a method that streams"
-)
+UNLISTED = "; so texts were sent as texts: write NAME:=JSON for all else, and bokbok follow for a method that streams"
 
 
 class _Prepared(NamedTuple):
@@ -76,7 +73,7 @@ async def _call(session: Session, *, arguments: Arguments, out: Output, must_str
     try:
         await _make(session, prepared, out, is_stream=must_stream or prepared.is_stream)
     except RemoteError as exc:
-        raise _explain(exc, is_listed=method is not None) from exc
+        raise _explain(exc, None if method is not None else explain_unlisted(session)) from exc
 
 
 async def _find(session: Session, path: str) -> Listed | None:
@@ -220,7 +217,7 @@ def _to_item(method: Listed, value: Any) -> Any:
 # ---- errors ----
 
 
-def _explain(error: RemoteError, *, is_listed: bool) -> Exception:
+def _explain(error: RemoteError, unlisted: str | None) -> Exception:
     """Say of an error that was answered what it says: a declared one has its fields."""
     if error.code.startswith(RAISED):
         try:
@@ -229,6 +226,6 @@ def _explain(error: RemoteError, *, is_listed: bool) -> Exception:
             return error
         code = error.code.removeprefix(RAISED)
         return CommandError(error.message, Exit.HANDLER_SAID_NO, code, details)
-    if error.code == BAD_ARGUMENTS and not is_listed:
-        return RemoteError(error.message + UNLISTED, error.code, error.details)
+    if error.code == BAD_ARGUMENTS and unlisted is not None:
+        return RemoteError(f"{error.message}; {unlisted}{UNLISTED}", error.code, error.details)
     return error

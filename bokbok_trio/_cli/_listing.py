@@ -12,7 +12,7 @@ from contextlib import suppress
 from shlex import quote
 from typing import Any, NamedTuple
 
-from .. import RemoteError
+from .. import RemoteError, UnixAddress
 from ..interface import InterfaceInfo, MethodInfo, list_interfaces
 from ._connecting import Session, run_connected
 from ._exits import CommandError, Exit
@@ -69,14 +69,18 @@ async def ask_listing(session: Session) -> list[InterfaceInfo]:
     try:
         return await list_interfaces(session.connection)
     except RemoteError as exc:
-        why = (
-            ""
-            if session.options.user is not None
-            else ", or tells it only to users: give --user and --key-file"
-        )
-        raise CommandError(
-            f"the other side lists no interfaces{why} [{exc.code}]", Exit.HANDLER_SAID_NO, exc.code
-        ) from exc
+        text = f"{explain_unlisted(session)} [{exc.code}]"
+        raise CommandError(text, Exit.HANDLER_SAID_NO, exc.code) from exc
+
+
+def explain_unlisted(session: Session) -> str:
+    """Say that nothing is listed to us, and what may be done about it."""
+    if session.options.user is not None:
+        return "the other side lists no interfaces"
+    plain = (
+        "" if isinstance(session.connection.address, UnixAddress) else ", and over plain TCP nobody is one"
+    )
+    return f"the other side lists no interfaces, or only to users{plain}: give --user and --key-file"
 
 
 def find_method(interfaces: Sequence[InterfaceInfo], path: str) -> Listed:

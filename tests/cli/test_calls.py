@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from bokbok_trio import Connection, RequestError
+from bokbok_trio import Connection, Key, RequestError
 from bokbok_trio._cli._schemas import MAX_DEPTH, TEMPLATE_DEPTH, Schemas
 from tests.support.cli import Run, address, handler, make_handler, run, serving
 from tests.support.inside import reads_arguments
@@ -318,16 +318,33 @@ def test_a_side_that_lists_nothing_is_called_all_the_same(run: Run, unlisted: st
     ran = run("call", unlisted, "Files.echo", "number=5")
     assert ran.code == 6
     assert ran.error.startswith(
-        "Files.echo: $.number: expected int, got str; the other side lists no interfaces to us, so texts "
-        "were sent as texts: write NAME:=JSON"
+        "Files.echo: $.number: expected int, got str; the other side lists no interfaces, or only to users: "
+        "give --user and --key-file; so texts were sent as texts: write NAME:=JSON"
     )
     assert run("call", unlisted, "Files.stat", "path=/gone").error == "NoSuchFile: /gone"
     ran = run("list", unlisted)
     assert (ran.code, ran.out) == (5, "")
     assert ran.error == (
-        "the other side lists no interfaces, or tells it only to users: give --user and --key-file "
-        "[no-method]"
+        "the other side lists no interfaces, or only to users: give --user and --key-file [no-method]"
     )
+
+
+def test_over_plain_tcp_nothing_is_listed(run: Run) -> None:
+    with serving("127.0.0.1:0", make_handler()) as address:
+        ran = run("list", address)
+    assert (ran.code, ran.out) == (5, "")
+    assert ran.error == (
+        "the other side lists no interfaces, or only to users, and over plain TCP nobody is one: "
+        "give --user and --key-file [no-method]"
+    )
+
+
+def test_a_user_to_whom_nothing_is_listed(run: Run, tmp_path: Path) -> None:
+    key = Key.generate()
+    key.save(tmp_path / "key")
+    with serving("127.0.0.1:0", make_handler(listed=False), user_key={"ann": key}) as address:
+        ran = run("list", "--user=ann", f"--key-file={tmp_path}/key", address)
+    assert (ran.code, ran.error) == (5, "the other side lists no interfaces [no-method]")
 
 
 def test_an_answer_that_is_none(run: Run, tmp_path: Path) -> None:
