@@ -32,7 +32,10 @@ from ._values import as_json, is_list
 _decode = make_decoder(Any)
 _encode = make_encoder()
 
-UNLISTED = "; so texts were sent as texts: write NAME:=JSON for all else, and bokbok follow for a method that streams"
+UNLISTED = (
+    "; so texts were sent as texts: write NAME:=JSON for all else, "
+    "and bokbok follow for a method that streams"
+)
 
 
 class _Prepared(NamedTuple):

@@ -11,9 +11,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from shlex import quote
 from typing import Any, Final, NoReturn
 
+from ..interface._codec import INTEGER_NAMES
 from ._values import dump, is_list, is_object
 
 Schema = Mapping[str, Any]
@@ -183,8 +185,9 @@ class Schemas:
                 raise Mismatch(f"{path}: expected base64, and got {value!r}") from None
         if is_object(value):
             known, others = self.properties(schema), schema.get("additionalProperties")
+            parse = partial(_parse_key, path=path) if _has_integer_names(schema) else str
             return {
-                name: self.from_json(known.get(name, others), each, f"{path}.{name}", depth + 1)
+                parse(name): self.from_json(known.get(name, others), each, f"{path}.{name}", depth + 1)
                 for name, each in value.items()
             }
         if is_list(value):
@@ -230,6 +233,8 @@ class Schemas:
         kind = str(schema.get("type", "anything"))
         if kind == "object" and isinstance(title, str):
             return title
+        if _has_integer_names(schema):
+            return "an object with integers as names"
         return f"{format}" if kind == "string" and isinstance(format, str) else _NAMES.get(kind, kind)
 
     def template(self, schema: Any, depth: int = 0) -> Any:
@@ -270,6 +275,16 @@ class Schemas:
         if (schema.get("type") == "string" and _WORD.fullmatch(names[0])) or plain.issuperset(names):
             return f"{name}={'|'.join(each.upper() for each in names if each != 'null')}"
         return f"{name}:=JSON"
+
+
+def _has_integer_names(schema: Schema) -> bool:
+    return _get_dict(schema, "propertyNames").get("pattern") == INTEGER_NAMES
+
+
+def _parse_key(name: str, path: str) -> int:
+    if not re.fullmatch(INTEGER_NAMES, name):
+        raise Mismatch(f"{path}: expected an integer as a name, and got {name!r}")
+    return int(name)
 
 
 def _get_dict(schema: Schema, name: str) -> dict[str, Any]:

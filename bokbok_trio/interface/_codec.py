@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import BuiltinMethodType
 from typing import Any, Final, TypeAlias, get_origin
 
@@ -47,6 +47,16 @@ _SIZES.update({0xA0 + length: 1 + length for length in range(0x20)})
 _ONE_BYTE: Final = re.compile(rb"[\x00-\x7f\xc0-\xc3\xe0-\xff]*")  # nil, bool, small integers
 _ONE_BYTE_OR_EMPTY: Final = re.compile(rb"[\x00-\x80\x90\xc0-\xc3\xe0-\xff]*")  # and empty containers
 
+
+INTEGER_NAMES: Final = r"^(0|-?[1-9][0-9]{0,19})$"
+"""In the schema of a map whose keys are integers, the pattern of its names: JSON has texts there."""
+
+_FIELDS: Final = (
+    described.TypedDictType,
+    described.NamedTupleType,
+    described.DataclassType,
+    described.StructType,
+)
 
 _ADVICE: Final = {
     "dataclass or attrs type": "write subclasses of msgspec.Struct with tag=True",
@@ -145,7 +155,87 @@ def make_schemas(types: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, 
     except KeyError as exc:
         name = getattr(exc.args[0], "__qualname__", exc.args[0])
         raise TypeError(f"there are two types named {name}; rename one, or do not list them") from exc
+    done: set[str] = set()
+    for info, schema in zip(described.multi_type_info(types), schemas, strict=True):
+        _mark_keys(info, schema, definitions, done)
     return list(schemas), definitions
+
+
+def _mark_keys(
+    info: described.Type, schema: dict[str, Any], definitions: dict[str, Any], done: set[str]
+) -> None:
+    """Say of maps whose keys are integers that they are, which the schemas of msgspec leave open.
+
+    Arguments:
+        info: a type.
+        schema: of this type.
+        definitions: what schemas refer to.
+        done: the names of those that are done.
+    """
+    info = _bare(info)
+    if "$ref" in schema:
+        name = schema["$ref"].removeprefix("#/$defs/")
+        if name in done:
+            return
+        done.add(name)
+        schema = definitions[name]
+    if isinstance(info, described.DictType) and _is_integer(info.key_type):
+        schema["propertyNames"] = {"pattern": INTEGER_NAMES}
+    for child, part in _parts(info, schema):
+        _mark_keys(child, part, definitions, done)
+
+
+def _bare(info: described.Type) -> described.Type:
+    while isinstance(info, described.Metadata):
+        info = info.type
+    return info
+
+
+def _is_integer(info: described.Type) -> bool:
+    info = _bare(info)
+    values: Iterable[Any] = ()
+    if isinstance(info, described.EnumType):
+        values = [each.value for each in info.cls]
+    elif isinstance(info, described.LiteralType):
+        values = info.values
+    return isinstance(info, described.IntType) or (
+        bool(values) and all(isinstance(each, int) for each in values)
+    )
+
+
+def _parts(info: described.Type, schema: dict[str, Any]) -> Iterator[tuple[described.Type, dict[str, Any]]]:
+    """The types within a type that may hold maps, with their schemas."""
+    found: Iterable[tuple[described.Type, Any]] = ()
+    if isinstance(info, described.UnionType):
+        found = _alternatives(info, schema)
+    elif isinstance(info, described.DictType):
+        found = [(info.value_type, schema.get("additionalProperties"))]
+    elif isinstance(info, described.CollectionType):
+        found = [(info.item_type, schema.get("items"))]
+    elif isinstance(info, described.TupleType):
+        found = zip(info.item_types, schema.get("prefixItems", ()), strict=False)
+    elif isinstance(info, _FIELDS):
+        members = schema.get("properties", {})
+        items = schema.get("prefixItems", ())[-len(info.fields) :]  # an array may begin with a tag
+        schemas = items or [members.get(field.encode_name) for field in info.fields]
+        found = zip([field.type for field in info.fields], schemas, strict=False)
+    for child, part in found:
+        if part:
+            yield child, part
+
+
+def _alternatives(info: described.UnionType, schema: dict[str, Any]) -> Iterator[tuple[described.Type, Any]]:
+    """Those of a union, which has one map and one list at most; of its classes the structs come last."""
+    schemas = [part for each in schema.get("anyOf", ()) for part in each.get("anyOf", [each])]
+    types = list(map(_bare, info.types))
+    references = [each for each in schemas if "$ref" in each]
+    classes = [each for each in types if isinstance(each, (*_FIELDS, described.EnumType))]
+    classes.sort(key=lambda each: isinstance(each, described.StructType) and not each.array_like)
+    yield from zip(classes, references, strict=False)
+    for each in types:
+        kind = "object" if isinstance(each, described.DictType) else "array"
+        if isinstance(each, described.DictType | described.CollectionType | described.TupleType):
+            yield each, next((part for part in schemas if part.get("type") == kind), None)
 
 
 # ---- types ----
@@ -163,10 +253,7 @@ def _children(info: described.Type) -> Iterator[described.Type]:
     elif isinstance(info, described.DictType):
         yield info.key_type
         yield info.value_type
-    elif isinstance(
-        info,
-        described.TypedDictType | described.NamedTupleType | described.DataclassType | described.StructType,
-    ):
+    elif isinstance(info, _FIELDS):
         for field in info.fields:
             yield field.type
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import decimal
 import enum
+import json
 import math
 import random
+import re
 import runpy
 import sys
 import uuid
@@ -22,6 +24,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from bokbok_trio.interface import _codec
 from bokbok_trio.interface._codec import (
+    INTEGER_NAMES,
     MAX_DEPTH,
     BadValue,
     find_unsupported,
@@ -443,6 +446,89 @@ def test_schemas_say_what_types_are() -> None:
     assert definitions["Job"]["properties"]["tags"]["items"] == {"type": "string"}
     assert number == {"type": "integer", "minimum": 1}
     assert fussy == {"title": "Fussy"}
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+class Keyed(msgspec.Struct, tag=True):
+    names: dict[int, str]
+    within: Keyed | None = None
+
+
+class Other(msgspec.Struct, tag=True):
+    texts: dict[str, int]
+    numbers: dict[Number, int]
+
+
+class Row(msgspec.Struct, array_like=True, tag=True):
+    names: dict[int, str]
+
+
+class Pair(NamedTuple):
+    name: str
+    names: dict[int, str]
+
+
+class TypedKeys(TypedDict):
+    names: dict[int, str]
+
+
+@pytest.mark.parametrize(
+    ("type", "maps"),
+    [
+        (dict[int, str], 1),
+        (dict[Annotated[int, msgspec.Meta(ge=1)], Any], 1),
+        (Annotated[dict[int, str], msgspec.Meta(description="of names")], 1),
+        (dict[int, dict[int, str]], 2),
+        (dict[str, dict[int, str]], 1),
+        (list[dict[int, str]], 1),
+        (tuple[str, dict[int, str]], 1),
+        (tuple[dict[int, str], ...], 1),
+        (dict[Number, str], 1),
+        (dict[Literal[1, 2], str], 1),
+        (dict[Literal["a"], str], 0),
+        (dict[Colour, str], 0),
+        (dict[str, str], 0),
+        (dict[int | str, str], 0),
+        (dict, 0),
+        (list, 0),
+        (Keyed, 1),
+        (Pair, 1),
+        (TypedKeys, 1),
+        (Row, 1),
+        (dict[int, str] | None, 1),
+        (Colour | dict[int, str] | list[dict[int, str]] | None, 2),
+        (Keyed | Other | None, 2),
+        (Keyed | Other | list[dict[int, str]] | int | None, 3),
+        (Keyed | Number | bytes, 1),
+        (list[Keyed | Other] | None, 2),
+    ],
+)
+def test_schemas_say_which_maps_have_integers_as_keys(type: Any, maps: int) -> None:
+    [schema], definitions = make_schemas([type])
+    assert json.dumps([schema, definitions]).count('"propertyNames": {"pattern": ') == maps
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        ("0", True),
+        ("-7", True),
+        ("18446744073709551615", True),
+        ("07", False),
+        ("-0", False),
+        ("1" * 21, False),
+    ],
+)
+def test_names_that_are_integers(name: str, fits: bool) -> None:
+    assert bool(re.fullmatch(INTEGER_NAMES, name)) == fits
 
 
 def test_without_msgspec_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
