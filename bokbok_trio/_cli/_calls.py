@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterable
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from ..interface._coding import BAD_ARGUMENTS, Hooks, ValueCoder
 from ..interface._exposing import CALL
 from ..interface._streams import pump
 from ._arguments import Arguments, Given, check_names, decode_text, naming, parse_arguments, to_values
+from ._callbacks import Callbacks
 from ._connecting import Session, run_connected
 from ._exits import RAISED, CommandError, Exit
-from ._listing import Listed, explain_unlisted, find_method
+from ._listing import NO_ANSWER, Listed, explain_unlisted, find_method
 from ._output import Output
 from ._schemas import Mismatch, Schemas, is_bytes, parse_json
 from ._streams import give, read_chunks, send_nothing, split_lines, write_items
@@ -45,11 +46,13 @@ class _Prepared(NamedTuple):
         fields: of its request.
         source: of the items that it sends; None where there are none.
         is_stream: items come back.
+        callbacks: that the method must be given; None where there are none.
     """
 
     fields: list[bytes]
     source: AsyncIterable[Any] | None
     is_stream: bool
+    callbacks: Callbacks | None
 
 
 def call(options: Namespace, out: Output) -> None:
@@ -74,7 +77,10 @@ async def _call(session: Session, *, arguments: Arguments, out: Output, must_str
     prepare = partial(_prepare, path, method, arguments, out)
     prepared = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)
     try:
-        await _make(session, prepared, out, is_stream=must_stream or prepared.is_stream)
+        async with AsyncExitStack() as stack:
+            if prepared.callbacks is not None:
+                await stack.enter_async_context(prepared.callbacks.lent(session.connection))
+            await _make(session, prepared, out, is_stream=must_stream or prepared.is_stream)
     except RemoteError as exc:
         raise _explain(exc, None if method is not None else explain_unlisted(session)) from exc
 
@@ -99,7 +105,8 @@ async def _make(session: Session, prepared: _Prepared, out: Output, *, is_stream
         await write_items(session, prepared.fields, partial(_show_item, out), out, sending)
         return
     if source is None:
-        session.allow_usual_time()
+        if prepared.callbacks is None:
+            session.allow_usual_time()
         answer = await session.connection.request(prepared.fields)
     else:
         async with session.connection.open_channel(prepared.fields) as channel, sending(channel):
@@ -135,7 +142,7 @@ def _prepare(path: str, method: Listed | None, arguments: Arguments, out: Output
     Raises:
         CommandError: an argument is wrong, or cannot be read.
     """
-    source = None
+    source = callbacks = None
     if method is None:
         values = to_values(arguments, Schemas({}), {})
     else:
@@ -143,12 +150,25 @@ def _prepare(path: str, method: Listed | None, arguments: Arguments, out: Output
             arguments, source = _take_source(method, arguments, out)
         names = list(arguments) if isinstance(arguments, dict) else [each.name for each in arguments]
         check_names(names, method.names, path)
+        callbacks = _make_callbacks(method, out)
         values = to_values(arguments, method.schemas, method.info.arguments)
     for name, value in values.items():
         with naming(name):
             _check_travels(value)
+    if callbacks is not None:
+        values |= callbacks.numbers
     is_stream = method is not None and method.info.items_out is not None
-    return _Prepared([CALL, path.encode(errors="surrogateescape"), _encode(values)], source, is_stream)
+    fields = [CALL, path.encode(errors="surrogateescape"), _encode(values)]
+    return _Prepared(fields, source, is_stream, callbacks)
+
+
+def _make_callbacks(method: Listed, out: Output) -> Callbacks | None:
+    callbacks = method.callbacks
+    for name, result in callbacks.items():
+        if result != "None":
+            text = f"{name}: {method.path} takes a callback that returns {result}, and {NO_ANSWER}"
+            raise CommandError(text, Exit.BAD_ARGUMENTS, BAD_ARGUMENTS)
+    return Callbacks(list(callbacks), out) if callbacks else None
 
 
 def _check_travels(value: Any) -> None:

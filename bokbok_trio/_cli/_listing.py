@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from .. import RemoteError, UnixAddress
 from ..interface import InterfaceInfo, MethodInfo, list_interfaces
@@ -19,6 +19,8 @@ from ._exits import CommandError, Exit
 from ._output import Output
 from ._schemas import Schemas
 from ._values import as_json, dump
+
+NO_ANSWER: Final = "a command line cannot answer it"
 
 
 class Listed(NamedTuple):
@@ -50,6 +52,25 @@ class Listed(NamedTuple):
         """The name of its argument that is a stream."""
         found = re.search(r"(\w+): (?:AsyncItera|ReceiveChannel)", self.info.signature)
         return found[1] if found else "a stream"
+
+    @property
+    def callbacks(self) -> dict[str, str]:
+        """Its arguments that are callbacks and must be given, with what these return."""
+        try:
+            tree = ast.parse(f"async def {self.info.signature}: ...")
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return {}
+        found: dict[str, str] = {}
+        for each in ast.walk(tree):
+            match each:
+                case ast.arg(
+                    arg=name,
+                    annotation=ast.Subscript(
+                        value=ast.Name(id="Callable"), slice=ast.Tuple(elts=[_, ast.Subscript(slice=result)])
+                    ),
+                ):
+                    found[name] = ast.unparse(result)
+        return found
 
     def template(self, name: str) -> Any:
         """Return an example value for an argument: its default, if the signature shows that as a literal."""
@@ -169,6 +190,9 @@ def show_method(method: Listed, address: str, template: dict[str, Any]) -> Itera
     for name in method.names:
         may_be_left_out = "" if name in required else ", may be left out"
         yield f"    {name}: {schemas.name(properties[name])}{may_be_left_out}"
+    for name, result in method.callbacks.items():
+        what = "its calls are written as JSON, a line each" if result == "None" else NO_ANSWER
+        yield f"    {name}: a callback that returns {result}: {what}"
     for what, schema in (("takes", info.items_in), ("gives", info.items_out)):
         if schema is not None:
             yield f"    It {what} a stream of items: {schemas.name(schema)}"

@@ -81,6 +81,7 @@ class Output:
         self.raw = raw
         self.is_for_programs = json or seq
         self._seq = seq
+        self._turn = trio.Lock()  # for lines that are written at once
         self.is_terminal = os.isatty(OUT)
         self.may_show_progress = os.isatty(ERR) and not json
         self._is_pretty = self.is_terminal and not self.is_for_programs
@@ -117,7 +118,8 @@ class Output:
 
     async def item(self, data: bytes) -> None:
         """Write one of many items. It may wait for the reader; the connection goes on meanwhile."""
-        await trio.to_thread.run_sync(write_all, OUT, data, abandon_on_cancel=True)
+        async with self._turn:
+            await trio.to_thread.run_sync(write_all, OUT, data, abandon_on_cancel=True)
 
     def note(self, text: str) -> None:
         """Write a message. An error of writing does not matter."""
