@@ -122,6 +122,16 @@ def test_a_passphrase_is_asked_for_twice(run: Run, tmp_path: Path, monkeypatch: 
     assert run("key", "check").code == 0
 
 
+def test_ctrl_c_at_a_prompt_leaves_a_line_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "isatty", lambda fd: fd == 0)
+    monkeypatch.setattr(getpass, "getpass", ask)
+    ran = run("key", "check")
+    assert (ran.code, ran.err) == (130, "\nbokbok: interrupted\n")
+
+
 # ---- users ----
 
 
