@@ -13,7 +13,7 @@ import trio
 
 from .. import AddressError, Connection, Key, Settings, open_connection
 from ._exits import CommandError, Exit, describe_os_error
-from ._fields import MAX_SIZE
+from ._fields import MAX_SIZE, decode_name
 
 DEFAULT_TIMEOUT: Final = 60.0
 """Seconds that a command may take, including dialling. Streams have no such limit."""
@@ -76,7 +76,7 @@ def find_key(options: Namespace) -> Key | None:
             raise CommandError("--plain is without --user and --key-file", Exit.USAGE)
         return None
     path = options.key_file or os.environ.get(KEY_FILE)
-    options.user = options.user or os.environ.get(USER)
+    options.user = options.user or decode_name(os.environ.get(USER, "")) or None
     if not path and not options.user:
         return None
     if not path:

@@ -43,6 +43,18 @@ def refuse_secrets(argv: list[str]) -> None:
         raise CommandError(WHY_NOT, Exit.USAGE)
 
 
+def decode_name(text: str) -> str:
+    """A name in UTF-8, whatever encoding the system says that arguments have.
+
+    Raises:
+        CommandError: it is none.
+    """
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise CommandError(f"the name {text!r} is not text in UTF-8", Exit.USAGE) from None
+
+
 def read_file(path: str) -> bytes:
     """Read a whole file, or the standard input if the path is ``-``.
 

@@ -12,7 +12,7 @@ from .. import __version__
 from . import _keys, _requests, _serving
 from ._connecting import DEFAULT_TIMEOUT
 from ._exits import FORGIVABLE, CommandError, Exit
-from ._fields import ESCAPE
+from ._fields import ESCAPE, decode_name
 from ._output import OUT, Output, write_all
 
 Run = Callable[[argparse.Namespace, Output], None]
@@ -101,13 +101,17 @@ def _add_connected(commands: Any, name: str, run: Run, help: str, description: s
     parser = _add(commands, name, run, help, description)
     parser.add_argument("address", metavar="ADDRESS", help=ADDRESS)
     access = parser.add_argument_group("connection")
-    access.add_argument("--user", metavar="NAME", help="who to be; BOKBOK_USER if not given")
+    access.add_argument(
+        "--user", metavar="NAME", type=decode_name, help="who to be; BOKBOK_USER if not given"
+    )
     key_file = access.add_argument(
         "--key-file", metavar="FILE", help="where the user's key is; BOKBOK_KEY_FILE if not given"
     )
     complete_files(key_file)
     access.add_argument("--plain", action="store_true", help="use no key, whatever the environment says")
-    access.add_argument("--service", metavar="NAME", default="", help="what is meant to be reached")
+    access.add_argument(
+        "--service", metavar="NAME", type=decode_name, default="", help="what is meant to be reached"
+    )
     access.add_argument("--insecure", action="store_true", help="allow plain TCP to another machine")
     access.add_argument(
         "--timeout",
@@ -274,7 +278,9 @@ def _add_key(commands: Any) -> None:
         "Derive a key from a passphrase, which is asked for, or read from the standard input. "
         "A generated key is better.",
     )
-    derive.add_argument("user", metavar="USER", help="whose key it is; it depends on the name")
+    derive.add_argument(
+        "user", metavar="USER", type=decode_name, help="whose key it is; it depends on the name"
+    )
     _add_file(derive, "the new file, or - for the standard output")
 
 
@@ -282,11 +288,11 @@ def _add_users(commands: Any) -> None:
     users = _add_group(commands, "users", "change and list the users of a server")
     add = _add(users, "add", _keys.add_user, "add a key of a user; makes the file if it is not there")
     _add_file(add, "the server's file of users")
-    add.add_argument("user", metavar="USER", help="the user's name")
+    add.add_argument("user", metavar="USER", type=decode_name, help="the user's name")
     _add_file(add, "the key file; or -, to type the key or to read it from the standard input", "key")
     remove = _add(users, "remove", _keys.remove_user, "take a user out, or one of the user's keys")
     _add_file(remove, "the server's file of users")
-    remove.add_argument("user", metavar="USER", help="the user's name")
+    remove.add_argument("user", metavar="USER", type=decode_name, help="the user's name")
     remove.add_argument(
         "fingerprint", metavar="FINGERPRINT", nargs="?", help="of the key to take out; all if not given"
     )
@@ -316,7 +322,11 @@ def _add_serve(commands: Any) -> None:
     )
     complete_files(users)
     parser.add_argument(
-        "--service", metavar="NAME", default="", help="what this is, for clients that say it too"
+        "--service",
+        metavar="NAME",
+        type=decode_name,
+        default="",
+        help="what this is, for clients that say it too",
     )
     parser.add_argument("--insecure", action="store_true", help="allow plain TCP with other machines")
     parser.add_argument("--no-reload", action="store_true", help="leave the code as it is")

@@ -87,6 +87,8 @@ def load_object(place: str) -> Any:
     module, colon, name = place.partition(":")
     if not (module and colon and name):
         raise CommandError(f"{place!r} is no MODULE:OBJECT, as in app:handler", Exit.USAGE)
+    if module.endswith(".py") or os.sep in module or "" in module.split("."):
+        raise CommandError(f"{module!r} is no name of a module, which app is for app.py", Exit.USAGE)
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):

@@ -135,6 +135,24 @@ def test_ctrl_c_at_a_prompt_leaves_a_line_of_its_own(run: Run, monkeypatch: pyte
 # ---- users ----
 
 
+def test_names_are_text_in_utf_8_whatever_the_locale(
+    run: Run, tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "users.keys"
+    wrong = "the name '\\udcff' is not text in UTF-8"
+    ran = run("users", "add", path, "\udcff", key)
+    assert (ran.code, ran.error) == (2, wrong)
+    ran = run("list", "--user=\udcff", f"--key-file={key}", "localhost:1")
+    assert (ran.code, ran.error) == (2, wrong)
+    monkeypatch.setenv("BOKBOK_USER", "\udcff")
+    ran = run("list", f"--key-file={key}", "localhost:1")
+    assert (ran.code, ran.error) == (2, wrong)
+    monkeypatch.setattr(os, "fsencode", lambda text: str(text).encode("ascii", "surrogateescape"))
+    assert run("users", "add", path, "\udcc3\udcbc", key).code == 0
+    assert list(Keyring.load(path)) == ["ü"]
+    assert run("users", "remove", path, "\udcc3\udcbc").code == 0
+
+
 def test_users_are_added_listed_and_removed(run: Run, tmp_path: Path, key: Path) -> None:
     path, loaded = tmp_path / "users.keys", Key.load(key)
     ran = run("users", "add", path, "ann", key)

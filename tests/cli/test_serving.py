@@ -236,6 +236,9 @@ def test_code_that_cannot_be_loaded_is_waited_for(
     [
         ("nothing", "./sock", 2, "'nothing' is no MODULE:OBJECT, as in app:handler"),
         ("APP:", "./sock", 2, "'APP:' is no MODULE:OBJECT, as in app:handler"),
+        ("APP.py:handler", "./sock", 2, "'APP.py' is no name of a module, which app is for app.py"),
+        ("./APP:handler", "./sock", 2, "'./APP' is no name of a module, which app is for app.py"),
+        ("..APP:handler", "./sock", 2, "'..APP' is no name of a module, which app is for app.py"),
         (
             "APP:nothing",
             "./sock",
