@@ -182,10 +182,12 @@ async def _serve(  # noqa: PLR0917  (parameters)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
 
         async def obey(server: Server) -> None:
-            for grace in (GRACE, 0):
-                await anext(signals)
-                watching.cancel()
-                server.stop(grace)
+            await anext(signals)
+            watching.cancel()
+            out.note(f"stopping: requests in flight have {GRACE:g} s; another signal stops at once")
+            server.stop(GRACE)
+            await anext(signals)
+            server.stop(0)
 
         async def watch(server: Server) -> None:
             nonlocal handed

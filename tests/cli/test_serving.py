@@ -106,6 +106,7 @@ def test_a_handler_is_served_until_a_signal_comes(run: Run, app: str) -> None:
     assert (ran.code, ran.out) == (0, "")
     assert asked.answer[0] == b"first"
     assert ran.err.startswith(f"bokbok: serving {app}:Box.handler plain on ")
+    assert "bokbok: stopping: requests in flight have 10 s; another signal stops at once\n" in ran.err
     if sys.platform == "linux":
         assert asked.answer[1].decode() == pwd.getpwuid(os.getuid()).pw_name
 
