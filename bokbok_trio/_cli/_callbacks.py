@@ -63,7 +63,8 @@ class Callbacks:
                     raise RequestError(str(exc), BAD_ARGUMENTS) from exc
                 await self._write({self._names[number]: as_json(values)})
                 return [_NOTHING]
-        raise RequestError("nothing is lent by this number", NO_REFERENCE)
+            case _:
+                raise RequestError("nothing is lent by this number", NO_REFERENCE)
 
     async def handle_channel(
         self, _connection: Connection, _request: list[bytes], _channel: Channel

@@ -70,6 +70,8 @@ class Listed(NamedTuple):
                     ),
                 ):
                     found[name] = ast.unparse(result)
+                case _:
+                    pass
         return found
 
     def template(self, name: str) -> Any:
