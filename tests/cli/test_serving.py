@@ -10,8 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +93,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def unlink_and(path: Path, wait: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-    path.unlink()
-    return await wait(*args)
+def unlink_when_it_waits(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Remove a file as soon as a change is waited for."""
+    wait = _serving.Files.wait_for_change
+
+    async def unlink_and_wait(files: _serving.Files) -> None:
+        path.unlink()
+        await wait(files)
+
+    monkeypatch.setattr(_serving.Files, "wait_for_change", unlink_and_wait)
 
 
 def test_a_handler_is_served_until_a_signal_comes(run: Run, app: str) -> None:
@@ -206,7 +211,7 @@ def test_users_that_cannot_be_read_are_waited_for(
     monkeypatch.setenv(_serving.RELOADED, "[]")
     Path("users.keys").write_text("nonsense")
     Path("users.keys").chmod(0o600)
-    monkeypatch.setattr(_serving, "_wait", partial(unlink_and, Path("users.keys"), _serving._wait))
+    unlink_when_it_waits(monkeypatch, Path("users.keys"))
     ran = run("serve", f"{app}:handler", "./sock", "--users", "users.keys")
     assert ran.code == 0
     assert "; waiting for a change\n" in ran.err
@@ -226,7 +231,7 @@ def test_code_that_cannot_be_loaded_is_waited_for(
     began: list[Any] = []
     monkeypatch.setattr(os, "execv", lambda *args: began.append(args))
     monkeypatch.setenv(_serving.RELOADED, "[]")
-    monkeypatch.setattr(_serving, "_wait", partial(unlink_and, path, _serving._wait))
+    unlink_when_it_waits(monkeypatch, path)
     ran = run("serve", f"{app}:handler", "./sock")
     assert "; waiting for a change\n" in ran.err
     assert began
