@@ -219,7 +219,12 @@ def check_unix_mode(mode: object) -> None:
 
 def check_grace(grace: object) -> None:
     """Check the seconds that requests in flight may take when a server stops."""
-    if not isinstance(grace, int | float):
-        raise TypeError(f"grace must be a number of seconds, not {type(grace).__name__}")
-    if math.isnan(grace) or grace < 0:
-        raise ValueError(f"grace must be at least 0 seconds, not {grace}")
+    check_amount("grace", grace, "seconds")
+
+
+def check_amount(name: str, value: object, unit: str) -> None:
+    """Check a number of something, which may be 0 and infinite."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of {unit}, not {type(value).__name__}")
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"{name} must be at least 0 {unit}, not {value}")

@@ -145,7 +145,17 @@ def bind(function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts) -> Callable[[],
     if isinstance(function, Coroutine):
         function.close()
         raise TypeError("pass an async function and its arguments, and not a coroutine: call(f, 1)")
-    return partial(function, *args)
+    return partial(_call, function, *args)
+
+
+async def _call(function: Callable[[*_Ts], Awaitable[_T]], *args: *_Ts) -> _T:
+    """Call an async function. If the function is not async, the error names it."""
+    result: object = function(*args)
+    if not isinstance(result, Awaitable):
+        hint = "; pass that to open_stream or Portal.enter" if hasattr(result, "__aenter__") else ""
+        raise TypeError(f"pass an async function: {function!r} returned {type(result).__name__}{hint}")
+    value: _T = await result
+    return value
 
 
 @final

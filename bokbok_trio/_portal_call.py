@@ -14,6 +14,8 @@ from typing import Final, Generic, TypeVar, final
 
 import trio
 
+from ._arguments import check_amount
+
 WAKE_EVERY: Final = 1.0
 """Seconds between two looks of a waiting thread at its latch. Windows cannot interrupt a lock, so Ctrl-C is
 noticed at such a look. So is a latch that an interrupted thread took and did not release."""
@@ -74,7 +76,7 @@ class Call(Generic[_T]):
         done: set when the call has ended.
 
     Raises:
-        ValueError: `timeout` is negative or not a number.
+        TypeError, ValueError: `timeout` is not a number of seconds, or negative.
     """
 
     def __init__(
@@ -84,8 +86,8 @@ class Call(Generic[_T]):
         group: CallGroup,
         when_done: Callable[[Call[_T]], object] = lambda _: None,
     ) -> None:
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout must be at least 0 seconds, not {timeout}")
+        if timeout is not None:
+            check_amount("timeout", timeout, "seconds")
         self._function = function
         self._timeout = timeout
         self._group = group

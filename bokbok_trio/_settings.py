@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast, final
 
-from ._instruments import Instruments
+from ._instruments import CONTEXT_FOR, METHODS, Instruments
 from .instruments import Instrument
 
 MIN_MESSAGE_SIZE: Final = 4096
@@ -75,8 +76,8 @@ class Settings:
 
     Raises:
         TypeError: a number is not a number, `describe_error` cannot be called, or a member of `instruments`
-            is not an instrument.
-        ValueError: a number is out of range.
+            is not an instrument, or has an async method.
+        ValueError: a number is out of range, or the same instrument is there twice.
     """
 
     max_message_size: int = 4 * 2**20
@@ -132,6 +133,11 @@ def _check_instruments(instruments: object) -> tuple[Instrument, ...]:
         if not isinstance(each, Instrument):
             hint = ": make an object of it" if isinstance(each, type) else ""
             raise TypeError(f"an instrument is an object of a class under Instrument, not {each!r}{hint}")
+        if any(each is other for other in found):
+            raise ValueError(f"{each!r} is in instruments twice, and would get each event twice")
+        for name in (*METHODS.values(), CONTEXT_FOR):
+            if inspect.iscoroutinefunction(getattr(each, name)):
+                raise TypeError(f"{type(each).__qualname__}.{name} must not be async: nothing awaits it")
         found.append(each)
     return tuple(found)
 

@@ -28,6 +28,7 @@ from ._addresses import AddressLike
 from ._client import open_connection
 from ._combined import CombinedHandler
 from ._connection import channel as _channel, connection as _connection
+from ._connection.current import CURRENT
 from ._keys import Key
 from ._portal import Held, Portal, bind
 from ._settings import Settings
@@ -312,7 +313,11 @@ class Connection:
         return self.portal._loop.submit(bind(function, *args), timeout, self._held.calls)
 
     def close(self) -> None:
-        """Close the connection, and its portal if `connect` made that. A second call does nothing."""
+        """Close the connection, and its portal if `connect` made that. A second call does nothing.
+
+        Raises:
+            RuntimeError: called in the Trio thread, in a forked child, or in a thread of one of its handlers.
+        """
         self.__exit__(None, None, None)
 
     def __enter__(self) -> Self:
@@ -323,6 +328,12 @@ class Connection:
     ) -> bool | None:
         if self._is_closed:
             return None
+        self.portal._loop.check()
+        current = CURRENT.get(None)
+        if current is not None and current.connection is self.connection and not current._has_ended:
+            raise RuntimeError(
+                "close would wait for the handler that calls it; use connection.aclose() there"
+            )
         try:
             return self._held.__exit__(type, exc, traceback)
         finally:

@@ -94,12 +94,15 @@ class Broadcast(Generic[_T]):
         length: messages that may wait for each subscriber, 1 or more.
 
     Raises:
+        TypeError: `length` is not an int, such as `math.inf`, which would be no bound.
         ValueError: `when_full` is neither, or `length` is less than 1.
     """
 
     def __init__(self, *, when_full: WhenFull, length: int = DEFAULT_LENGTH) -> None:
         if when_full not in {"drop-oldest", "close"}:
             raise ValueError(f"when_full must be 'drop-oldest' or 'close', not {when_full!r}")
+        if not isinstance(length, int):
+            raise TypeError(f"length must be an int, not {length!r}: a queue has a bound")
         if length < 1:
             raise ValueError(f"length must be at least 1, not {length}")
         self._when_full = when_full

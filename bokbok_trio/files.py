@@ -45,6 +45,7 @@ from typing import Final, Protocol, TypeAlias, TypeVar, TypeVarTuple, final
 
 import trio
 
+from ._arguments import check_amount
 from ._errors import BokbokError, RequestError
 from ._types import Fields
 
@@ -188,7 +189,7 @@ async def receive_file(
         The digest of the file, BLAKE2b of 32 bytes.
 
     Raises:
-        ValueError: `max_size` is negative.
+        TypeError, ValueError: `max_size` is not a number of bytes, or negative.
         OSError: the file cannot be written.
         TransferError: the file is too large, or arrived differently than it was sent; another call receives
             to the path; or the other side broke the rules.
@@ -196,8 +197,7 @@ async def receive_file(
             did.
     """
     path = os.fspath(path)
-    if not max_size >= 0:
-        raise ValueError(f"max_size must be at least 0 bytes, not {max_size}")
+    check_amount("max_size", max_size, "bytes")
     [size_text] = await _receive(channel, b"file", 1)
     size = _number(size_text)
     if size > max_size:

@@ -23,6 +23,7 @@ except ImportError as exc:
     ) from exc
 
 from ._addresses import TCPAddress
+from ._errors import escape
 from .instruments import Instrument, RequestEnded, RequestStarted
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ class _ContextGetter(Getter[Mapping[str, "bytes | str"]]):
         value = carrier.get(key.lower())
         if value is None:
             return None
-        return [value if isinstance(value, str) else value.decode(errors="replace")]
+        text = value if isinstance(value, str) else value.decode(errors="replace")
+        # One line, as a header of HTTP is: a propagator logs the values that it cannot parse.
+        return [escape(text.replace("\t", " "))]
 
     def keys(self, carrier: Mapping[str, bytes | str]) -> list[str]:
         return list(carrier)

@@ -11,11 +11,12 @@ import operator
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 import trio
 import trio.testing
 
+from ._arguments import is_several
 from ._client import open_connection
 from ._combined import CombinedHandler
 from ._connection.connection import Connection
@@ -152,8 +153,16 @@ async def open_memory_server(
             `bokbok_trio.open_server`.
         users: the names of its users, each of whom gets a new key; None for a plain server.
 
+    Raises:
+        TypeError: `users` is not a list of names.
+        ValueError: `users` is empty, or has a name that no user can have.
+
     An exception of the block is raised as itself.
     """
+    if users is not None and not is_several(users):
+        raise TypeError(f"users must be a list of names, or None for a plain server, not {users!r}")
+    if users is not None and not users:
+        raise ValueError("users must not be empty; pass None for a plain server")
     keys = None if users is None else {user: Key.generate() for user in users}
     listener = MemoryListener()
     async with open_server(
@@ -280,6 +289,21 @@ class Faults:
         passed: how many bytes were dropped, corrupted or passed on by now.
     """
 
+    __slots__ = (
+        "_corrupted",
+        "_dropped",
+        "_end",
+        "_flowing",
+        "_name",
+        "_scope",
+        "alter",
+        "delay",
+        "most",
+        "passed",
+        "rate",
+    )
+    """No other attributes: a misspelled fault would do nothing, and a test with it would prove nothing."""
+
     def __init__(self, name: str) -> None:
         self._name = name
         self._flowing = trio.Event()
@@ -320,10 +344,13 @@ class Faults:
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse an impossible value at once, where the test sets it."""
-        if name in {"rate", "most"} and value is not None and not cast("float", value) > 0:
-            raise ValueError(f"{name} must be over 0, not {value}; to let nothing pass, call stall")
-        if name == "delay" and not 0 <= cast("float", value) < math.inf:
-            raise ValueError(f"delay must be at least 0 seconds, not {value}")
+        if name in {"rate", "most", "delay"} and not (name == "most" and value is None):
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+            if name != "delay" and not value > 0:
+                raise ValueError(f"{name} must be over 0, not {value}; to let nothing pass, call stall")
+            if name == "delay" and not 0 <= value < math.inf:
+                raise ValueError(f"delay must be at least 0 seconds, not {value}")
         super().__setattr__(name, value)
 
     def _range(self, count: int, after: int) -> range:
@@ -363,7 +390,12 @@ class Faults:
                 for at, byte in enumerate(piece, start)
                 if not any(at in each for each in self._dropped)
             )
-        return (piece if self.alter is None else self.alter(piece)), is_cut
+        if self.alter is not None:
+            altered: object = self.alter(piece)
+            if not isinstance(altered, bytes | bytearray | memoryview):
+                raise TypeError(f"alter must return bytes, not {type(altered).__name__}: {self.alter!r}")
+            piece = bytes(altered)
+        return piece, is_cut
 
 
 @final
@@ -386,6 +418,16 @@ class FaultyStream(trio.abc.HalfCloseableStream):
     Raises:
         TypeError: `transport` is not a `trio.abc.HalfCloseableStream`.
     """
+
+    __slots__ = (
+        "_held",
+        "_is_closed",
+        "_is_cut",
+        "_ready",
+        "_transport",
+        "receiving",
+        "sending",
+    )  # no other attributes: faults belong to a direction
 
     def __init__(self, transport: trio.abc.HalfCloseableStream) -> None:
         if not isinstance(transport, trio.abc.HalfCloseableStream):

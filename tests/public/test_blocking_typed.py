@@ -145,6 +145,24 @@ def test_streams_of_arguments_and_callbacks_are_async_and_run_in_the_trio_thread
     assert STORY.next() == "bokbok_trio portal"
 
 
+def test_a_thread_of_a_handler_does_not_close_what_waits_for_that_handler(address: Any) -> None:
+    async def try_to_close(number: int) -> int:
+        with pytest.raises(RuntimeError, match="would wait for the handler that calls it"):
+            await trio.to_thread.run_sync(own.close)
+        return number
+
+    async def close(number: int) -> int:
+        await own.connection.aclose()
+        return number
+
+    own = connect(address)
+    shop = own.consume(Shop)
+    assert isinstance(own.call(shop.visit, try_to_close), int)
+    with pytest.raises(ConnectionClosed, match="this side closed the connection"):
+        own.call(shop.visit, close)
+    own.close()
+
+
 def test_a_call_that_was_made_already_is_refused(c: Connection) -> None:
     shop: Any = c.consume(Shop)
     for act in (c.call, c.submit, c.portal.call, c.portal.submit):
@@ -152,6 +170,29 @@ def test_a_call_that_was_made_already_is_refused(c: Connection) -> None:
             act(shop.price("tea"))
     with pytest.raises(TypeError, match="is not a stream: pass the result of a method that streams"):
         enter(c, shop.price)
+
+
+def test_what_is_not_async_is_refused_by_its_name(c: Connection) -> None:
+    shop: Any = c.consume(Shop)
+    act: Any
+    for act in (c.call, lambda *args: c.submit(*args).result(timeout=10), c.portal.call):
+        with pytest.raises(TypeError, match=r"an async function: .*Shop.count.* returned .* to open_stream"):
+            act(shop.count, 3)
+        with pytest.raises(TypeError, match=r"an async function: <built-in function len> returned int$"):
+            act(len, "abc")
+    assert c.call(shop.price, "tea") == 3
+
+
+@pytest.mark.parametrize("limit", ["5", b"5", 1j])
+def test_a_time_limit_of_the_wrong_kind_is_named(limit: Any, c: Connection) -> None:
+    for act in (
+        lambda: c.request(["x"], timeout=limit),
+        lambda: c.ping(timeout=limit),
+        lambda: c.submit(c.connection.ping, timeout=limit),
+        lambda: c.open_channel(["x"], timeout=limit).__enter__(),
+    ):
+        with pytest.raises(TypeError, match="timeout must be a number of seconds, not"):
+            act()
 
 
 def test_options_and_middleware_are_as_ever(c: Connection) -> None:

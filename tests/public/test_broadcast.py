@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -27,6 +28,12 @@ def test_what_it_cannot_be_is_refused(arguments: Any, match: str) -> None:
         Broadcast[int](**arguments)
     with pytest.raises(TypeError):
         Broadcast()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("length", [math.inf, math.nan, 2.5, "10", None])
+def test_a_queue_without_a_bound_is_refused(length: Any) -> None:
+    with pytest.raises(TypeError, match=r"length must be an int, not .*: a queue has a bound"):
+        Broadcast[int](when_full="close", length=length)
 
 
 async def test_everybody_gets_everything_from_when_he_subscribed() -> None:

@@ -363,6 +363,9 @@ async def test_a_file_may_be_too_large(source: Side, target: Side) -> None:
     for nonsense in (-1, math.nan):
         with pytest.raises(ValueError, match="at least 0 bytes"):
             await receive_file(channel, target.path, max_size=nonsense)
+    for unfit in (None, "1 MiB"):
+        with pytest.raises(TypeError, match="max_size must be a number of bytes, not"):
+            await receive_file(channel, target.path, max_size=unfit)  # type: ignore[arg-type]
 
 
 # ---- the other side lies ----

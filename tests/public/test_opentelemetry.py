@@ -263,6 +263,28 @@ async def test_a_nonsensical_trace_begins_a_new_one(traceparent: bytes | str, tr
     assert traces.find("a", SERVER).parent is None
 
 
+async def test_what_a_peer_sends_forges_no_lines_in_the_log(
+    traces: Traces, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(connection: Connection, request: list[bytes]) -> list[str]:
+        return [str(baggage.get_all(contexts.get_current()))]
+
+    sent: dict[str, bytes | str] = {
+        "traceparent": "\n",
+        "tracestate": "x\nERROR forged",
+        "baggage": b"a=1,\tb=2,x\nERROR forged\x1b[1m",
+    }
+    async with open_connection_pair(server_handler=handler, server_settings=traces.settings()) as (client, _):
+        [answer] = await client.request(["a"], context=sent)
+        assert b"'a': '1'" in answer
+        assert b"'b': '2'" in answer
+        sent["traceparent"] = f"00-{7:032x}-{7:016x}-01"
+        await client.request(["b"], context=sent)
+    logged = [record.getMessage() for record in caplog.records if record.name.startswith("opentelemetry")]
+    assert len(logged) == 3
+    assert all("ERROR forged" in message and message.isprintable() for message in logged)
+
+
 async def test_baggage_travels_and_what_is_too_long_is_left_out(traces: Traces) -> None:
     async def handler(connection: Connection, request: list[bytes]) -> list[str]:
         return [f"{name}={value}" for name, value in baggage.get_all().items()]

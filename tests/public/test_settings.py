@@ -9,6 +9,7 @@ import pytest
 
 from bokbok_trio import Settings
 from bokbok_trio._settings import MAX_BUDGET, MAX_MESSAGE_SIZE, MAX_REQUESTS, MIN_MESSAGE_SIZE
+from bokbok_trio.instruments import Instrument, LogInstrument, RequestEnded
 
 
 def test_the_defaults() -> None:
@@ -125,3 +126,19 @@ def test_what_is_out_of_range(name: str, value: Any, message: str) -> None:
 def test_what_is_no_such_thing(name: str, value: Any, message: str) -> None:
     with pytest.raises(TypeError, match=f"^{message}$"):
         Settings(**{name: value})
+
+
+def test_an_instrument_that_waits_is_refused() -> None:
+    class Waiting(Instrument):
+        async def request_ended(self, event: RequestEnded) -> None:  # type: ignore[override]
+            raise AssertionError
+
+    with pytest.raises(TypeError, match=r"Waiting\.request_ended must not be async: nothing awaits it"):
+        Settings(instruments=[Waiting()])
+
+
+def test_an_instrument_that_is_there_twice_is_refused() -> None:
+    log = LogInstrument()
+    with pytest.raises(ValueError, match=r"LogInstrument object .* is in instruments twice"):
+        Settings(instruments=[log, LogInstrument(), log])
+    assert len(Settings(instruments=[log, LogInstrument()]).instruments) == 2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import trio
@@ -72,6 +73,22 @@ async def test_a_server_in_memory_may_be_plain() -> None:
         assert server.keys == {}
         with pytest.raises(ValueError, match="no user 'alice'"):
             server.connect("alice")
+
+
+@pytest.mark.parametrize(
+    ("users", "error", "match"),
+    [
+        ("alice", TypeError, "users must be a list of names, or None for a plain server, not 'alice'"),
+        (b"alice", TypeError, "users must be a list of names"),
+        ([], ValueError, "users must not be empty; pass None for a plain server"),
+    ],
+)
+async def test_users_that_are_no_list_of_names_are_refused(
+    users: Any, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        async with open_memory_server(users=users):
+            raise AssertionError
 
 
 async def test_a_memory_listener_serves_many_and_then_none() -> None:
@@ -332,6 +349,33 @@ async def test_what_cannot_be_done_is_refused_where_it_is_said(value: float) -> 
         stream.sending.corrupt(-1)
     with pytest.raises(ValueError, match="at least 1, not -1"):
         await stream.receive_some(-1)
+
+
+def test_a_fault_of_the_wrong_kind_or_with_a_wrong_name_is_refused_where_it_is_written() -> None:
+    stream, _ = make_faulty()
+    for name in ("rate", "most", "delay"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, not str"):
+            setattr(stream.sending, name, "1")
+    with pytest.raises(TypeError, match="delay must be a number, not NoneType"):
+        stream.sending.delay = None  # type: ignore[assignment]
+    stream.sending.most = None
+    with pytest.raises(AttributeError, match="dealy"):
+        stream.sending.dealy = 1
+    with pytest.raises(AttributeError, match="delay"):
+        stream.delay = 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("altered", [None, "text", 7])
+async def test_who_alters_bytes_into_something_else_is_told(altered: Any) -> None:
+    stream, peer = make_faulty()
+    await peer.send_all(b"x")
+    stream.sending.alter = stream.receiving.alter = lambda _: altered
+    with pytest.raises(TypeError, match=f"alter must return bytes, not {type(altered).__name__}"):
+        await stream.send_all(b"x")
+    with pytest.raises(TypeError, match=f"alter must return bytes, not {type(altered).__name__}"):
+        await stream.receive_some()
+    stream.receiving.alter = bytearray  # type: ignore[assignment]
+    assert await stream.receive_some() == b"x"
 
 
 # ---- and a connection over one ----
