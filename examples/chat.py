@@ -5,12 +5,14 @@ python examples/chat.py join localhost:12345 NAME      say lines of standard inp
 """
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from functools import partial
 
 import trio
 
-from bokbok_trio import BokbokError, Channel, Connection, RequestError, open_connection, open_server
+from bokbok_trio import BokbokError, Channel, Connection, RequestError, Server, open_connection, open_server
 from bokbok_trio.broadcast import Broadcast
 
 ROOM = Broadcast[tuple[str, str]](when_full="drop-oldest", length=50)
@@ -19,44 +21,64 @@ ROOM = Broadcast[tuple[str, str]](when_full="drop-oldest", length=50)
 
 def as_line(text: bytes, most: int) -> str:
     """Return a text as one line that is safe to print on a terminal, cut to `most` characters."""
-    return "".join(filter(str.isprintable, text.decode(errors="replace")))[:most]
+    head = text[: 4 * most].decode(errors="replace")  # a long text would block everyone in the room
+    return "".join(filter(str.isprintable, head))[:most]
 
 
-async def listen(channel: Channel, task_status: trio.TaskStatus[None]) -> None:
-    """Send the lines of the room, and the number of lines that were dropped."""
-    missed = 0
-    with ROOM.subscribe() as messages:
-        task_status.started()
-        async for message in messages:
-            if messages.dropped > missed:
-                await channel.send(["*", f"you missed {messages.dropped - missed} lines"])
-                missed = messages.dropped
-            await channel.send(message)
+def say(who: str, line: str) -> None:
+    """Send a line to all members."""
+    with suppress(trio.ClosedResourceError):  # the room is closed, and has no members
+        ROOM.publish((who, line))
 
 
 async def room(connection: Connection, request: list[bytes], channel: Channel) -> None:
-    """Handle a member, from joining until leaving or until the server stops."""
+    """Handle a member, from joining until leaving or until the room is closed."""
     match request:
         case [b"join", name] if who := as_line(name, 20):
             pass
         case _:
             raise RequestError("only [join, NAME] is known here", code="unknown-request")
-    async with trio.open_nursery() as nursery:
-        await nursery.start(listen, channel)
-        ROOM.publish((who, "has joined"))
-        try:
-            async for [line] in channel:
-                ROOM.publish((who, as_line(line, 500)))
-        finally:
-            ROOM.publish((who, "has left"))
-        nursery.cancel_scope.cancel()
+    with ROOM.subscribe() as messages:
+        say(who, "has joined")
+        async with trio.open_nursery() as nursery:
+
+            async def hear() -> None:
+                try:
+                    async for fields in channel:
+                        for line in fields:
+                            say(who, as_line(line, 500))
+                finally:
+                    say(who, "has left")
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(hear)
+            missed = 0
+            async for message in messages:
+                if messages.dropped > missed:
+                    await channel.send(["*", f"you missed {messages.dropped - missed} lines"])
+                    missed = messages.dropped
+                await channel.send(message)
+            nursery.cancel_scope.cancel()
+
+
+async def stop_on_signals(server: Server, task_status: trio.TaskStatus[None]) -> None:
+    """SIGTERM and Ctrl-C close the room, so all members leave; a second signal ends the server at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        for grace in (10, 0):
+            await anext(signals)
+            ROOM.close()
+            server.stop(grace)
 
 
 async def serve(address: str) -> None:
-    """Serve the room."""
-    async with open_server(address, channel_handler=room) as server:
+    """Serve the room until a signal comes."""
+    async with open_server(address, channel_handler=room) as server, trio.open_nursery() as nursery:
+        await nursery.start(stop_on_signals, server)
         print("serving on", *server.addresses, flush=True)
         await server.wait_stopped()
+        nursery.cancel_scope.cancel()
+    print("stopped")
 
 
 async def speak(channel: Channel) -> None:
@@ -66,6 +88,8 @@ async def speak(channel: Channel) -> None:
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
             await channel.send([line])
+    if rest:
+        await channel.send([rest])
     await channel.end()
 
 
@@ -94,7 +118,7 @@ if __name__ == "__main__":
         trio.run(main)
     except* KeyboardInterrupt:
         print("bye")
-    except* (BokbokError, OSError, trio.BrokenResourceError) as group:
+    except* (BokbokError, OSError, ValueError, trio.BrokenResourceError) as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]

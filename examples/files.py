@@ -7,6 +7,7 @@ python examples/files.py get localhost:12345 NAME           fetch one into this 
 """
 
 import os
+import signal
 import sys
 import tempfile
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import trio
 
-from bokbok_trio import Channel, Connection, RequestError, open_connection, open_server
+from bokbok_trio import BokbokError, Channel, Connection, RequestError, Server, open_connection, open_server
 from bokbok_trio.files import receive_file, safe_name, send_file
 
 MAX_SIZE = 2**30
@@ -60,11 +61,26 @@ async def get(connection: Connection, name: str, folder: Path) -> None:
     print(f"got {name}, digest {digest.hex()[:16]}")
 
 
+async def stop_on_signals(server: Server, task_status: trio.TaskStatus[None]) -> None:
+    """SIGTERM and Ctrl-C give requests in flight ten seconds; a second signal ends them at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        for grace in (10, 0):
+            await anext(signals)
+            server.stop(grace)
+
+
 async def serve(address: str, folder: str) -> None:
-    """Serve the files."""
-    async with open_server(address, channel_handler=Store(Path(folder)).handle) as server:
+    """Serve the files until a signal comes."""
+    async with (
+        open_server(address, channel_handler=Store(Path(folder)).handle) as server,
+        trio.open_nursery() as nursery,
+    ):
+        await nursery.start(stop_on_signals, server)
         print("serving on", *server.addresses, flush=True)
         await server.wait_stopped()
+        nursery.cancel_scope.cancel()
+    print("stopped")
 
 
 async def client(address: str, what: str, name: str) -> None:
@@ -120,3 +136,8 @@ if __name__ == "__main__":
         trio.run(main)
     except* KeyboardInterrupt:
         print("bye")
+    except* (BokbokError, OSError, ValueError, trio.BrokenResourceError) as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        sys.exit(f"files: {error}")

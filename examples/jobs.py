@@ -9,9 +9,10 @@ python examples/jobs.py cancel localhost:12345 NUMBER            cancel a job of
 
 import itertools
 import math
+import signal
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Literal, Protocol
@@ -20,7 +21,7 @@ import trio
 from msgspec import Meta
 from trio.abc import ReceiveChannel
 
-from bokbok_trio import BokbokError, open_connection, open_server
+from bokbok_trio import BokbokError, Server, open_connection, open_server
 from bokbok_trio.broadcast import Broadcast
 from bokbok_trio.interface import consume, expose, idempotent, raises
 
@@ -167,7 +168,7 @@ class PrimeCounter(Jobs):
         number = next(self._numbers)
         running = RunningJob(Status(number, job), trio.current_effective_deadline())
         self._running[number] = running
-        self._news.publish(running.tell())
+        self._announce(running)
         state: State = "failed"
         try:
             with running.scope:
@@ -182,6 +183,11 @@ class PrimeCounter(Jobs):
         finally:
             del self._running[number]
             running.status.state = state
+            self._announce(running)
+
+    def _announce(self, running: RunningJob) -> None:
+        """Tell the watchers about a job."""
+        with suppress(trio.ClosedResourceError):  # watching has ended; the job goes on
             self._news.publish(running.tell())
 
     async def _count_primes(
@@ -215,19 +221,37 @@ class PrimeCounter(Jobs):
 
     @trio.as_safe_channel
     async def watch(self) -> AsyncGenerator[Status]:
-        """Report the changes of jobs, until the watcher leaves."""
+        """Report the changes of jobs, until the watcher leaves or `end_watching` is called."""
         with self._news.subscribe() as news:
             for status in await self.running():
                 yield status
             async for status in news:
                 yield status
 
+    def end_watching(self) -> None:
+        """End all watching, which would keep a server from stopping."""
+        self._news.close()
+
+
+async def stop_on_signals(server: Server, counter: PrimeCounter, task_status: trio.TaskStatus[None]) -> None:
+    """SIGTERM and Ctrl-C give requests in flight ten seconds; a second signal ends them at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        for grace in (10, 0):
+            await anext(signals)
+            counter.end_watching()
+            server.stop(grace)
+
 
 async def serve(address: str) -> None:
-    """Run the service."""
-    async with open_server(address, expose(Jobs, PrimeCounter())) as server:
+    """Run the service until a signal comes."""
+    counter = PrimeCounter()
+    async with open_server(address, expose(Jobs, counter)) as server, trio.open_nursery() as nursery:
+        await nursery.start(stop_on_signals, server, counter)
         print("serving on", *server.addresses, flush=True)
         await server.wait_stopped()
+        nursery.cancel_scope.cancel()
+    print("stopped")
 
 
 # ---- the clients ----

@@ -8,6 +8,7 @@ https://prometheus.io/docs/instrumenting/exposition_formats/, and needs no packa
 
 import bisect
 import math
+import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from functools import partial
 
 import trio
 
-from bokbok_trio import BokbokError, Connection, Settings, open_server
+from bokbok_trio import BokbokError, Connection, Server, Settings, open_server
 from bokbok_trio.instruments import (
     ConnectionEnded,
     ConnectionOpened,
@@ -182,19 +183,30 @@ async def echo(connection: Connection, request: list[bytes]) -> list[bytes]:
     return request
 
 
+async def stop_on_signals(server: Server, task_status: trio.TaskStatus[None]) -> None:
+    """SIGTERM and Ctrl-C give requests in flight ten seconds; a second signal ends them at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        for grace in (10, 0):
+            await anext(signals)
+            server.stop(grace)
+
+
 async def serve(address: str, page: str) -> None:
-    """Serve the echo and the page."""
+    """Serve the echo and the page until a signal comes."""
     metrics = Metrics()
     host, _, port = page.rpartition(":")
     async with (
         trio.open_nursery() as nursery,
         open_server(address, echo, settings=Settings(instruments=[metrics])) as server,
     ):
+        await nursery.start(stop_on_signals, server)
         listeners = await nursery.start(serve_metrics, metrics, host, int(port))
         number = listeners[0].socket.getsockname()[1]
         print("serving on", *server.addresses, f"and http://{host}:{number}/metrics", flush=True)
         await server.wait_stopped()
         nursery.cancel_scope.cancel()
+    print("stopped")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ async def call_back(connection: Connection) -> None:
         print(f"{connection.address}: no more callbacks: {exc}")
 
 
-async def stop_on_signals(server: Server) -> None:
+async def stop_on_signals(server: Server, task_status: trio.TaskStatus[None]) -> None:
     """SIGTERM and Ctrl-C give requests in flight ten seconds; a second signal ends them at once."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         for grace in (10, 0):
             await anext(signals)
             server.stop(grace)
@@ -58,7 +59,7 @@ async def main(address: str, users: str | None = None) -> None:
 
         user_key = Keyring.load(users) if users else None
         server: Server = await background.start(partial(serve, address, handler, user_key=user_key))
-        background.start_soon(stop_on_signals, server)
+        await background.start(stop_on_signals, server)
         print("serving", "plain" if user_key is None else "sealed", "on", *server.addresses, flush=True)
         await server.wait_stopped()
         background.cancel_scope.cancel()

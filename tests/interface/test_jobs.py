@@ -196,14 +196,33 @@ def test_processes_run_watch_and_cancel() -> None:
             stack.callback(process.kill)
             return process
 
-        address = read_line(server := begin("serve", "127.0.0.1:0")).split()[-1]
+        address = read_line(begin("serve", "127.0.0.1:0")).split()[-1]
         runner, watcher = begin("run", address, "long", "100000000"), begin("watch", address)
         assert read_line(runner).startswith("1 long, up to 100000000: running, 0%")
         assert read_line(watcher).startswith("1 long, up to 100000000: running")
         assert begin("cancel", address, "1").wait(10) == 0
         assert runner.communicate(timeout=10)[1] == "jobs: job 1 was cancelled: from the command line\n"
         assert runner.returncode == 1
-        for process in (watcher, server):
-            process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=10)
-            assert (output.splitlines()[-1], errors, process.returncode) == ("bye", "", 0)
+        watcher.send_signal(signal.SIGINT)
+        output, errors = watcher.communicate(timeout=10)
+        assert (output.splitlines()[-1], errors, watcher.returncode) == ("bye", "", 0)
+
+
+def test_a_signal_lets_jobs_end_and_watchers_go() -> None:
+    with ExitStack() as stack:
+
+        def begin(*arguments: str) -> subprocess.Popen[str]:
+            process = stack.enter_context(start(*arguments))
+            stack.callback(process.kill)
+            return process
+
+        address = read_line(server := begin("serve", "127.0.0.1:0")).split()[-1]
+        watcher, runner = begin("watch", address), begin("run", address, "short", "200000")
+        assert read_line(watcher).startswith("1 short, up to 200000: running")
+        assert read_line(runner).startswith("1 short, up to 200000: running")
+        server.send_signal(signal.SIGTERM)
+        output, errors = runner.communicate(timeout=10)
+        assert output.splitlines()[-1].startswith("17984 primes, the largest 199999, in ")
+        assert (errors, runner.returncode) == ("", 0)
+        assert (*watcher.communicate(timeout=10), watcher.returncode) == ("", "", 0)
+        assert (*server.communicate(timeout=10), server.returncode) == ("stopped\n", "", 0)

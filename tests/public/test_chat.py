@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+
+from bokbok_trio import open_connection
+
+from ..support.helpers import load_example
 
 CHAT = Path(__file__).parents[2] / "examples" / "chat.py"
 
@@ -22,6 +27,7 @@ class Talker:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
+        self.address = ""
 
     def say(self, *lines: str) -> None:
         assert self.process.stdin is not None
@@ -52,12 +58,12 @@ def start(*arguments: str) -> Generator[Talker]:
 def room() -> Generator[tuple[Talker, Callable[[str], Any]]]:
     with ExitStack() as stack:
         server = stack.enter_context(start("serve", "127.0.0.1:0"))
-        address = server.hear().removeprefix("serving on ")
-        yield server, lambda name: stack.enter_context(start("join", address, name))
+        server.address = server.hear().removeprefix("serving on ")
+        yield server, lambda name: stack.enter_context(start("join", server.address, name))
 
 
 def test_people_come_talk_and_go(room: tuple[Talker, Callable[[str], Talker]]) -> None:
-    server, join = room
+    _, join = room
     alice = join("alice")
     assert alice.hear() == "alice: has joined"
     bob = join("b\x1b[31mob")
@@ -72,8 +78,66 @@ def test_people_come_talk_and_go(room: tuple[Talker, Callable[[str], Talker]]) -
     alice.process.send_signal(signal.SIGINT)
     assert alice.hear() == "bye"
     assert alice.process.wait(10) == 0
+
+
+def test_a_signal_closes_the_room_and_all_may_go(room: tuple[Talker, Callable[[str], Talker]]) -> None:
+    server, join = room
+    alice = join("alice")
+    assert alice.hear() == "alice: has joined"
+    bob = join("bob")
+    assert alice.hear() == "bob: has joined"
     server.process.send_signal(signal.SIGINT)
-    assert (server.hear(), server.hear()) == ("bye", "")
+    assert server.process.communicate(timeout=5)[0] == "stopped\n"
+    for each, heard in ((alice, ""), (bob, "bob: has joined\n")):
+        assert each.process.communicate(timeout=5)[0] == heard
+        assert each.process.returncode == 0
+    assert server.process.returncode == 0
+
+
+def test_a_last_line_without_its_end_is_heard(room: tuple[Talker, Callable[[str], Talker]]) -> None:
+    _, join = room
+    alice = join("alice")
+    assert alice.hear() == "alice: has joined"
+    bob = join("bob")
+    assert [alice.hear(), bob.hear()] == ["bob: has joined"] * 2
+    bob.process.communicate("hello", timeout=10)
+    assert [alice.hear(), alice.hear()] == ["bob: hello", "bob: has left"]
+
+
+def test_a_line_is_looked_at_as_far_as_it_is_shown() -> None:
+    as_line = load_example("chat").as_line
+    assert as_line("\N{SLIGHTLY SMILING FACE}".encode() * 30, 20) == "\N{SLIGHTLY SMILING FACE}" * 20
+    assert as_line(b"a\nb\x1b" + b"c" * 30, 20) == "ab" + "c" * 18
+    assert as_line(b"\0" * 80 + b"too late", 20) == ""
+
+
+def test_who_does_not_keep_to_the_form_harms_nothing(room: tuple[Talker, Callable[[str], Talker]]) -> None:
+    server, join = room
+    alice = join("alice")
+    assert alice.hear() == "alice: has joined"
+
+    async def be_odd() -> None:
+        async with (
+            open_connection(server.address) as connection,
+            connection.open_channel(["join", "odd"]) as channel,
+        ):
+            await channel.send([])
+            await channel.send(["one", "two"])
+            assert [await channel.receive() for _ in range(3)] == [
+                [b"odd", b"has joined"],
+                [b"odd", b"one"],
+                [b"odd", b"two"],
+            ]
+
+    trio.run(be_odd)
+    assert [alice.hear() for _ in range(4)] == [
+        "odd: has joined",
+        "odd: one",
+        "odd: two",
+        "odd: has left",
+    ]
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.communicate(timeout=5)[0] == "stopped\n"
 
 
 def test_who_is_slow_misses_lines_and_delays_nobody(room: tuple[Talker, Callable[[str], Talker]]) -> None:

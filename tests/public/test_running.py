@@ -18,8 +18,9 @@ import pytest
 import trio
 
 from bokbok_trio import Connection, ConnectionLost, Key, Settings, open_connection
+from bokbok_trio.files import send_file
 
-from ..support.helpers import needs_safe_channel
+from ..support.helpers import load_example, needs_safe_channel
 from .test_readme import code_blocks, wait_for_port
 
 HOME = Path(__file__).parents[2]
@@ -125,7 +126,7 @@ def test_a_third_signal_does_what_it_did_before(start: Start, tmp_path: Path) ->
         "            await trio.sleep(0.01)\n"
         "            print('still', flush=True)\n" + recipe + "async def main():\n"
         "    async with open_server('127.0.0.1:0', handler) as server, trio.open_nursery() as nursery:\n"
-        "        nursery.start_soon(stop_on_signals, server)\n"
+        "        await nursery.start(stop_on_signals, server)\n"
         "        async with open_connection(server.addresses[0]) as connection:\n"
         "            await connection.request([])\n"
         "trio.run(main)\n"
@@ -141,9 +142,40 @@ def test_a_third_signal_does_what_it_did_before(start: Start, tmp_path: Path) ->
     assert process.returncode == -signal.SIGTERM
 
 
+@pytest.mark.parametrize(
+    ("name", "begin", "rest"),
+    [
+        ("server", "main", []),
+        ("chat", "serve", []),
+        ("files", "serve", ["."]),
+        ("prometheus", "serve", ["127.0.0.1:0"]),
+        pytest.param("jobs", "serve", [], marks=needs_safe_channel),
+    ],
+)
+async def test_a_signal_may_come_as_soon_as_an_example_says_that_it_serves(
+    name: str, begin: str, rest: list[str], tmp_path: Path
+) -> None:
+    example = load_example(name)
+    printed: list[str] = []
+
+    def note(line: str, *_: object, **__: object) -> None:
+        printed.append(line)
+        if line.startswith("serving"):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+            signal.raise_signal(signal.SIGTERM)
+
+    example.print = note
+    with trio.fail_after(10):
+        await getattr(example, begin)(str(tmp_path / "sock"), *rest)
+    assert printed[-1] == "stopped"
+    assert os.listdir(tmp_path) == []
+
+
 def find_recipe(text: str) -> str:
     """The recipe as it stands there, without its indentation."""
-    found = re.search(r"^( *)async def stop_on_signals\(server\):\n(?:\1 +.*\n)+", text, re.MULTILINE)
+    found = re.search(
+        r"^( *)async def stop_on_signals\(server, task_status\):\n(?:\1 +.*\n)+", text, re.MULTILINE
+    )
     assert found is not None
     return "".join(line.removeprefix(found[1]) for line in found[0].splitlines(keepends=True))
 
@@ -186,6 +218,32 @@ def test_the_server_of_the_examples_stops_in_order(
     assert output.splitlines()[-1] == "stopped"
     assert (process.returncode, errors) == (0, "")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_files_example_takes_a_file_to_its_end_when_it_is_stopped(start: Start, tmp_path: Path) -> None:
+    folder, path, source = tmp_path / "folder", tmp_path / "sock", tmp_path / "big.bin"
+    folder.mkdir()
+    source.write_bytes(os.urandom(1_000_000))
+    process = start(EXAMPLES / "files.py", "serve", path, folder)
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"serving on {path}\n"
+
+    async def put() -> None:
+        async with open_connection(path) as connection:
+            async with connection.open_channel(["put", source.name]) as channel:
+                sent: list[int] = []
+
+                def stop_it(done: int, size: int) -> None:
+                    sent.append(done)
+                    if len(sent) == 5:
+                        process.send_signal(signal.SIGTERM)
+
+                await send_file(channel, source, progress=stop_it)
+
+    trio.run(put)
+    output, errors = process.communicate(timeout=5)
+    assert (output, errors, process.returncode) == ("stopped\n", "", 0)
+    assert (folder / source.name).read_bytes() == source.read_bytes()
 
 
 def test_ctrl_c_ends_a_client_with_one_line(start: Start, tmp_path: Path) -> None:
@@ -243,6 +301,8 @@ def test_an_example_without_arguments_says_how_it_is_used(name: str, start: Star
         (["server", "nonsense"], "server: invalid address: 'nonsense'"),
         (["server", "127.0.0.1:0", "/none/users.keys"], "server: [Errno 2] No such file"),
         (["client", "127.0.0.1:1", "/none/users.keys", "alice"], "client: [Errno 2] No such file"),
+        (["files", "put", "127.0.0.1:1", "x"], "files: [Errno 111] cannot connect to 127.0.0.1:1"),
+        (["files", "serve", "nonsense", "."], "files: invalid address: 'nonsense'"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments: list[str], line: str, start: Start) -> None:
