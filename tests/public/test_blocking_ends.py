@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,7 +61,9 @@ def test_at_exit_what_is_open_is_closed(server: Server) -> None:
     c = dial(server)
     stop_portals_at_exit()
     assert c.connection.closed
-    assert c.connection.reason == "this side closed the connection"
+    # The server's portal stops too, and either end may be the first.
+    assert c.connection.reason is not None
+    assert re.search("this side closed the connection|which it was draining", c.connection.reason)
     c.close()
 
 
