@@ -13,6 +13,7 @@ import trio.lowlevel
 import trio.testing
 
 from bokbok_trio import Channel, Connection, ConnectionLost
+from tests.support.handlers import cancelled_in_its_handler
 from tests.support.inside import items_held
 from tests.support.pairs import open_pair, over_all_ways, settle
 
@@ -240,7 +241,7 @@ async def test_a_call_to_clean_up_in_a_cancelled_handler_runs_only_where_it_is_s
                 await call(connection)
 
     async with open_pair(way, back_here.handle, handler) as (client, server):
-        with trio.move_on_after(0.02) as scope:
+        async with cancelled_in_its_handler(server) as scope:
             await client.request([])
         assert scope.cancelled_caught
         with trio.fail_after(5):

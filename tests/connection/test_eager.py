@@ -17,6 +17,7 @@ from trio.testing import MockClock
 from bokbok_trio import Channel, Connection, RemoteError
 from bokbok_trio._connection.eager import start_eagerly
 from bokbok_trio.testing import open_connection_pair
+from tests.support.handlers import cancelled_in_its_handler
 from tests.support.pairs import open_pair, over_all_ways, settle
 
 NAME: ContextVar[str] = ContextVar("NAME", default="nobody")
@@ -464,7 +465,7 @@ async def test_a_handler_that_was_cancelled_leaves_neither_name_nor_variables_be
         await trio.sleep_forever()
 
     async with open_pair(way, None, my_handler) as (client, server):
-        with trio.move_on_after(0.02):
+        async with cancelled_in_its_handler(server):
             await client.request([])
         while server.statistics().handlers_running:
             await trio.sleep(0.001)

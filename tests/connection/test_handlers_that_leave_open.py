@@ -13,7 +13,7 @@ import trio.testing
 from bokbok_trio import Connection, RemoteError, RequestError, Settings
 from bokbok_trio._connection.handlers import LEFT_OPEN
 from bokbok_trio.testing import open_connection_pair
-from tests.support.handlers import Foreign, in_memory_and_over_sockets
+from tests.support.handlers import Foreign, cancelled_in_its_handler, in_memory_and_over_sockets
 from tests.support.helpers import open_peer, outcomes, req, settle
 from tests.support.inside import check_idle
 
@@ -229,7 +229,7 @@ async def test_a_handler_that_leaves_a_nursery_open_fails_alone(
     async with open_connection_pair(server_handler=handler) as (client, server):
         for _ in range(2):
             if is_cancelled:
-                with trio.move_on_after(0.01):
+                async with cancelled_in_its_handler(server):
                     await client.request(["leave it"])
             else:
                 with pytest.raises(RemoteError, match="left a cancel scope or a nursery open"):

@@ -24,7 +24,7 @@ from bokbok_trio import (
 )
 from bokbok_trio.instruments import ConnectionEnded, ItemPassed, RequestStarted
 from bokbok_trio.testing import MemoryListener, open_memory_server
-from tests.support.handlers import sleep_forever
+from tests.support.handlers import cancelled_in_its_handler, sleep_forever
 from tests.support.recorder import recorded_pair
 
 from ..support.helpers import echo, packet, raw_peer, settle
@@ -161,15 +161,15 @@ async def test_a_handler_that_answers_when_all_is_over_has_lost_its_request() ->
             await may_end.wait()
         return request
 
-    async with recorded_pair(handler) as (client, _, ours, theirs):
-        with trio.move_on_after(0.01):
+    async with recorded_pair(handler) as (client, server, ours, theirs):
+        async with cancelled_in_its_handler(server):
             await client.request(["a"])
         await client.aclose()
         await settle()
         assert not theirs.ended
         assert not theirs.of(ConnectionEnded)
         may_end.set()
-    assert ours.outcomes == ["timeout"]
+    assert ours.outcomes == ["cancelled"]
     assert theirs.outcomes == ["lost"]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -43,3 +44,18 @@ async def sleep_forever(connection: Connection, request: list[bytes], *channel: 
 async def tell_context(connection: Connection, request: list[bytes]) -> list[bytes | str]:
     await trio.lowlevel.checkpoint()
     return [f"{name}={value.decode()[:5]}" for name, value in current_request().context.items()]
+
+
+@asynccontextmanager
+async def cancelled_in_its_handler(server: Connection) -> AsyncGenerator[trio.CancelScope]:
+    """A scope that is cancelled once the handler of the request that is made in it has begun."""
+
+    async def cancel() -> None:
+        while not server.statistics().handlers_running:
+            await trio.sleep(0.001)
+        scope.cancel()
+
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cancel)
+            yield scope
