@@ -243,9 +243,12 @@ class Portal:
         A second call does nothing.
 
         Raises:
-            RuntimeError: called in the Trio thread, or in a forked child.
+            RuntimeError: called in the Trio thread, in a thread that one of the portal's calls waits for, or
+                in a forked child.
         """
         self._loop.check()
+        if self._loop.has_made_this_thread():
+            raise RuntimeError("close would wait for a call that waits for this thread")
         self._loop.stop()
         self._loop.join()
 

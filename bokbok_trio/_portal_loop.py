@@ -94,6 +94,13 @@ class Loop:
         if os.getpid() != self._pid:
             raise RuntimeError("the Trio thread is in the parent of this forked process; connect anew here")
 
+    def has_made_this_thread(self) -> bool:
+        """Return whether this is a worker thread of the run, so that a call waits until the thread ends."""
+        try:
+            return trio.from_thread.run_sync(trio.lowlevel.current_trio_token) is self._token
+        except RuntimeError:
+            return False  # Trio did not make the thread, or its run has ended
+
     def post(self, function: Callable[[*_Ts], object], *args: *_Ts) -> bool:
         """Call a function in the Trio thread soon. Returns whether the run takes such calls."""
         if self._token is None or self._is_over or os.getpid() != self._pid:

@@ -163,6 +163,19 @@ def test_calls_of_other_threads_end_when_it_is_closed(server: Server) -> None:
             assert STORY.next() == "cancelled"
 
 
+def test_a_thread_that_a_call_waits_for_does_not_close_the_portal() -> None:
+    with Portal() as portal, Portal() as other:
+
+        async def close(which: Portal) -> None:
+            await trio.to_thread.run_sync(which.close)
+
+        with pytest.raises(RuntimeError, match="would wait for a call that waits for this thread"):
+            portal.call(close, portal)
+        portal.call(close, other)
+        with pytest.raises(ConnectionClosed, match="the portal was closed"):
+            other.call(trio.sleep, 0)
+
+
 def test_nobody_has_it_any_more(server: Server) -> None:
     before = set(threading.enumerate())
     dial(server).request(["x"])
