@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from .observer import Observer
 
 DRAINING_MESSAGE: Final = "the peer takes no new request"
-"""The message of an error that a request ends with, because its peer drains."""
+"""The message of the error that a request gets if its peer drains."""
 
 SLOT_PATIENCE: Final = 1.0
-"""Seconds that a request waits for a slot before the log says so, once for each connection."""
+"""Seconds that a request waits for a slot before a line is logged, once for each connection."""
 
 logger = logging.getLogger("bokbok_trio")
 
 
 @final
 class Call(Waiter[list[bytes]]):
-    """A request of this side, until its answer comes or nobody wants it any more.
+    """A request of this side, until it has its outcome or is cancelled.
 
     Attributes:
         id: of the request.
-        embargo: the moment, by Trio's clock, before which nobody may see the outcome. The outcome is the
-            peer's ``timeout`` then, and our own deadline has not quite passed. None: it may be seen at once.
+        embargo: the moment, by Trio's clock, before which nobody may see the outcome, because it is the
+            peer's ``timeout``, and our own deadline has not quite passed. None: it may be seen at once.
         on_settled: called once there is an outcome.
     """
 
@@ -66,10 +66,10 @@ class Calls:
     """The requests of this side that are in flight.
 
     Arguments:
-        session: queues their packets, and has their slots.
+        session: queues their packets, and counts their slots.
         ending: the connection's.
         packet_queued: `Sender.packet_queued`.
-        observer: is told of them; None where nobody is.
+        observer: is told of them; None if there are no instruments.
     """
 
     __slots__ = ("_calls", "_ending", "_has_warned", "_observer", "_packet_queued", "_session", "_slot_watch")
@@ -115,7 +115,7 @@ class Calls:
         return call
 
     def on_answer(self, answer: Answer) -> None:
-        """Give a request its answer, if anybody still wants it."""
+        """Give a request its answer, unless it was cancelled."""
         call = self._calls.pop(answer.id, None)
         if call is not None:
             if self._observer is not None:
@@ -130,13 +130,13 @@ class Calls:
             self._fail(failure.id, RemoteError(failure.message, failure.code, failure.details))
 
     def on_bye(self, bye: Bye) -> None:
-        """The peer drains, and takes no new request: neither those that waited for a slot."""
+        """The peer drains. It takes no new request, and none of those that wait for a slot."""
         self._ending.draining.set()
         for id in bye.ids:
             self._fail(id, ConnectionLost(DRAINING_MESSAGE, may_have_run=False))
 
     def _fail(self, id: int, error: BokbokError) -> None:
-        """Give a request an error for its outcome, if anybody still wants it."""
+        """Give a request an error as its outcome, unless it was cancelled."""
         call = self._calls.pop(id, None)
         if call is not None:
             if self._observer is not None:
@@ -144,7 +144,7 @@ class Calls:
             call.settle(error)
 
     def cancel(self, call: Call) -> None:
-        """Drop the interest in the outcome, if there is none yet."""
+        """Cancel a request, unless it has its outcome already."""
         if self._calls.pop(call.id, None) is not None:
             call.on_settled = None
             if self._observer is not None:
@@ -176,8 +176,8 @@ class Calls:
                     self._has_warned = True
                     statistics = connection.statistics()
                     logger.warning(
-                        "%r: a request has waited for a slot for over %g s: the peer takes %d of a kind at "
-                        "once (its max_requests), %d wait, and of those with a slot %d were cancelled",
+                        "%r: a request has waited for a slot for over %g s: the peer takes %d of one depth "
+                        "at once (its max_requests), %d wait, and %d of those with a slot were cancelled",
                         connection,
                         SLOT_PATIENCE,
                         statistics.total_slots,
