@@ -4,11 +4,11 @@ Theory
 ======
 
 The session's `FlowControl` counts credit; this file has the tasks that wait. An item is queued or handed over
-in the very moment in which its waiter is woken, as in Trio's memory channels. So tasks are served in turn,
-and a cancelled `send` or `receive` has done all of its work or none of it.
+at the same moment as its waiter is woken, as in Trio's memory channels. So tasks are served in turn, and a
+cancelled `send` or `receive` has done all of its work or none of it.
 
-Small items that no task waits for are kept encoded, as they came: lists of fields would take up a multiple of
-the window.
+Small items that no task waits for are kept encoded, as they were received: lists of fields would take up a
+multiple of the window.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Waiter:
 
 
 async def _sleep(waiters: dict[_Waiter, None], waiter: _Waiter) -> None:
-    """Sleep among others until woken, its item done or not."""
+    """Sleep as one of `waiters` until woken, with the item done or not."""
 
     def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
         del waiters[waiter]
@@ -84,12 +84,13 @@ def _wake_all(waiters: dict[_Waiter, None]) -> None:
 
 @final
 class Channel(trio.abc.Channel[list[bytes]]):
-    """Items both ways, as part of a request; made by `Connection.open_channel`, and for a channel handler.
+    """Sends and receives items, as part of a request. `Connection.open_channel` makes it, and a channel
+    handler gets one.
 
     An item is a list of fields, as a request is. Several tasks may send at once, and several may receive;
     each item goes to one of them, and they are served in turn. A cancelled call loses no item and repeats
-    none. Items that came and that nobody has received are bounded: 256 KiB, where each item counts with its
-    encoded size and 64 bytes more, and one item beyond. Then the other side's `send` waits.
+    none. Items that have arrived and that nobody has received are bounded by 256 KiB and one item more; each
+    counts its encoded size and 64 bytes. Beyond that the other side's `send` waits.
     ``async for item in channel`` ends when the other side has ended its direction, or has answered.
 
     On the handler's side the channel is closed when the handler returns. The items that it sent before arrive
@@ -121,7 +122,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._is_closed = False
         self._has_ended = False
         self._peer_has_ended = False
-        self._broken: Exception | None = None  # why nothing can be sent any more, and no more comes
+        self._broken: Exception | None = None  # why nothing can be sent or arrive any more
         self._lost: Exception | None = None  # why an item was dropped
         self._answer_told = False
         self._has_given_up = False  # on the answer
@@ -132,7 +133,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         state = "closed" if self._is_closed else "open" if self._broken is None else "broken"
         return f"<bokbok_trio.Channel {self._id} {state}>"
 
-    # ---- what it does ----
+    # ---- methods ----
 
     @trio.lowlevel.enable_ki_protection
     async def send(self, value: Fields) -> None:
@@ -144,8 +145,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
             value: 0 to 255 fields of bytes or str (sent as UTF-8).
 
         Raises:
-            TypeError, ValueError: `value` is no such list.
-            MessageTooLarge: it is larger than the two sides agreed on.
+            TypeError, ValueError: `value` cannot be sent.
+            MessageTooLarge: the item is larger than the two sides agreed on.
             trio.ClosedResourceError: this side called `end` or `aclose`, or closed the connection.
             trio.BrokenResourceError: the handler over there has answered, or the other side cancelled
                 the channel. If the handler answered with an error, that is the cause.
@@ -232,7 +233,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:
-        """Close both directions. Items that are here or still come are dropped.
+        """Close both directions. Items that have arrived and were not received are dropped, and so are later
+        ones.
 
         On the side that opened the channel, this cancels the handler over there unless its answer came. On
         the handler's side, the handler goes on, and must still answer.
@@ -244,7 +246,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._close()
         await trio.lowlevel.checkpoint()
 
-    # ---- its errors ----
+    # ---- errors ----
 
     def _send_error(self) -> Exception | None:
         if self._has_ended:
@@ -287,7 +289,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
                 self._answer_told = self._answer_told or waiters is self._askers
                 await trio.lowlevel.checkpoint()
                 try:
-                    # A copy, as each time it is raised it would gather more of a traceback.
+                    # Raise a copy: an error that is raised again and again collects frames.
                     raise copy.copy(error) from error.__cause__
                 finally:
                     del error  # or this frame and its traceback would keep each other alive
@@ -300,7 +302,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
     # ---- for the connection ----
 
     def _on_settled(self) -> None:
-        """The answer came, or none will come."""
+        """The request has its outcome: its answer came, or none will come."""
         assert self._call is not None
         self._call.on_settled = None
         outcome = self._call.outcome
@@ -318,11 +320,11 @@ class Channel(trio.abc.Channel[list[bytes]]):
             self._break(outcome)
 
     def _break(self, error: Exception) -> None:
-        """Nothing can be sent any more, and nothing more comes."""
+        """Note that nothing can be sent or arrive any more, and wake all tasks that wait."""
         if self._broken is None:
             self._broken = error
             if isinstance(error, trio.ClosedResourceError):
-                self._drop_buffer()  # this side did it, and asks for nothing more
+                self._drop_buffer()  # this side closed the connection, and receives nothing more
             _wake_all(self._senders)
             _wake_all(self._receivers)
             _wake_all(self._askers)
@@ -373,7 +375,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
             self._packet_queued()
 
     async def _finish(self) -> None:
-        """The block was left, and not by an exception."""
+        """Leave the block, which raised nothing."""
         if self._has_ended and not self._is_closed and not self._answer_told:
             self._stop_receiving()
             await self.answer()
@@ -401,7 +403,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         self._buffer.clear()
 
     def _stop_receiving(self) -> None:
-        """Drop items that are here or still come, as if they were received, so that nobody waits for us."""
+        """Drop present and later items as if they were received, so that the other side does not wait."""
         self._is_closed = True
         _wake_all(self._receivers)
         while self._buffer:
@@ -410,12 +412,13 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
 @final
 class Channels:
-    """The channels of a connection, of both sides, by id, while they are in use here.
+    """The channels of a connection that this side uses, whichever side opened them.
 
     Arguments:
         flows: has their credit.
         packet_queued: `Sender.packet_queued`.
-        on_item: called with the id, the direction and the size of each item; None if nobody asks.
+        on_item: called with the id, the direction and the size of each item; None if there are no
+            instruments.
     """
 
     __slots__ = ("_channels", "_flow_control", "_home", "_on_item", "_packet_queued")
@@ -433,7 +436,7 @@ class Channels:
         return len(self._channels)
 
     def open(self, call: Call, cancel: Callable[[], object]) -> Channel:
-        """Add a channel of ours. `cancel` is called when nobody wants its answer any more."""
+        """Add a channel that this side opened. `cancel` is called when it is closed."""
         channel = self._channels[call.id] = Channel(
             self._flow_control,
             call.id,
@@ -446,7 +449,7 @@ class Channels:
         return channel
 
     def take(self, id: int) -> Channel:
-        """Add a channel of the peer, which may send from now on."""
+        """Add a channel that the peer opened. The peer may send from now on."""
         channel = self._channels[id] = Channel(
             self._flow_control, id, self._packet_queued, self._home, on_item=self._on_item
         )
@@ -460,7 +463,7 @@ class Channels:
     def on_event(self, event: Item | End) -> None:
         """Give an item, or the end, to its channel.
 
-        It is dropped if the handler has ended: items may come until its answer has left.
+        If the handler has ended, it is dropped: items may arrive until the peer has the answer.
         """
         if event.id in self._channels:
             if self._on_item is not None and isinstance(event, Item):
@@ -479,6 +482,6 @@ class Channels:
                 self._channels[id]._on_writable()
 
     def break_all(self, error: Exception) -> None:
-        """The connection is over."""
+        """Break all channels, because the connection is over."""
         for channel in self._channels.values():
             channel._break(error)
