@@ -1,8 +1,8 @@
 """`Closing`: ends the stream of a connection that is over.
 
-A socket that is closed while bytes are on their way may be reset, and a reset destroys what the peer has not
-read yet. So the side that closes says its end, goes on receiving, and drops everything, until the peer's end
-comes.
+A socket that is closed while bytes are on their way may be reset, and a reset destroys data that the peer has
+not read yet. So the side that closes sends its end, goes on receiving, and drops everything, until the peer's
+end comes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ logger = logging.getLogger("bokbok_trio")
 
 @final
 class Closing:
-    """A context for the sender task. On leaving it, the stream's end is said, and the stream is closed.
+    """A block for the sender task. Leaving it sends the end, and closes the stream.
 
-    Whatever was raised inside is a stream's failure, or comes from outside and is raised on.
+    An exception of the block is a failure of the stream, or comes from outside and is raised on.
 
     Arguments:
         stream, session, reader, sender, ending: the connection's.
@@ -67,7 +67,7 @@ class Closing:
         self._is_hastened = False
 
     def hasten(self) -> None:
-        """Wait no longer than `CLOSE_TIMEOUT` from now on for the peer's end."""
+        """Wait for the peer's end for at most `CLOSE_TIMEOUT` from now on."""
         if self._linger is not None:
             self._is_hastened = True
             self._linger.deadline = min(self._linger.deadline, trio.current_time() + CLOSE_TIMEOUT)
@@ -83,7 +83,7 @@ class Closing:
     ) -> bool:
         try:
             if exc is None:
-                await self._say_end()
+                await self._send_end()
             else:
                 await self._handle(exc)
         except BaseException as raised:  # noqa: BLE001  (`log_or_reraise` raises it on, if it came from outside)
@@ -105,22 +105,22 @@ class Closing:
             self._ending.stream_closed.set()
 
     async def _handle(self, exc: BaseException) -> None:
-        """Sending failed, or was cancelled from outside, or both."""
+        """Handle an exception of the block: sending failed, or was cancelled from outside, or both."""
         error, rest = split_exception(exc)
         if error is not None:
             await self._note_failure(error)
         if rest is not None:
-            # The peer must know: else this looks like a stream that somebody cut.
+            # Tell the peer, or this would look like a stream that somebody cut.
             if self._is_server:
-                self._session.drain()  # it is the server that ends
-            self._sender.say_end_now()
+                self._session.drain()  # tells the peer that the server ends
+            self._sender.send_end_now()
             try:
                 raise rest from rest.__cause__
             finally:
                 del exc, error, rest  # as above
 
     async def _note_failure(self, error: BaseException) -> None:
-        """Sending failed. Answers that came before are still good, so the reader gets a moment for them."""
+        """Sending failed. Answers may have arrived before that, so give the reader time for them."""
         if not self._sender.is_in_stream:
             self._ending.on_defect(error)
             return
@@ -129,12 +129,12 @@ class Closing:
             await self._ending.over.wait()
         self._ending.fail(f"sending failed: {describe_error(error)}", error)
 
-    async def _say_end(self) -> None:
-        """Say to the peer that nothing follows, and wait until it has said so too, a second at most.
+    async def _send_end(self) -> None:
+        """Tell the peer that nothing follows, and wait for the peer's end, for at most a second.
 
-        What a drained connection has sent may still be on its way: as long as the peer acknowledges some of
-        it, another second is granted. On a stream that cannot say the end, such as TLS, it goes on receiving
-        for that second, for what the peer still sends.
+        Data of a drained connection may still be on its way. As long as the peer acknowledges some of it,
+        this waits for another second. On a stream that cannot send the end, such as TLS, it goes on receiving
+        for that second, because the peer may still send.
         """
         until = self._ending.until
         if trio.current_time() >= until:
@@ -142,7 +142,7 @@ class Closing:
             return
         with suppress(*STREAM_ERRORS), trio.CancelScope(deadline=until) as self._linger:
             if not await self._stream.send_end() and not self._session.is_draining:
-                return  # the peer would not learn of it, so there is nothing to wait for
+                return  # the peer does not learn of it, so there is nothing to wait for
             unacknowledged = math.inf
             while not self._reader.ended.has_happened:
                 with trio.move_on_after(CLOSE_TIMEOUT / 2):

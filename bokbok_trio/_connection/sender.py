@@ -2,10 +2,10 @@
 
 Two kinds of tasks write to the stream, never at the same time:
 
-- the sender task. It alone waits for the stream. So no cancelled task can leave half a packet behind, and
-  packets that are queued during a send leave together in the next one;
-- any other task, while the sender task sleeps. It writes as much as the stream takes without waiting, which
-  saves waking the sender task.
+- The sender task alone waits for the stream. So no cancelled task can leave half a packet behind, and
+  packets that are queued during a send leave together in the next one.
+- Any other task may write while the sender task sleeps. It writes as much as the stream takes without
+  waiting, which saves waking the sender task.
 
 `Coalescing` decides which of them writes a packet, and when.
 """
@@ -37,7 +37,7 @@ class SendLock:
     ================= =======================================================================================
     the sender task   while it is awake, and so for as long as each of its sends takes
     any other task    for one `Sender._write_now`, which never waits, while the sender task sleeps
-    closing           from the end of `Sender.run` on, for ever: it runs in the sender task
+    closing           from the end of `Sender.run` on, for ever; it runs in the sender task
     ================= =======================================================================================
 
     Nobody waits for the lock: a task that does not get it leaves the packets to the sender task.
@@ -78,8 +78,8 @@ class Sender:
         watchdog: is told of sends.
         ending: the connection's. Once it is over, the sender ends when nothing is queued any more.
         lock: held by the task that writes.
-        connection: wakes the tasks that wait to queue packets, when some have left. If it is drained, it ends
-            when nothing is queued.
+        connection: is called when packets have departed, to wake the tasks that wait to queue more, and when
+            nothing is queued, to end if it is drained.
 
     Attributes:
         coalescing: says when packets leave. The reader corks it.
@@ -125,7 +125,7 @@ class Sender:
     # ---- for other tasks ----
 
     def packet_queued(self, *, interactive: bool = False) -> None:
-        """Send a packet that was queued, now or later. `interactive`: see `Coalescing.queued`."""
+        """Have a queued packet sent, now or later. `interactive`: see `Coalescing.queued`."""
         when = self.coalescing.queued(interactive=interactive)
         if when is NOW:
             self._write_now()
@@ -133,7 +133,7 @@ class Sender:
             self.wake_task()
 
     def uncork(self) -> None:
-        """Send the packets that were queued meanwhile: all events of a receive are dispatched."""
+        """Send the packets that were held back: all events of a receive are dispatched."""
         self.coalescing.uncork()
         session = self._session
         if session.flow_control.writable or session.is_holding_back:
@@ -150,7 +150,7 @@ class Sender:
             trio.lowlevel.reschedule(sleeper)
 
     def stop(self) -> None:
-        """End when nothing is queued any more, at `Ending.until` at the latest: the connection is over."""
+        """End as soon as nothing is queued, or at `Ending.until`, because the connection is over."""
         if self._scope is not None:
             self._scope.deadline = self._ending.until
         self.wake_task()
@@ -193,7 +193,7 @@ class Sender:
                 return True
         return False
 
-    def say_end_now(self) -> None:
+    def send_end_now(self) -> None:
         """Write queued packets and the end, as much as the stream takes at once.
 
         For a sender task that was cancelled from outside.
@@ -211,7 +211,7 @@ class Sender:
         self._connection()._wake_writers()
 
     def _on_idle(self) -> None:
-        """Nothing is queued."""
+        """Tell the connection that nothing is queued."""
         self._connection()._close_if_drained()
 
     async def run(self) -> None:
@@ -262,8 +262,8 @@ class Sender:
         self.lock.release()
         try:
             await self._park()
-            # The task may be woken and cancelled in one turn: then it must not take a batch, which it
-            # could not send.
+            # The task may be woken and cancelled in one turn of the event loop. Then it must not take a
+            # batch, which it could not send.
             await trio.lowlevel.checkpoint_if_cancelled()
         finally:
             self.lock.acquire()
@@ -279,7 +279,7 @@ class Sender:
         await trio.lowlevel.wait_task_rescheduled(abort)
 
     def _room(self, now: float) -> int:
-        """Return how many bytes of big packets may be sent now. In the last second there is no bound."""
+        """Return how many bytes of big packets may be sent now. No bound once it is over."""
         if self._ending.is_over or not self._session.has_big:
             return MAX_BATCH_SIZE
         return self._pacer.room(now)
