@@ -11,24 +11,25 @@ warns when requests wait long for slots.
 
 The `Watchdog`, which pings a silent peer and notices a peer that is gone, has no task here.
 
-`request` queues a packet, has it sent, and sleeps until its answer comes or the connection is over.
+`Connection.request` queues a packet, and sleeps until its answer comes or the connection is over.
 
 Ending
 ======
 
 `Ending` takes the first reason why the connection is over, from any part, and calls `Connection._stop`. That
 cancels the handlers and gives all waiters their errors, without a checkpoint, so a waiter sees nothing that
-happens later. Then `Closing` says the end to the peer, and closes the stream. The handlers may take their
-time to end; `close_handler` runs after the last of them.
+happens later. Then `Closing` sends the end, and closes the stream. The handlers may take their time to end;
+`close_handler` runs after the last of them.
 
 Invariants
 ==========
 
 - No task of the connection raises into anybody's nursery, except ``KeyboardInterrupt`` and
   ``SystemExit``, which end the program; and ``Cancelled``, which comes from outside.
-- A waiter is woken at most once: by its answer, or by `_stop`. Where a request ends in any other way, it is
-  cancelled.
-- A connection belongs to one Trio run. Its public methods raise in any other, before they change anything.
+- A waiter is woken at most once: by its answer, or by `_stop`. A cancellation is the only other end of its
+  wait.
+- A connection belongs to one Trio run. In any other run its public methods raise, before they change
+  anything.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class Connection:
         return Watchdog(
             self._settings.ping_after,
             self._settings.ping_timeout,
-            ping=lambda: self._pings.send(),  # noqa: PLW0108  (those are made later)
+            ping=lambda: self._pings.send(),  # noqa: PLW0108  (`_pings` is made later)
             fail=self._ending.fail,
             least_rate=self._settings.least_rate,
             count_waiting=lambda: self._session.waiting_bytes,
@@ -210,19 +211,19 @@ class Connection:
         state = "closed" if self.closed else "open"
         return f"<bokbok_trio.Connection {self._side} {self._address} user={self.user!r} {state}>"
 
-    # ---- what it is ----
+    # ---- properties ----
 
     @property
     def side(self) -> Side:
-        """``"client"`` where this side dialled, ``"server"`` where it accepted."""
+        """``"client"`` if this side dialled, ``"server"`` if it accepted."""
         return self._side
 
     @property
     def user(self) -> str | None:
         """The user of this connection, or None.
 
-        With a key, both sides have authenticated the user. Without one, a server with `peer_user` has the
-        name that this function gave.
+        If the connection has a key, both sides have authenticated the user. On a plain connection, a server
+        with `peer_user` has the name that this function returned.
         """
         return self._opened.user
 
@@ -246,9 +247,9 @@ class Connection:
 
     @property
     def peer_credentials(self) -> PeerCredentials | None:
-        """The process at the other end of a UNIX socket, as the system tells it.
+        """The process at the other end of a UNIX socket, as the system reports it.
 
-        None for other streams, and on other systems than Linux.
+        None for other streams, and on systems other than Linux.
         """
         return self._opened.peer_credentials
 
@@ -259,12 +260,12 @@ class Connection:
 
     @property
     def closed(self) -> bool:
-        """Whether the connection is over: no request can be made. `wait_closed` waits until all has ended."""
+        """Whether the connection is over: no request can be made. `wait_closed` waits for its last task."""
         return self._ending.is_over
 
     @property
     def _is_ended_on_purpose(self) -> bool:
-        """Whether the connection ends because one of the sides wanted it to."""
+        """Whether a side wanted the end of the connection."""
         drains = self._session.is_draining or self._draining.peer_drains
         return drains or self._ending.is_local
 
@@ -277,8 +278,8 @@ class Connection:
     def draining(self) -> trio.Event:
         """An event that is set once either side drains the connection, or the connection is over.
 
-        A handler that sends items for as long as there are any should wait for this event too, end its stream
-        and return. Otherwise it uses up the grace of a server that stops, and is cancelled.
+        A handler that sends items without end should wait for this event too, and then end its stream and
+        return. Otherwise it uses up the grace of a server that stops, and is cancelled.
         """
         return self._ending.draining.event
 
@@ -298,17 +299,18 @@ class Connection:
             packets_queued=session.queued,
         )
 
-    # ---- what it does ----
+    # ---- methods ----
 
     @trio.lowlevel.enable_ki_protection
     async def request(self, fields: Fields, *, context: Context | None = None) -> list[bytes]:
         """Send a request and wait for its answer.
 
-        If the peer already has as many requests in flight as it takes, this one waits for its turn.
+        The peer bounds the requests in flight. If there are as many already, this one waits for a slot.
 
-        A cancelled request returns at once, and its handler over there is cancelled too. The connection and
-        all other requests go on. The deadline in force here also holds for the handler over there, and for
-        the requests that it makes in turn. In a cancelled scope, or after the deadline, nothing is sent.
+        If the caller is cancelled, this ends at once, and the handler over there is cancelled too. The
+        connection and all other requests go on. The deadline in force here also holds for the handler over
+        there, and for the requests that it makes in turn. In a cancelled scope, or after the deadline,
+        nothing is sent.
 
         Requests that are made at the same time may arrive in any order, large ones last. A cancelled request
         keeps its slot until its handler over there has ended.
@@ -453,11 +455,11 @@ class Connection:
 
     @trio.lowlevel.enable_ki_protection
     def drain(self) -> None:
-        """Take no new request, let those in flight finish both ways, and close. Return at once.
+        """Accept no new request, let the requests in flight on both sides finish, and close. Return at once.
 
-        New requests of the peer fail over there as not run. Requests in flight may take their time, and so
-        may all requests that their handlers make in turn, on both sides. `wait_closed` waits for the end, and
-        `aclose` hastens it.
+        New requests of the peer fail there, with an error that says that they did not run. Requests in flight
+        may take their time, and so may all requests that their handlers make in turn, on both sides.
+        `wait_closed` waits for the end, and `aclose` closes sooner.
 
         Raises:
             RuntimeError: called from another Trio run.
@@ -469,7 +471,7 @@ class Connection:
             self._sender.packet_queued()
 
     async def wait_closed(self) -> None:
-        """Wait until all has ended: the transport, the handlers and the close handler.
+        """Wait until the transport is closed, and all handlers and the close handler have ended.
 
         Raises:
             RuntimeError: called from one of the connection's own tasks (a handler, or a task that it
@@ -480,11 +482,11 @@ class Connection:
             raise RuntimeError("a task of the connection cannot wait until it has ended")
         await self._ending.ended.wait()
 
-    # ---- its life ----
+    # ---- running ----
 
     @trio.lowlevel.enable_ki_protection
     async def _run(self, open_handler: ConnectionHandler | None = None) -> None:
-        """Live, in this task, until the connection is over and all its tasks have ended."""
+        """Run the connection, in this task, until it is over and all its tasks have ended."""
         self._task = trio.lowlevel.current_task()
         ended_by: BaseException | None = None
         try:
@@ -520,14 +522,14 @@ class Connection:
         if self._session.has_room_for_answers:
             self._handlers.let_begin()
 
-    # ---- its end ----
+    # ---- ending ----
 
     def _close_if_drained(self) -> None:
         if self._session.is_drained and self._handlers.ready.has_happened:
             self._close("this side drained the connection")
 
     def _close(self, reason: str) -> None:
-        """Close from this side; `aclose` without the waiting."""
+        """Close from this side, as `aclose` does, but do not wait."""
         self._ending.close(reason)
         self._closing.hasten()
 
