@@ -23,7 +23,7 @@ class CurrentRequest:
         id: its number on that connection, for logs.
         deadline: the moment, by Trio's clock, until which the peer wants the answer; `math.inf`: no limit.
         context: the names and values that the peer sent along. They cannot be changed.
-        depth: how many requests it was made inside of, 0 to 15.
+        depth: the number of requests that it is nested in, 0 to 15.
         has_channel: whether it came with a channel.
         method: for a call of an interface, its name, as in ``"Files.stat"``; else None.
     """
@@ -35,7 +35,7 @@ class CurrentRequest:
         self.connection = connection
         self.id, _, _, self.has_channel, self.depth, self.context = request
         self.deadline = deadline
-        self._has_ended = False  # whether its handler has
+        self._has_ended = False  # whether its handler has ended
         self.method: str | None = None
 
     @property
@@ -73,7 +73,7 @@ def next_depth() -> int:
     A task that outlives the handler that started it makes requests of depth 0.
 
     Raises:
-        RecursionError: that is too deep.
+        RecursionError: the depth would be more than `MAX_DEPTH`.
     """
     current = CURRENT.get(None)
     if current is None or current._has_ended:
