@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .._types import Connection
 
 CLOSE_TIMEOUT: Final = 1.0
-"""Seconds that a send under way and the end may take when a connection is closed, and that a connection which
-can no longer send goes on receiving."""
+"""Seconds that a send under way and the end may take when a connection is closed. A connection that can no
+longer send goes on receiving for as long."""
 
 STREAM_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 """The errors of a stream that is broken. Any other error is a defect, of ours or of the stream."""
@@ -41,18 +41,18 @@ class Ending:
     """A connection is open; then it is over; then its stream is closed; then all its tasks have ended.
 
     All parts of the connection hold this object. They ask it whether the connection is over, and tell it why
-    that must be.
+    the connection must end.
 
     Arguments:
         connection: stopped by `Connection._stop` when it is over.
 
     Attributes:
-        is_over: whether it is over: nothing can be asked any more, and nothing is handled.
+        is_over: whether it is over: no request is made or handled any more.
         is_local: whether this side closed it; else it was lost.
         reason: why it is over, in words; None while it is open.
-        until: the moment, by Trio's clock, until which it may send queued packets, and say its end.
+        until: the moment, by Trio's clock, until which it may send queued packets, and the end.
         draining: set once either side drains the connection, or it is over.
-        over, stream_closed, ended: events, set as it goes on.
+        over, stream_closed, ended: set when it is over, its stream closed, its tasks ended.
     """
 
     __slots__ = (
@@ -81,37 +81,37 @@ class Ending:
         self.ended = LazyEvent()
 
     def close(self, reason: str, *, graceful: bool = True) -> None:
-        """This side ends the connection.
+        """End the connection from this side.
 
         Arguments:
             reason: why, in words.
-            graceful: whether to send queued packets, and say the end, within `CLOSE_TIMEOUT`.
+            graceful: whether to send queued packets, and the end, within `CLOSE_TIMEOUT`.
         """
         self._begin(reason, is_local=True, graceful=graceful)
 
     def fail(self, reason: str, cause: BaseException | None = None, *, graceful: bool = False) -> None:
-        """The connection is lost. Arguments are those of `close`, and the error that it was lost by."""
+        """End the connection because it is lost. The arguments are those of `close`, and the cause."""
         peer = self._connection()._describe_peer()
         text = f"{reason} ({peer})" if peer else reason
         self._begin(text, is_local=False, graceful=graceful, cause=cause)
 
     def check_stream_error(self, error: BaseException) -> None:
-        """Log an error of the stream if it is none by which streams say that they are broken."""
+        """Log an error of the stream, unless it is one of those that a broken stream raises."""
         if not isinstance(error, STREAM_ERRORS) and not self.is_over:
             self._log("a stream raised an error that streams do not raise", error)
 
     def on_defect(self, error: BaseException) -> None:
-        """This package has a defect, which ends the connection."""
+        """End the connection because this package has a defect."""
         self._log("a defect of bokbok_trio ends the connection", error)
         self.fail(f"internal error: {describe_error(error)}", error)
 
     def on_protocol_error(self, error: ProtocolError) -> None:
-        """The peer broke the protocol, and the session is about to tell it so."""
+        """End the connection because the peer broke the protocol. The session sends `abort`."""
         logger.warning("%r: the peer broke the protocol: %s", self._connection(), error)
         self.fail(f"the peer broke the protocol: {error}", error, graceful=True)
 
     def on_abort(self, abort: Abort) -> None:
-        """The peer says that this side broke the protocol."""
+        """End the connection because the peer says that this side broke the protocol."""
         text = f"this side broke the protocol, says the peer: {escape(abort.message)} [{escape(abort.code)}]"
         logger.warning("%r: %s", self._connection(), text)
         self.fail(text)
@@ -126,7 +126,7 @@ class Ending:
     def _begin(
         self, reason: str, *, is_local: bool, graceful: bool, cause: BaseException | None = None
     ) -> None:
-        """The connection is over. The first reason stays."""
+        """End the connection. If it is over already, the first reason stays."""
         if self.is_over:
             return
         self.is_over = True
