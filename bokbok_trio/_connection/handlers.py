@@ -1,9 +1,10 @@
 """The requests of the peer: the user's handler for each, and its one answer.
 
-Each handler runs in a cancel scope. As long as the handler waits, the scope cancels nothing else.
+Each handler runs in a cancel scope. While the handler waits, the scope cancels nothing else.
 
-Whatever a handler does, its request is answered once. Its task raises into nobody's nursery, except what ends
-the program (see `_trio_util`).
+Whatever a handler does, its request is answered once: `Handlers._answer` makes an answer of its fields, and
+`Handlers._fail` of its error; `Handlers.on_scope_exited` answers for a handler that was cancelled. Its task
+raises nothing into the connection's nursery but exceptions that end the program (see `_trio_util`).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class HandlerScope:
         cancel_scope: Trio's.
         handler: the handler that ran last.
         id: the id of its request.
-        innermost: stands for this scope where it is the innermost one of its task; see `innermost_scope`.
+        innermost: what `innermost_scope` returns while this is the innermost scope of its task.
         is_spoiled: whether a handler has left a scope or a nursery open within it.
     """
 
@@ -91,7 +92,7 @@ class HandlerScope:
     ) -> bool:
         try:
             is_caught = self.cancel_scope.__exit__(type, exc, traceback)
-        except RuntimeError:  # Trio mends what a handler has left open
+        except RuntimeError:  # a handler left a scope open, and Trio has left it
             self.is_spoiled = True
             self._handlers.on_scope_exited(self)
             return exc is None or isinstance(exc, trio.Cancelled)
@@ -112,7 +113,7 @@ class Handlers:
         request_handler, channel_handler: the user's.
         describe_error: as in `Settings`.
         packet_queued: `Sender.packet_queued`.
-        observer: is told of them; None where nobody is.
+        observer: is told of them; None if there are no instruments.
         ending: the connection's.
 
     Attributes:
@@ -161,7 +162,7 @@ class Handlers:
         self._observer = observer
         self._ending = ending
         self._opening: trio.CancelScope | None = None  # of the open handler
-        self._context = copy_context()  # only ever copied: a context runs once at a time
+        self._context = copy_context()  # only copied: a context cannot be entered twice
         self._scopes: dict[int, HandlerScope] = {}
         self.ready = LazyEvent()
         self.added: AddedHandlers = {}
@@ -180,7 +181,7 @@ class Handlers:
     ) -> tuple[Coroutine[Any, Any, None], Context] | None:
         """Return a coroutine that handles a request, and the context to run it in. Run it in `scope`.
 
-        None: the request was refused, and the refusal is queued.
+        None: the request was refused, and the error is queued.
         """
         handler: _AnyHandler | None = self._channel_handler if request.has_channel else self._request_handler
         if self.added and request.fields and request.fields[0] in self.added:
@@ -210,7 +211,7 @@ class Handlers:
         return None
 
     def start(self, nursery: trio.Nursery, open_handler: ConnectionHandler | None) -> None:
-        """Let requests be handled, from now on or when the open handler has returned."""
+        """Allow handlers to begin, now or when the open handler has returned."""
         if open_handler is None:
             self.ready.set()
         else:
@@ -230,10 +231,10 @@ class Handlers:
                 self._ending.close("the open handler failed")
 
     async def end(self, close_handler: ConnectionHandler | None) -> None:
-        """All handlers have ended: run the close handler, unless the open handler did not return."""
+        """Run the close handler, after all other handlers, and only if the open handler has returned."""
         if self.ready.has_happened and close_handler is not None:
             with isolate_failures(partial(self._log, "the close handler failed")):
-                # Under a cancellation from outside, it gets that at its first checkpoint.
+                # If the connection was cancelled from outside, the close handler is too.
                 await call_user(close_handler, self._connection())
 
     def name_task(self, context: Context) -> str:
@@ -254,7 +255,7 @@ class Handlers:
         Arguments:
             nursery: gets the task.
             request: the request.
-            sleep_until_end: called at the end of a task in which a handler left a nursery open.
+            sleep_until_end: called at the end of the task if its handler left a nursery open.
         """
         scope = HandlerScope(self)
         call = self.accept(request, scope)
@@ -314,7 +315,7 @@ class Handlers:
             if task.child_nurseries or innermost_scope(task) is not scope.innermost:
                 raise RuntimeError(LEFT_OPEN)
             self._answer(request.id, () if fields is None else fields)
-        except BaseException as exc:  # noqa: BLE001  (what is not logged is raised on)
+        except BaseException as exc:  # noqa: BLE001  (`log_or_reraise` raises it on, if it ends the program)
             scope.is_spoiled = bool(task.child_nurseries) or innermost_scope(task) is not scope.innermost
             log_or_reraise(exc, partial(self._fail, request.id))
         finally:
@@ -334,13 +335,13 @@ class Handlers:
                 await waiter.wait()
             finally:
                 self._waiting.pop(waiter, None)
-        # The next handler looks after this one's first step, which may take up the room.
+        # The next handler checks after the first step of this one, which may take up the room.
         self.let_begin()
         if self._observer is not None:
             self._observer.note_begun(id)
 
     def let_begin(self) -> None:
-        """Let the first handler that waits look whether it may begin."""
+        """Wake the first handler that waits, which checks whether it may begin."""
         if self._waiting:
             waiter = next(iter(self._waiting))
             del self._waiting[waiter]
