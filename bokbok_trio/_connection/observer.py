@@ -1,8 +1,8 @@
 """`Observer`: tells the instruments of one side what happens on a connection.
 
-A connection has an observer only if it has instruments. The observer knows the requests in flight, both ways:
-a request of this side until `Calls` forgets it, a request of the peer until `Handlers` forgets it. So each
-request that started ends once.
+A connection has an observer only if it has instruments. The observer keeps the requests in flight: one of
+this side until `Calls` forgets it, one of the peer until `Handlers` forgets it. So each request that started
+ends once.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class _InFlight:
 
     Attributes:
         waits_since: the moment, by Trio's clock, since which it waits; None if it does not wait.
-        waited: seconds that it has waited before.
-        bytes, items: how many went each way.
+        waited: seconds that it waited before that.
+        bytes, items: how many were sent and received.
     """
 
     __slots__ = ("began", "bytes", "items", "request", "waited", "waits_since")
@@ -74,10 +74,10 @@ class _InFlight:
 
 @final
 class Observer:
-    """Tells the events of one connection, from the moment when it is made.
+    """Reports the events of one connection to its instruments.
 
     Arguments:
-        instruments: are told.
+        instruments: get the events.
         connection: the connection.
         session: has the requests of this side.
     """
@@ -93,11 +93,11 @@ class Observer:
         session.local.on_slot = self.note_begun
 
     def tell_opened(self) -> None:
-        """Tell that the connection can be used."""
+        """Report that the connection can be used."""
         self._instruments.tell(ConnectionOpened(connection=self._connection()))
 
     def tell_ended(self) -> None:
-        """Tell that the connection has ended. Nothing is told after this."""
+        """Report that the connection has ended. Nothing is reported after this."""
         self._session.local.on_slot = None
         self._instruments.tell(
             ConnectionEnded(
@@ -124,7 +124,7 @@ class Observer:
         """Queue a request of this side, and return its id. The instruments may add to its context.
 
         Raises:
-            TypeError, ValueError, MessageTooLarge: as `ask` does. Then nothing was told.
+            TypeError, ValueError, MessageTooLarge: as `ask` does. Then nothing was reported.
         """
         session = self._session
         frozen = encode_fields(fields)
@@ -150,7 +150,7 @@ class Observer:
         return id
 
     def tell_answered(self, id: int, outcome: list[bytes] | BokbokError) -> None:
-        """Tell that a request of this side was answered, or will not be, while its task still waits."""
+        """Report that a request of this side has its outcome, while its task still waits."""
         if isinstance(outcome, list):
             self._end(id, "ok", size=size_of(outcome))
         elif isinstance(outcome, RemoteError):
@@ -163,14 +163,14 @@ class Observer:
             self._end(id, "lost")
 
     def tell_cancelled(self, id: int) -> None:
-        """Tell that nobody waits for the answer to a request of this side any more."""
+        """Report that a request of this side was cancelled."""
         is_late = trio.current_time() >= self._in_flight[id].request.deadline
         self._end(id, "timeout" if is_late else "cancelled")
 
     # ---- requests of the peer ----
 
     def tell_received(self, request: Request, deadline: float, context: ContextVariables) -> None:
-        """Tell that a request of the peer has a handler, which will run in that context."""
+        """Report that a request of the peer has a handler, which will run in that context."""
         started = RequestStarted(
             connection=self._connection(),
             id=request.id,
@@ -185,7 +185,7 @@ class Observer:
         context.run(self._start, started)
 
     def tell_handled(self, id: int, outcome: RequestOutcome, code: str) -> None:
-        """Tell that the handler of a request of the peer has ended. Its answer is queued."""
+        """Report that the handler of a request of the peer has ended. Its answer is queued."""
         if self._connection().closed:
             outcome = "lost"
         size = self._session.remote.answer_sizes[id] if outcome == "ok" else 0
@@ -205,9 +205,9 @@ class Observer:
         in_flight.waits_since = None
 
     def tell_item(self, id: int, direction: Direction, size: int) -> None:
-        """Tell that an item of a channel came or went."""
+        """Report that an item was sent or received."""
         in_flight = self._in_flight.get(id)
-        if in_flight is not None:  # else it came together with the packet that ended the request
+        if in_flight is not None:  # else the request ended in the same receive
             in_flight.items[direction] += 1
             in_flight.bytes[direction] += size
             self._instruments.tell(ItemPassed(request=in_flight.request, direction=direction, size=size))
@@ -238,7 +238,7 @@ class Observer:
 
 
 def _name(fields: list[bytes]) -> str:
-    """Return a name for a request, short and in one line."""
+    """Return a short name for a request, in one line."""
     match fields:
         case [first, method, *_] if first == CALL:
             name = method
