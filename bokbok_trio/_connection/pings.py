@@ -1,4 +1,4 @@
-"""`Pings`: the tasks that wait for the peer's sign of life."""
+"""`Pings`: the tasks that wait for a pong."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .waiting import Waiter
 class Pings:
     """The tasks that wait for a pong.
 
-    Pongs have no ids, and a peer may answer several pings by one pong, so one ping is out at a time. (The
-    watchdog sends another one after long silence. Then the round trip may come out too small.)
+    Pongs have no ids, and a peer may answer several pings by one pong, so one ping is in flight at a time.
+    (The watchdog sends another one after long silence. Then the measured round trip may be too short.)
 
     Arguments:
         session: queues the pings.
@@ -30,13 +30,13 @@ class Pings:
     def __init__(self, session: Session, packet_queued: Callable[[], object]) -> None:
         self._session = session
         self._packet_queued = packet_queued
-        self._now: list[Waiter[float]] = []  # for the ping that is out
+        self._now: list[Waiter[float]] = []  # for the ping in flight
         self._next: list[Waiter[float]] = []  # for the one after it
         self._began_at = 0.0
-        self._is_out = False  # whether a ping is
+        self._is_out = False  # whether a ping is in flight
 
     async def ask(self) -> float:
-        """Wait for the answer to a ping that leaves from now on. Return the round trip in seconds.
+        """Wait for the answer to a ping that is sent after this call. Return the round trip in seconds.
 
         Raises:
             ConnectionClosed, ConnectionLost: the connection is over.
@@ -54,7 +54,7 @@ class Pings:
                     askers.remove(asker)
 
     def send(self) -> None:
-        """Queue a ping. The watchdog calls this even if the peer has not answered the ping that is out."""
+        """Queue a ping. The watchdog calls this even if the peer has not answered the ping in flight."""
         if not self._is_out:
             self._is_out = True
             self._began_at = trio.current_time()
@@ -63,10 +63,10 @@ class Pings:
         self._packet_queued()
 
     def on_pong(self, _pong: Pong) -> None:
-        """Tell the tasks that wait. If others have come meanwhile, send another ping for them."""
+        """Wake the tasks that wait for this pong. If others wait for the next one, send a ping for them."""
         if self._is_out:
             self._is_out = False
-            answered, self._now = self._now, []  # or an end that follows would take their answer away
+            answered, self._now = self._now, []  # so that `end` cannot take their answer away
             for asker in answered:
                 asker.settle(trio.current_time() - self._began_at)
         if self._next:
