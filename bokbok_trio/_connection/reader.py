@@ -2,23 +2,23 @@
 
 One task reads; `ReadTurn` says which. It receives, decodes everything that came, and then dispatches the
 events one after another, through one table with a function for each type of event. Only the end of the
-connection cancels a receive. After this side has said its end, the reader receives, and drops everything,
-until the peer's end comes.
+connection cancels a receive. After this side has sent its end, the reader goes on receiving, and drops
+everything, until the peer's end comes.
 
-**Requests.** The task that reads begins the handler of each request by itself (see `eager`). A handler that
+**Requests.** The task that reads begins the handler of each request itself (see `eager`). A handler that
 never waits needs no task of its own, and wakes none. When a handler waits, the task becomes the handler's,
 and another task reads. The other task first dispatches the remaining events, and starts a task for each
 request among them.
 
-**Turns.** A receive may bring very many packets. Some are decoded and dispatched, then other tasks run, then
-the next packets follow. So a peer that sends a stream of tiny packets holds up nobody else.
+**Long receives.** A receive may bring very many packets. Some are decoded and dispatched, then other tasks
+run, then the next packets follow. So a peer that sends a stream of tiny packets delays no other task.
 
 **Sending.** Packets that are queued while events are dispatched are held back, and leave together at the end
 (see `Coalescing`).
 
 **Scopes.** Each task that reads has a cancel scope, which its handlers share until one of them waits. A
-handler that leaves a scope or a nursery of its own open spoils its task: the task ends; or it sleeps until
-the connection ends, where Trio would crash the nursery around it.
+handler that leaves a scope or a nursery of its own open spoils its task. After a scope the task ends. After a
+nursery it sleeps until the connection ends, because Trio would crash the connection's nursery otherwise.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Reader:
         table: says what to call with each type of event.
 
     Attributes:
-        ended: set when nothing more is received.
+        ended: set when receiving has ended.
     """
 
     __slots__ = (
@@ -144,7 +144,7 @@ class Reader:
                     await self._read(task, scope)
                 if scope.is_spoiled or task.child_nurseries:
                     break
-        except BaseException as exc:  # noqa: BLE001  (`log_or_reraise` raises it on, where it ends the program)
+        except BaseException as exc:  # noqa: BLE001  (`log_or_reraise` raises it on, if it ends the program)
             log_or_reraise(exc, self._ending.on_defect)
         finally:
             if self._turn.leave(task):
@@ -153,7 +153,7 @@ class Reader:
             await self._sleep_until_end(task)
 
     async def _take_turn(self, task: trio.lowlevel.Task) -> bool:
-        """Wait for the turn to read. False: the task must end: another one follows, or nothing more comes."""
+        """Wait for the turn to read. False: this task must end; another follows, or receiving has ended."""
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             self._turn.leave(task)
@@ -168,7 +168,7 @@ class Reader:
         return not self.ended.has_happened
 
     async def _read(self, task: trio.lowlevel.Task, scope: HandlerScope) -> None:
-        """Dispatch and receive, while the task has the turn to read and its scope is good."""
+        """Dispatch and receive while the task has the turn to read, and its scope is not spoiled."""
         self._scope = scope
         self._dispatch_rest()
         while not self.ended.has_happened:
@@ -269,20 +269,20 @@ class Reader:
             events.reverse()
             self._events = events  # all earlier events are dispatched
 
-    # ---- where a handler waits ----
+    # ---- when a handler waits ----
 
     def _hand_over(self, task: trio.lowlevel.Task, context: Context) -> None:
-        """Make this task the handler's: the handler that it began waits. Another task reads from now on.
+        """Give this task to the handler that it began and that waits. Another task reads from now on.
 
         The event loop does not know yet that this task waits, so nothing may wake it. Dispatching an event
-        may. Hence the other task dispatches the remaining events.
+        could wake it. Hence the other task dispatches the remaining events.
         """
         task.context = context
         task.name = self._handlers.name_task(context)
         self._promote_follower()
 
     def _promote_follower(self) -> None:
-        """Let the follower read, or a new task where there is none."""
+        """Let the follower read, or a new task if there is no follower."""
         follower = self._turn.hand_over()
         if follower is not None:
             trio.lowlevel.reschedule(follower)
