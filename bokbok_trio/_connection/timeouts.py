@@ -1,4 +1,4 @@
-"""Tell when a ``timeout`` of the peer is our own deadline, which ran out over there first."""
+"""Recognize a ``timeout`` of the peer that is our own deadline, which ran out on its side first."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .._errors import RemoteError
 
 CLOCK_DRIFT: Final = 0.05
 """Seconds by which the peer's clock may be ahead of ours at the end of a deadline, besides a thousandth of
-its span. The peer begins to count the same span later, so only drift makes it run out there first."""
+its span. The peer begins to count the same span later, so only drift lets it run out there first."""
 
 
 def is_own_timeout(error: BaseException, deadline: float, asked_at: float) -> bool:
-    """Whether an error says that our own deadline ran out over there first.
+    """Whether an error says that our own deadline ran out on the peer's side first.
 
     Then the caller should see its own cancellation. If the deadline is farther off, the handler has chosen
     the code ``"timeout"`` for an error of its own.
