@@ -1,4 +1,4 @@
-"""`Waiter`: a task that waits for an outcome: an answer, a pong, or the error in its place."""
+"""`Waiter`: a task that waits for an outcome, which is an answer or a pong, or an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Waiter(Generic[_T]):
     """One task that waits, once.
 
     Attributes:
-        outcome: the result, or the error that came in its place; None before.
+        outcome: the result, or an error; None as long as the task must wait.
     """
 
     __slots__ = ("_sleeper", "outcome")
@@ -36,7 +36,7 @@ class Waiter(Generic[_T]):
             trio.lowlevel.reschedule(sleeper)
 
     def settled(self) -> Awaitable[object]:
-        """Return an awaitable, which the caller awaits until there is an outcome."""
+        """Return an awaitable that ends when there is an outcome. The caller must await it at once."""
         if self.outcome is not None:
             return trio.lowlevel.checkpoint()  # noqa: ASYNC105  (the caller awaits it)
         self._sleeper = trio.lowlevel.current_task()
