@@ -1,25 +1,28 @@
-"""Notice a peer that is gone, and do not accuse one that is there.
+"""`Watchdog`: notices a peer that is gone, and does not accuse one that is there.
 
-Silence means that nothing authentic was received. After ``ping_after`` of silence a ping is sent.
-``ping_timeout`` after the ping was *written* the peer is lost. It is also lost when one send takes as long as
-both together: then it does not read, though it may go on to send. And it is lost when much waits for it and
-leaves more slowly than the least rate, for as long: then it reads, but so slowly that it holds memory here.
+Silence means that nothing authentic was received. After ``ping_after`` of silence a ping is sent. The peer is
+lost
+
+- ``ping_timeout`` after the ping was *written*, if the silence lasts;
+- if one send takes as long as both times together: the peer does not read, though it may still send;
+- if at least `MUCH` bytes wait for it, and leave more slowly than the least rate, for as long: the peer
+  reads so slowly that it holds memory here.
 
 False accusations that this avoids:
 
-- a long upload: its pings wait behind other packets, so their time begins when they are written;
-- a blocked event loop, a suspended machine, a clock that leaps: a program that wakes late has not yet read
-  what the peer sent meanwhile. So it reads first. If it is late by more than `LATENESS`, one more
-  ``ping_timeout`` is granted, as the network may need time too. It is granted again only if it was slept
-  through: a program that blocks again and again must lose a dead peer some time.
+- A long upload: pings wait behind other packets, so their time begins when they are written.
+- A blocked event loop, a suspended machine, a clock that leaps: a program that wakes late has not yet read
+  the data that the peer sent meanwhile. So it reads first. If it is late by more than `LATENESS`, one more
+  ``ping_timeout`` is granted, as the network may need time too. It is granted again only if the program slept
+  through it: a program that blocks again and again must lose a dead peer some time.
 
-The pings follow websockets' keepalive; the rest is learned from its issues.
+The pings follow websockets' keepalive; the other rules come from its issues.
 
 Alarms
 ======
 
-A `Watchdog` is no task. It notes what happens, and `Watchdog.alarm` returns when it must be called next. One
-task for each Trio run calls it, for all connections of the run. So an event only records a time. That is safe
+A `Watchdog` has no task. `Watchdog.alarm` returns when it must be called next, and one task of each Trio run
+calls it, for all connections of the run. Between alarms an event only records a time. That is safe
 if an alarm that was set at a time s never fires after a deadline that is created later than s:
 
 - A send that begins at t >= s is stuck at t + ping_after + ping_timeout, later than any alarm of s.
@@ -45,14 +48,14 @@ from typing import Final, final
 import trio
 
 LATENESS: Final = 1.0
-"""Seconds by which an alarm may be late before the watchdog thinks that it was not the peer's fault."""
+"""Seconds by which an alarm may be late. If it is later, the peer is not blamed for its silence."""
 
 MUCH: Final = 2**20
 """Bytes of answers and items that may wait for a peer however slowly it reads."""
 
 SPARE_ALARMS: Final = 64
-"""Alarms of stopped watchdogs that are kept, besides as many as there are of others. With fewer, each
-connection that is closed would make all alarms be looked through."""
+"""Alarms of stopped watchdogs that are kept, besides as many as there are running watchdogs. With fewer, each
+connection that is closed would cost a search through all alarms."""
 
 logger = logging.getLogger("bokbok_trio")
 
@@ -64,7 +67,7 @@ class Watchdog:
     Arguments:
         ping_after, ping_timeout: seconds; see `Settings`.
         ping: queues a ping and wakes the sender.
-        fail: is told, once, why the connection is lost. The watchdog has stopped then.
+        fail: called once, with the reason why the connection is lost. The watchdog has stopped by then.
         least_rate: bytes a second; see `Settings`.
         count_waiting: counts the bytes of answers and items that wait to be sent.
 
@@ -122,22 +125,22 @@ class Watchdog:
         self._forgiven_until = -math.inf  # the end of the time that was granted
 
     def heard(self) -> None:
-        """Something authentic was received."""
+        """Note that something authentic was received."""
         self._heard_at = trio.current_time()
 
     def send_begins(self, now: float) -> None:
-        """A send is under way from now on."""
+        """Note that a send is under way from now on."""
         self._send_began = now
 
     def send_ended(self, *, ping_departed: bool) -> None:
-        """It was written; `ping_departed`: no ping is queued any more."""
+        """Note that the send has ended. `ping_departed`: no ping is queued any more."""
         self._send_began = None
         if ping_departed and self._ping_waits:
             self._ping_waits = False
             self._answer_due = trio.current_time() + self._ping_timeout
 
     def start(self) -> None:
-        """Watch from now on, until stopped. Do nothing if it was stopped before, or a time is infinite."""
+        """Watch from now on, until `stop`. Do nothing if `stop` was called before, or a time is infinite."""
         if self._fail is not None and not math.isinf(self._ping_after + self._ping_timeout):
             self._alarm_clock = _find_alarm_clock()
             self._alarm_clock.add(self, self._heard_at + self._ping_after)
@@ -157,7 +160,7 @@ class Watchdog:
         return self._fail is None
 
     def alarm(self, now: float) -> float | None:
-        """Look after the peer at the time `now`.
+        """Check the peer at the time `now`.
 
         Returns:
             The latest moment at which to call this again; None: never.
@@ -180,7 +183,7 @@ class Watchdog:
         return at
 
     def _is_too_slow(self, now: float) -> bool:
-        """Whether much waits, and too little has left since that was first seen."""
+        """Whether much waits, and too little has been sent since that was first seen."""
         waiting = self._count_waiting()
         if waiting < MUCH:
             self._measured = None
@@ -214,7 +217,7 @@ class Watchdog:
         return None if self.has_stopped else min(stuck_at, self._next_look(now))
 
     def _has_slept_through_grace(self, now: float) -> bool:
-        """Whether this wakes so late that the granted time was slept through, and as much again."""
+        """Whether the program slept through the granted time, and as much again."""
         return now > self._forgiven_until + max(LATENESS, self._ping_timeout)
 
     def _next_look(self, now: float) -> float:
@@ -226,7 +229,7 @@ class Watchdog:
         self._asked_after = self._heard_at
         self._answer_due = answer_due
         if self._ping_waits:
-            return  # a ping of an earlier silence is as good
+            return  # a ping is queued already, since an earlier silence
         self._ping_waits = True
         try:
             self._ping()
@@ -243,17 +246,17 @@ class Watchdog:
 
 
 def _do_nothing() -> None:
-    """Take the place of a callback that is to be forgotten."""
+    """Replace a callback, so that it can be freed."""
 
 
 @final
 class _AlarmClock:
-    """The alarms of a Trio run, and the task that looks after them.
+    """The alarms of a Trio run, and the task that serves them.
 
     The task sleeps in a scope whose deadline is the earliest alarm. The deadline is moved without waking it.
 
-    The heap holds an alarm for each watchdog that was started and has not stopped, except those being served;
-    and of stopped watchdogs at most as many, and `SPARE_ALARMS` more.
+    The heap holds an alarm for each watchdog that was started and has not stopped, except those being served.
+    It also holds alarms of stopped watchdogs: at most as many, and `SPARE_ALARMS` more.
     """
 
     __slots__ = ("_heap", "_numbers", "_scope", "_watching")
@@ -279,7 +282,7 @@ class _AlarmClock:
             self._set_deadline()
 
     async def run(self) -> None:
-        """Look after the alarms, until cancelled at the end of the run."""
+        """Serve the alarms, until cancelled at the end of the run."""
         while True:
             with self._scope:
                 await trio.sleep_forever()
