@@ -88,7 +88,7 @@ def _parse_object(text: str | bytes, what: str) -> dict[str, Any]:
 def _parse_argument(text: str) -> Given:
     found = _ARGUMENT.fullmatch(text)
     if found is None:
-        raise CommandError(f"{text!r} is no argument: {_HOW}", Exit.USAGE)
+        raise CommandError(f"{text!r} is not an argument: {_HOW}", Exit.USAGE)
     name, separator, value = found.groups()
     is_json = separator == ":="
     if value.startswith(FILE):
@@ -133,10 +133,10 @@ def _to_value(given: Given, schemas: Schemas, schema: Any) -> Any:
 
 
 def decode_text(data: bytes) -> str:
-    """A text.
+    """Decode a text in UTF-8.
 
     Raises:
-        Mismatch: it is none.
+        Mismatch: the bytes are not UTF-8.
     """
     try:
         return data.decode()
@@ -151,7 +151,7 @@ def _is_no_text(schemas: Schemas, schema: Any) -> bool:
 
 @contextmanager
 def naming(name: str) -> Generator[None]:
-    """Say in the error of a wrong value which argument it is."""
+    """Put the name of the argument before the message about a wrong value."""
     try:
         yield
     except Mismatch as exc:
@@ -162,7 +162,7 @@ def check_names(names: Sequence[str], known: Sequence[str], path: str) -> None:
     """Refuse arguments that a method does not have.
 
     Raises:
-        CommandError: there is one.
+        CommandError: it does not have one of them.
     """
     for name in names:
         if name not in known:

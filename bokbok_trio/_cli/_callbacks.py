@@ -1,4 +1,4 @@
-"""Callbacks: what a method calls back is written as JSON, a line each."""
+"""Callbacks: each call that a method makes of one is written as a line of JSON."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _NOTHING = make_encoder()(None)
 
 
 class Callbacks:
-    """Writes with what arguments the callbacks of a call are called, each of which returns nothing.
+    """The callbacks of a call. When one is called, its arguments are written. It returns nothing.
 
     Arguments:
-        names: of the parameters that take callbacks.
-        out: where.
+        names: the parameters that take callbacks.
+        out: the output.
 
     Attributes:
-        numbers: what travels in the place of each.
+        numbers: the number that is sent in the place of each callback, by parameter.
     """
 
     def __init__(self, names: Sequence[str], out: Output) -> None:
@@ -41,10 +41,10 @@ class Callbacks:
 
     @asynccontextmanager
     async def lent(self, connection: Connection) -> AsyncGenerator[None]:
-        """A block in which they may be called.
+        """Lend the callbacks for as long as the block.
 
         Raises:
-            OutputError, ReaderGone: a call could not be written, which ends the block.
+            OutputError, ReaderGone: a call could not be written. That ends the block.
         """
         add_handler(connection, BACK, self)
         with self._scope:
@@ -54,7 +54,7 @@ class Callbacks:
             raise self._error
 
     async def handle_request(self, _connection: Connection, request: list[bytes]) -> list[bytes]:
-        """Write a call."""
+        """Write a call of a callback."""
         match request:
             case [_, number, b"", arguments] if number in self._names:
                 try:
@@ -70,7 +70,7 @@ class Callbacks:
         self, _connection: Connection, _request: list[bytes], _channel: Channel
     ) -> NoReturn:
         """Refuse a call that streams."""
-        raise RequestError("what is lent here streams nothing", BAD_ARGUMENTS)
+        raise RequestError("a callback of the command line streams nothing", BAD_ARGUMENTS)
 
     async def _write(self, call: dict[str, Any]) -> None:
         try:
@@ -78,4 +78,4 @@ class Callbacks:
         except (OutputError, ReaderGone) as exc:
             self._error = exc
             self._scope.cancel()
-            raise RequestError("what is called back cannot be written any more") from exc
+            raise RequestError("the call cannot be written any more") from exc

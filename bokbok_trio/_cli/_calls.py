@@ -1,7 +1,7 @@
-"""`bokbok call` and `bokbok follow`: typed calls, for which the listing says what texts stand for.
+"""`bokbok call` and `bokbok follow`: typed calls. The listing says how texts are converted to values.
 
-A side that lists nothing, to us at least, is called all the same: texts are texts then. This needs the extra
-``interface``.
+If the other side lists nothing to this user, the call is made nevertheless, and texts are sent as texts. This
+needs the extra ``interface``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _decode = make_decoder(Any)
 _encode = make_encoder()
 
 UNLISTED = (
-    "; so texts were sent as texts: write NAME:=JSON for all else, "
+    "; so NAME=TEXT was sent as text: write NAME:=JSON for other values, "
     "and bokbok follow for a method that streams"
 )
 
@@ -43,10 +43,10 @@ class _Prepared(NamedTuple):
     """A call, ready to be made.
 
     Attributes:
-        fields: of its request.
-        source: of the items that it sends; None where there are none.
-        is_stream: items come back.
-        callbacks: that the method must be given; None where there are none.
+        fields: the fields of its request.
+        source: the items that it sends; None if it sends none.
+        is_stream: whether items come back.
+        callbacks: the callbacks that the method must be given; None if there are none.
     """
 
     fields: list[bytes]
@@ -56,13 +56,13 @@ class _Prepared(NamedTuple):
 
 
 def call(options: Namespace, out: Output) -> None:
-    """Call a method, and write what it returns, or the items that come."""
+    """Call a method, and write its result or its items."""
     arguments = parse_arguments(options.argument)
     run_connected(options, partial(_call, arguments=arguments, out=out, must_stream=False))
 
 
 def follow(options: Namespace, out: Output) -> None:
-    """Call a method that streams, and write the items as they come."""
+    """Call a method that streams, and write its items as they arrive."""
     arguments = parse_arguments(options.argument)
     run_connected(options, partial(_call, arguments=arguments, out=out, must_stream=True), is_stream=True)
 
@@ -71,8 +71,8 @@ async def _call(session: Session, *, arguments: Arguments, out: Output, must_str
     path: str = session.options.method
     method = await _find(session, path)
     if must_stream and method is not None and method.info.items_out is None:
-        raise CommandError(f"{path} gives no stream: use bokbok call", Exit.USAGE)
-    # Files are read, and one may be a pipe or a terminal.
+        raise CommandError(f"{path} does not stream: use bokbok call", Exit.USAGE)
+    # Arguments may be read from a pipe or a terminal, which may take any time.
     session.allow_any_time()
     prepare = partial(_prepare, path, method, arguments, out)
     prepared = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)
@@ -86,7 +86,7 @@ async def _call(session: Session, *, arguments: Arguments, out: Output, must_str
 
 
 async def _find(session: Session, path: str) -> Listed | None:
-    """The method, as it is listed; None where nothing is listed to us."""
+    """Return the entry of a method in the listing; None if nothing is listed to this user."""
     try:
         interfaces = await list_interfaces(session.connection)
     except RemoteError:
@@ -95,7 +95,7 @@ async def _find(session: Session, path: str) -> Listed | None:
 
 
 async def _make(session: Session, prepared: _Prepared, out: Output, *, is_stream: bool) -> None:
-    """Make the call, and write what comes of it."""
+    """Make the call, and write its result or its items."""
     source = prepared.source
     if source is None:
         sending = send_nothing
@@ -119,11 +119,11 @@ def _decode_one(fields: list[bytes]) -> Any:
         [data] = fields
         return _decode(data)
     except ValueError as exc:
-        raise ProtocolError(f"what was answered is no value: {exc}") from exc
+        raise ProtocolError(f"the answer is not a value: {exc}") from exc
 
 
 def _show(value: Any, out: Output, *, is_item: bool = False) -> bytes:
-    """A value as it is written: as JSON, or as it is."""
+    """Encode a value for the output: as JSON, or as it is."""
     if out.raw and isinstance(value, bytes | str):
         return out.encode_raw(value)
     return out.encode(as_json(value), is_item=is_item)
@@ -174,12 +174,12 @@ def _make_callbacks(method: Listed, out: Output) -> Callbacks | None:
 def _check_travels(value: Any) -> None:
     try:
         _encode(value)
-    except ValueError as exc:  # an integer that is too large, mostly
+    except ValueError as exc:  # mostly an integer that is too large
         raise Mismatch(str(exc)) from None
 
 
 def _take_source(method: Listed, arguments: Arguments, out: Output) -> tuple[Arguments, AsyncIterable[Any]]:
-    """Take the stream out of the arguments, of which it is the one that is no value."""
+    """Split the arguments into the values and the items of the stream."""
     name = method.stream
     if isinstance(arguments, dict):
         items = arguments.get(name)
@@ -197,7 +197,7 @@ def _take_source(method: Listed, arguments: Arguments, out: Output) -> tuple[Arg
 
 
 def _open_source(method: Listed, given: Given, out: Output) -> AsyncIterable[Any]:
-    """The items of a stream: of a file chunks of bytes, or lines, which are texts or JSON."""
+    """Return the items of a stream. A file gives chunks of bytes, or lines, which are texts or JSON."""
     schema = method.schemas.resolve(method.info.items_in)
     if given.file is None:
         with naming(given.name):
@@ -212,7 +212,7 @@ def _open_source(method: Listed, given: Given, out: Output) -> AsyncIterable[Any
 
 
 async def _read_items(method: Listed, chunks: AsyncGenerator[bytes], *, is_text: bool) -> AsyncGenerator[Any]:
-    """The items of lines: texts, or JSON, where empty lines do not count."""
+    """Yield an item for each line, which is a text or JSON. Empty lines of JSON are skipped."""
     async with aclosing(split_lines(chunks)) as lines:
         async for line in lines:
             if is_text or line.strip():
@@ -226,7 +226,7 @@ def _parse_item(method: Listed, line: bytes) -> Any:
 
 
 def _give(method: Listed, items: list[Any]) -> AsyncIterable[Any]:
-    """Items of JSON."""
+    """Convert JSON values to the items of a stream."""
     with naming(method.stream):
         return give([_to_item(method, each) for each in items])
 
@@ -241,7 +241,7 @@ def _to_item(method: Listed, value: Any) -> Any:
 
 
 def _explain(error: RemoteError, unlisted: str | None) -> Exception:
-    """Say of an error that was answered what it says: a declared one has its fields."""
+    """Make the error to report of an error answer. A declared exception has its fields as details."""
     if error.code.startswith(RAISED):
         try:
             details = as_json(_decode(error.details))

@@ -19,7 +19,7 @@ DEFAULT_TIMEOUT: Final = 60.0
 """Seconds that a command may take, including dialling. Streams have no such limit."""
 
 SETTINGS: Final = Settings(max_message_size=MAX_SIZE)
-"""The other side's limit is what counts, up to what is read at once."""
+"""A message may be as large as the other side allows, up to `MAX_SIZE`."""
 
 USER: Final = "BOKBOK_USER"
 KEY_FILE: Final = "BOKBOK_KEY_FILE"
@@ -41,12 +41,12 @@ class Session(NamedTuple):
     scope: trio.CancelScope
 
     def allow_any_time(self) -> None:
-        """Have no deadline from now on, unless the options give one."""
+        """Remove the deadline, unless the options give one."""
         if self.options.timeout is None:
             self.scope.deadline = math.inf
 
     def allow_usual_time(self) -> None:
-        """Have the usual deadline from now on, unless the options give one."""
+        """Set the usual deadline, counted from now, unless the options give one."""
         if self.options.timeout is None:
             self.scope.deadline = trio.current_time() + DEFAULT_TIMEOUT
 
@@ -73,7 +73,7 @@ def find_key(options: Namespace) -> Key | None:
     """
     if options.plain:
         if options.user or options.key_file:
-            raise CommandError("--plain is without --user and --key-file", Exit.USAGE)
+            raise CommandError("--plain excludes --user and --key-file", Exit.USAGE)
         return None
     path = options.key_file or os.environ.get(KEY_FILE)
     options.user = options.user or decode_name(os.environ.get(USER, "")) or None
@@ -101,7 +101,7 @@ def run_connected(
         is_stream: whether there is no time limit, unless the options give one.
 
     Raises:
-        CommandError: there is no connection, or the time is over.
+        CommandError: there is no connection, or the time limit has passed.
         BaseException: any exception of the function.
     """
     key = find_key(options)

@@ -1,6 +1,6 @@
 r"""Reads fields from the command line: a text, ``@FILE``, or ``-`` for the standard input.
 
-A backslash at the beginning takes the rest as it is: ``\@home`` is ``@home``.
+After a backslash at the beginning, the rest is a text: ``\@home`` is ``@home``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEY_TEXT: Final = re.compile(f"{KEY_PREFIX}1[0-9a-z]{{40}}", re.IGNORECASE)
 SECRET_OPTIONS: Final = ("--key", "--passphrase", "--password")
 
 WHY_NOT: Final = (
-    "no key and no passphrase is taken from the command line, where every process of this machine can read "
+    "keys and passphrases are not taken from the command line, where every process of this machine can read "
     "it and the shell keeps it in its history; use --key-file FILE or the variable BOKBOK_KEY_FILE"
 )
 
@@ -44,10 +44,10 @@ def refuse_secrets(argv: list[str]) -> None:
 
 
 def decode_name(text: str) -> str:
-    """A name in UTF-8, whatever encoding the system says that arguments have.
+    """Decode a name as UTF-8, whatever encoding the system has for arguments.
 
     Raises:
-        CommandError: it is none.
+        CommandError: it is not UTF-8.
     """
     try:
         return os.fsencode(text).decode()
@@ -116,7 +116,7 @@ def ask_secret(prompt: str, *, twice: bool = False) -> str:
     try:
         answer = getpass(f"{prompt}: ")
         if twice and getpass(f"{prompt} again: ") != answer:
-            raise CommandError("the two are not alike")
+            raise CommandError("the two differ")
     except EOFError:
         raise CommandError("nothing was typed") from None
     except KeyboardInterrupt:

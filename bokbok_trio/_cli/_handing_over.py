@@ -1,6 +1,7 @@
-"""Listening sockets that outlive a process, which hands them to the one that takes its place.
+"""Hands the listening sockets of this process over to the process that replaces it.
 
-They stay open meanwhile, so whoever dials waits until that one accepts, and is not refused.
+The sockets stay open meanwhile. So a client that connects is not refused, but waits until the new process
+accepts.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from .._unix_listener import UnixListener
 _One: TypeAlias = tuple[int, tuple[str, str, int, int] | None]
 
 Handed: TypeAlias = list[_One]
-"""The descriptor of each socket; and of a UNIX socket its address, its file, and what tells that file."""
+"""The descriptor of each socket. A UNIX socket also has its address, and the path, device and inode of its
+file."""
 
 
 def hand_over(listeners: Listeners) -> Handed:
-    """Keep sockets open, and their files there, whatever becomes of their listeners."""
-    # On Windows the sockets are opened anew: no process takes the place of another there.
+    """Keep the sockets open and their files in place, even if the listeners are closed."""
+    # On Windows no process can replace another. The new process opens its own sockets.
     return [] if os.name == "nt" else [*map(_hand_over_one, listeners)]
 
 
@@ -38,7 +40,7 @@ def _hand_over_one(listener: trio.abc.Listener[trio.abc.Stream]) -> _One:
 
 
 def take_over(handed: Handed) -> list[trio.abc.Listener[trio.SocketStream]]:
-    """Listen on sockets that were handed over."""
+    """Make listeners of the sockets that were handed over."""
     listeners: list[trio.abc.Listener[trio.SocketStream]] = []
     for fd, file in handed:
         os.set_inheritable(fd, False)
@@ -57,13 +59,13 @@ async def close_all(listeners: Iterable[trio.abc.Listener[trio.abc.Stream]]) -> 
         await trio.aclose_forcefully(each)
 
 
-def begin_anew(command: list[str], variable: str, handed: Handed) -> None:
-    """Replace this process.
+def restart(command: list[str], variable: str, handed: Handed) -> None:
+    """Replace this process by a new one.
 
     Arguments:
-        command: to run, with its arguments.
-        variable: of the environment, by which the new process is told what is handed over.
-        handed: to be given to `take_over` there.
+        command: the program of the new process, and its arguments.
+        variable: the environment variable that tells the new process which sockets it gets.
+        handed: the sockets, for `take_over` in the new process.
     """
     for fd, _ in handed:
         os.set_inheritable(fd, True)

@@ -55,7 +55,7 @@ class Listed(NamedTuple):
 
     @property
     def callbacks(self) -> dict[str, str]:
-        """Its arguments that are callbacks and must be given, with what these return."""
+        """Its arguments that are callbacks and must be given, by name, with the types that they return."""
         try:
             tree = ast.parse(f"async def {self.info.signature}: ...")
         except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -87,7 +87,7 @@ async def ask_listing(session: Session) -> list[InterfaceInfo]:
     """Ask for the listing.
 
     Raises:
-        CommandError: there is none for us.
+        CommandError: the other side lists nothing to this user.
     """
     try:
         return await list_interfaces(session.connection)
@@ -97,11 +97,11 @@ async def ask_listing(session: Session) -> list[InterfaceInfo]:
 
 
 def explain_unlisted(session: Session) -> str:
-    """Say that nothing is listed to us, and what may be done about it."""
+    """Say that nothing is listed to this user, and what to do about it."""
     if session.options.user is not None:
         return "the other side lists no interfaces"
     plain = (
-        "" if isinstance(session.connection.address, UnixAddress) else ", and over plain TCP nobody is one"
+        "" if isinstance(session.connection.address, UnixAddress) else ", and a plain TCP connection has none"
     )
     return f"the other side lists no interfaces, or only to users{plain}: give --user and --key-file"
 

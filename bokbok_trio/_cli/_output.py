@@ -31,14 +31,14 @@ RECORD_SEPARATOR: Final = "\x1e"
 _TOKENS: Final = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|\b(?:true|false|null)\b|-?\d[\d.eE+-]*')
 _NAME, _STRING, _WORD, _NUMBER = "34", "32", "35", "36"  # blue, green, magenta, cyan
 
-_STEERING: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""What makes a terminal do something, or show text in another order; but for ends of lines and tabs."""
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""The characters that control a terminal, or change the order of text, except newlines and tabs."""
 
 
 def open_missing_descriptors() -> None:
-    """Take the numbers of standard descriptors that are closed, before a socket gets one.
+    """Open the standard descriptors that are closed, before a socket gets the number of one.
 
-    What is opened for them cannot be used in the direction that they have, so using one is an error.
+    Each is opened for the wrong direction, so using it is an error.
     """
     for fd, flags in ((0, os.O_WRONLY), (OUT, os.O_RDONLY), (ERR, os.O_WRONLY)):
         try:
@@ -59,7 +59,7 @@ def write_all(fd: int, data: bytes) -> None:
         while view:
             try:
                 view = view[os.write(fd, view) :]
-            except BlockingIOError:  # who shares it with us made it so
+            except BlockingIOError:  # a process that shares the descriptor made it non-blocking
                 select.select([], [fd], [])
     except OSError as exc:
         if is_broken_pipe(exc):
@@ -81,18 +81,18 @@ class Output:
         self.raw = raw
         self.is_for_programs = json or seq
         self._seq = seq
-        self._turn = trio.Lock()  # for lines that are written at once
+        self._turn = trio.Lock()  # one item is written at a time
         self.is_terminal = os.isatty(OUT)
         self.may_show_progress = os.isatty(ERR) and not json
         self._is_pretty = self.is_terminal and not self.is_for_programs
         self._has_colours = self._is_pretty and may_colour()
 
     def line(self, text: str) -> None:
-        """Write a line of text for people, which cannot steer a terminal, not even through a pager."""
+        """Write a line of text for people. It cannot control a terminal, even through a pager."""
         write_all(OUT, f"{tame(text)}\n".encode(errors="backslashreplace"))
 
     def data(self, data: bytes) -> None:
-        """Write bytes as they are. On a terminal, write them as a line of text that does not steer it."""
+        """Write bytes as they are. On a terminal, write them as a line of text that does not control it."""
         write_all(OUT, self.encode_raw(data))
 
     def encode_raw(self, value: bytes | str) -> bytes:
@@ -111,7 +111,7 @@ class Output:
         """Return the bytes that `value` writes."""
         text = dump(value, indent=2 if self._is_pretty and not is_item else None)
         if self.is_terminal:
-            text = _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # which is JSON still
+            text = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # still JSON
         if self._has_colours:
             text = colour(text)
         return f"{RECORD_SEPARATOR if self._seq else ''}{text}\n".encode()
@@ -136,12 +136,12 @@ class Output:
 
 
 def tame(text: str) -> str:
-    """Show what would steer a terminal as an escape of Python's."""
-    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Replace characters that control a terminal by escapes, as Python writes them."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def may_colour() -> bool:
-    """Whether colours are wanted: see no-color.org."""
+    """Whether colours are wanted; see no-color.org."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and what each takes."""
+"""The command line: the commands, their arguments and options, and the help."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Run = Callable[[argparse.Namespace, Output], None]
 DEFAULT_ADDRESS: Final = "localhost:12345"
 SHELLS: Final = ("bash", "zsh", "fish", "tcsh")
 ADDRESS: Final = "HOST:PORT, [IPV6]:PORT, or the path of a UNIX socket with a slash in it"
-FIELD: Final = "a text, @FILE, or - for the standard input; after a backslash all is text"
+FIELD: Final = "a text, @FILE, or - for the standard input; the rest after a backslash is a text"
 
 ARGUMENT: Final = "NAME=TEXT, NAME:=JSON, NAME=@FILE; or one JSON object, or - for one on the standard input"
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses the command line as GNU programs do: options may stand anywhere, and none is abbreviated."""
+    """Parses the command line as GNU programs do: options may stand anywhere. They cannot be abbreviated."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -34,14 +34,14 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse a command's own arguments; argparse gives up where positional ones are not in a row."""
+        """Parse a command's own arguments. argparse alone fails if options stand between positional ones."""
         assert args is not None
         if self._subparsers is None:
             args = self._sort(list(args))
         return super().parse_known_args(args, namespace)
 
     def _sort(self, args: list[str]) -> list[str]:
-        """Put options first."""
+        """Move the options to the front."""
         options: list[str] = []
         rest: list[str] = []
         while args:
@@ -56,12 +56,12 @@ class Parser(argparse.ArgumentParser):
             if action is not None and action.nargs != 0:
                 options += args[:1]
                 del args[:1]
-        # argparse takes another "--" away, wherever it stands; behind a backslash it is a field.
+        # argparse would remove another "--", wherever it stands. After a backslash it is kept as a field.
         rest += [f"{ESCAPE}--" if arg == "--" else arg for arg in args]
         return [*options, "--", *rest] if rest else options
 
     def error(self, message: str) -> NoReturn:
-        """Say in one line what is wrong."""
+        """Raise an error of the command line, in one line."""
         raise CommandError(f"{message} (see {self.prog} --help)", Exit.USAGE)
 
     def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ARG002  (argparse)
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    """Make the parser of the whole command line; `Namespace.run` is then what does it."""
+    """Make the parser of the whole command line. `Namespace.run` is the function that runs the command."""
     parser = Parser(prog="bokbok", description="Requests, typed calls and keys of bokbok_trio, from a shell.")
     parser.add_argument("--version", action="version", version=f"bokbok {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
@@ -91,8 +91,8 @@ def _add(commands: Any, name: str, run: Run, help: str, description: str = "") -
     parser: Parser = commands.add_parser(name, help=help, description=text)
     parser.set_defaults(run=run, raw=False, graceful=[], verbose=False, shows_log=False)
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="JSON for programs, also of an error")
-    output.add_argument("--seq", action="store_true", help="JSON as records of RFC 7464")
+    output.add_argument("--json", action="store_true", help="write JSON for programs, and errors as JSON too")
+    output.add_argument("--seq", action="store_true", help="write JSON as the records of RFC 7464")
     return parser
 
 
@@ -102,36 +102,36 @@ def _add_connected(commands: Any, name: str, run: Run, help: str, description: s
     parser.add_argument("address", metavar="ADDRESS", help=ADDRESS)
     access = parser.add_argument_group("connection")
     access.add_argument(
-        "--user", metavar="NAME", type=decode_name, help="who to be; BOKBOK_USER if not given"
+        "--user", metavar="NAME", type=decode_name, help="the user to connect as; BOKBOK_USER if not given"
     )
     key_file = access.add_argument(
-        "--key-file", metavar="FILE", help="where the user's key is; BOKBOK_KEY_FILE if not given"
+        "--key-file", metavar="FILE", help="the file of the user's key; BOKBOK_KEY_FILE if not given"
     )
     complete_files(key_file)
     access.add_argument("--plain", action="store_true", help="use no key, whatever the environment says")
     access.add_argument(
-        "--service", metavar="NAME", type=decode_name, default="", help="what is meant to be reached"
+        "--service", metavar="NAME", type=decode_name, default="", help="the name of the service to reach"
     )
     access.add_argument("--insecure", action="store_true", help="allow plain TCP to another machine")
     access.add_argument(
         "--timeout",
         metavar="SECONDS",
         type=parse_seconds,
-        help=f"for all of it, 0 for no limit; {DEFAULT_TIMEOUT:g} if not given, and none for streams",
+        help=f"the time limit, 0 for none; {DEFAULT_TIMEOUT:g} if not given, and none for streams",
     )
     access.add_argument(
         "--graceful",
         metavar="CODE",
         action="append",
         type=parse_graceful,
-        help="end with 0 on this error: the code of one that is answered, or an exit code",
+        help="exit with 0 on this error: an exit code, or the code of an error that was answered",
     )
-    access.add_argument("-v", "--verbose", action="store_true", help="show the log, and tracebacks")
+    access.add_argument("-v", "--verbose", action="store_true", help="show the log and tracebacks")
     return parser
 
 
 def complete_files(action: argparse.Action) -> None:
-    """Have the shell complete the names of files here."""
+    """Let the shell complete an argument as the name of a file."""
     action.complete = {  # type: ignore[attr-defined]
         "bash": "_shtab_compgen_files",
         "zsh": "_files",
@@ -141,28 +141,28 @@ def complete_files(action: argparse.Action) -> None:
 
 
 def parse_seconds(text: str) -> float:
-    """A time."""
+    """Parse a number of seconds."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not seconds >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return seconds
 
 
 def parse_count(text: str) -> int:
-    """How often."""
+    """Parse a number of times."""
     if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
 def parse_graceful(text: str) -> str | Exit:
-    """Which error is none."""
+    """Parse an error that is to exit with 0: an exit code, or the code of an error answer."""
     number = int(text) if text.isascii() and text.isdigit() else None
     if number not in set(Exit):
-        return text  # servers may have codes of digits
+        return text  # a server's code may consist of digits
     if number not in FORGIVABLE:
         raise argparse.ArgumentTypeError(f"exit code {text} cannot be made 0: use 3 to 8 or 124")
     return Exit(number)
@@ -176,12 +176,14 @@ def _add_raw(parser: Parser, help: str) -> None:
 
 
 def _add_request(commands: Any) -> None:
-    parser = _add_connected(commands, "request", _requests.request, "make a request of fields of bytes")
+    parser = _add_connected(
+        commands, "request", _requests.request, "send a request of fields, and write its answer"
+    )
     parser.add_argument("field", metavar="FIELD", nargs="+", help=FIELD)
     parser.add_argument(
-        "--channel", action="store_true", help="with a channel, and write its items, a line each"
+        "--channel", action="store_true", help="open a channel, and write its items, one a line"
     )
-    _add_raw(parser, "write fields as they are, with nothing added")
+    _add_raw(parser, "write the bytes of the fields, with nothing added")
 
 
 def _add_call(commands: Any) -> None:
@@ -194,26 +196,28 @@ def _add_call(commands: Any) -> None:
         ),
     ):
         parser = _add_connected(commands, name, _typed("_calls", name), help, description)
-        parser.add_argument("method", metavar="METHOD", help="as in Files.stat")
+        parser.add_argument("method", metavar="METHOD", help="the method, such as Files.stat")
         parser.add_argument("argument", metavar="ARGUMENT", nargs="*", default=[], help=ARGUMENT)
         _add_raw(parser, "write texts and bytes as they are, and not as JSON")
 
 
 def _add_listing(commands: Any) -> None:
-    parser = _add_connected(commands, "list", _typed("_listing", "list_all"), "list what can be called")
-    parser.add_argument("--markdown", action="store_true", help="as a text in Markdown")
+    parser = _add_connected(
+        commands, "list", _typed("_listing", "list_all"), "list the methods of the other side"
+    )
+    parser.add_argument("--markdown", action="store_true", help="write Markdown")
     parser = _add_connected(
         commands,
         "describe",
         _typed("_listing", "describe"),
         "describe a method",
-        "Describe a method, and write a call of it to be filled in.",
+        "Describe a method, and write an example of a call.",
     )
-    parser.add_argument("method", metavar="METHOD", help="as in Files.stat")
+    parser.add_argument("method", metavar="METHOD", help="the method, such as Files.stat")
 
 
 def _typed(module: str, name: str) -> Run:
-    """A command that needs the extra ``interface``, which is not loaded for others."""
+    """Return a command that needs the extra ``interface``. Its module is loaded when it runs."""
 
     def run(options: argparse.Namespace, out: Output) -> None:
         try:
@@ -226,14 +230,14 @@ def _typed(module: str, name: str) -> Run:
 
 
 def _add_ping(commands: Any) -> None:
-    parser = _add_connected(commands, "ping", _requests.ping, "measure the way there and back")
+    parser = _add_connected(commands, "ping", _requests.ping, "measure the round trip")
     parser.add_argument(
         "-c",
         "--count",
         metavar="N",
         type=parse_count,
         default=math.inf,
-        help="how often; for ever if not given",
+        help="the number of pings; no limit if not given",
     )
     parser.add_argument(
         "-i",
@@ -241,7 +245,7 @@ def _add_ping(commands: Any) -> None:
         metavar="SECONDS",
         type=parse_seconds,
         default=1.0,
-        help="between two; 1 if not given",
+        help="the time between two pings; 1 if not given",
     )
 
 
@@ -263,7 +267,7 @@ def _add_key(commands: Any) -> None:
     show.add_argument(
         "--secret", action="store_true", help="write the key itself, which nobody else should see"
     )
-    check = _add(keys, "check", _keys.check, "check that something is a key, and write its fingerprint")
+    check = _add(keys, "check", _keys.check, "check a key for typing errors, and write its fingerprint")
     _add_file(
         check,
         "the key file; or -, to type the key or to read it from the standard input",
@@ -275,26 +279,29 @@ def _add_key(commands: Any) -> None:
         "from-passphrase",
         _keys.from_passphrase,
         "derive a key from a passphrase",
-        "Derive a key from a passphrase, which is asked for, or read from the standard input. "
+        "Derive a key from a passphrase that is typed, or read from the standard input. "
         "A generated key is better.",
     )
     derive.add_argument(
-        "user", metavar="USER", type=decode_name, help="whose key it is; it depends on the name"
+        "user", metavar="USER", type=decode_name, help="the user's name; the key depends on it"
     )
     _add_file(derive, "the new file, or - for the standard output")
 
 
 def _add_users(commands: Any) -> None:
     users = _add_group(commands, "users", "change and list the users of a server")
-    add = _add(users, "add", _keys.add_user, "add a key of a user; makes the file if it is not there")
+    add = _add(users, "add", _keys.add_user, "add a key of a user, and make the file if it is missing")
     _add_file(add, "the server's file of users")
     add.add_argument("user", metavar="USER", type=decode_name, help="the user's name")
     _add_file(add, "the key file; or -, to type the key or to read it from the standard input", "key")
-    remove = _add(users, "remove", _keys.remove_user, "take a user out, or one of the user's keys")
+    remove = _add(users, "remove", _keys.remove_user, "remove a user, or one of the user's keys")
     _add_file(remove, "the server's file of users")
     remove.add_argument("user", metavar="USER", type=decode_name, help="the user's name")
     remove.add_argument(
-        "fingerprint", metavar="FINGERPRINT", nargs="?", help="of the key to take out; all if not given"
+        "fingerprint",
+        metavar="FINGERPRINT",
+        nargs="?",
+        help="the fingerprint of the key to remove; all keys if not given",
     )
     list = _add(users, "list", _keys.list_users, "list users, with the fingerprints of their keys")
     _add_file(list, "the server's file of users")
@@ -306,10 +313,10 @@ def _add_serve(commands: Any) -> None:
         "serve",
         _serving.serve,
         "serve an object of a module, for development",
-        "Serve a handler, or what expose() returns, and begin anew when the code changes.",
+        "Serve a handler, or the result of expose(), and start again when the code changes.",
     )
     parser.set_defaults(shows_log=True)
-    parser.add_argument("object", metavar="MODULE:OBJECT", help="as in app:handler")
+    parser.add_argument("object", metavar="MODULE:OBJECT", help="the object, such as app:handler")
     parser.add_argument(
         "address",
         metavar="ADDRESS",
@@ -318,7 +325,9 @@ def _add_serve(commands: Any) -> None:
         help=f"{ADDRESS}; {DEFAULT_ADDRESS} if not given",
     )
     users = parser.add_argument(
-        "--users", metavar="FILE", help="the users to let in, and their keys; plain if not given"
+        "--users",
+        metavar="FILE",
+        help="the file of the users and their keys; connections are plain if not given",
     )
     complete_files(users)
     parser.add_argument(
@@ -326,10 +335,10 @@ def _add_serve(commands: Any) -> None:
         metavar="NAME",
         type=decode_name,
         default="",
-        help="what this is, for clients that say it too",
+        help="the name of the service, which clients must give too",
     )
     parser.add_argument("--insecure", action="store_true", help="allow plain TCP with other machines")
-    parser.add_argument("--no-reload", action="store_true", help="leave the code as it is")
+    parser.add_argument("--no-reload", action="store_true", help="do not start again when the code changes")
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="show tracebacks of errors of the command"
     )
@@ -340,8 +349,8 @@ def _add_completion(commands: Any) -> None:
         commands,
         "completion",
         _complete,
-        "write what a shell needs to complete this command",
-        "Write what a shell needs to complete this command, as for bash: "
+        "write the completion script of a shell",
+        "Write the completion script of a shell. For bash: "
         "bokbok completion bash > ~/.local/share/bash-completion/completions/bokbok",
     )
     parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))

@@ -1,7 +1,7 @@
-"""JSON Schemas of a listing: from what is typed to values that travel, and to templates.
+"""The JSON Schemas of a listing: they convert texts and JSON to values, and make templates.
 
-A listing comes from the other side, so whatever is no schema there is taken for one that allows everything:
-the other side checks the arguments anyway.
+A listing comes from the other side. If something in it is not a schema, it counts as a schema that allows
+everything, because the other side checks the arguments anyway.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from ._values import dump, is_list, is_object
 Schema = Mapping[str, Any]
 
 MAX_DEPTH: Final = 64
-"""Schemas within each other, and references in a row, that are followed. What is deeper is left as it is."""
+"""Levels of schemas, and references in a row, that are followed. Deeper values are left as they are."""
 
 TEMPLATE_DEPTH: Final = 8
-"""Objects within each other of a template, as a type may hold itself."""
+"""Levels of objects in a template, because a type may contain itself."""
 
 _WORD: Final = re.compile(r"[\w.-]+")
 
 _INTEGER: Final = re.compile(r"[+-]?[0-9]+", re.ASCII)
 
 
-class Mismatch(ValueError):  # noqa: N818  (what it is)
-    """A value is not what its schema says; the text says what it should be."""
+class Mismatch(ValueError):  # noqa: N818  (the name says what happened)
+    """A value does not match its schema; the message says what it should be."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A JSON text, and nothing that only Python takes for one.
+    """Parse a JSON text. Extensions of JSON that only Python has are refused.
 
     Raises:
-        Mismatch: it is none.
+        Mismatch: the text is not JSON.
     """
     try:
         value = json.loads(
@@ -53,7 +53,7 @@ def parse_json(text: str | bytes) -> Any:
     except Mismatch:
         raise
     except UnicodeEncodeError:
-        raise Mismatch("half of a surrogate pair is no text") from None
+        raise Mismatch("half of a surrogate pair is not text") from None
     except RecursionError:
         raise Mismatch("expected JSON: it is nested too deeply") from None
     except UnicodeDecodeError:
@@ -71,7 +71,7 @@ def _parse_json_integer(text: str) -> int:
     try:
         return int(text)
     except ValueError:  # Python bounds their length
-        raise Mismatch(f"expected a number, and got one of {len(text)} digits") from None
+        raise Mismatch(f"a number of {len(text)} digits is too long") from None
 
 
 def _parse_json_number(text: str) -> float:
@@ -91,7 +91,7 @@ def _make_object(members: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_bytes(schema: Schema) -> bool:
-    """Whether the values are bytes."""
+    """Whether the values of a schema are bytes."""
     return schema.get("type") == "string" and schema.get("contentEncoding") == "base64"
 
 
@@ -99,14 +99,14 @@ class Schemas:
     """The schemas of an interface.
 
     Arguments:
-        definitions: those that others refer to, by name.
+        definitions: the schemas that others refer to, by name.
     """
 
     def __init__(self, definitions: Mapping[str, Any]) -> None:
         self._definitions = definitions
 
     def resolve(self, schema: Any) -> Schema:
-        """The schema itself, where this is a reference to one."""
+        """Return the schema that a reference refers to, or the schema itself."""
         for _ in range(MAX_DEPTH):
             if not is_object(schema):
                 return {}
@@ -116,27 +116,27 @@ class Schemas:
         return {}
 
     def properties(self, schema: Any) -> dict[str, Any]:
-        """The schemas of the members of an object."""
+        """Return the schemas of the members of an object, by name."""
         return _get_dict(self.resolve(schema), "properties")
 
     def required(self, schema: Any) -> frozenset[str]:
-        """The members that an object must have."""
+        """Return the names of the members that an object must have."""
         return frozenset(
             filter(lambda each: isinstance(each, str), _get_list(self.resolve(schema), "required"))
         )
 
     def _alternatives(self, schema: Schema) -> list[Schema]:
-        """The schemas of a union, of which none is one itself."""
+        """Return the schemas of a union. A union among them counts as a schema that allows everything."""
         found = map(self.resolve, _get_list(schema, "anyOf"))
         return [{} if "anyOf" in each else each for each in found]
 
-    # ---- from what is typed ----
+    # ---- to values ----
 
     def from_text(self, schema: Any, text: str) -> Any:
-        """The value that a text stands for. Where a text is allowed it is that text.
+        """Return the value that a text stands for. If the schema allows a text, that is the text itself.
 
         Raises:
-            Mismatch: it is none of the schema's.
+            Mismatch: the schema does not allow it.
         """
         schema = self.resolve(schema)
         if "enum" in schema:
@@ -167,10 +167,11 @@ class Schemas:
         raise Mismatch(f"expected {self.name(schema)}, and got {text!r}")
 
     def from_json(self, schema: Any, value: Any, path: str = "$", depth: int = 0) -> Any:
-        """The value that one of JSON stands for: bytes of base64, where the schema has bytes.
+        """Return the value that a JSON value stands for: base64 becomes bytes where the schema has bytes.
 
         Raises:
-            Mismatch: something is no base64 that should be; the text begins with the path to it.
+            Mismatch: a text is not base64, or a name not an integer, where the schema demands it. The message
+                begins with the path.
         """
         schema = self.resolve(schema)
         if depth > MAX_DEPTH:
@@ -199,7 +200,7 @@ class Schemas:
         return value
 
     def _may_be(self, schema: Schema, value: Any) -> bool:
-        """Whether a value of JSON has the kind that a schema says: enough to choose between several."""
+        """Whether a JSON value has the type of a schema. This is enough to choose between several schemas."""
         if "enum" in schema:
             return value in _get_list(schema, "enum")
         kind = schema.get("type")
@@ -214,14 +215,14 @@ class Schemas:
             return self.required(schema) <= value.keys() and all(
                 self._may_be(self.resolve(known[name]), each)
                 for name, each in value.items()
-                if "enum" in self.resolve(known.get(name))  # a tag that tells classes apart
+                if "enum" in self.resolve(known.get(name))  # a tag that distinguishes classes
             )
         return True
 
     # ---- for people ----
 
     def name(self, schema: Any) -> str:
-        """What a schema allows, in words."""
+        """Describe in words the values that a schema allows."""
         schema = self.resolve(schema)
         if "enum" in schema:
             return " or ".join(map(dump, _get_list(schema, "enum")))
@@ -238,7 +239,7 @@ class Schemas:
         return f"{format}" if kind == "string" and isinstance(format, str) else _NAMES.get(kind, kind)
 
     def template(self, schema: Any, depth: int = 0) -> Any:
-        """A value of JSON to be filled in: all members of objects, with what is empty or nothing."""
+        """Return a JSON value to fill in. Objects have all members, with empty values or null."""
         schema = self.resolve(schema)
         alternatives = self._alternatives(schema)
         kind = schema.get("type")
@@ -254,13 +255,13 @@ class Schemas:
         return next(iter(_get_list(schema, "enum")), _EMPTY.get(str(kind)))
 
     def _template_of(self, schema: Any, depth: int) -> Any:
-        """That of a member, which may have a default."""
+        """Return the template of a member: its default, if it has one."""
         if is_object(schema) and "default" in schema:
             return schema["default"]
         return self.template(schema, depth)
 
     def placeholder(self, name: str, schema: Any) -> str:
-        """What to write for an argument in a shell, where nothing that the other side named does harm."""
+        """Return the words for an argument in a shell command. Names of the other side are quoted."""
         schema = self.resolve(schema)
         name = quote(name)
         names = [self.name(each) for each in self._alternatives(schema)] or [self.name(schema)]
@@ -306,7 +307,7 @@ def _parse_integer(text: str) -> int:
 def _parse_number(text: str) -> int | float:
     if _INTEGER.fullmatch(text):
         return int(text)
-    number = float(text.replace("_", "?"))  # which only Python takes
+    number = float(text.replace("_", "?"))  # only Python accepts it
     if not math.isfinite(number):
         raise ValueError(text)
     return number

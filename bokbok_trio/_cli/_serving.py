@@ -1,8 +1,8 @@
-"""`bokbok serve`: a server for development, which begins anew when its code has changed.
+"""`bokbok serve`: a server for development, which starts again when its code changes.
 
-It replaces its process by another one with the same command line, so nothing of the old code is left but the
-sockets that it listens on: who dials meanwhile waits. Where the new code cannot be loaded or served it says
-so, and waits for the next change.
+It replaces its process by another one with the same command line. So nothing of the old process is left but
+its listening sockets, and a client that connects meanwhile waits. If the new code cannot be loaded or served,
+the new process writes why, and waits for the next change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .. import AddressError, Keyring, PeerCredentials, Server, Settings, UnixAdd
 from .._addresses import as_address
 from .._listening import Listeners, open_listeners
 from ._exits import INSECURE, CommandError, Exit, describe_os_error
-from ._handing_over import Handed, begin_anew, close_all, hand_over, take_over
+from ._handing_over import Handed, close_all, hand_over, restart, take_over
 from ._keys import explained
 from ._output import Output
 
@@ -41,14 +41,14 @@ POLL: Final = 0.5
 """Seconds between two looks at the files."""
 
 RELOADED: Final = "BOKBOK_RELOADED"
-"""In the environment of a process that began anew: the sockets that were handed to it.
+"""The environment variable that tells a restarted process which sockets are handed to it.
 
-Whoever runs that is about to mend what is wrong with the code."""
+If the code of such a process fails, the process waits for a change, since somebody is at work on the code."""
 
 
 def serve(options: Namespace, out: Output) -> None:
-    """Serve an object of a module, until a signal comes."""
-    reloaded = os.environ.pop(RELOADED, None)  # which is nothing for processes that the code may start
+    """Serve an object of a module, until a signal arrives."""
+    reloaded = os.environ.pop(RELOADED, None)  # not for processes that the code starts
     listeners = [] if reloaded is None else take_over(json.loads(reloaded))
     here = os.getcwd()
     if here not in sys.path:
@@ -67,7 +67,7 @@ def serve(options: Namespace, out: Output) -> None:
         handed = trio.run(_wait, files, listeners)
     if handed is not None:
         out.note("the code has changed")
-        begin_anew([sys.executable, *sys.orig_argv[1:]], RELOADED, handed)
+        restart([sys.executable, *sys.orig_argv[1:]], RELOADED, handed)
 
 
 def _load_users(options: Namespace) -> Keyring | None:
@@ -78,37 +78,41 @@ def _load_users(options: Namespace) -> Keyring | None:
 
 
 def load_object(place: str) -> Any:
-    """Load what is at MODULE:OBJECT.
+    """Load the object that MODULE:OBJECT names.
 
     Raises:
-        CommandError: that is no place, or loading the module failed, or it has no such object; a traceback of
-            the latter two is on the standard error then.
+        CommandError: the text is malformed, the module cannot be loaded, or it has no such object. For the
+            latter two, a traceback is written to the standard error.
     """
     module, colon, name = place.partition(":")
     if not (module and colon and name):
-        raise CommandError(f"{place!r} is no MODULE:OBJECT, as in app:handler", Exit.USAGE)
+        raise CommandError(f"{place!r} is not MODULE:OBJECT, such as app:handler", Exit.USAGE)
     if module.endswith(".py") or os.sep in module or "" in module.split("."):
-        raise CommandError(f"{module!r} is no name of a module, which app is for app.py", Exit.USAGE)
+        raise CommandError(f"{module!r} is not the name of a module: that of app.py is app", Exit.USAGE)
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (Exception, SystemExit) as exc:  # noqa: BLE001  (it is shown)
+    except (Exception, SystemExit) as exc:  # noqa: BLE001  (the traceback shows it)
         traceback.print_exception(exc)
         raise CommandError(f"cannot load {place}: {type(exc).__name__}: {exc}") from None
     return found
 
 
 def guess_files(place: str) -> list[str]:
-    """Where the module of MODULE:OBJECT may be, whether it can be loaded or not."""
+    """Return the paths where the module of MODULE:OBJECT may be, even if it cannot be loaded."""
     path = os.path.join(*place.partition(":")[0].split("."))
     return [os.path.abspath(f"{path}.py"), os.path.abspath(os.path.join(path, "__init__.py"))]
 
 
 class Files:
-    """The files of the code, and when each was changed: those of all modules, and some more.
+    """The source files of all loaded modules, and some more files, with the times of their last changes.
 
-    A module that failed to load is none, so this looks for what is new in `sys.modules` at every look.
+    Each check includes the modules that were loaded since the last one. A module that failed to load is not
+    in `sys.modules`, so its file must be one of the others.
+
+    Arguments:
+        more: the paths of the other files.
     """
 
     def __init__(self, more: Iterable[str]) -> None:
@@ -117,17 +121,17 @@ class Files:
         self.have_changed()
 
     def add(self, path: str) -> None:
-        """Look at one more file, of which it is known that it has not changed."""
+        """Watch one more file, for changes from now on."""
         self._more.append(path)
         self._times[path] = _time_of(path)
 
     async def wait_for_change(self) -> None:
-        """Return when a file has changed, come or gone."""
-        while not self.have_changed():  # noqa: ASYNC110  (nobody tells of it)
+        """Wait until a file is changed, made or removed."""
+        while not self.have_changed():  # noqa: ASYNC110  (nothing reports changes)
             await trio.sleep(POLL)
 
     def have_changed(self) -> bool:
-        """Whether a file has changed since it was looked at first."""
+        """Whether a file has changed since it was first seen."""
         found = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
         for path in [
             *self._more,
@@ -145,7 +149,7 @@ def _time_of(path: str) -> int | None:
 
 
 async def _wait(files: Files, listeners: Listeners) -> Handed | None:
-    """Wait for a change, and return what is handed over; or None after a signal."""
+    """Wait for a change, and return the sockets to hand over; None: a signal came."""
     handed = None
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
@@ -170,11 +174,10 @@ async def _serve(  # noqa: PLR0917  (parameters)
     listeners: Listeners,
     out: Output,
 ) -> Handed | None:
-    """Serve until the code changes, and return what is handed over; or None after a signal.
+    """Serve until the code changes, and return the sockets to hand over; None: a signal came.
 
     Arguments:
-        listeners: those that were handed to this process, which are left as they are where serving fails; or
-            none.
+        listeners: those that were handed to this process, if any. They stay open if serving fails.
     """
     handed = None
     watching = trio.CancelScope()  # cancelled by the first signal
@@ -251,7 +254,7 @@ async def _open(
 
 
 def name_peer(credentials: PeerCredentials) -> str:
-    """The user who is at the other end of a UNIX socket, by the system's word."""
+    """Return the name of the user at the other end of a UNIX socket, as the system reports it."""
     import pwd  # noqa: PLC0415  (not on Windows)
 
     try:

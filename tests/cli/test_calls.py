@@ -85,12 +85,10 @@ def test_an_argument_becomes_what_the_listing_says(run: Run, address: str, argum
         ('anything:={"a": [{"b": 1, "b": 1}]}', "anything: b is given twice"),
         ("ratio:=1e400", "ratio: 1e400 is too large for a number"),
         ("ratio:=-1e400", "ratio: -1e400 is too large for a number"),
-        pytest.param(
-            "number:=" + "9" * 5000, "number: expected a number, and got one of 5000 digits", id="long"
-        ),
+        pytest.param("number:=" + "9" * 5000, "number: a number of 5000 digits is too long", id="long"),
         pytest.param("tags:=" + "[" * 100_000, "tags: expected JSON: it is nested too deeply", id="deep"),
-        (r'text:="\ud800"', "text: half of a surrogate pair is no text"),
-        (r'blobs:={"\udfff": ""}', "blobs: half of a surrogate pair is no text"),
+        (r'text:="\ud800"', "text: half of a surrogate pair is not text"),
+        (r'blobs:={"\udfff": ""}', "blobs: half of a surrogate pair is not text"),
         ('number:="x"', "Files.echo: $.number: expected int, got str [bad-arguments]"),
     ],
 )
@@ -103,9 +101,12 @@ def test_a_wrong_argument_is_named(run: Run, address: str, argument: str, error:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["path"], "'path' is no argument: write NAME=TEXT, NAME:=JSON or NAME=@FILE, or one JSON object"),
+        (
+            ["path"],
+            "'path' is not an argument: write NAME=TEXT, NAME:=JSON or NAME=@FILE, or one JSON object",
+        ),
         (["path=a", "path=b"], "path is given twice"),
-        (["{}", "path=a"], "'{}' is no argument: "),
+        (["{}", "path=a"], "'{}' is not an argument: "),
         (["path=@-", "follow:=@-"], "the standard input can be one argument only"),
     ],
 )
@@ -135,8 +136,8 @@ def test_one_object_for_all_arguments(run: Run, address: str, tmp_path: Path) ->
     [
         ("numbers:=[1, 99999999999999999999]", None, "numbers: can't serialize ints < -2**63"),
         ("numbers=@-", b"1\n99999999999999999999\n", "numbers: can't serialize ints < -2**63"),
-        (r'numbers:=["\ud800"]', None, "numbers: half of a surrogate pair is no text"),
-        ("numbers=@-", b'"\\ud800"\n', "numbers: half of a surrogate pair is no text"),
+        (r'numbers:=["\ud800"]', None, "numbers: half of a surrogate pair is not text"),
+        ("numbers=@-", b'"\\ud800"\n', "numbers: half of a surrogate pair is not text"),
     ],
 )
 def test_an_item_that_cannot_travel_is_a_wrong_argument(
@@ -226,7 +227,7 @@ def test_the_items_of_a_stream_are_a_line_each(run: Run, address: str) -> None:
     ran = run("follow", address, "Files.lines", "path=/breaks")
     assert (ran.code, ran.out.count("\n"), ran.error) == (5, 3, "it broke [broken]")
     ran = run("follow", address, "Files.stat", "path=/x")
-    assert (ran.code, ran.error) == (2, "Files.stat gives no stream: use bokbok call")
+    assert (ran.code, ran.error) == (2, "Files.stat does not stream: use bokbok call")
 
 
 def test_streams_that_are_sent(run: Run, address: str, tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_what_is_read_may_take_any_time(run: Run, address: str, monkeypatch: pyt
     [
         (["numbers=@/nowhere"], 1, "cannot read '/nowhere': No such file or directory"),
         (["numbers=@/dev/zero"], 6, "a line has more than 16777216 bytes"),
-        (["{}", "numbers=@/"], 2, "'{}' is no argument"),
+        (["{}", "numbers=@/"], 2, "'{}' is not an argument"),
         (["numbers=@/"], 1, "cannot read '/': Is a directory"),
         (["numbers=@-"], 6, "numbers: expected JSON: Expecting value: line 1 column 1 (char 0)"),
         (["numbers=x"], 6, "numbers: expected integer, and got 'x'"),
@@ -319,7 +320,7 @@ def test_a_side_that_lists_nothing_is_called_all_the_same(run: Run, unlisted: st
     assert ran.code == 6
     assert ran.error.startswith(
         "Files.echo: $.number: expected int, got str; the other side lists no interfaces, or only to users: "
-        "give --user and --key-file; so texts were sent as texts: write NAME:=JSON"
+        "give --user and --key-file; so NAME=TEXT was sent as text: write NAME:=JSON"
     )
     assert run("call", unlisted, "Files.stat", "path=/gone").error == "NoSuchFile: /gone"
     ran = run("list", unlisted)
@@ -334,7 +335,7 @@ def test_over_plain_tcp_nothing_is_listed(run: Run) -> None:
         ran = run("list", address)
     assert (ran.code, ran.out) == (5, "")
     assert ran.error == (
-        "the other side lists no interfaces, or only to users, and over plain TCP nobody is one: "
+        "the other side lists no interfaces, or only to users, and a plain TCP connection has none: "
         "give --user and --key-file [no-method]"
     )
 
@@ -362,7 +363,7 @@ def test_an_answer_that_is_none(run: Run, tmp_path: Path) -> None:
         for method in ("Files.stat", "Files.other"):
             ran = run("call", address, method)
             assert (ran.code, ran.out) == (1, "")
-            assert ran.error.startswith("what was answered is no value: ")
+            assert ran.error.startswith("the answer is not a value: ")
         ran = run("call", address, "Files.fail")
         assert (ran.code, ran.error) == (5, "it failed [Failure]")
 

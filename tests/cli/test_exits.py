@@ -278,10 +278,16 @@ def test_verbose_shows_where(run: Run, address: str) -> None:
         (["request"], "the following arguments are required: ADDRESS, FIELD (see bokbok request --help)"),
         (["request", "a:1", "x", "--nonsense"], "unrecognized arguments: --nonsense (see bokbok"),
         (["request", "a:1", "x", "--us", "ann"], "unrecognized arguments: --us (see bokbok"),
-        (["request", "a:1", "x", "--timeout", "x"], "argument --timeout: 'x' is no number of seconds (see "),
-        (["request", "a:1", "x", "--timeout=-1"], "argument --timeout: '-1' is no number of seconds (see "),
+        (
+            ["request", "a:1", "x", "--timeout", "x"],
+            "argument --timeout: 'x' is not a number of seconds (see ",
+        ),
+        (
+            ["request", "a:1", "x", "--timeout=-1"],
+            "argument --timeout: '-1' is not a number of seconds (see ",
+        ),
         (["request", "a:1", "x", "--timeout"], "argument --timeout: expected one argument (see "),
-        (["ping", "a:1", "-c", "0"], "argument -c/--count: '0' is no number from 1 on (see "),
+        (["ping", "a:1", "-c", "0"], "argument -c/--count: '0' is not a whole number from 1 on (see "),
         (
             ["request", "a:1", "x", "--user", "ann"],
             "a user needs a key: give --key-file FILE, or set BOKBOK_KEY_FILE; or use none by --plain",
@@ -290,7 +296,7 @@ def test_verbose_shows_where(run: Run, address: str) -> None:
             ["request", "a:1", "x", "--key-file", "f"],
             "a key needs a user: give --user NAME, or set BOKBOK_USER; or use none by --plain",
         ),
-        (["request", "a:1", "x", "--plain", "--user", "ann"], "--plain is without --user and --key-file"),
+        (["request", "a:1", "x", "--plain", "--user", "ann"], "--plain excludes --user and --key-file"),
         (["request", "localhost:1", "x", "--service", "s"], "a service needs a key: "),
         (
             ["request", "192.0.2.1:1", "x"],

@@ -16,7 +16,7 @@ from tests.support.cli import Run, run
 
 __all__ = ["run"]
 
-WHY_NOT = "no key and no passphrase is taken from the command line, where every process "
+WHY_NOT = "keys and passphrases are not taken from the command line, where every process "
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_passphrase_is_asked_for_twice(run: Run, tmp_path: Path, monkeypatch: 
     assert (ran.code, ran.error) == (1, "nothing was typed")
     typed += ["one", "another"]
     ran = run("key", "from-passphrase", "ann", tmp_path / "a.key")
-    assert (ran.code, ran.error) == (1, "the two are not alike")
+    assert (ran.code, ran.error) == (1, "the two differ")
     typed += ["one", "one"]
     assert run("key", "from-passphrase", "ann", tmp_path / "a.key").code == 0
     typed += [Key.generate().to_text()]

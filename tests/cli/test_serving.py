@@ -240,11 +240,11 @@ def test_code_that_cannot_be_loaded_is_waited_for(
 @pytest.mark.parametrize(
     ("object", "address", "code", "error"),
     [
-        ("nothing", "./sock", 2, "'nothing' is no MODULE:OBJECT, as in app:handler"),
-        ("APP:", "./sock", 2, "'APP:' is no MODULE:OBJECT, as in app:handler"),
-        ("APP.py:handler", "./sock", 2, "'APP.py' is no name of a module, which app is for app.py"),
-        ("./APP:handler", "./sock", 2, "'./APP' is no name of a module, which app is for app.py"),
-        ("..APP:handler", "./sock", 2, "'..APP' is no name of a module, which app is for app.py"),
+        ("nothing", "./sock", 2, "'nothing' is not MODULE:OBJECT, such as app:handler"),
+        ("APP:", "./sock", 2, "'APP:' is not MODULE:OBJECT, such as app:handler"),
+        ("APP.py:handler", "./sock", 2, "'APP.py' is not the name of a module: that of app.py is app"),
+        ("./APP:handler", "./sock", 2, "'./APP' is not the name of a module: that of app.py is app"),
+        ("..APP:handler", "./sock", 2, "'..APP' is not the name of a module: that of app.py is app"),
         (
             "APP:nothing",
             "./sock",
