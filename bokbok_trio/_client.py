@@ -49,7 +49,7 @@ async def open_connection(
         user, key: the user's name (1 to 255 bytes of UTF-8) and pre-shared key. With both, the connection is
             encrypted and authenticated both ways, or is not opened; with neither, it is plain. Neither falls
             back to the other.
-        service: the name of the service that is wanted, at most 255 bytes of UTF-8 in normal form C. It is
+        service: the name of the service to reach, at most 255 bytes of UTF-8 in normal form C. It is
             never sent. A server with another service is refused as if it had another key.
         insecure: allow plain TCP to another machine.
         request_handler: handles requests of the other side, many at once; see `RequestHandler`. A

@@ -45,8 +45,8 @@ MAX_KEYS: Final = 16
 so that the time does not tell how many keys there are."""
 
 MAX_NAME_SIZE: Final = 255
-"""Bytes of the name of a user or a service in UTF-8. A packet of fixed size carries the name of the user, and
-one byte the size of the other."""
+"""Bytes of the name of a user or a service in UTF-8. The name of a user must fit a packet of fixed size, and
+the size of the name of a service must fit one byte."""
 
 ARGON2ID_PASSES: Final = 3
 ARGON2ID_MEMORY: Final = 256 * 2**20
@@ -86,9 +86,9 @@ class Key:
         TypeError: `raw` is not bytes.
         ValueError: `raw` is not 32 bytes long.
 
-    Keys are equal if their bytes are, which is compared in constant time. Neither ``repr`` nor ``str`` shows
-    them. A key cannot be changed, and a copy is the same object. Keys cannot be pickled, so none gets into
-    another process or into a cache by accident.
+    Keys are equal if their bytes are equal; the comparison takes constant time. Neither ``repr`` nor ``str``
+    shows them. A key cannot be changed, and a copy is the same object. Keys cannot be pickled, so none gets
+    into another process or into a cache by accident.
     """
 
     __slots__ = ("_raw",)
@@ -294,11 +294,11 @@ def encode_service(service: str) -> bytes:
 async def passphrase_to_key(passphrase: str, user: str) -> Key:
     """Derive a user's key from a passphrase, with Argon2id, in a worker thread.
 
-    Prefer `Key.generate`: a fake server that a client talks to can then test guesses at a weak passphrase, as
-    fast as its memory allows. Derive the key once and keep it: this takes 256 MiB of memory and about a
-    second.
+    Prefer `Key.generate`: if a client with a weak passphrase talks to a fake server, the server can test
+    guesses at it, as fast as its memory allows. Derive the key once and keep it: this takes 256 MiB of memory
+    and about a second.
 
-    If it is cancelled, it returns at once; the thread runs to its end, and its result is dropped.
+    If the call is cancelled, it ends at once. The thread runs to its end, and its result is dropped.
 
     Arguments:
         passphrase: text, not empty. It is converted to normal form C, because keyboards differ.

@@ -96,12 +96,12 @@ class ReconnectingConnection:
             TypeError, ValueError: `fields` is not such a sequence. Nothing was sent.
             MessageTooLarge: the request is larger than the two sides of this connection agreed on.
             RemoteError: the other side answered with an error.
-            ConnectionLost: the connection was lost, or closed alone, with the request in flight: it may have
-                run. With an idempotent request, this happened once more than `max_repeats`.
+            ConnectionLost: the connection was lost, or closed while the client was not, with the request in
+                flight: it may have run. With an idempotent request, this happened once more than
+                `max_repeats`.
             ConnectionClosed: the client was closed. The request may have run if it was in flight.
-            RuntimeError: called by the open handler, before whose end no other request is sent: send the
-                request over the connection that the handler was given. Or called from another thread or Trio
-                run.
+            RuntimeError: called by the open handler, which must send its requests over the connection that
+                it was given. Or called from another thread or Trio run.
         """
         check_run(self._home, self)
         frozen = encode_fields(fields)
@@ -134,8 +134,8 @@ class ReconnectingConnection:
     ) -> AsyncGenerator[Channel]:
         """Send a request with a channel over the current connection, or the next one.
 
-        It waits as long as there is no connection. The channel belongs to the connection that it was opened
-        on, as one of `Connection.open_channel`, and is lost with it: nothing is sent again.
+        It waits as long as there is no connection. The channel is one of `Connection.open_channel`: it is
+        lost with its connection, and nothing is sent again.
 
         Arguments:
             fields: 0 to 255 fields, each bytes or str (sent as UTF-8).
@@ -243,7 +243,7 @@ async def open_reconnecting(
             name stands for, this is found when the name is dialled.
         AuthenticationError: a server refused the user and key, or could not prove that it has the key, before
             the first connection was open. Later it is one more failed try, because keys may be about to
-            change. ``OSError`` and any other `HandshakeError` always are.
+            change. An ``OSError`` and any other `HandshakeError` are always failed tries.
     """
     check_key_arguments(user, key, service)
     on_request, on_channel = split_handler(request_handler, channel_handler)

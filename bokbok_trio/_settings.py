@@ -57,7 +57,7 @@ class Settings:
             is lost. A send that takes as long as both times together loses it too. With `math.inf` for either
             time, none of this is checked, nor is `least_rate`.
         describe_error: a function that takes the exception of a handler, and returns the text for its asker.
-            It is for applications that do not want to show their inside. None for ``Type: message``.
+            Use it to hide the internals of an application. None for ``Type: message``.
         max_connections: connections of a server at once, 1 or more. One counts from the end of its handshake
             until it is closed and its handlers and close handler have ended. The next client is refused once
             it is authenticated: its `open_connection` raises `ConnectionRefused` with the code ``busy``. A
@@ -67,12 +67,12 @@ class Settings:
             one is refused in the same way.
         max_handshakes: unfinished handshakes of a server at once, 1 or more. One more closes one of them: of
             the network address that has the most, and first one that has sent nothing. A client whose user is
-            being looked up, or waits for that, is not closed; if all are such, the new client is closed. A
-            client that is closed gets no message: its `open_connection` raises `HandshakeError`.
+            being looked up, or waits for that, is not closed; if that holds for all, the new client is closed.
+            A client that is closed gets no message: its `open_connection` raises `HandshakeError`.
         max_lookups: calls of a server's `user_key` function at once, 1 or more. Other clients wait in order,
             and network addresses take turns. A client that has waited for half of `handshake_timeout` is
             refused: its `open_connection` raises `ConnectionRefused` with the code ``busy``.
-        instruments: objects that are told of events, in this order; see `bokbok_trio.instruments.Instrument`.
+        instruments: objects that get the events, in this order; see `bokbok_trio.instruments.Instrument`.
 
     Raises:
         TypeError: a number is not a number, `describe_error` cannot be called, or a member of `instruments`

@@ -1,4 +1,4 @@
-"""Instruments: an `Instrument` is told of handshakes, connections, requests and items.
+"""An `Instrument` gets the events of handshakes, connections, requests and items.
 
 ::
 
@@ -12,8 +12,7 @@
 
 Each side takes instruments in its `Settings`. `LogInstrument` writes to the log, and
 ``bokbok_trio.opentelemetry`` has one for traces. ``docs/watching.rst`` has more, and the cost. An event
-equals only itself, so the event that starts something can be the key in a dict of what an instrument knows
-about that.
+equals only itself, so an instrument can keep data about a request in a dict, under the event of its start.
 """
 
 from __future__ import annotations
@@ -135,9 +134,10 @@ class RequestStarted:
             callback; otherwise the first field, at most 64 bytes of it. The peer chooses the name of its
             requests, so it may be anything.
         has_channel: whether it has a channel, which lasts until its block is left or its answer has arrived.
-        depth: how many requests it was made inside of.
+        depth: the number of requests that it is nested in.
         context: the context that its asker sent along.
-        deadline: until when its asker wants the answer, by Trio's clock; `math.inf` for no deadline.
+        deadline: the moment, by Trio's clock, until which its asker wants the answer; `math.inf` for no
+            deadline.
         size: bytes of its encoded fields.
     """
 

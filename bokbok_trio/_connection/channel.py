@@ -148,8 +148,8 @@ class Channel(trio.abc.Channel[list[bytes]]):
             TypeError, ValueError: `value` cannot be sent.
             MessageTooLarge: the item is larger than the two sides agreed on.
             trio.ClosedResourceError: this side called `end` or `aclose`, or closed the connection.
-            trio.BrokenResourceError: the handler over there has answered, or the other side cancelled
-                the channel. If the handler answered with an error, that is the cause.
+            trio.BrokenResourceError: the peer's handler has answered, or the peer cancelled the
+                channel. If the handler answered with an error, that is the cause.
             ConnectionLost: the connection was lost; this is a `trio.BrokenResourceError` too.
             RuntimeError: called from another Trio run.
         """
@@ -206,9 +206,9 @@ class Channel(trio.abc.Channel[list[bytes]]):
 
     @trio.lowlevel.enable_ki_protection
     async def answer(self) -> list[bytes]:
-        """Wait for the answer of the handler over there. A second call gives the same answer.
+        """Wait for the answer of the peer's handler. A second call gives the same answer.
 
-        Items that nobody receives may hold that handler up: receive them first, or at the same time.
+        Items that nobody receives may block that handler: receive them first, or at the same time.
 
         Returns:
             The fields of the answer.
@@ -236,7 +236,7 @@ class Channel(trio.abc.Channel[list[bytes]]):
         """Close both directions. Items that have arrived and were not received are dropped, and so are later
         ones.
 
-        On the side that opened the channel, this cancels the handler over there unless its answer came. On
+        On the side that opened the channel, this cancels the peer's handler unless its answer came. On
         the handler's side, the handler goes on, and must still answer.
 
         Raises:
@@ -311,9 +311,9 @@ class Channel(trio.abc.Channel[list[bytes]]):
             self._peer_has_ended = True
             for asker in self._askers:
                 asker.done = True
-            self._break(trio.BrokenResourceError("the handler over there has answered"))
+            self._break(trio.BrokenResourceError("the peer's handler has answered"))
         elif isinstance(outcome, RemoteError):
-            error = trio.BrokenResourceError(f"the handler over there has answered with an error: {outcome}")
+            error = trio.BrokenResourceError(f"the peer's handler has answered with an error: {outcome}")
             error.__cause__ = outcome
             self._break(error)
         else:

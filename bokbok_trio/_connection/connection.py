@@ -307,18 +307,17 @@ class Connection:
 
         The peer bounds the requests in flight. If there are as many already, this one waits for a slot.
 
-        If the caller is cancelled, this ends at once, and the handler over there is cancelled too. The
-        connection and all other requests go on. The deadline in force here also holds for the handler over
-        there, and for the requests that it makes in turn. In a cancelled scope, or after the deadline,
-        nothing is sent.
+        If the caller is cancelled, this ends at once, and the peer's handler is cancelled too. The connection
+        and all other requests go on. The deadline in force here also holds for the peer's handler, and for
+        the requests that it makes in turn. In a cancelled scope, or after the deadline, nothing is sent.
 
         Requests that are made at the same time may arrive in any order, large ones last. A cancelled request
-        keeps its slot until its handler over there has ended.
+        keeps its slot until the peer's handler has ended.
 
         Arguments:
             fields: 0 to 255 of bytes or str (sent as UTF-8).
             context: names (1 to 64 lower-case ASCII letters, digits, ``.``, ``-``, ``_``) and values (bytes
-                or str), at most 32 of them and 8 KiB in all. The handler over there finds them in
+                or str), at most 32 of them and 8 KiB in all. The peer's handler finds them in
                 `current_request`. They are not passed on to the requests that it makes.
 
         Returns:
@@ -368,13 +367,13 @@ class Connection:
                 answer = await channel.answer()
 
         Entering the block does not wait for the peer; a failure shows in the channel's methods. The deadline
-        in force on entering also holds for the handler over there. It cannot be put off later, so put a time
+        in force on entering also holds for the peer's handler. It cannot be put off later, so put a time
         limit for each item around `Channel.receive`. The channel takes up a slot, as a request does, for as
         long as it lasts.
 
-        Leaving the block closes the channel. The handler over there is cancelled unless its answer came, and
+        Leaving the block closes the channel. The peer's handler is cancelled unless its answer came, and
         items that have not left are dropped. But if the block called `Channel.end`, and no exception leaves
-        it, then leaving waits for the answer, as `Channel.answer` does; items that still come are dropped.
+        it, then leaving waits for the answer, as `Channel.answer` does; items that still arrive are dropped.
 
         Arguments:
             fields: 0 to 255 of bytes or str (sent as UTF-8).

@@ -14,7 +14,7 @@ class Request(NamedTuple):
 
     Attributes:
         timeout: seconds until its deadline, or `math.inf`.
-        depth: how many requests this one was made inside of.
+        depth: the number of requests that this one is nested in.
         context: the asker's names and values; nobody can change them.
     """
 

@@ -126,7 +126,7 @@ class LocalRequests:
         Arguments:
             fields: the user's.
             deadline: the time, by the clock of `Session.take`, after which nobody wants the answer.
-            depth: how many requests this one is made inside of, 0 to `MAX_DEPTH`.
+            depth: the number of requests that this one is nested in, 0 to `MAX_DEPTH`.
             context: the user's.
 
         Raises:
