@@ -62,7 +62,7 @@ async def upload(connection: Connection, name: str, content: bytes) -> None:
         await channel.end()
         [size, digest] = await channel.answer()
     same = digest.decode() == hashlib.sha256(content).hexdigest()
-    print(f"client: uploaded {int(size)} bytes of {name}, and they {'are' if same else 'are not'} the same")
+    print(f"client: uploaded {int(size)} bytes of {name}; the digests {'match' if same else 'differ'}")
 
 
 async def main() -> None:
@@ -83,7 +83,7 @@ async def main() -> None:
             async with connection.open_channel(["nonsense"]) as channel:
                 await channel.answer()
         except RemoteError as exc:
-            print("client: nonsense is answered by an error:", exc)
+            print("client: the answer to nonsense is an error:", exc)
 
 
 if __name__ == "__main__":

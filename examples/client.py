@@ -14,7 +14,7 @@ from bokbok_trio import BokbokError, Connection, Keyring, RemoteError, open_conn
 
 
 async def main(address: str, users: str | None = None, user: str | None = None, *what: str) -> None:
-    """Talk to the server for some five seconds."""
+    """Talk to the server for about five seconds."""
     called = trio.Event()
 
     async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
@@ -27,16 +27,16 @@ async def main(address: str, users: str | None = None, user: str | None = None, 
     key = Keyring.load(users)[user][0] if users and user else None
     async with open_connection(address, user=user, key=key, request_handler=handler) as connection:
         print("connected:", connection)
-        print("ping is answered", await connection.request(["ping", "12345"]))
+        print("the answer to ping is", await connection.request(["ping", "12345"]))
         try:
             await connection.request(["nonsense"])
         except RemoteError as exc:
-            print("nonsense is answered by an error:", exc)
-        print("asynch is answered", await connection.request(["asynch"]))
+            print("the answer to nonsense is an error:", exc)
+        print("the answer to asynch is", await connection.request(["asynch"]))
         with trio.move_on_after(10):
             await called.wait()
         if "shutdown" in what:
-            print("shutdown-server is answered", await connection.request(["shutdown-server"]))
+            print("the answer to shutdown-server is", await connection.request(["shutdown-server"]))
 
 
 if __name__ == "__main__":

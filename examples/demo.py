@@ -74,7 +74,7 @@ async def main() -> None:
         async with bokbok_trio.open_connection(server.addresses[0], user="alice", key=key):
             raise AssertionError("nobody should be there")
     except OSError as exc:
-        print("and nobody is there any more:", exc)
+        print("the server is gone:", exc)
 
 
 if __name__ == "__main__":

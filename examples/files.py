@@ -108,18 +108,18 @@ async def demo() -> None:
                     await send_file(
                         channel, source, progress=lambda done, size: done > size / 2 and scope.cancel()
                     )
-            print("broken off in the middle:", scope.cancelled_caught)
-            print("there is", *os.listdir(there))
+            print("broken off half-way:", scope.cancelled_caught)
+            print("the server has", *os.listdir(there))
 
             async with connection.open_channel(["put", source.name]) as channel:
                 await send_file(channel, source, progress=lambda done, _: reached.append(done))
-            print("resumed with something there already:", reached[0] > 0)
-            print("there is", *os.listdir(there))
+            print("resumed where it broke off:", reached[0] > 0)
+            print("the server has", *os.listdir(there))
 
             await source.unlink()
             await get(connection, source.name, Path(here))
             copy = trio.Path(there, source.name)
-            print("the same:", await source.read_bytes() == await copy.read_bytes())
+            print("the copy is the same:", await source.read_bytes() == await copy.read_bytes())
 
 
 if __name__ == "__main__":

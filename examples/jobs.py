@@ -107,7 +107,7 @@ class Jobs(Protocol):
 
     @idempotent
     async def running(self) -> list[Status]:
-        """Tell which jobs run."""
+        """Return the jobs that run."""
         ...
 
     def watch(self) -> AbstractAsyncContextManager[ReceiveChannel[Status]]:
@@ -118,7 +118,7 @@ class Jobs(Protocol):
 # ---- the service ----
 
 PIECE = 1_000
-"""Numbers that are looked at before others have a turn: some milliseconds."""
+"""Numbers to test before other tasks run: some milliseconds of work."""
 
 TELL_EVERY = 0.1
 """Seconds from one call of `progress` to the next."""
@@ -216,7 +216,7 @@ class PrimeCounter(Jobs):
         self._running[number].scope.cancel()
 
     async def running(self) -> list[Status]:
-        """Tell which jobs run."""
+        """Return the jobs that run."""
         return [running.tell() for running in self._running.values()]
 
     @trio.as_safe_channel
@@ -276,7 +276,7 @@ async def run(jobs: Jobs, name: str, upto: str, seconds: str = "inf") -> None:
 
 
 async def show_running(jobs: Jobs) -> None:
-    """Print which jobs run."""
+    """Print the jobs that run."""
     for status in await jobs.running():
         await show(status)
 
@@ -300,7 +300,7 @@ CLIENTS: dict[tuple[str, int], Callable[..., Awaitable[None]]] = {
     ("watch", 0): watch,
     ("cancel", 1): cancel,
 }
-"""What each command does, by how many arguments it has."""
+"""The function of each command, by its name and the number of its arguments."""
 
 
 async def connect(address: str, client: Callable[..., Awaitable[None]], *arguments: str) -> None:

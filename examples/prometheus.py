@@ -28,7 +28,7 @@ from bokbok_trio.instruments import (
 )
 
 MAX_NAMES = 100
-"""Names of requests that are told apart: Prometheus keeps a time series for each."""
+"""Names of requests that get a label of their own: Prometheus keeps a time series for each."""
 
 BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, math.inf)
 """Seconds of requests: the upper bounds of the buckets of their histogram."""
@@ -70,11 +70,11 @@ class Metrics(Instrument):
         self._connections[(event.connection.side,)] += 1
 
     def connection_ended(self, event: ConnectionEnded) -> None:
-        """Count a connection less."""
+        """Count one connection less."""
         self._connections[(event.connection.side,)] -= 1
 
     def request_started(self, event: RequestStarted) -> None:
-        """Count a request in flight."""
+        """Count one more request in flight."""
         self._in_flight[event.direction, _kind(event)] += 1
 
     def request_ended(self, event: RequestEnded) -> None:

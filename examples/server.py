@@ -24,7 +24,7 @@ async def call_back(connection: Connection) -> None:
         for n in range(1, 5):
             await trio.sleep(1)
             answer = await connection.request(["callback", str(n)])
-            print(f"{connection.address}: callback {n} was answered {answer}")
+            print(f"{connection.address}: the answer to callback {n} is {answer}")
     except BokbokError as exc:
         print(f"{connection.address}: no more callbacks: {exc}")
 

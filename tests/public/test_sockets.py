@@ -290,13 +290,13 @@ def test_the_example_client_and_server_in_two_processes(
     with run_example("client.py", address, users, "alice", "shutdown") as client:
         story, errors = client.communicate(timeout=30)
     assert client.returncode == 0, errors
-    assert "ping is answered [b'pong', b'12345']" in story
-    assert "nonsense is answered by an error: unknown request [unknown-request]" in story
+    assert "the answer to ping is [b'pong', b'12345']" in story
+    assert "the answer to nonsense is an error: unknown request [unknown-request]" in story
     assert [line[-3] for line in story.splitlines() if "calls" in line] == ["1", "2", "3", "4"]
-    assert story.endswith("shutdown-server is answered [b'stopping']\n")
+    assert story.endswith("the answer to shutdown-server is [b'stopping']\n")
     story, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
-    assert story.count("was answered [b'thank you']") == 4
+    assert story.count("is [b'thank you']") == 4
     assert story.endswith("stopped\n")
 
 
@@ -424,7 +424,7 @@ def test_the_demo_tells_its_story() -> None:
         "the answer is [b'good to see you, a demo']",
         "server asked ['are you sure?']",
         "the answer is [b'1', b'2', b'3', b'4', b'5']",
-        "the answer is [b'as you wish']\nstopped\nand nobody is there any more",
+        "the answer is [b'as you wish']\nstopped\nthe server is gone",
     ):
         assert part in story
 
@@ -433,8 +433,9 @@ def test_the_example_of_channels_follows_a_log_and_uploads_a_file() -> None:
     story = story_of("channels.py")
     for part in (
         "the log says: the server starts\nclient: the log says: big.bin is coming\n",
-        "client: uploaded 1024000 bytes of big.bin, and they are the same\n",
+        "client: uploaded 1024000 bytes of big.bin; the digests match\n",
         "server: nobody follows the log any more\n",
     ):
         assert part in story
-    assert story.endswith("nonsense is answered by an error: I do not know [b'nonsense'] [unknown-request]\n")
+    error = "I do not know [b'nonsense'] [unknown-request]"
+    assert story.endswith(f"the answer to nonsense is an error: {error}\n")
