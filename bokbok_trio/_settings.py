@@ -67,8 +67,8 @@ class Settings:
             one is refused in the same way.
         max_handshakes: unfinished handshakes of a server at once, 1 or more. One more closes one of them: of
             the network address that has the most, and first one that has sent nothing. A client whose user is
-            being looked up, or waits for that, is not closed; if all are such clients, the new one is closed. A
-            client that is closed gets no message: its `open_connection` raises `HandshakeError`.
+            being looked up, or waits for that, is not closed; if all are such clients, the new one is closed.
+            A client that is closed gets no message: its `open_connection` raises `HandshakeError`.
         max_lookups: calls of a server's `user_key` function at once, 1 or more. Other clients wait in order,
             and network addresses take turns. A client that has waited for half of `handshake_timeout` is
             refused: its `open_connection` raises `ConnectionRefused` with the code ``busy``.
