@@ -1,4 +1,4 @@
-"""A server for blocking clients, and what its handlers tell."""
+"""A server for blocking clients, whose handlers record what happens."""
 
 from __future__ import annotations
 

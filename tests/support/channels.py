@@ -1,4 +1,4 @@
-"""What tests of channels share: both ends of one, and handlers of them."""
+"""For tests of channels: both ends of a channel, and handlers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def echo_items(connection: Connection, request: list[bytes], channel: Chan
 
 
 class Handler:
-    """A channel handler that gives its channel to the test, and ends as the test says."""
+    """A channel handler that gives its channel to the test, and ends when the test tells it to."""
 
     def __init__(self) -> None:
         self.channel: Channel
@@ -48,7 +48,7 @@ class Handler:
 async def open_pair(
     max_requests: int = 100,
 ) -> AsyncGenerator[tuple[Connection, Connection, Channel, Handler]]:
-    """A client, a server, and both ends of a channel: that of the client, and its handler."""
+    """A client, a server, and both ends of a channel: the client's, and its handler."""
     handler = Handler()
     settings = Settings(max_requests=max_requests)
     async with open_connection_pair(server_channel_handler=handler, server_settings=settings) as (
@@ -72,7 +72,7 @@ def assert_nothing_is_left(*connections: Connection) -> None:
 
 
 async def fill(channel: Channel) -> int:
-    """Send until it would wait; return how many bytes of bodies that was."""
+    """Send items until the next one would wait. Return the bytes of their bodies."""
     size = 0
     with trio.move_on_after(1) as scope:
         while True:

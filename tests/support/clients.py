@@ -1,4 +1,4 @@
-"""Clients of a server whose listener is at hand."""
+"""Clients of a server whose listener the test controls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GivenListener(trio.abc.Listener[trio.abc.Stream]):
         self.give = self._send.send_nowait
 
     def connect(self) -> trio.abc.HalfCloseableStream:
-        """As `MemoryListener.connect`."""
+        """Do as `MemoryListener.connect` does."""
         ours, theirs = trio.testing.memory_stream_pair()
         self.give(theirs)
         return ours
@@ -42,7 +42,7 @@ async def client_of(listener: MemoryListener | GivenListener, **kwargs: Any) -> 
 
 @asynccontextmanager
 async def client_over_socket(listener: GivenListener) -> AsyncGenerator[Connection]:
-    """A client over a UNIX socket, as the listener would accept it."""
+    """Make a client over a UNIX socket, as the listener would accept it."""
     ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
     listener.give(theirs)
     async with open_connection(ours) as connection:

@@ -1,4 +1,4 @@
-"""What tests of connections share: transports that fail when they are told to, and waiters."""
+"""For tests of connections: transports that fail on demand, and waiters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.helpers import settle
 
 
 def faulty(into: list[FaultyStream]) -> Callable[[trio.abc.HalfCloseableStream], trio.abc.Stream]:
-    """For `open_connection_pair(wrap=...)`."""
+    """Wraps a stream, for `open_connection_pair(wrap=...)`."""
 
     def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
         into.append(FaultyStream(stream))
@@ -24,7 +24,7 @@ def faulty(into: list[FaultyStream]) -> Callable[[trio.abc.HalfCloseableStream],
 
 
 async def start_waiting(nursery: trio.Nursery, connection: Connection, into: list[BaseException]) -> None:
-    """Make a request that waits, and collect what it raises."""
+    """Make a request that waits, and collect its exception."""
 
     async def wait() -> None:
         try:
@@ -47,7 +47,7 @@ async def ignore_any_loss(connection: Connection) -> None:
 
 
 def numbers(connection: Connection) -> tuple[int, ...]:
-    """Of `ConnectionStatistics`, all but the two limits."""
+    """Return all fields of `ConnectionStatistics` but the two limits."""
     found = dataclasses.asdict(connection.statistics())
     return tuple(value for name, value in found.items() if name not in {"total_slots", "max_requests"})
 

@@ -1,7 +1,7 @@
 """What an engine must do, from ``docs/protocol.rst``.
 
-`Model` is the wire between an engine and its peer: for everything that comes to the engine it says
-which events are due, or that it must be refused, and it checks everything that leaves.
+`Model` is the wire between an engine and its peer. For all bytes that the engine receives it says which
+events are due, or that the bytes must be refused. It checks all bytes that the engine sends.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from ..support.second_implementation import (
 )
 
 MAX_BATCH = 2**16 + MAX_WHOLE + 2**10
-"""Bytes of a batch beside control packets: one more packet when it has 64 KiB already, or 48 KiB, and a
-quarter of 64 KiB of a piece; and heads."""
+"""Bytes of a batch besides control packets: one more packet if it has nearly 64 KiB, or 48 KiB and a piece
+of a quarter of 64 KiB; and heads."""
 
 
 @dataclass(eq=False)
@@ -48,16 +48,16 @@ class Talk:
 
     has_channel: bool
     depth: int = 0
-    has_left: bool = True  # the engine's: wholly
+    has_left: bool = True  # wholly, if it is the engine's
     deadline: float = math.inf
-    due: deque[list[bytes]] = field(default_factory=deque)  # of the engine's: what has not wholly left
-    number: int | None = None  # of the first of these, where it has partly left
-    rest: bytes = b""  # and what is left of that
-    is_cancelled: bool = False  # by who asked
+    due: deque[list[bytes]] = field(default_factory=deque)  # of the engine, not wholly departed
+    number: int | None = None  # of the first of these, if it has partly departed
+    rest: bytes = b""  # the remaining bytes of that one
+    is_cancelled: bool = False  # by the asker
     is_answered: bool = False  # by the engine's user
     has_begun: bool = False  # the engine's user has granted the first credit
     in_credit: int = 0  # as the engine counts it
-    out_credit: int = 0  # the same
+    out_credit: int = 0  # likewise
     in_ended: bool = False
     out_ended: bool = False
     consumed: int = 0  # bytes for which no credit was granted yet
@@ -65,7 +65,7 @@ class Talk:
 
     @property
     def slots(self) -> tuple[int, bool]:
-        """With which others it shares slots."""
+        """The slot class."""
         return self.depth, self.has_channel
 
     @property
@@ -75,7 +75,7 @@ class Talk:
 
     @property
     def room(self) -> int:
-        """How much credit the peer may still grant, by its own count."""
+        """The credit that the peer may still grant, by the peer's own count."""
         items = [x for x in self.due if x[0] == b"item"]
         return MAX_CREDIT - self.out_credit - sum(len(x[-1]) + ITEM_COST for x in items)
 
@@ -87,14 +87,14 @@ class Model:
         self.me, self.max_requests, self.slots = me, max_requests, slots
         self.next_id = me
         self.backlog: dict[int, Talk] = {}  # the engine's requests without a slot
-        self.ours: dict[int, Talk] = {}  # those with one
-        self.theirs: dict[int, Talk] = {}  # those of the peer
-        self.gone: list[int] = []  # of either side
-        # What is to leave besides what the talks have.
+        self.ours: dict[int, Talk] = {}  # the engine's requests with a slot
+        self.theirs: dict[int, Talk] = {}  # the peer's requests
+        self.gone: list[int] = []  # ids of ended requests, of both sides
+        # Packets that must leave, besides those of the talks.
         self.control: list[list[bytes]] = []
         self.credits: dict[int, int] = {}
         self.owes_bye_ok = False
-        # What has been said.
+        # The state of draining and closing, on both sides.
         self.is_draining = self.peer_drains = self.heard_bye_ok = self.is_closed = False
         self.partly_left: dict[int, int] = {}  # number of the packet in pieces -> id
         self.next_number = 0
@@ -102,7 +102,7 @@ class Model:
         self.pieces: dict[int, tuple[bytes, int]] = {}
 
     def copy(self) -> Model:
-        """As `copy.deepcopy`, and much faster."""
+        """Copy the model as `copy.deepcopy` does, and much faster."""
         other = copy(self)
         for name, value in vars(self).items():
             if isinstance(value, dict | list):
@@ -185,7 +185,7 @@ class Model:
         self.credits[id] = self.credits.get(id, 0) + size
 
     def drop_items(self, id: int) -> None:
-        """The peer has cancelled it."""
+        """Note that the peer has cancelled a request."""
         if id in self.theirs:
             self.take_back(self.theirs[id])
 
@@ -202,14 +202,14 @@ class Model:
         self.backlog.clear()
         self.owes_bye_ok = False
 
-    # ---- what it has ----
+    # ---- its state ----
 
     def talk(self, id: int) -> Talk:
         return (self.ours | self.theirs | self.backlog)[id]
 
     @property
     def in_flight(self) -> dict[int, Talk]:
-        """As the peer knows it."""
+        """Return the requests in flight, as the peer knows them."""
         return {id: talk for id, talk in (self.ours | self.theirs).items() if talk.has_left}
 
     @property
@@ -223,7 +223,7 @@ class Model:
 
     @property
     def used(self) -> list[int]:
-        """The channels that the engine's user still has."""
+        """Return the channels that the engine's user still has."""
         ours = [id for id, talk in self.channels.items() if id not in self.theirs and not talk.is_cancelled]
         return ours + [id for id in self.unanswered if self.theirs[id].has_channel]
 
@@ -232,13 +232,13 @@ class Model:
         talks = (*self.ours.values(), *self.theirs.values())
         return len(self.control) + len(self.credits) + sum(len(talk.due) for talk in talks)
 
-    # ---- what leaves ----
+    # ---- sent packets ----
 
     def check_batch(self, batch: bytes, now: float) -> None:
-        """All that is in it must be due, and all that is due must be in it or wait for a reason."""
+        """Check that each packet of a batch is due, and each due packet is in it or has a reason to wait."""
         packets = split(batch)
         count = len(self.control)
-        if self.is_closed:  # in any order: it is all over at once
+        if self.is_closed:  # the order does not matter: everything ends at once
             assert sorted(packets[:count]) == sorted(self.control)
         else:
             assert packets[:count] == self.control
@@ -252,7 +252,7 @@ class Model:
         if not packets:
             assert not any(talk.due for talk in talks)
         must_have_piece = any(talk.number is not None or is_big(talk.due) for talk in talks)
-        # Of one packet; its last bytes may go along.
+        # A piece of one packet; the last bytes of another may be in the batch too.
         assert len({fields[1] for fields in packets if fields[0] == b"part"}) == must_have_piece
         for at, fields in enumerate(packets):
             match fields:
@@ -275,11 +275,11 @@ class Model:
 
     @property
     def has_unsent(self) -> bool:
-        """Whether a request of depth 0 still leaves before `bye-ok`."""
+        """Whether a request of depth 0 must still leave before `bye-ok`."""
         return any(not talk.has_left and not talk.depth for talk in self.ours.values())
 
     def due(self, id: int, now: float) -> list[bytes]:
-        """What must leave next of that id."""
+        """Return the packet of that id that must leave next."""
         fields = list((self.ours | self.theirs)[id].due[0])
         if fields[0] in (b"req", b"chan"):
             assert not self.peer_drains or self.owes_bye_ok or self.ours[id].depth
@@ -325,10 +325,10 @@ class Model:
             talk.has_left = True
             talk.in_credit = WINDOW if talk.has_channel else 0
 
-    # ---- what comes ----
+    # ---- received packets ----
 
     def judge(self, data: bytes) -> Iterator[Event]:
-        """The events that are due to the next bytes; raises `Bad` where they must be refused."""
+        """Return the events that the next bytes must cause. Raise `Bad` if they must be refused."""
         self.buffer += data
         while len(self.buffer) >= 4:
             length = int.from_bytes(self.buffer[:4], "big")
@@ -405,7 +405,7 @@ class Model:
         return request
 
     def is_full(self, slots: tuple[int, bool]) -> bool:
-        """Whether the peer has used up such slots."""
+        """Whether the peer has used up the slots of a class."""
         return count(self.theirs, slots) == self.max_requests
 
     def is_wanted(self, id: int) -> bool:
@@ -489,7 +489,7 @@ class Model:
 
 
 def request(id: int, nested: int, *, has_channel: bool, credit: int = 0) -> list[bytes]:
-    """A request without a context."""
+    """Make a request without a context."""
     head = [b"%d" % id, b"", b"%d" % nested if nested else b"", b""]
     if has_channel:
         return [b"chan", *head, b"%d" % credit, body([])]
@@ -508,7 +508,7 @@ def split(batch: bytes) -> list[list[bytes]]:
 
 
 def is_big(due: deque[list[bytes]]) -> bool:
-    """Whether the first of them travels in pieces, with the longest head as with the shortest."""
+    """Whether the first packet is sent in pieces, with the longest head and with the shortest."""
     if not due:
         return False
     kind, _, *rest = due[0]
@@ -518,17 +518,17 @@ def is_big(due: deque[list[bytes]]) -> bool:
 
 
 def count(talks: Mapping[int, Talk], slots: tuple[int, bool]) -> int:
-    """How many of these share such slots."""
+    """Count the requests of a slot class."""
     return [talk.slots for talk in talks.values()].count(slots)
 
 
 def is_refused(
     engine: Session, model: Model, data: bytes, size: int, events: list[Event] | None = None
 ) -> bool:
-    """Receive it, so many bytes at a time. The engine must do what the model says.
+    """Receive bytes, so many at a time. The engine must do what the model says.
 
     Arguments:
-        events: where the events go.
+        events: the list to which the events are added.
     """
     size = max(size, len(data) // 64)
     for at in range(0, len(data), size):
@@ -544,7 +544,7 @@ def is_refused(
         if events is not None:
             events += told
         aborts = [at for at, event in enumerate(due) if isinstance(event, Abort)]
-        if aborts:  # nothing after it counts
+        if aborts:  # nothing after `abort` counts
             assert told[: aborts[0] + 1] == due[: aborts[0] + 1]
             check_last_words(engine, None)
             return False
@@ -558,7 +558,7 @@ def is_refused(
 
 
 def check_last_words(engine: Session, message: str | None) -> None:
-    """Close an engine; its last packet says why. None: the peer said so first, so that it must not."""
+    """Close an engine. Its last packet says why; None: the peer sent `abort` first, so it sends none."""
     engine.close()
     engine.abort(message or "not in answer to an abort")
     packets = []

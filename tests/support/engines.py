@@ -1,4 +1,4 @@
-"""What tests of the engine share: engines, what they receive, and packets made by hand."""
+"""For tests of the engine: engines, their events, and packets made by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make(side: Any = "client", *, max_requests: int = 3, slots: int = 3, limit: 
 
 
 def receive(session: Session, data: bytes) -> list[Event]:
-    """What was received says; raises how it breaks the protocol."""
+    """Return the events of some received bytes. Raise the error if they break the protocol."""
     events = session.receive(data)
     while session.has_undecoded:
         events += session.receive(b"")
@@ -48,7 +48,7 @@ def item_event(id: int, *fields: bytes) -> Item:
 
 
 def open_pair(limit: int = LIMIT) -> tuple[Session, Session]:
-    """Two engines with the channel 0 of the client's, and credit both ways."""
+    """Return two engines with the client's channel 0, and credit in both directions."""
     client, server = make("client", limit=limit), make("server", limit=limit)
     client.open_channel(["hello"])
     list(receive(server, client.take(0)))

@@ -1,4 +1,4 @@
-"""Both parts of the establishing of a connection, over transports that misbehave when they are told to."""
+"""Runs the handshakes of both sides, over transports that misbehave on demand."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ on_both_sides = pytest.mark.parametrize("side", ["client", "server"])
 
 @final
 class Wire(trio.abc.Stream):
-    """One end of a transport, that notes what crosses it and can be made to misbehave.
+    """One end of a transport. It records all bytes, and misbehaves on demand.
 
-    `most` bytes are received at once. Of what is sent, `cut` bytes leave and then comes the end.
-    The call `stall_at` (from 0, sends and receives alike) waits for ever, and `break_at` fails.
-    `alter` is a bit of what is sent, counted from the first, that leaves changed.
+    At most `most` bytes are received at once. After `cut` sent bytes the stream ends. The call `stall_at`
+    (counted from 0, sends and receives together) waits for ever, and the call `break_at` fails. The bit
+    `alter` of the sent bytes, counted from the first, is changed.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ def as_side(
 
 @dataclass
 class Ending:
-    """How a side's part ended, and how long it took."""
+    """The result of a side's handshake, and the time it took."""
 
     result: Established | HandshakeError
     seconds: float
@@ -159,7 +159,7 @@ class Ending:
 
 
 async def end_of(wire: trio.abc.Stream, opening: Awaitable[Established]) -> Ending:
-    """Do a side's part as those do who call it: where it fails, the stream is closed."""
+    """Run a side's handshake as its callers do: if it fails, close the stream."""
     start = trio.current_time()
     try:
         result: Established | HandshakeError = await opening
@@ -178,7 +178,7 @@ async def meet(
     client: dict[str, Any] | None = None,
     server: dict[str, Any] | None = None,
 ) -> tuple[Ending, Ending]:
-    """Do both parts to the end."""
+    """Run the handshakes of both sides to the end."""
     endings: dict[Side, Ending] = {}
 
     async def play(side: Side, wire: trio.abc.Stream, options: dict[str, Any]) -> None:
@@ -201,7 +201,7 @@ async def receive_exactly(stream: trio.abc.Stream, size: int) -> bytes:
 
 
 def make_hello(side: Side, mode: Mode) -> bytes:
-    """The hello that this side is to receive."""
+    """Make the hello that this side receives."""
     if side == "client":
         return ServerHandshake(sealed=mode == "sealed", service="", limits=LIMITS).hello
     user, key = ("myuser", K) if mode == "sealed" else (None, None)
@@ -214,7 +214,7 @@ def over(wire: trio.abc.Stream, handshake: ClientHandshake | ServerHandshake) ->
 
 
 async def enter_as_client(wire: Wire, name: bytes = b"myuser") -> tuple[SecretboxStream, bytes]:
-    """Go into the anonymous channel; the stream, and the `open` to send."""
+    """Enter the anonymous channel. Return the stream, and the `open` to send."""
     handshake = ClientHandshake(user="myuser", key=K, service="", limits=LIMITS)
     await wire.send_all(handshake.hello)
     hello = await receive_exactly(wire, handshake.hello_size)
@@ -223,7 +223,7 @@ async def enter_as_client(wire: Wire, name: bytes = b"myuser") -> tuple[Secretbo
 
 
 async def enter_as_server(wire: Wire) -> tuple[SecretboxStream, bytes]:
-    """Go into the anonymous channel and receive `open`; the stream, and the `accepted` to send."""
+    """Enter the anonymous channel and receive `open`. Return the stream, and the `accepted` to send."""
     handshake = ServerHandshake(sealed=True, service="", limits=LIMITS)
     handshake.receive_hello(await receive_exactly(wire, handshake.hello_size))
     await wire.send_all(handshake.hello)

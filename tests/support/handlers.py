@@ -1,4 +1,4 @@
-"""What tests of tasks share: handlers, what they wait for, and where they are tried."""
+"""For tests of tasks: handlers, awaitables, and the connections to try them on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ async def never_waits(connection: Connection, request: list[bytes]) -> list[byte
 
 
 class Foreign:
-    """What an object of another event loop does when it is awaited."""
+    """An awaitable that belongs to another event loop."""
 
     def __await__(self) -> Generator[str, Any, Any]:
         return (yield "are you there, asyncio?")
 
 
 async def wait_and_do(something: Callable[[], object]) -> None:
-    """Wait, and have something done before any other task has its turn."""
+    """Wait, and call a function before any other task runs."""
 
     def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
         something()
@@ -48,7 +48,7 @@ async def tell_context(connection: Connection, request: list[bytes]) -> list[byt
 
 @asynccontextmanager
 async def cancelled_in_its_handler(server: Connection) -> AsyncGenerator[trio.CancelScope]:
-    """A scope that is cancelled once the handler of the request that is made in it has begun."""
+    """A scope that is cancelled as soon as the handler of the request made in it has begun."""
 
     async def cancel() -> None:
         while not server.statistics().handlers_running:

@@ -43,12 +43,12 @@ from .vector_parts import (
 
 
 def _client_declares() -> list[bytes]:
-    """Its two numbers, and its options."""
+    """Return the two numbers and the options that the client declares."""
     return fields_of(client_handshake(None).open())[2:5]
 
 
 def _hash_hellos() -> bytes:
-    """``h0``."""
+    """Return ``h0``."""
     return hash_hellos(client_handshake().hello, server_handshake().hello)
 
 
@@ -254,7 +254,7 @@ def bad_replies(sealed: Vectors) -> list[Vectors]:
 
 
 def refusals(sealed: Vectors) -> list[Vectors]:
-    """Refusals: the packet, and the record it is on a sealed connection, where it is the first."""
+    """Return refusals: the packet, and its record on a sealed connection, where it is the first."""
     key = bytes.fromhex(sealed["hs"])[32:]
     reasons = [
         encode_refused("authentication", "authentication failed"),

@@ -1,4 +1,4 @@
-"""Handshakes made by hand, with randomness that is known."""
+"""Handshakes made by hand, with known random bytes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def send_open(client: ClientHandshake, server: ServerHandshake) -> None:
 
 
 def shake(client: ClientHandshake, server: ServerHandshake, keys: Sequence[Key] = (K,)) -> list[bytes]:
-    """Do all of it; the four messages."""
+    """Run a whole handshake, and return its four messages."""
     exchange_hello(client, server)
     opening = client.open()
     server.receive_open(opening)
@@ -74,7 +74,7 @@ def flip(message: bytes, bit: int) -> bytes:
 
 
 class Dice:
-    """Randomness that remembers what it gave."""
+    """A source of random bytes that records them."""
 
     def __init__(self, seed: bytes) -> None:
         self.seed = seed
@@ -91,7 +91,7 @@ def spec_hash(size: int, key: bytes, label: bytes, data: bytes) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What anyone derives who has seen these messages and knows, or believes to know, these secrets."""
+    """Derive the keys as anyone can who has seen these messages and has these secrets, right or wrong."""
 
     messages: list[bytes]
     key: bytes
@@ -129,7 +129,7 @@ class Schedule:
 
 
 def open_as(name: bytes, client: ClientHandshake, server_hello: bytes) -> bytes:
-    """The `open` of a client that claims a name which it would refuse to claim by itself."""
+    """Make the `open` of a client with a name that the package would refuse to send."""
     fields = fields_of(client.open())
     assert client.key is not None
     fields[1], fields[-2] = name, b""
@@ -142,7 +142,7 @@ def open_as(name: bytes, client: ClientHandshake, server_hello: bytes) -> bytes:
 
 
 def accepted_with(options: bytes, client: ClientHandshake, server: ServerHandshake, opening: bytes) -> bytes:
-    """The `accepted` of a server that proves the key, and declares options that it would never declare."""
+    """Make the `accepted` of a server that proves the key, with options that it would never declare."""
     fields = [b"accepted", *SERVER_LIMITS.fields(), options]
     if client.key is None:
         return encode_packet(*fields, b"")
@@ -151,7 +151,7 @@ def accepted_with(options: bytes, client: ClientHandshake, server: ServerHandsha
 
 
 def options_with(dice: bytes) -> bytes:
-    """The options of a side that has none but grease made of these random bytes, encoded."""
+    """Encode the options of a side that has only grease, made of these random bytes."""
     name = b"grease.%02x%02x" % (dice[0], dice[1])
     return packet_bytes([name, dice[3:][: dice[2] % 9]])[4:]
 

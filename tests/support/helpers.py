@@ -193,7 +193,7 @@ async def settle() -> None:
 
 
 def req(id: int, *fields: bytes, timeout: bytes = b"") -> bytes:
-    """A request of the peer's that is made by hand."""
+    """Make a request of the peer by hand."""
     return packet(b"req", b"%d" % id, timeout, b"", b"", body=list(fields))
 
 
@@ -220,14 +220,14 @@ async def outcomes(peer: RawPeer, count: int) -> dict[int, bytes]:
 
 
 async def close_in_one_step(connection: Connection | ReconnectingConnection) -> None:
-    """Close it, and wait for nothing; also in a task that this cancels."""
+    """Close an object, and wait for nothing, even in a task that this cancels."""
     with trio.CancelScope(shield=True) as scope:
         scope.cancel()
         await connection.aclose()
 
 
 def check_holds_no_secret(error: BaseException, *secrets: bytes | str) -> None:
-    """Check that an error shows no secret, and neither do the frames and causes that a report of it shows."""
+    """Check that neither an error shows a secret, nor the frames and causes that a report of it shows."""
     errors: list[BaseException | None] = [error]
     while errors:
         error_ = errors.pop()

@@ -1,4 +1,4 @@
-"""What tests reach of the package's inside. No other file of the tests may touch private names."""
+"""The only file of the tests that may touch private names of the package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bokbok_trio.blocking import Portal
 
 
 def take_few(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Let sockets take only so many bytes of each send that does not wait."""
+    """Limit the bytes that a socket accepts of each send that does not wait."""
 
     def send(self: socket.socket, data: bytes, flags: int = 0) -> int:
         return socket.socket.send(self, data[:most], flags)
@@ -36,68 +36,68 @@ def take_few(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
 
 
 def session_of(connection: Connection) -> Session:
-    """The engine of a connection."""
+    """Return the engine of a connection."""
     return connection._session
 
 
 def held_in_pieces(session: Session) -> int:
-    """How many bytes of packets that have partly come an engine holds."""
+    """Return the bytes of partly received packets that an engine holds."""
     return session._interpreter.reassembler.held
 
 
 def tables_of_an_engine(session: Session) -> tuple[Sized, ...]:
-    """What an engine keeps of requests beside what it counts: all empty where there are none."""
+    """Return an engine's state of requests, besides its counts: all empty if there are none."""
     return session.local._backlogs, session.local._classes, session.remote._classes
 
 
 def draw_as_nobodys_key(monkeypatch: pytest.MonkeyPatch, key: Key) -> None:
-    """Let the key that servers try in place of missing ones be this one."""
+    """Set the key that servers try in place of missing ones."""
     monkeypatch.setattr(handshake, "_NOBODYS_KEY", key)
 
 
 def tables_of(connection: Connection) -> tuple[Sized, ...]:
-    """What a connection keeps of requests and channels: all empty where there are none."""
+    """Return a connection's state of requests and channels: all empty if there are none."""
     return connection._channels, connection._calls._calls, connection._handlers
 
 
 def items_held(channel: Channel) -> deque[Any]:
-    """The items that have come and nobody has received."""
+    """Return the items that have arrived and that nobody has received."""
     return channel._buffer
 
 
 def close_at_once(connection: Connection, reason: str) -> None:
-    """Close it, where nothing can be awaited."""
+    """Close a connection where nothing can be awaited."""
     connection._ending.close(reason)
 
 
 async def break_transport(connection: Connection) -> None:
-    """Close the transport below a connection, which says nothing to the peer."""
+    """Close the transport below a connection, without an end for the peer."""
     await trio.aclose_forcefully(connection._stream)
 
 
 async def send_raw(connection: Connection, data: bytes) -> None:
-    """Send something in the place of packets."""
+    """Send some bytes in place of packets."""
     await connection._stream.send_all(data)
 
 
 def receive_something_else() -> None:
-    """Fill the buffer that all sockets of a thread receive into, as the next of them would."""
+    """Overwrite the buffer that all sockets of a thread receive into, as their next receive would."""
     _scratch.view[:] = bytes([255]) * len(_scratch.view)
 
 
 def keys_held(stream: SecretboxStream) -> tuple[bytes, bytes]:
-    """The keys of either direction."""
+    """Return the keys of both directions."""
     return stream._sealer._key, stream._opener.direction._key
 
 
 def forked_from_now_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """What runs first in a forked child, for what is made from now on."""
+    """Return the function that runs first in a forked child, for objects made from now on."""
     monkeypatch.setattr(_fork, "_inherited", WeakSet())
     return _fork._after_fork_in_child
 
 
 def refuse_for_too_many(connections: int) -> str:
-    """What a server tells a user who has so many connections, which are as many as there may be."""
+    """Return the refusal for a user with so many connections, when that is the limit."""
     admission = Admission.__new__(Admission)
     admission.is_stopping = False
     admission.admitted, admission.max_connections = 5, 10**18
@@ -109,7 +109,7 @@ def refuse_for_too_many(connections: int) -> str:
 
 
 def count_alarms() -> int:
-    """How many alarms the task has that serves the watchdogs of this Trio run."""
+    """Count the alarms of all watchdogs of this Trio run."""
     clock = _alarm_clock.get()
     assert clock is not None
     return len(clock._heap)
@@ -121,10 +121,10 @@ def count_alarms() -> int:
 def close_as_a_channel_opens(
     monkeypatch: pytest.MonkeyPatch, client: ReconnectingConnection, *, for_good: bool
 ) -> None:
-    """Let this side close when the next channel has a connection, and before it is open on that.
+    """Close when the next channel has its connection, and before it is open there.
 
     Arguments:
-        for_good: whether the client is closed, and not its connection alone.
+        for_good: whether to close the client, and not only its connection.
     """
     may_ask = Connection._may_ask
     asked = 0
@@ -155,13 +155,13 @@ def check_idle(connection: Connection) -> None:
 
 
 def reference_number(stand_in: Any) -> bytes:
-    """The number of what was lent, as a request to it has it."""
+    """Return the number of a lent object, as a request to it contains it."""
     number: bytes = stand_in._bokbok_options.head[1]
     return number
 
 
 def reads_arguments(function: object) -> bool:
-    """Whether this is what a thread does for `bokbok call` before the call: read its arguments."""
+    """Whether a function reads the arguments of `bokbok call`, as a thread does before the call."""
     return isinstance(function, partial) and function.func is _calls._prepare
 
 
@@ -169,10 +169,10 @@ def reads_arguments(function: object) -> bool:
 
 
 def stop_portals_at_exit() -> None:
-    """Do as the interpreter's exit does."""
+    """Do as the exit of the interpreter does."""
     _portal_loop._stop_all()
 
 
 def finalize(portal: Portal) -> None:
-    """Do as the finalizer of a portal does, which nobody has any more."""
+    """Do as the finalizer of a portal does, when nothing refers to the portal any more."""
     portal._loop.stop()

@@ -133,14 +133,14 @@ class Queue(Jobs):
 
 @asynccontextmanager
 async def open_jobs(**settings: Any) -> AsyncGenerator[tuple[Jobs, Queue, Connection]]:
-    """A stand-in, what it stands for, and the connection."""
+    """A stand-in, its implementation, and the connection."""
     queue = Queue()
     async with open_connection_pair(server_handler=expose(Jobs, queue), **settings) as (client, _):
         yield consume(client, Jobs), queue, client
 
 
 async def code_of(connection: Connection, *fields: bytes) -> str:
-    """The code that a request made by hand is answered with."""
+    """Return the code of the error that answers a request made by hand."""
     with pytest.raises(RemoteError) as caught:
         await connection.request(fields)
     return caught.value.code

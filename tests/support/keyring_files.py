@@ -1,4 +1,4 @@
-"""Files of keys, and what may happen to them."""
+"""Files of keys, and changes of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """As an editor does that writes into the file itself."""
+    """Change a file in place, as some editors do."""
     path.write_text(text, encoding="utf-8")
     path.chmod(0o600)
 

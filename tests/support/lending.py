@@ -180,7 +180,7 @@ async def open_work(client_handler: Any = None) -> AsyncGenerator[tuple[Work, Wo
 
 
 async def check_usable(work: Work, connection: Connection) -> None:
-    """All that a call took has been given back."""
+    """Check that everything a call took was released."""
     assert await work.maybe() == "False False"
     await settle()
     statistics = connection.statistics()

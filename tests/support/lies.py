@@ -1,4 +1,4 @@
-"""What a peer may send field by field, and what each must not be."""
+"""The fields of each packet of a peer, and the bad values of each field."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from bokbok_trio._protocol.flow_control import ITEM_OVERHEAD, MAX_QUEUED
 from ..support.second_implementation import MAX_ABORT, MAX_DETAILS, body
 
 LIMIT = 2**18
-"""Bytes of a packet: more than travels whole, and than a channel's credit."""
+"""Bytes of a packet: more than are sent whole, and more than a channel's credit."""
 
 HEAD_ROOM = 128
-"""Bytes of a packet that are not for the user's body and context."""
+"""Bytes of a packet besides the user's body and context."""
 
 ITEM_ROOM = MAX_QUEUED - ITEM_OVERHEAD - 6
-"""Bytes of the largest item's field behind which another may be queued."""
+"""Bytes of the field of the largest item after which another may be queued."""
 
 SIZES = (0, 20, 3000, 30_000, ITEM_ROOM, 65_430, 65_520, 150_000, LIMIT - HEAD_ROOM - 5)
-"""Bytes of a user's field: small ones, as large as travels whole, in pieces, as large as may be."""
+"""Bytes of a user's field: small ones, the largest sent whole, one sent in pieces, the largest of all."""
 
 DEPTHS = (0, 0, 0, 1, 1, 15)
 CONTEXTS: tuple[dict[bytes, bytes], ...] = ({}, {}, {b"trace": b"\0\xff"}, {b"a": bytes(5000), b"b": b""})
@@ -53,4 +53,4 @@ WRONG = {
     "n": (bytes(MAX_DETAILS + 1),),
     "m": (b"\xff", b"a" * (MAX_ABORT + 1)),
 }
-"""What a field of each form must not be."""
+"""Bad values of a field, by its form."""

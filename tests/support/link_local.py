@@ -25,7 +25,7 @@ HOST = "fe80::1%lo"
 
 
 def add_link_local() -> None:
-    """Give `HOST` to the loopback interface, which comes up."""
+    """Set the loopback interface up, with the address `HOST`."""
     number = socket.if_nametoindex("lo")
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
         fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))

@@ -45,7 +45,7 @@ class Logs(Protocol):
 
 
 class Implementation:
-    """Each name has one way to behave."""
+    """A log whose name says how it behaves."""
 
     def __init__(self) -> None:
         self.sent = 0
@@ -184,7 +184,7 @@ async def texts(up_to: int) -> AsyncGenerator[str]:
 
 
 async def check_usable(logs: Logs, connection: Connection) -> None:
-    """All that a call took has been given back."""
+    """Check that everything a call took was released."""
     await settle()
     assert await logs.plain() == 1
     await settle()
@@ -193,7 +193,7 @@ async def check_usable(logs: Logs, connection: Connection) -> None:
 
 
 class Source:
-    """An async iterable that knows what became of its iterator."""
+    """An async iterable that records the end of its iterator."""
 
     def __init__(self, up_to: int, *, fails: bool = False, pause: float = 0) -> None:
         self.yielded = 0

@@ -444,7 +444,7 @@ def attempt(mutation: Mutation) -> bool:
     """Whether the test finds the mutation."""
     since = time.perf_counter()
     code, said = run_tests(mutation, [mutation.test])
-    found = code == 1  # 2 and more: it did not run at all
+    found = code == 1  # 2 and more: the test did not run at all
     seconds = time.perf_counter() - since
     line = f"{'found ' if found else 'MISSED'} {seconds:5.1f} s  {mutation.name}: {mutation.test}"
     print(line if found else f"{line}\n{said[-2000:]}", flush=True)  # noqa: T201

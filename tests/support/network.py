@@ -1,4 +1,4 @@
-"""A network in memory, where reconnecting clients dial, and which a test can cut."""
+"""A network in memory for reconnecting clients. A test can cut it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ A, B, C = (f"127.0.0.1:{port}" for port in (1, 2, 3))
 
 
 class Network:
-    """What dialling finds: listeners in memory, by their address, while they are there.
+    """Listeners in memory, which clients find by their addresses.
 
     Attributes:
-        dialled: the time of each try, and to where.
-        streams: the clients' ends of the connections made.
+        dialled: the time and the address of each try.
+        streams: the clients' ends of the connections that were made.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Network:
     async def server(
         self, handler: RequestHandler | None = busy_handler, address: str = A, **kwargs: Any
     ) -> AsyncGenerator[Any]:
-        """A server at an address. Without its block nobody is there."""
+        """Run a server at an address for as long as a block."""
         async with open_server([self.listen(address)], handler, **kwargs) as server:
             try:
                 yield server
@@ -70,7 +70,7 @@ class Network:
 
 
 async def drop(server: Any) -> None:
-    """Let the server close all its connections, and go on."""
+    """Make the server close all its connections, and go on."""
     for connection in server.connections:
         await connection.aclose()
     await settle()

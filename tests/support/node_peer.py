@@ -101,7 +101,7 @@ class NodeProcess:
             self._unread += received
 
     async def __call__(self, do: str, /, **arguments: Any) -> Any:
-        """Let the peer do something, and wait until it is done. A cancellation here cancels it there too."""
+        """Make the peer call a function, and wait for its end. A cancellation here cancels it there too."""
         call, done = next(self._numbers), trio.Event()
         box: list[Any] = []
         self._waiting[call] = done, box
@@ -295,14 +295,14 @@ def where(address: Any) -> dict[str, Any]:
 
 
 async def until(condition: Any) -> None:
-    """Wait for what another process does, which no clock of ours can know."""
+    """Wait for a change in another process, which no clock of ours can know."""
     with trio.fail_after(5):
         while not condition():
             await trio.sleep(0.002)
 
 
 async def nothing_in_flight(link: Link) -> None:
-    """Both sides know of no request any more."""
+    """Check that no request remains on either side."""
     with trio.fail_after(5):
         while True:
             counts = await link.node_does("counts")

@@ -90,7 +90,7 @@ async def open_pair(
 
 
 async def settle(connection: Connection, other: Connection | None = None) -> None:
-    """Wait until all packets sent so far have arrived, either way, and the handlers cannot go further."""
+    """Wait until all packets sent so far have arrived, in both directions, and all handlers wait."""
     for each in (connection, other, connection):
         if each is not None:
             await each.ping()

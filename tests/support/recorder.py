@@ -107,7 +107,7 @@ class Recorder(Instrument):
 async def recorded_pair(
     server_handler: RequestHandler | CombinedHandler | None = None, **more: Any
 ) -> AsyncGenerator[tuple[Connection, Connection, Recorder, Recorder]]:
-    """Both ends of a connection, and what their instruments were told; checked at the end."""
+    """Both ends of a connection, with recorders of their events, which are checked at the end."""
     ours, theirs = Recorder(), Recorder()
     more.setdefault("client_settings", ours.settings())
     more.setdefault("server_settings", theirs.settings())

@@ -1,4 +1,4 @@
-"""Interfaces and types that tests of their inspection use."""
+"""Interfaces and types for tests of inspection."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Store(Protocol[T]):
 
 
 class TypeAliasType:
-    """What ``type NAME[T] = ...`` makes, which is new in Python 3.12."""
+    """Make the object that ``type NAME[T] = ...`` makes, which is new in Python 3.12."""
 
     def __init__(self, name: str, value: Callable[[], Any], parameters: tuple[Any, ...] = ()) -> None:
         self.__name__ = name
@@ -55,7 +55,7 @@ class TypeAliasType:
         return self._value()
 
     def __call__(self) -> None:
-        """`typing` takes for a type what can be called."""
+        """Be callable, so that `typing` takes this object for a type."""
 
     def __getitem__(self, types: Any) -> Any:
         return GenericAlias(self, types)  # type: ignore[arg-type]

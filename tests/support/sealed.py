@@ -1,4 +1,4 @@
-"""Records that are made by hand, and transports that receive them."""
+"""Records made by hand, and transports that receive them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ BATCH = RECORDS_PER_SEND * MAX_PLAINTEXT_SIZE
 
 
 def seal(key: bytes, counter: int, plaintext: bytes) -> bytes:
-    """One record, made from the specification alone."""
+    """Make one record, from the specification alone."""
     box = crypto_secretbox(plaintext, counter.to_bytes(24, "big"), key)
     return len(box).to_bytes(2, "big") + box
 
 
 def run(main: Callable[[], Awaitable[T]]) -> T:
-    """Run what a Hypothesis test tries, where a hang is a failure at once."""
+    """Run one example of a Hypothesis test. A hang fails at once."""
 
     async def bounded() -> T:
         with trio.fail_after(60):
@@ -42,7 +42,7 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
 
 @final
 class Transport(trio.abc.Stream):
-    """A transport that receives what it was told to, and notes what is asked of it and sent."""
+    """A transport that receives given bytes, and records its calls and the bytes sent."""
 
     def __init__(self, incoming: bytes = b"", most: int = 2**20) -> None:
         self.incoming = incoming
@@ -85,12 +85,12 @@ def over(transport: trio.abc.Stream, **options: int) -> SecretboxStream:
 
 
 def facing(transport: trio.abc.Stream) -> SecretboxStream:
-    """The other end of `over`."""
+    """Return the other end of `over`."""
     return SecretboxStream(transport, send_key=IN, receive_key=OUT)
 
 
 async def receive_rest(stream: SecretboxStream) -> tuple[bytes, bool]:
-    """All the plaintext there is, and whether it came to a proper end."""
+    """Receive all plaintext. Return it, and whether it ended properly."""
     received = b""
     try:
         while data := await stream.receive_some():

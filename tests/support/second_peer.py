@@ -55,7 +55,7 @@ class Peer:
             await self.stream.send_all(self.sealer.seal(packet[start : start + 65_519]))
 
     async def receive(self) -> bytes:
-        """One packet, its length included."""
+        """Receive one packet, with its length."""
 
         async def read(size: int) -> bytes:
             if not self.sealed:
@@ -95,7 +95,7 @@ class Peer:
             await self.send(packet)
 
     async def take(self) -> list[bytes]:
-        """The next packet that is to be answered, or an answer; all others are answered meanwhile."""
+        """Receive the next request or answer. Respond to all other packets meanwhile."""
         while True:
             packet = await self.receive()
             self.seen.append(second.unpack_body(packet[4:])[0])
@@ -110,14 +110,14 @@ class Peer:
             await self.send(packet)
 
     async def take_word(self, *fields: bytes) -> None:
-        """Take a packet of these fields, which says nothing to the user."""
+        """Take a packet that is not for the user."""
         packet = await self.receive()
         assert second.unpack(packet) == list(fields)
         assert self.open.take(packet) is None
         await self.reply()
 
     async def talk(self, timeout: bytes) -> None:
-        """Make a request, answer the one that its handler makes, and get the answer."""
+        """Make a request, answer the one that its handler makes, and return the answer."""
         own, other = self.ids
         await self.put(b"req", own, b"60000000", b"", b"", second.body([b"double", b"ab"]))
         assert await self.take() == [b"req", other, timeout, b"1", b"", second.body([b"again?", b"ab"])]
@@ -125,14 +125,14 @@ class Peer:
         assert await self.take() == [b"ok", own, second.body([b"abab", b"yes"])]
 
     async def take_nothing(self) -> None:
-        """See that the other side waits for this one."""
+        """Check that the other side waits for this one."""
         with trio.move_on_after(1) as scope:
             await self.take()
         assert scope.cancelled_caught
 
     @property
     def ids(self) -> tuple[bytes, bytes]:
-        """Those of the first requests, its own and the other side's."""
+        """Return the ids of the first requests of both sides."""
         return (b"0", b"1") if self.side.me == 0 else (b"1", b"0")
 
     async def expect_end(self) -> None:
@@ -165,7 +165,7 @@ async def connected(
     channel_handler: ChannelHandler | None = None,
     settings: Settings = Settings(max_message_size=2**20),  # noqa: B008
 ) -> AsyncGenerator[tuple[Connection, Peer]]:
-    """The package, and the second implementation in that role, connected in mode sealed."""
+    """Connect the package with the second implementation in a role, in mode sealed."""
     limits = (2**20, 5)
     accepted = []
 

@@ -20,7 +20,7 @@ dial_to = partial(dial, insecure=False, timeout=10)
 
 
 class FakeResolver(trio.abc.HostnameResolver):
-    """A resolver that gives every name these addresses."""
+    """A resolver that returns these addresses for every name."""
 
     def __init__(self, *hosts: str) -> None:
         self._hosts = hosts
@@ -37,7 +37,7 @@ class FakeResolver(trio.abc.HostnameResolver):
 
 
 def resolve_to(*hosts: str) -> FakeResolver:
-    """Give every name these addresses from now on."""
+    """Resolve every name to these addresses from now on."""
     resolver = FakeResolver(*hosts)
     trio.socket.set_custom_hostname_resolver(resolver)
     return resolver

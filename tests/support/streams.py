@@ -1,4 +1,4 @@
-"""Streams that do what no good stream does."""
+"""Streams that misbehave."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.support.helpers import WholeStream
 
 
 class Deaf(WholeStream):
-    """A stream that can send no more when it is told so, and goes on receiving."""
+    """A stream that stops sending on demand, and goes on receiving."""
 
     broken = False
 
@@ -19,7 +19,7 @@ class Deaf(WholeStream):
 
 
 class OddStream(trio.abc.Stream):
-    """What it does is right, and then it raises."""
+    """A stream that does its work, and then raises."""
 
     def __init__(self, transport: trio.abc.Stream) -> None:
         self.transport = transport

@@ -1,4 +1,4 @@
-"""Which tasks there are in this Trio run, by their names."""
+"""The tasks of this Trio run, by their names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import trio
 
 
 def tasks_named(pattern: str) -> list[trio.lowlevel.Task]:
-    """All tasks whose whole name is like this, wherever they are."""
+    """Return all tasks whose whole name matches a pattern."""
     root = trio.lowlevel.current_root_task()
     assert root is not None
     found: list[trio.lowlevel.Task] = []
@@ -22,5 +22,5 @@ def tasks_named(pattern: str) -> list[trio.lowlevel.Task]:
 
 
 def count_reading_tasks() -> int:
-    """How many tasks of connections read, handle what they have read, or wait for their turn to read."""
+    """Count the tasks of connections that read, handle a request that they read, or wait to read."""
     return len(tasks_named(r"bokbok_trio reader|.* \(request \d+\)"))

@@ -1,4 +1,4 @@
-"""Helpers for tests of calls from other threads: stories, threads that remain, and Ctrl-C at any step."""
+"""Helpers for tests of calls from other threads: records of events, leftover threads, Ctrl-C at any step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import FrameType
 
 
 class Story:
-    """The story that the handlers of a server tell. Another thread can wait for each part."""
+    """The events that the handlers of a server record. Another thread can wait for each of them."""
 
     def __init__(self) -> None:
         self._told: queue.SimpleQueue[object] = queue.SimpleQueue()

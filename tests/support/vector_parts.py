@@ -1,4 +1,4 @@
-"""What the test vectors have in common."""
+"""The common parts of the test vectors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def packet_of(*fields: bytes, body: Sequence[bytes] | None = None) -> bytes:
 
 
 def flip(data: bytes) -> bytes:
-    """Change the last bit."""
+    """Flip the last bit."""
     return data[:-1] + bytes((data[-1] ^ 1,))
 
 

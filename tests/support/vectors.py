@@ -31,7 +31,7 @@ OPEN_LIMITS = (CONNECTION["max_message_size"], CONNECTION["max_requests"])
 
 
 def packet_before(kind: bytes) -> bytes:
-    """What must come before a good packet of this kind."""
+    """Return the packets that must come before a good packet of a kind."""
     names = {b"cancel": "req", b"drop": "part"}
     found = [vector["packet"] for vector in CONNECTION["good"] if vector["name"] == names.get(kind)]
     return bytes.fromhex("".join(found))
@@ -43,7 +43,7 @@ def package_session(side: Literal["client", "server"] = "server") -> Session:
 
 
 def engine_of_a_sequence(has_bye: bool) -> Session:
-    """The server to which a sequence is sent."""
+    """Make the server that gets a sequence."""
     server = package_session()
     server.open_channel([])
     server.request([])

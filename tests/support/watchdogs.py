@@ -1,4 +1,4 @@
-"""What tests of the watchdog share: a diary of what one did, and the task that serves them all."""
+"""For tests of the watchdog: a diary of its actions, and the task that serves all watchdogs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PATIENCE = 40  # the defaults: 20 s of silence, 20 s more
 
 
 class Diary:
-    """What a watchdog did, and when."""
+    """The actions of a watchdog, with their times."""
 
     def __init__(self) -> None:
         self.events: list[tuple[float, str]] = []
@@ -27,5 +27,5 @@ class Diary:
 
 
 def system_tasks() -> list[trio.lowlevel.Task]:
-    """Those of the watchdogs."""
+    """Return the tasks that serve watchdogs."""
     return tasks_named("bokbok_trio watchdogs")
