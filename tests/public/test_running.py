@@ -109,7 +109,7 @@ async def test_a_second_signal_stops_the_server_of_the_readme_at_once(
         raise AssertionError
 
     with ends_quietly(process, 5):
-        with pytest.raises(ConnectionLost, match="draining, as a server does that stops") as caught:
+        with pytest.raises(ConnectionLost, match="draining, as a stopping server does") as caught:
             await greet(port, key, handler)
         assert caught.value.may_have_run
 
@@ -253,7 +253,7 @@ def test_ctrl_c_ends_a_client_with_one_line(start: Start, tmp_path: Path) -> Non
     server.stdout.readline()
     client = start("-u", EXAMPLES / "client.py", path)
     assert client.stdout is not None
-    while not client.stdout.readline().startswith("asynch is answered"):
+    while not client.stdout.readline().startswith("the answer to asynch is"):
         assert client.poll() is None
     client.send_signal(signal.SIGINT)
     output, errors = client.communicate(timeout=5)
