@@ -1,4 +1,4 @@
-"""`Admission`: who may connect to a server, and how many; the handshake of each client, and its refusal.
+"""`Admission`: shakes hands with the clients of a server, and admits or refuses them.
 
 A client gets a place for its handshake (see `_places`) when it is accepted, and keeps it until the handshake
 has ended. It is admitted in the handshake, once it is authenticated. From then on it counts, until
@@ -34,13 +34,13 @@ from ._trio_util import describe_error, isolate_failures
 from ._types import PeerUser, UserKey
 
 SPARE_DESCRIPTORS: Final = 64
-"""Open files that a server leaves to the rest of the program, where its connections could use all."""
+"""Open files that a server leaves to the rest of the program, if its connections could use all."""
 
 HANDSHAKE_SHARE: Final = 4
-"""Unfinished handshakes may use one in so many of the open files that the process may have: a quarter."""
+"""Unfinished handshakes may use a quarter of the open files that the process may have."""
 
 LINGER_SHARE: Final = 16
-"""Refused clients that read why may use one in so many: a sixteenth."""
+"""Refused clients that read why may use a sixteenth of them."""
 
 logger = logging.getLogger("bokbok_trio")
 
@@ -48,7 +48,7 @@ logger = logging.getLogger("bokbok_trio")
 def fit_descriptors(settings: Settings) -> tuple[int, int, int]:
     """Return how many connections, unfinished handshakes and refused clients a server may have at once.
 
-    These are the numbers of the settings, or less where the process may have few open files.
+    These are the numbers of the settings, or less if the process may have few open files.
     """
     wanted = settings.max_connections, settings.max_handshakes, settings.max_handshakes
     if sys.platform == "win32":
@@ -71,7 +71,7 @@ class Admission:
     Arguments:
         name: the server's, for log lines.
         user_key, peer_user, service, settings: as for `serve`.
-        throttle: where log lines go that strangers can cause.
+        throttle: gets the log lines that strangers can cause.
 
     Attributes:
         admitted: number of clients that were admitted and have not left.
@@ -145,10 +145,10 @@ class Admission:
     async def shake_hands(
         self, stream: trio.abc.Stream, address: Address | None, place: Place
     ) -> Established | None:
-        """Shake hands with a client, in its place, which it leaves then.
+        """Shake hands with a client. It leaves its place at the end.
 
         Returns:
-            The result, where the client was admitted: it counts until `leave` is called. None: the handshake
+            The result, if the client was admitted: it counts until `leave` is called. None: the handshake
             failed, which was logged, and the client had time to read why.
         """
         admitted: list[str | None] = []

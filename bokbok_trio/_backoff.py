@@ -1,10 +1,10 @@
-"""When to try again: how long a dialler waits between addresses, and a request between connections. No I/O.
+"""Decides how long a dialler waits between addresses, and a request between connections. No I/O.
 
 A try **worked** if the peer spoke on its connection, by an answer or a request, or if it lasted for
 `STEADY` seconds. Then the next address is dialled at once when the connection has ended.
 
 Every other try counts. After as many of these in a row as there are addresses, the dialler waits. It waits
-longer where a handshake broke off than where no server was: the server may have no room, and then clients
+longer if a handshake broke off than if there was no server: the server may have no room, and then clients
 should not come back soon. But a server that was killed, or a link that failed, looks the same. So a handshake
 that broke off makes only one wait longer.
 
@@ -48,8 +48,8 @@ MAX_NAME: Final = 40
 """Bytes of a request's first field that a log line shows."""
 
 Outcome: TypeAlias = Literal["worked", "gone", "crowded"]
-"""Of a try: the peer spoke on the connection, or the connection lasted; there was no server, or neither
-happened; a server was there and did not open a connection."""
+"""The outcome of a try. ``worked``: the peer spoke on the connection, or the connection lasted. ``gone``:
+there was no server, or neither happened. ``crowded``: a server was there, and did not open a connection."""
 
 logger = logging.getLogger("bokbok_trio")
 

@@ -1,8 +1,9 @@
 """`Dialler`: opens one connection after another to one of several addresses, and knows the current one.
 
-One task dials. It opens a connection and holds it as long as the connection is of use: until it is lost,
-closed or draining (which a request notices). Then it dials the next address. Each connection lives in a task
-of its own, so one that drains finishes its requests in flight while the next is open already.
+One task dials. It opens a connection and holds it until the connection is lost, closed or draining (which a
+request notices). Then it dials the next address; ``_backoff.py`` says how long it waits before. Each
+connection runs in a task of its own, so one that drains finishes its requests in flight while the next is
+open already.
 
 Invariants
 ==========
@@ -87,7 +88,7 @@ class Dialler:
         return None if self._current is None or self._current.closed else self._current
 
     async def wait_current(self) -> Connection:
-        """Wait until there is a current connection. No checkpoint where there is one.
+        """Wait until there is a current connection. If there is one, this is no checkpoint.
 
         Raises:
             ConnectionClosed: the client was closed.
@@ -171,7 +172,7 @@ class Dialler:
         return "worked"
 
     async def _dial(self, address: Address) -> Connection | Outcome:
-        """Open a connection. Where that failed, log it and return the outcome."""
+        """Open a connection. If that fails, log it and return the outcome."""
         try:
             return await self._connect(address)
         except BaseException as exc:

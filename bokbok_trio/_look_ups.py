@@ -1,4 +1,4 @@
-"""Look-ups of host names in threads: a limited number at once, and a smaller one of each name."""
+"""Look-ups of host names in threads: a limited number at once, and fewer of the same name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which clients may shake hands with a server: a bounded number of places, and turns to look a user up.
+"""`Places`: a bounded number of places for the handshakes of a server, and turns to look users up.
 
 Theory
 ======

@@ -1,4 +1,4 @@
-"""`Loop`: a Trio run in a thread of its own, which other threads start calls in.
+"""`Loop`: a Trio run in a thread of its own, in which other threads start calls.
 
 Ctrl-C interrupts the main thread alone, between any two steps. So
 

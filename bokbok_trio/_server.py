@@ -79,7 +79,7 @@ class Server:
         self._open_handler = open_handler
         self._close_handler = close_handler
         self._settings = settings
-        self._name = repr(self)  # for log records: whoever keeps these must not keep the server alive
+        self._name = repr(self)  # for log records, which must not keep the server alive
         self._home = trio.lowlevel.current_trio_token()
         self._throttle = Throttle(logger)
         self._admission = Admission(
@@ -226,7 +226,7 @@ class Server:
                     *(self._name, address, connection.user, seconds),
                     *(connection._session.received, connection._session.made, end_reason(connection)),
                 )
-        except BaseException as exc:  # noqa: BLE001  (`log_or_reraise` raises what must go further)
+        except BaseException as exc:  # noqa: BLE001  (`log_or_reraise` raises it on, if it must)
             log_or_reraise(exc, partial(self._admission.log_failure, address))
         finally:
             if connection is None:
@@ -323,7 +323,8 @@ async def serve(
         service: the name of the service, at most 255 bytes of UTF-8; see `open_connection`.
         insecure: allow plain TCP on interfaces other than loopback.
         backlog: connections that may wait to be accepted, 0 or more; None for the system's choice.
-        unix_mode: permissions of the file of a UNIX socket, such as ``0o660``; whoever may write may connect.
+        unix_mode: permissions of the file of a UNIX socket, such as ``0o660``; users who may write to it may
+            connect.
         settings: the bounds of each connection, and of their number.
 
     Returns:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     _Group = BaseExceptionGroup[BaseException]
 
 MAX_CAUSES: Final = 4
-"""How many causes of an exception `describe_error` follows; causes can be a circle."""
+"""How many causes of an exception `describe_error` follows; causes can form a circle."""
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
@@ -121,7 +121,7 @@ def isolate_failures(log: Callable[[BaseException], object]) -> Generator[None]:
     """Pass the error of a block to `log`, and raise only what `split_exception` says must be raised on."""
     try:
         yield
-    except BaseException as exc:  # noqa: BLE001  (`log_or_reraise` raises what must go further)
+    except BaseException as exc:  # noqa: BLE001  (`log_or_reraise` raises it on, if it must)
         log_or_reraise(exc, log)
 
 
@@ -142,8 +142,8 @@ def log_or_reraise(exc: BaseException, log: Callable[[BaseException], object]) -
 def innermost_scope(task: trio.lowlevel.Task) -> object:
     """Return an object that stands for the innermost cancel scope of a task. Compare it by ``is``.
 
-    Trio has no public way to ask. Without the attribute this returns None for all tasks, and a scope that was
-    left open is noticed later, when the scope around it is left.
+    Trio has no public function for this. If the attribute is missing, this returns None for all tasks. Then a
+    scope that was left open is noticed later, when the scope around it is left.
     """
     return getattr(task, "_cancel_status", None)
 
@@ -184,7 +184,7 @@ def block(function: Callable[_P, AsyncGenerator[_T]]) -> Callable[_P, AbstractAs
 
 @final
 class bare_nursery:  # noqa: N801  (as `trio.open_nursery`)
-    """Open a nursery that adds no exception group of its own. The body must see that the children end.
+    """Open a nursery that adds no exception group of its own. The body must make sure that the children end.
 
     It raises one exception as itself: a ``KeyboardInterrupt`` or ``SystemExit`` of a child; else the
     exception of the body; else that of a child; else the ``Cancelled``.
@@ -265,7 +265,7 @@ async def check_cancelled() -> None:
 
 @final
 class LazyEvent:
-    """Something that happens once. A `trio.Event` is made only where a task waits for it.
+    """An event that happens once. A `trio.Event` is made only if a task waits for it.
 
     Attributes:
         has_happened: whether `set` was called.

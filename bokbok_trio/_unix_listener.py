@@ -55,7 +55,7 @@ class UnixListener(trio.abc.Listener[trio.SocketStream]):
         return self._listener.socket
 
     def leave_file(self) -> tuple[str, int, int]:
-        """Leave the file there for whoever goes on to listen; return its path, device and inode."""
+        """Leave the file in place for another process, and return its path, device and inode."""
         assert self._inode is not None
         inode, self._inode = self._inode, None
         return self._path, *inode

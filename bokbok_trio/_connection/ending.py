@@ -112,7 +112,9 @@ class Ending:
 
     def on_abort(self, abort: Abort) -> None:
         """End the connection because the peer says that this side broke the protocol."""
-        text = f"this side broke the protocol, says the peer: {escape(abort.message)} [{escape(abort.code)}]"
+        text = (
+            f"the peer says that this side broke the protocol: {escape(abort.message)} [{escape(abort.code)}]"
+        )
         logger.warning("%r: %s", self._connection(), text)
         self.fail(text)
 

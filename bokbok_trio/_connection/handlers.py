@@ -370,7 +370,7 @@ class Handlers:
             return
         except (TypeError, ValueError) as exc:
             kind = ValueError if isinstance(exc, ValueError) else TypeError
-            raise kind(f"the handler returned what is no answer: {exc}") from exc
+            raise kind(f"the handler returned an invalid answer: {exc}") from exc
         self._note_end(id, "ok")
 
     def _note_end(self, id: int, outcome: RequestOutcome, code: str = "") -> None:

@@ -245,7 +245,7 @@ class Reader:
             return
         try:
             data = await self._receive()
-        except Exception as exc:  # noqa: BLE001  (a stream that raises anything is broken)
+        except Exception as exc:  # noqa: BLE001  (after any exception, a stream is broken)
             self.ended.set()
             self._ending.check_stream_error(exc)
             self._ending.fail(f"receiving failed: {describe_error(exc)}", exc)
@@ -256,7 +256,7 @@ class Reader:
             if self._session.is_mid_packet:
                 text = "the peer cut a packet short"
             elif self._session.draining.peer_drains:
-                text += ", which it was draining, as a server does that stops"
+                text += ", which it was draining, as a stopping server does"
             self._ending.fail(text)
         else:
             self._watchdog.heard()

@@ -59,7 +59,7 @@ class Session:
         has_undecoded: whether received packets remain to be decoded. Then call `receive` again, without data.
         has_spoken: whether the peer has asked or answered anything, besides saying that it ends.
         is_draining: whether this side takes no new request of depth 0.
-        is_holding_back: whether handlers wait for `has_room_for_answers`; set by whoever starts them.
+        is_holding_back: whether handlers wait for `has_room_for_answers`; the caller sets it.
         is_ping_queued: whether a ping waits to be sent.
     """
 

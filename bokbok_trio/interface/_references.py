@@ -1,7 +1,7 @@
 """References: callbacks, and objects with an interface, that one side lends to the other during a call.
 
 The calling side keeps each lent object under a number until the call has ended. The other side calls the
-object with a request the other way. The connection answers these requests besides those of its own handler.
+object with a request the other way. An added handler answers these requests (see `add_handler`).
 When the call has ended on a side, that side revokes the references and cancels the calls of them that are
 under way. Revoking sends nothing; a peer that calls a reference later gets an error.
 """

@@ -138,7 +138,9 @@ async def test_an_abort_of_the_peer_is_told_and_not_answered(caplog: pytest.LogC
         await peer.send(b"abort", b"protocol", b"bad\nid")
         assert await peer.stream.receive_some() == b""
         await connection.wait_closed()
-        with pytest.raises(ConnectionLost, match=r"this side broke the protocol, says the peer: bad\\nid"):
+        with pytest.raises(
+            ConnectionLost, match=r"the peer says that this side broke the protocol: bad\\nid"
+        ):
             await connection.request([])
     assert "bad\\nid" in caplog.text
 

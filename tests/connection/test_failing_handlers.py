@@ -56,7 +56,7 @@ class Unprintable(Exception):
         raise RuntimeError("no text")
 
 
-NO_ANSWER = "TypeError: the handler returned what is no answer: "
+NO_ANSWER = "TypeError: the handler returned an invalid answer: "
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ NO_ANSWER = "TypeError: the handler returned what is no answer: "
         ),
         (
             returning(["x"] * 256),
-            "ValueError: the handler returned what is no answer: a packet has at most 255 fields",
+            "ValueError: the handler returned an invalid answer: a packet has at most 255 fields",
         ),
         (lambda: 7, "TypeError: object int can't be used in 'await' expression"),
     ],

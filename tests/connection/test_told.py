@@ -30,7 +30,7 @@ from tests.support.inside import break_transport, refuse_for_too_many
 
 KEY = Key(bytes(range(32)))
 
-STOPPED = "the peer closed the connection, which it was draining, as a server does that stops"
+STOPPED = "the peer closed the connection, which it was draining, as a stopping server does"
 
 plain_and_sealed = pytest.mark.parametrize("sealed", [False, True])
 

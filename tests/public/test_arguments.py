@@ -306,11 +306,11 @@ async def test_what_has_no_signature_is_taken() -> None:
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        ("text", "TypeError: the handler returned what is no answer: pass a list of fields .*, not str"),
-        (5, "TypeError: the handler returned what is no answer: pass a list of fields .*, not int"),
-        ([1], "TypeError: the handler returned what is no answer: a field is bytes or str, not int"),
-        (["x"] * 256, "ValueError: the handler returned what is no answer: a packet has at most 255"),
-        (["\ud800"], "ValueError: the handler returned what is no answer: .*surrogates not allowed"),
+        ("text", "TypeError: the handler returned an invalid answer: pass a list of fields .*, not str"),
+        (5, "TypeError: the handler returned an invalid answer: pass a list of fields .*, not int"),
+        ([1], "TypeError: the handler returned an invalid answer: a field is bytes or str, not int"),
+        (["x"] * 256, "ValueError: the handler returned an invalid answer: a packet has at most 255"),
+        (["\ud800"], "ValueError: the handler returned an invalid answer: .*surrogates not allowed"),
     ],
 )
 async def test_a_wrong_answer_reads_as_the_fault_of_the_handler(

@@ -122,7 +122,7 @@ async def test_what_does_not_finish_in_the_grace_is_cancelled(
             assert trio.current_time() == end
     [lost] = answers
     assert isinstance(lost, ConnectionLost)
-    assert lost.reason == "the peer closed the connection, which it was draining, as a server does that stops"
+    assert lost.reason == "the peer closed the connection, which it was draining, as a stopping server does"
 
 
 async def test_wait_stopped_from_a_handler_ends_with_the_grace(
