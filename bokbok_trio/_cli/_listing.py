@@ -148,7 +148,7 @@ def describe(options: Namespace, out: Output) -> None:
 
 
 def make_template(method: Listed) -> dict[str, Any]:
-    """Return example arguments of a method: the defaults where it has any."""
+    """Return example arguments of a method: its defaults, if it has any."""
     template = {name: method.template(name) for name in method.names}
     return template if method.info.items_in is None else {**template, method.stream: []}
 

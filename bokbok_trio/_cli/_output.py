@@ -179,4 +179,4 @@ async def _wait_reader_gone() -> None:
         poll.register(OUT, 0)
         if poll.poll(0):
             raise ReaderGone
-    await trio.sleep_forever()  # also where this is both ends of a pipe
+    await trio.sleep_forever()  # also if this process has both ends of the pipe

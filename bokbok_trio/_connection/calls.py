@@ -69,7 +69,7 @@ class Calls:
         session: queues their packets, and counts their slots.
         ending: the connection's.
         packet_queued: `Sender.packet_queued`.
-        observer: is told of them; None if there are no instruments.
+        observer: reports them; None if there are no instruments.
     """
 
     __slots__ = ("_calls", "_ending", "_has_warned", "_observer", "_packet_queued", "_session", "_slot_watch")

@@ -242,7 +242,7 @@ class Connection:
 
     @property
     def address(self) -> Address | None:
-        """The peer's address: the path of a UNIX socket; None if the stream is no socket."""
+        """The peer's address: the path of a UNIX socket; None if the stream is not a socket."""
         return self._address
 
     @property

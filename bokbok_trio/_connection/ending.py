@@ -31,7 +31,7 @@ def refer_up(connection: Connection) -> Callable[[], Connection]:
     """Return a reference from a part of a connection up to the connection.
 
     It is weak, so that a connection that has ended is freed at once, and not by the garbage collector. Until
-    then the connection's task holds it, so the reference may be used wherever something goes on.
+    then the connection's task holds it, so the reference is valid while any task of the connection runs.
     """
     return cast("Callable[[], Connection]", weakref.ref(connection))
 

@@ -113,7 +113,7 @@ class Handlers:
         request_handler, channel_handler: the user's.
         describe_error: as in `Settings`.
         packet_queued: `Sender.packet_queued`.
-        observer: is told of them; None if there are no instruments.
+        observer: reports them; None if there are no instruments.
         ending: the connection's.
 
     Attributes:
@@ -280,7 +280,7 @@ class Handlers:
                 self._fail(scope.id, error, "timeout")
             else:
                 self._fail(scope.id, RequestError("the handler was cancelled", "cancelled"), "cancelled")
-        else:  # cancelled from outside, with the connection: the peer is told nothing
+        else:  # cancelled from outside, with the connection: send no answer
             self._note_end(scope.id, "lost")
         self._packet_queued(interactive=True)
 
