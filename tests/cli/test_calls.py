@@ -21,7 +21,7 @@ __all__ = ["address", "run"]
 
 @pytest.fixture(scope="module")
 def unlisted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a server is that lists nothing."""
+    """Run a server that lists nothing, and return its address."""
     with serving(str(tmp_path_factory.mktemp("cli") / "sock"), make_handler(listed=False)) as found:
         yield found
 
@@ -263,7 +263,7 @@ def test_a_stream_has_no_time_limit_unless_one_is_given(run: Run, address: str) 
 
 
 def test_what_is_read_may_take_any_time(run: Run, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time begins anew when somebody has typed what the standard input was to give."""
+    """The time limit begins when the standard input was typed."""
     limits: list[float] = []
     run_sync = trio.to_thread.run_sync
 
@@ -499,7 +499,7 @@ def test_a_template_of_what_holds_itself_ends() -> None:
 
 
 def test_the_alternative_that_fits_is_taken() -> None:
-    """Of several classes the one whose tag and fields are there; of other types the one of that kind."""
+    """Several classes: the one whose tag and fields match. Other types: the one of the value's kind."""
     data = {"type": "string", "contentEncoding": "base64"}
     first = {"type": "object", "properties": {"kind": {"enum": ["a"]}, "data": data}, "required": ["kind"]}
     second = {"type": "object", "properties": {"kind": {"enum": ["b"]}, "data": {"type": "string"}}}

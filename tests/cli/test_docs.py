@@ -1,4 +1,4 @@
-"""What docs/cli.rst shows is right: its commands are run, and write what it says."""
+"""Runs the commands that docs/cli.rst shows, and compares their output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "cli.rst").read_text()
 
 
 def sessions() -> list[tuple[str, str]]:
-    """Each command that the text shows, with what it writes."""
+    """Return each command that the text shows, with its output."""
     found: list[tuple[str, str]] = []
     for block in re.findall(r"\.\. code:: console\n\n((?:    .*\n|\n)+)", TEXT):
         for part in re.split(r"(?m)^    \$ ", block)[1:]:
@@ -31,7 +31,7 @@ def sessions() -> list[tuple[str, str]]:
 
 
 def matches(written: str, shown: str) -> bool:
-    """Whether what was written is what is shown, where three dots stand for anything in a line or some."""
+    """Whether an output matches the text, in which three dots stand for anything."""
     expression = ".*".join(map(re.escape, shown.split("...")))
     return re.fullmatch(expression, written, re.DOTALL) is not None
 

@@ -1,4 +1,4 @@
-"""Exit codes, and what is said of errors; `docs/cli.rst` has the table."""
+"""Exit codes and error messages; `docs/cli.rst` has the table."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_error_that_counts_of_several() -> None:
 
 @pytest.fixture
 def dying(tmp_path: Path) -> Iterator[str]:
-    """Where a server is that another process kills with a request in flight."""
+    """Run a server that another process kills with a request in flight, and return its address."""
     program = (
         "import os, sys, trio\nfrom bokbok_trio import open_server\n"
         "async def handler(connection, request):\n    os.kill(os.getpid(), 9)\n"

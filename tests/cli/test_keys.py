@@ -1,4 +1,4 @@
-"""`bokbok key` and `bokbok users`: keys and users in files, and no secret where others see it."""
+"""`bokbok key` and `bokbok users`: keys and users in files. No secret is shown to others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def key(tmp_path: Path) -> Path:
 
 
 def swap_end(text: str) -> str:
-    """Another text, by its last character."""
+    """Return a text with another last character."""
     return text[:-1] + ("q" if text[-1] != "q" else "p")
 
 
@@ -86,7 +86,7 @@ def test_a_mistyped_key_is_noticed(run: Run) -> None:
 
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A derivation that takes no second; what it comes to does not matter here."""
+    """Make the derivation of keys cheap. Its result does not matter here."""
     monkeypatch.setattr("bokbok_trio._keys.ARGON2ID_MEMORY", 2**16)
 
 

@@ -1,4 +1,4 @@
-"""Arguments that JSON has no kind for: maps with integers as keys, and callbacks."""
+"""Arguments that JSON cannot express: maps with integers as keys, and callbacks."""
 
 from __future__ import annotations
 

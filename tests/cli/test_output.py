@@ -1,4 +1,4 @@
-"""What is written where: descriptors, terminals, colours, progress, pipes that nobody reads, full disks."""
+"""The output: descriptors, terminals, colours, progress, pipes that nobody reads, full disks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["address", "run"]
 
 @contextmanager
 def on_terminal(*fds: int) -> Iterator[Callable[[], str]]:
-    """Have a terminal at some descriptors; gives a function that reads what was written."""
+    """Put a terminal at some descriptors. Yield a function that reads its output."""
     ours, theirs = pty.openpty()
 
     def read() -> str:
@@ -262,7 +262,7 @@ def test_a_pipe_that_nobody_reads_ends_a_command_quietly(
 
 
 def test_both_ends_of_a_pipe_are_still_read(address: str, tmp_path: Path) -> None:
-    """Where a shell has a pipe open for reading and writing, what waits in it says nothing."""
+    """A shell may have a pipe open for reading and writing. Data in it does not mean that nobody reads."""
     os.mkfifo(tmp_path / "pipe")
     both = os.open(tmp_path / "pipe", os.O_RDWR)
     os.write(both, b"x")
@@ -273,7 +273,7 @@ def test_both_ends_of_a_pipe_are_still_read(address: str, tmp_path: Path) -> Non
 
 
 def test_a_reader_who_waits_does_not_break_the_connection(tmp_path: Path) -> None:
-    """More than a pipe holds is not read for longer than the server waits for a sign of life."""
+    """The reader pauses for longer than the server waits for a sign of life, and the pipe is full."""
     settings = Settings(ping_after=0.2, ping_timeout=0.4)
     path = "x" * 1000
     with serving(str(tmp_path / "sock"), make_handler(), settings=settings) as address:

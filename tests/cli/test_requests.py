@@ -1,4 +1,4 @@
-"""`bokbok request` and `bokbok ping`, and what all commands do that need a connection."""
+"""`bokbok request` and `bokbok ping`, and the options of all commands that need a connection."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ number = 3
 
 @pytest.fixture
 def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module to serve, in the working directory; its name, which no other test has."""
+    """Make a module to serve in the working directory. Return its name, which no other test uses."""
     name = f"app_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(APP)
     monkeypatch.chdir(tmp_path)
@@ -94,7 +94,7 @@ def free_port() -> int:
 
 
 def unlink_when_it_waits(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """Remove a file as soon as a change is waited for."""
+    """Remove a file as soon as the server waits for a change."""
     wait = _serving.Files.wait_for_change
 
     async def unlink_and_wait(files: _serving.Files) -> None:
@@ -294,7 +294,7 @@ def test_a_user_whom_the_system_does_not_know_has_a_number() -> None:
 
 
 def test_a_change_of_the_code_is_served_by_a_process(tmp_path: Path) -> None:
-    """The whole of it, once: a change, broken code, its repair, and Ctrl-C."""
+    """One run of a process: a change, broken code, its repair, and Ctrl-C."""
     path = tmp_path / "app.py"
     path.write_text(APP)
     command = [sys.executable, "-m", "bokbok_trio", "serve", "app:handler", "./sock"]

@@ -47,7 +47,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def read_until(fd: int, words: str, *, without_colours: bool = True) -> str:
-    """What a terminal shows until there are some words."""
+    """Read a terminal until it shows some words."""
     data, end = "", time.monotonic() + WAIT
     while words not in data:
         ready, _, _ = select.select([fd], [], [], end - time.monotonic())
@@ -58,7 +58,7 @@ def read_until(fd: int, words: str, *, without_colours: bool = True) -> str:
 
 
 def in_shell(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script, in which bokbok is the command."""
+    """Run a script that can call bokbok."""
     command = f'bokbok() {{ {shlex.join(BOKBOK)} "$@"; }}\n{script}'
     return subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=WAIT, check=False,
@@ -68,7 +68,7 @@ def in_shell(script: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @needs("bash")
 def test_in_pipes(address: str) -> None:
-    """A stream into a reader who has enough, a full disk, and a closed output, as one script."""
+    """One script: a stream into a reader that stops, a full disk, and a closed output."""
     script = (
         'bokbok follow "$A" Files.lines path=/endless | head -n 1\n'
         'echo "${PIPESTATUS[@]}"\n'
@@ -116,7 +116,7 @@ def test_in_a_terminal(address: str) -> None:
 
 @needs("tmux")
 def test_a_key_is_typed_in_tmux(tmp_path: Path) -> None:
-    """A mistyped key is noticed, and what is typed is not shown."""
+    """A mistyped key is noticed, and the typed text is not shown."""
     session = ["tmux", "-L", f"bokbok-{os.getpid()}", "-f", "/dev/null"]
     script = f"{shlex.join(BOKBOK)} key check; echo code $?; sleep {WAIT}"
     subprocess.run([*session, "new-session", "-d", "-x", "100", "-y", "20", script], check=True)

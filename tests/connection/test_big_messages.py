@@ -1,4 +1,4 @@
-"""Big messages do not stand in the way, and take no more memory than they may."""
+"""Big messages do not delay small ones, and take no more memory than their bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINK = 10_000_000 / 8
 
 
 class SlowLink(trio.abc.Stream):
-    """A link that takes its time for what this end sends, and buffers nothing."""
+    """A link that sends slowly, and buffers nothing."""
 
     def __init__(self, transport: trio.abc.Stream) -> None:
         self.transport = transport

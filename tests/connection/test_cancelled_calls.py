@@ -1,4 +1,4 @@
-"""A call that is made under a cancelled scope, or after its deadline, does nothing over there."""
+"""A call that is made under a cancelled scope, or after its deadline, reaches no handler."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ over_all_scopes = pytest.mark.parametrize(
 
 
 class Recorder:
-    """Handlers of both kinds that tell what reached them."""
+    """Handlers of both kinds that record their requests."""
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []

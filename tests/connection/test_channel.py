@@ -1,4 +1,4 @@
-"""Channels over a connection: what Trio says of a channel, and how they are answered."""
+"""Channels over a connection: they behave as Trio's channels, and have answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a channel holds, and that cancelling loses and repeats nothing."""
+"""Channels hold a bounded number of bytes, and cancelling loses and repeats nothing."""
 
 from __future__ import annotations
 

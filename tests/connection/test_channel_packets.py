@@ -1,4 +1,4 @@
-"""Channels with a peer that is made by hand."""
+"""Channels with a peer made by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clocks that jump: the wall clock, which nothing goes by, and Trio's own, where a machine was suspended."""
+"""Clocks that jump: the wall clock, which nothing depends on, and Trio's clock, on a suspended machine."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_only_the_keyring_reads_the_wall_clock() -> None:
 
 @pytest.fixture
 def wild_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wall clock that jumps by days, back and forth, each time that it is read."""
+    """A wall clock that jumps by days, back and forth, at each reading."""
     dice = random.Random(11)
     monkeypatch.setattr(time, "time", lambda: dice.uniform(0, 2e9))
     monkeypatch.setattr(time, "time_ns", lambda: dice.randrange(2 * 10**18))

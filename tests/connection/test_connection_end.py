@@ -1,4 +1,4 @@
-"""How connections end: what still counts, for how long the end is waited for, and what is logged of it."""
+"""How connections end: late answers, the wait for the peer's end, and the log."""
 
 from __future__ import annotations
 

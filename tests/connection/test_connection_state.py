@@ -1,4 +1,4 @@
-"""What a connection says of itself, pings, its end, and defects of our own."""
+"""The state of a connection, pings, its end, and defects of this package."""
 
 from __future__ import annotations
 

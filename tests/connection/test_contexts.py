@@ -1,4 +1,4 @@
-"""What travels beside a request, and the context variables of its handler."""
+"""The context of a request, and the context variables of its handler."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ LABEL: ContextVar[str] = ContextVar("label", default="nothing")
 
 
 class Labelling(Instrument):
-    """Sets a context variable for each request of the peer's."""
+    """Sets a context variable for each request of the peer."""
 
     def request_started(self, event: RequestStarted) -> None:
         if event.direction == "in":

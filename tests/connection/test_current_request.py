@@ -20,7 +20,7 @@ from tests.support.pairs import open_pair, over_all_ways
 
 
 class Witness:
-    """Handlers of both kinds that note what is being handled."""
+    """Handlers of both kinds that record the current request."""
 
     def __init__(self) -> None:
         self.seen: list[CurrentRequest] = []

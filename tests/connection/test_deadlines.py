@@ -1,4 +1,4 @@
-"""Deadlines cross the wire: on time that `autojump_clock` makes."""
+"""Deadlines cross the wire. The clock is `autojump_clock`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.helpers import packet, raw_peer, settle
 
 
 class Sleeper:
-    """A handler that sleeps for as long as it is asked to, and tells under which deadline."""
+    """A handler that sleeps for a given time, and records its deadline."""
 
     def __init__(self) -> None:
         self.left: list[float] = []

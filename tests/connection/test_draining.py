@@ -1,4 +1,4 @@
-"""Draining one connection, and what an asker is told at every step of a request's life."""
+"""Draining one connection, and the error that an asker gets at every step of a request's life."""
 
 from __future__ import annotations
 

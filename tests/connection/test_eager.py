@@ -1,4 +1,4 @@
-"""`start_eagerly`, alone under Trio; and handlers, which begin by it, are as in tasks of their own."""
+"""`start_eagerly` alone under Trio, and by handlers, which run as in tasks of their own."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ async def test_the_frames_of_work_that_waits_are_the_tasks() -> None:
 
 
 async def test_work_that_was_given_up_can_be_closed() -> None:
-    """As the garbage collector does it, at the end of a run that broke."""
+    """The garbage collector does so at the end of a run that crashed."""
     seen: list[str] = []
 
     async def work() -> None:
@@ -377,7 +377,7 @@ def all_tasks(nursery: trio.Nursery) -> list[trio.lowlevel.Task]:
 
 
 class Oops(Exception):
-    """What a handler may raise."""
+    """An exception of a handler."""
 
 
 @over_all_ways
@@ -453,7 +453,7 @@ async def test_a_cancel_from_the_asker_at_any_wait_reaches_only_that_handler(way
 @over_all_ways
 async def test_a_handler_that_was_cancelled_leaves_neither_name_nor_variables_behind(way: str) -> None:
     class Held:
-        """What a context variable may hold."""
+        """A value of a context variable."""
 
     held: list[weakref.ref[Held]] = []
 

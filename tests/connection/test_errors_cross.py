@@ -1,4 +1,4 @@
-"""How the error of a handler reaches its asker, and what is left of it here and there."""
+"""How the error of a handler reaches its asker, and what both sides keep of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def raise_soon(error: BaseException) -> None:
 
 
 async def raise_now(error: BaseException) -> None:
-    """Where two tasks do so, both get to it."""
+    """Raise without a checkpoint, so that two tasks of a nursery both raise."""
     raise error
 
 
@@ -286,7 +286,7 @@ async def test_a_timeout_over_several_hops(hops: int, deadline: float | None) ->
 
 
 class Panic(BaseException):
-    """As the exception of an extension in another language."""
+    """An exception like those of extensions in other languages."""
 
 
 @over_all_ways
@@ -389,7 +389,7 @@ async def test_errors_and_cancellations_leave_no_cycles(
         return await handle(request)
 
     async def once(client: Connection, what: str, turns: int) -> None:
-        """Ask, and cancel that after so many turns of the event loop, if it takes as many."""
+        """Make a request, and cancel it after so many turns of the event loop."""
 
         async def cancel() -> None:
             for _ in range(turns):

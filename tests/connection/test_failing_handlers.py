@@ -1,4 +1,4 @@
-"""Handlers that fail: what their asker is told, and what is logged."""
+"""Handlers that fail: the asker's error, and the log."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ KEY = Key(bytes(range(32)))
 
 
 def in_child(act: Callable[[], object]) -> str:
-    """Do something in a forked child, and return what it returned there, as a text; or its exception."""
+    """Call a function in a forked child. Return its result, or its exception, as a text."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -72,7 +72,7 @@ class Resumed:
 
 
 def run_coroutine(coroutine: Any) -> object:
-    """Run a coroutine without an event loop, through its checkpoints, to its end or to where it waits."""
+    """Run a coroutine without an event loop, through its checkpoints, to its end or its first wait."""
     resumed = None
     try:
         while "Checkpoint" in repr(coroutine.send(resumed)):
@@ -167,7 +167,7 @@ async def test_it_can_use_no_stream() -> None:
 
 @pytest.mark.parametrize("over", ["socket", "memory"])
 async def test_it_seals_and_opens_nothing(over: str) -> None:
-    """Else two plaintexts would be sealed under one nonce."""
+    """Otherwise two plaintexts would be sealed under one nonce."""
     ours: trio.abc.Stream
     theirs: trio.abc.Stream
     if over == "socket":
@@ -298,7 +298,7 @@ async def test_one_that_leaves_a_servers_block_ends_no_connection(
 
 @pytest.fixture
 def fork(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """What runs first in a child, for what is made from now on."""
+    """Return the function that runs first in a child, for objects made from now on."""
     return forked_from_now_on(monkeypatch)
 
 

@@ -1,4 +1,4 @@
-"""What a handler may count on, wherever it runs: its context, its deadline, its callbacks."""
+"""The surroundings of a handler, in whichever task it runs: its context, its deadline, its callbacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Handlers that fail, and what they leave open, in the tasks that read."""
+"""Handlers that fail or leave scopes and nurseries open, in the tasks that read."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def test_a_handler_that_waits_and_leaves_a_scope_open_harms_no_other(
     caplog: pytest.LogCaptureFixture,
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """As does leaving an async generator that yields inside of a scope."""
+    """The same holds for an abandoned async generator that yields inside a scope."""
 
     async def handler(connection: Connection, request: list[bytes]) -> None:
         if request != [b"now"]:

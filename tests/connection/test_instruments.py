@@ -1,4 +1,4 @@
-"""What instruments are told, that each thing that starts ends once, and what becomes of those that fail."""
+"""The events of instruments: all that starts ends once, and an instrument that fails gets no more."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ async def test_each_connection_of_a_reconnecting_one_is_told() -> None:
 
 
 class Oops(BaseException):
-    """No exception that anybody expects."""
+    """An exception that nobody expects."""
 
 
 METHODS = [name for name in vars(Instrument) if not name.startswith("_")]

@@ -1,4 +1,4 @@
-"""How instruments are told of the ends of requests, and for how long they waited."""
+"""The events of the ends of requests, with the times that the requests waited."""
 
 from __future__ import annotations
 

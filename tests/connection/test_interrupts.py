@@ -36,7 +36,7 @@ INTERRUPT_SECONDS: Final = float(os.environ.get("INTERRUPT_SECONDS", "1.5"))
 
 
 def in_child(work: Callable[[], object], patience: float = 15) -> str:
-    """Run it in a child, and tell how it ended: what it returned, or its traceback."""
+    """Run a function in a child. Return its result, or its traceback."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -139,7 +139,7 @@ CALLS = ["request", "large", "waiting", "callback", "ping", "cancelled", "channe
 
 
 def run_calls(what: str, mode: str, instrument: Interrupter | None, *, catches: bool) -> str:
-    """Ask some times, with Ctrl-C caught around each call, or not at all."""
+    """Make some requests, with Ctrl-C caught around each call, or not at all."""
     caught: list[str] = []
 
     async def main() -> None:

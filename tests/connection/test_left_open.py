@@ -1,4 +1,4 @@
-"""Handlers that leave a scope or nursery open, and blocks that are given up half-way: nobody else suffers."""
+"""Handlers that leave a scope or nursery open, and abandoned blocks: nobody else suffers."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_a_generator_that_is_dropped_inside_a_block_ends_in_an_error_and_does_no
 
 
 def run_in_process(main: Callable[[], Awaitable[object]], patience: float = 8) -> str:
-    """Run it in a forked child, and tell how it ended: a hang of Trio cannot be cancelled."""
+    """Run a function in a forked child, and return its end: a hang of Trio cannot be cancelled."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""Callbacks nested in callbacks: nobody stands still, at any load and depth, whoever asks whom."""
+"""Callbacks nested in callbacks never deadlock, at any load and depth, in any direction."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def down_with_a_wait(connection: Connection, request: list[bytes]) -> list
 
 
 async def down_channels(connection: Connection, request: list[bytes], channel: Channel) -> list[bytes]:
-    """As `down`, by channels, with an item each way in each."""
+    """Do as `down` does, by channels, with an item each way in each."""
     assert await channel.receive() == request
     n = int(request[0])
     if n:
@@ -347,7 +347,7 @@ plans = st.recursive(st.just(()), lambda inner: st.tuples(inner) | st.tuples(inn
 
 @st.composite
 def callers(draw: st.DrawFn) -> list[tuple[int, int, object, bool, float | None]]:
-    """Who asks, over which connection, what, by a channel or not, and when it is cancelled."""
+    """Draw requests: the asker, the connection, the kind, and the time of the cancellation."""
     caller = st.tuples(
         st.integers(0, 1),
         st.integers(0, 2),

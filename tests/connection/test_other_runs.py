@@ -28,7 +28,7 @@ async def echo_items(connection: Connection, request: list[bytes], channel: Chan
 
 
 class Both:
-    """What is tried: a connection and a channel of it."""
+    """A connection, and a channel of it."""
 
     def __init__(self, connection: Connection, channel: Channel) -> None:
         self.connection = connection
@@ -82,7 +82,7 @@ def test_no_method_is_forgotten() -> None:
 
 
 async def in_another_run(act: Callable[[], object]) -> object:
-    """Do it in a Trio run of another thread."""
+    """Call a method in a Trio run of another thread."""
 
     async def main() -> object:
         result = act()
@@ -92,7 +92,7 @@ async def in_another_run(act: Callable[[], object]) -> object:
 
 
 async def in_a_thread(act: Callable[[], object]) -> object:
-    """Do it in a thread without a Trio run, a coroutine by hand, as far as it goes."""
+    """Call a method in a thread without a Trio run. Run a coroutine by hand, as far as it goes."""
 
     def run() -> object:
         result = act()
@@ -121,7 +121,7 @@ async def in_a_thread(act: Callable[[], object]) -> object:
 
 
 async def in_a_worker_thread(act: Callable[[], object]) -> object:
-    """Do it in a thread of Trio's."""
+    """Call a method in a worker thread of Trio."""
 
     def run() -> object:
         result = act()

@@ -1,4 +1,4 @@
-"""The end of a connection, in the middle of what was received together."""
+"""The end of a connection, in the middle of packets that were received together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What went wrong, in words: reasons are never empty, and name their causes."""
+"""The reasons for the end of a connection are never empty, and name their causes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_causes_in_a_circle_and_contexts_are_described_too() -> None:
 
 
 class Textless(trio.abc.Stream):
-    """A stream that fails as it is told, by an exception that may have no text."""
+    """A stream that fails on demand, by an exception that may have no text."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
@@ -150,7 +150,7 @@ async def test_a_defect_of_our_own_is_logged_once_and_is_the_cause(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Defect(Exception):
-        """Of the library."""
+        """A defect of the library."""
 
     async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
         await trio.sleep(0.05)

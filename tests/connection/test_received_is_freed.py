@@ -1,4 +1,4 @@
-"""What is held of what was received, while handlers wait."""
+"""Received bytes are freed while handlers wait."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ async def test_what_is_left_of_a_batch_outlasts_the_buffer_that_it_was_received_
 
 
 class Data(bytearray):
-    """What was received; unlike a bytearray it can be looked for."""
+    """Received bytes. Unlike a bytearray, they can be found by the garbage collector."""
 
 
 class Traced(Deaf):
-    """A stream that looks for what it has returned."""
+    """A stream that looks for the data that it has returned."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         super().__init__(stream)
@@ -76,7 +76,7 @@ async def test_a_handler_that_waits_does_not_keep_all_that_came_with_its_request
 
 async def test_a_handler_that_waits_again_does_not_keep_what_it_waited_for() -> None:
     class Big:
-        """Something."""
+        """A big object."""
 
     send, receive = trio.open_memory_channel[Big](0)
 

@@ -1,4 +1,4 @@
-"""Channels, answers and requests that are received together, and when what is sent leaves."""
+"""Channels, answers and requests that are received together, and when their packets leave."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_credit_that_comes_together_with_its_channel_wakes_the_handler_tha
 async def test_room_that_the_first_wait_of_a_handler_makes_wakes_it_only_when_it_waits(
     is_cancelled: bool,
 ) -> None:
-    """What is queued leaves where the handler waits, and it may wait for just that."""
+    """Queued packets leave when the handler waits, since it may wait for just that."""
     filled = 0
 
     async def handler(connection: Connection, request: list[bytes]) -> None:
@@ -134,7 +134,7 @@ async def test_whatever_is_received_says_that_the_peer_is_there_whichever_task_r
 
 
 def count_sends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many bytes leave at once, of all connections over sockets."""
+    """Record the bytes of each write, for all connections over sockets."""
     sizes: list[int] = []
     send_now = SocketStream.send_nowait
 
@@ -184,7 +184,7 @@ async def test_a_request_is_written_at_once_only_after_a_few_receives_of_one_pac
         sizes = count_sends(monkeypatch)
 
         async def is_written_at_once() -> bool:
-            """Ask something. The peer's answer is a receive of one packet."""
+            """Make a request. The peer's answer is a receive of one packet."""
             sizes.clear()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.request, ["x"])

@@ -1,4 +1,4 @@
-"""Requests of any behaviour, received in pieces of any size: each is answered once, and rightly."""
+"""Requests of any behaviour, received in pieces of any size: each gets one answer, the right one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_request_is_answered_once_and_rightly_however_it_comes(
 
 
 class Asked:
-    """What the requests do, and what became of them."""
+    """The behaviour of the requests, and their outcomes."""
 
     def __init__(self) -> None:
         self.started: list[int] = []
@@ -77,7 +77,7 @@ class Asked:
         return [number]
 
     async def hear(self, peer: RawPeer) -> None:
-        """Note what the peer is sent."""
+        """Record the packets that the peer gets."""
         while True:
             kind, *rest = await peer.receive()
             if kind == b"req":

@@ -1,4 +1,4 @@
-"""When requests leave: at once, together, or left to the task that sends."""
+"""When requests leave: at once, together, or by the sender task."""
 
 from __future__ import annotations
 

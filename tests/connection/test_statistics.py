@@ -1,4 +1,4 @@
-"""What a connection tells of itself, and what is left of it when it has ended."""
+"""The statistics of a connection, and the objects that remain when it has ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the other side is told, and what logs say, when one side stops, is cancelled, or has no room."""
+"""The error on the other side, and the logs, when one side stops, is cancelled, or has no room."""
 
 from __future__ import annotations
 

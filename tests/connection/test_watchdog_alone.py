@@ -1,4 +1,4 @@
-"""The watchdog alone, beside a model of what it is to do."""
+"""The watchdog alone, compared with a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.watchdogs import Diary, system_tasks
 
 
 class Model:
-    """What a watchdog is to do, if it looks at all times when the loop is not blocked."""
+    """A watchdog that looks at all times when the event loop is not blocked."""
 
     def __init__(self, ping_after: int, ping_timeout: int) -> None:
         self.ping_after = ping_after

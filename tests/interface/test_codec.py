@@ -1,4 +1,4 @@
-"""Values to bytes and back: what round-trips, what is refused, and how far what a peer sends can go."""
+"""Values to bytes and back: round trips, refusals, and bounds on the data of a peer."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_hundreds_of_keys_are_compared_too() -> None:
 
 
 def nest(depth: int, innermost: Any = None) -> Any:
-    """Lists within lists, so many."""
+    """Nest so many lists."""
     value = [] if innermost is None else [innermost]
     for _ in range(depth - 1):
         value = [value]
@@ -290,7 +290,7 @@ def test_values_of_any_type_nest_to_a_depth_and_no_deeper(type: Any) -> None:
 
 
 def encode_by_hand(value: Any) -> bytes:
-    """What the encoder would make, at depths at which it gives up."""
+    """Encode nested lists at depths at which the encoder gives up."""
     data = b""
     while isinstance(value, list) and len(value) == 1:
         data += b"\x91"

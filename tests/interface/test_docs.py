@@ -1,4 +1,4 @@
-"""What docs/interfaces.rst and docs/tutorial.rst show is right, and runs as it stands."""
+"""Runs the code of docs/interfaces.rst and docs/tutorial.rst as it stands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of docs/interfaces.rst of what may change, each row held by an old and a new interface."""
+"""The table of changes in docs/interfaces.rst: each row is checked with an old and a new interface."""
 
 # Annotations are no strings here: those of classes within functions could not be evaluated.
 
@@ -44,7 +44,7 @@ def test_every_row_of_the_table_has_its_test() -> None:
 
 
 async def ask(served: type[object], called: type[object], call: Asking) -> object:
-    """Return what a call gives, or the name of what is raised."""
+    """Return the result of a call, or the name of its exception."""
     async with open_connection_pair(server_handler=expose(served, served(), name="It")) as (client, _):
         try:
             return await call(consume(client, called, name="It"))

@@ -1,4 +1,4 @@
-"""What is served, and what may be called."""
+"""Exposing interfaces, and the methods that a peer may call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an implementation has what an interface names is told when it is exposed, all at once."""
+"""`expose` reports everything that an implementation lacks, at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an interface may say."""
+"""Inspection: everything that an interface may have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a peer may know of the interfaces that are served to it, and which peer."""
+"""The listing: which peers see it, and what it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Middleware on both sides, around calls and streams, and what context variables it sets are seen by."""
+"""Middleware on both sides, around calls and streams, and the scope of its context variables."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Implementation:
 
 
 class Log:
-    """Middleware that notes what it sees."""
+    """Middleware that records its calls."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name
@@ -92,7 +92,7 @@ class Log:
 
 @asynccontextmanager
 async def open_things(*, client: Any = (), server: Any = ()) -> AsyncGenerator[tuple[Things, Implementation]]:
-    """Middleware of both sides, a stand-in, and what it stands for."""
+    """Middleware of both sides, a stand-in, and its implementation."""
     things: Any = Implementation()
     async with open_connection_pair(server_handler=expose(Things, things, middleware=server)) as (ours, _):
         yield consume(ours, Things, middleware=client), things

@@ -1,4 +1,4 @@
-"""All that an interface may not say is told at once, with what to write instead."""
+"""All problems of an interface are reported at once, with what to write instead."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Dunder(Protocol):
 
 
 class Wrong(Protocol):
-    """Each method is wrong in one way; its docstring is what is to be said of it."""
+    """Each method is wrong in one way. Its docstring is the expected message."""
 
     count: int
     LIMIT: ClassVar[int] = 3

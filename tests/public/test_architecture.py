@@ -1,4 +1,4 @@
-"""What docs/architecture.rst names is there."""
+"""Every file and method that docs/architecture.rst names exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments that can never work, or hardly mean what they say, are refused at once, with what to do."""
+"""Arguments that can never work, or are surely mistakes, are refused at once, with what to do."""
 
 from __future__ import annotations
 

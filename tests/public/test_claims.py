@@ -1,4 +1,4 @@
-"""What the security text claims has a test, and a mutation that this test finds."""
+"""Each claim of the security text has a test, and a mutation that this test finds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The programs that the documentation shows for blocking calls."""
+"""Runs the programs of the documentation for blocking calls."""
 
 from __future__ import annotations
 

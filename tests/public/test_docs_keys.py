@@ -1,4 +1,4 @@
-"""What docs/keys.rst shows is right, and runs as it stands."""
+"""Runs the code of docs/keys.rst as it stands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROGRAMS = {
 
 
 def block_after(words: str) -> str:
-    """The literal block after some words."""
+    """Return the literal block after some words."""
     match = re.search(re.escape(words) + r"[^:]*::\n\n((?:    .*\n)+)", TEXT)
     assert match
     return re.sub(r"(?m)^    ", "", match[1])

@@ -1,4 +1,4 @@
-"""What docs/watching.rst shows is right, and runs as it stands."""
+"""Runs the code of docs/watching.rst as it stands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files over a channel: whole or not at all, resumed, and nothing for a peer to play with."""
+"""Files over a channel: whole or not at all, resumed, and safe from the peer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def digest_of(data: bytes) -> bytes:
 
 
 class Side:
-    """Where a file comes from or goes to, and what its side has seen."""
+    """One side of a transfer: its path, and the progress that it saw."""
 
     def __init__(self, path: Path, *, max_size: float = math.inf) -> None:
         self.path = path

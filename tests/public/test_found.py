@@ -1,4 +1,4 @@
-"""What people found who tried to break the library: each fault once, as a user meets it."""
+"""Faults that were found by trying to break the library, each as a user meets it."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ async def test_both_modes_work_over_a_stream_without_a_buffer(sealed: bool) -> N
 
 
 class Panic(BaseException):
-    """As an extension in Rust raises."""
+    """An exception like those of extensions in Rust."""
 
 
 @pytest.mark.parametrize("failure", [Panic("no"), ValueError("no")])

@@ -27,13 +27,13 @@ def is_private(name: str) -> bool:
 
 
 def is_module(node: ast.expr, name: str) -> bool:
-    """Whether an attribute of this name is a module of the package, or public where it comes from."""
+    """Whether an attribute is a module of the package, or public in the module that defines it."""
     root = ast.unparse(node).split(".")[0]
     return root in STANDARD or (root == "bokbok_trio" and name in PRIVATE_MODULES)
 
 
 def own(tree: ast.Module) -> set[ast.AST]:
-    """What a class does with its own objects: every `self` and `cls` in it."""
+    """Return every `self` and `cls` in a class: a class may use private names of its own objects."""
     return {
         node
         for found in ast.walk(tree)
@@ -44,7 +44,7 @@ def own(tree: ast.Module) -> set[ast.AST]:
 
 
 def touched(tree: ast.Module) -> Iterator[str]:
-    """The private names of others that a file touches, with their lines."""
+    """Yield the private names of others that a file touches, with their lines."""
     selves = own(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -68,7 +68,7 @@ def docstring_lines(node: ast.AST) -> int:
 
 
 def long_parts(source: str, most: int, most_of_a_function: int) -> Iterator[str]:
-    """The file, if it has more lines than that, and its functions that do; docstrings aside."""
+    """Yield the file if it has more lines than that, and its functions that do; docstrings do not count."""
     tree = ast.parse(source)
     lines = len(source.splitlines()) - sum(map(docstring_lines, ast.walk(tree)))
     if lines > most:

@@ -1,4 +1,4 @@
-"""Keyrings: what is in the file, its changes, and their use by a server."""
+"""Keyrings: the file, its changes, and their use by a server."""
 
 from __future__ import annotations
 
@@ -138,13 +138,13 @@ def test_it_stays_the_same_file_when_the_directory_changes(
 
 
 def replace(path: Path, text: str) -> None:
-    """As an editor does that puts a new file in the place of the old one."""
+    """Replace a file by a new one, as some editors do."""
     write(path.with_suffix(".new"), text)
     path.with_suffix(".new").rename(path)
 
 
 def relink(path: Path, text: str) -> None:
-    """As what unpacks a new version elsewhere, and has a link to it."""
+    """Unpack a new version elsewhere, and replace the link to it."""
     version = path.with_suffix(f".{time.time_ns()}")
     write(version, text)
     path.with_suffix(".new").symlink_to(version)

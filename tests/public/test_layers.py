@@ -1,4 +1,4 @@
-"""Which files may import which: the folders are the rule, and imports go down only."""
+"""The imports between files: the folders are the rule, and imports go down only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOWER = ["_protocol", "_stream", "_connection"]
 
 
 def ours(name: str, tree: ast.Module) -> Iterator[str]:
-    """The files of the package that a file imports, for type checkers only too, by their names."""
+    """Yield the names of the package's files that a file imports, even only for type checkers."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             path = [*name.split(".")[: -node.level], *filter(None, [node.module])]
@@ -31,7 +31,7 @@ def ours(name: str, tree: ast.Module) -> Iterator[str]:
 
 
 def others(tree: ast.Module) -> Iterator[str]:
-    """The packages that a file imports by absolute names."""
+    """Yield the packages that a file imports by absolute names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -44,7 +44,7 @@ GRAPH["_types"] = {"_keys"}  # the one file that names higher ones, for type che
 
 
 def reach(name: str) -> set[str]:
-    """The files that a file imports, and those that these import, and so on."""
+    """Return the files that a file imports, directly or indirectly."""
     found: set[str] = set()
     new = {name}
     while new:

@@ -1,4 +1,4 @@
-"""Listening on TCP: which addresses a name has here, one port for all of them; and what `serve` takes."""
+"""Listening on TCP: the addresses of a name, with one port for all of them; and the arguments of `serve`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def test_a_chosen_port_is_one_for_all_addresses(host: str) -> None:
 
 
 class Binding:
-    """Fails to listen where it is told to, as often as it is told to."""
+    """Fails to listen on given addresses, a given number of times."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: dict[str, list[int]]) -> None:
         self.failures = failures

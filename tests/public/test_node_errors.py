@@ -1,4 +1,4 @@
-"""The package and the implementation in Node: what each must not send, and a rogue."""
+"""The package and the implementation in Node: bad packets of each, and a rogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces: spans of both sides, linked, with what the SDK's exporter in memory sees of them."""
+"""Traces: linked spans of both sides, as the SDK's exporter in memory sees them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CLIENT, SERVER = trace.SpanKind.CLIENT, trace.SpanKind.SERVER
 
 
 class Traces:
-    """A provider of its own, whose spans are kept."""
+    """A tracer provider that keeps its spans."""
 
     def __init__(self, **options: Any) -> None:
         self.exporter = InMemorySpanExporter()
@@ -68,7 +68,7 @@ class Traces:
         return span
 
     def path(self, span: ReadableSpan | None) -> list[tuple[str, trace.SpanKind]]:
-        """A span, and those that it is in, outwards."""
+        """Return a span and its parents, from the inside out."""
         found: list[tuple[str, trace.SpanKind]] = []
         by_id = {each.context.span_id: each for each in self.spans}
         while span is not None:
@@ -300,7 +300,7 @@ async def test_baggage_travels_and_what_is_too_long_is_left_out(traces: Traces) 
 
 
 class Shouting(TextMapPropagator):
-    """One whose names are in mixed case, as those of some vendors are."""
+    """A propagator whose names are in mixed case, as those of some vendors are."""
 
     def extract(
         self,

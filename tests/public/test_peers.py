@@ -1,4 +1,4 @@
-"""The addresses of open sockets, and who is at the other end."""
+"""The addresses of open sockets, and the processes at their other ends."""
 
 from __future__ import annotations
 

@@ -394,7 +394,7 @@ async def test_a_turn_that_does_not_come_in_time(autojump_clock: trio.testing.Mo
 
 @pytest.mark.parametrize("steps", [["cancel"], ["cancel", "give back"], ["give back", "cancel"]])
 async def test_whoever_is_cancelled_while_waiting_loses_no_turn(steps: list[str]) -> None:
-    """Both may happen in one step of the scheduler."""
+    """A cancellation and a turn may come in one step of the scheduler."""
     turns = Turns(1)
     assert await turns.take("a", 100)
     got: list[bool] = []

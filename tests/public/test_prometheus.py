@@ -1,4 +1,4 @@
-"""examples/prometheus.py: what it counts, and the page, as Prometheus reads it."""
+"""examples/prometheus.py: its counts, and its page, as Prometheus reads it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def parse(page: str) -> Samples:
-    """The samples of a page, by name and labels, as the parser of prometheus_client sees them."""
+    """Return the samples of a page, by name and labels, as the parser of prometheus_client sees them."""
     parser = pytest.importorskip(
         "prometheus_client.parser", reason="prometheus_client is not installed: pip install '.[examples]'"
     )

@@ -1,4 +1,4 @@
-"""What the package shows, and which of its files may know which."""
+"""The public names of the package."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 
 def public_objects(module: str) -> Iterator[tuple[str, Any]]:
-    """Public classes and functions, by name, and with each class what it defines for users."""
+    """Return public classes and functions by name, and the public members of each class."""
     for name in sorted(PUBLIC[module]):
         value = getattr(importlib.import_module(module), name)
         if inspect.isclass(value) or inspect.isfunction(value):

@@ -1,4 +1,4 @@
-"""The fixtures, and the recipes of docs/testing.rst, which run as they stand."""
+"""The fixtures, and the recipes of docs/testing.rst as they stand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands."""
+"""Runs the code of the README as it stands."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_server_and_the_client_of_bytes_do_what_their_comments_say(tmp_path:
 
 
 def wait_for_port(port: int) -> None:
-    """The server says nothing when it is ready, so ask until it answers."""
+    """Wait until a server answers: it writes nothing when it is ready."""
     for _ in range(200):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

@@ -1,4 +1,4 @@
-"""What docs/running.rst says: servers that signals stop, examples and Ctrl-C, the table of bounds."""
+"""The text of docs/running.rst: servers that signals stop, examples and Ctrl-C, the table of bounds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts Python with some arguments, and sees to it that it has ended after the test."""
+    """Start Python with some arguments. It ends with the test."""
     with ExitStack() as stack:
 
         def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
@@ -51,7 +51,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture
 def readme_server(start: Start, tmp_path: Path) -> tuple[subprocess.Popen[str], int, Key]:
-    """The README's server, which listens."""
+    """The server of the README, when it listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -172,7 +172,7 @@ async def test_a_signal_may_come_as_soon_as_an_example_says_that_it_serves(
 
 
 def find_recipe(text: str) -> str:
-    """The recipe as it stands there, without its indentation."""
+    """Return a recipe of the text, without its indentation."""
     found = re.search(
         r"^( *)async def stop_on_signals\(server, task_status\):\n(?:\1 +.*\n)+", text, re.MULTILINE
     )
@@ -317,7 +317,7 @@ def test_what_is_wrong_is_one_line(arguments: list[str], line: str, start: Start
 
 
 def as_number(text: str) -> float | None:
-    """What a default in the table stands for."""
+    """Return the number that a default in the table stands for."""
     number, _, unit = text.partition(" ")
     if number == "None":
         return None

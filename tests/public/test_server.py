@@ -136,7 +136,7 @@ async def test_a_failing_listener_comes_out_of_the_block_bare_unless_the_block_f
 
 
 class FailingSocket:
-    """The socket of a listener, that fails first."""
+    """The socket of a listener. Its first calls fail."""
 
     def __init__(self, sock: trio.socket.SocketType, errors: list[int]) -> None:
         self.sock = sock

@@ -1,4 +1,4 @@
-"""Servers: who gets in, who is refused, and who is counted."""
+"""Servers: admitted, refused and counted clients."""
 
 from __future__ import annotations
 

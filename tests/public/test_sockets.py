@@ -1,4 +1,4 @@
-"""On real sockets, where the socket is the point; some between real processes."""
+"""Tests in which the real socket is the point, some between real processes."""
 
 from __future__ import annotations
 
@@ -408,7 +408,7 @@ async def test_of_two_processes_that_race_for_a_stale_path_one_wins(tmp_path: Pa
 
 
 def story_of(name: str) -> str:
-    """What an example prints, which must end well."""
+    """Run an example, which must end well, and return its output."""
     with run_example(name) as example:
         story, errors = example.communicate(timeout=30)
     assert example.returncode == 0, errors

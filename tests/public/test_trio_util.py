@@ -12,7 +12,7 @@ from bokbok_trio._trio_util import bare_nursery, current_task_is_under, isolate_
 
 
 async def cancelled() -> trio.Cancelled:
-    """A Cancelled, which only Trio can make."""
+    """Return a Cancelled, which only Trio can make."""
     with trio.CancelScope() as scope:
         scope.cancel()
         try:
@@ -23,7 +23,7 @@ async def cancelled() -> trio.Cancelled:
 
 
 def shape(exc: BaseException | None) -> object:
-    """An exception as its type, a group as the list of what is in it."""
+    """Return an exception as its type, and a group as the list of its members."""
     if isinstance(exc, BaseExceptionGroup):
         return [shape(inner) for inner in exc.exceptions]
     return None if exc is None else type(exc)

@@ -1,4 +1,4 @@
-"""Listening on a UNIX socket: its file, its mode, and the lock under which it is made."""
+"""Listening on a UNIX socket: its file, its mode, and the lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections open, in memory and over sockets, and no more is read than there may be."""
+"""Connections open, in memory and over sockets, and no side reads too far."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ async def test_what_comes_together_with_accepted_is_kept(mode: Mode, autojump_cl
     client_wire, server_wire = wires
 
     class Late(trio.abc.Stream):
-        """The client's end, that receives only when the server has nothing left to say."""
+        """The client's end. It receives only when the server has sent everything."""
 
         send_all = client_wire.send_all
         wait_send_all_might_not_block = client_wire.wait_send_all_might_not_block

@@ -1,4 +1,4 @@
-"""What a listener sees, and what becomes of what was recorded or changed."""
+"""The handshake under attack: listeners, recorded messages, and changed messages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_a_client_sends_nothing_after_open_before_the_proof(autojump_clock
 
 
 async def crossing(name: str, user_key: Any = None) -> tuple[list[bytes], list[bytes]]:
-    """What a listener sees of a client with that name, in each direction."""
+    """Return the bytes that a listener sees of a client with that name, in each direction."""
     wires = make_wires()
     await meet(wires, client={"user": name}, server={"user_key": user_key or {name: K}})
     return wires[0].sent, wires[1].sent

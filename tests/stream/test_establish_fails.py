@@ -1,4 +1,4 @@
-"""Nothing comes of a connection, at once or in time: cuts, faults, wrong records, silence."""
+"""Connections that do not open: cuts, faults, wrong records, silence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refusals: what is told of one, when, and what is logged."""
+"""Refusals: the client's error, its time, and the log."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SPAN = QUEUE_TIME + 0.001
 
 
 class Link:
-    """What is known of a link, to be told as the test goes on."""
+    """The load of a link, which a test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0

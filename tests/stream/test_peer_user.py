@@ -1,4 +1,4 @@
-"""The peer of a UNIX socket, by its credentials, and whom `peer_user` names."""
+"""The peer of a UNIX socket: its credentials, and the name that `peer_user` gives it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records as specified, of which nothing goes unnoticed; new keys, and nonces."""
+"""Records as specified: every change is noticed; new keys, and nonces."""
 
 from __future__ import annotations
 
@@ -399,7 +399,7 @@ ACTIONS: dict[str, Callable[[SecretboxStream], Awaitable[object]]] = {
 
 
 async def act(stream: SecretboxStream, transport: Transport, action: str, how: str) -> None:
-    """Do it, and let it fail as it may."""
+    """Take a step, and ignore its failure."""
     if how == "failed":
         transport.failure = OSError()
     elif how == "blocked":
