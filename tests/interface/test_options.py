@@ -30,7 +30,7 @@ class Counter(Protocol):
 
 
 class Fragile(Counter):
-    """It loses its connection as often as it is told before it answers."""
+    """A server that loses its connection a given number of times before it answers."""
 
     def __init__(self) -> None:
         self.losses = 0

@@ -1,4 +1,4 @@
-"""What is lent for a call: callbacks and objects, called in turn, failing."""
+"""Callbacks and objects that are lent for a call: called in turn, failing."""
 
 from __future__ import annotations
 

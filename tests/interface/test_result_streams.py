@@ -103,7 +103,7 @@ async def test_an_error_of_the_blocks_own_is_not_taken_for_the_methods(error: Ba
 
 @pytest.mark.parametrize("is_two_way", [False, True])
 async def test_a_generator_may_be_closed_with_the_block_open_in_it(is_two_way: bool) -> None:
-    """Its block is left by a GeneratorExit, and what the block has to wait for is waited for."""
+    """A GeneratorExit leaves its block, which may still wait."""
     source = texts(10**9)
 
     async def wrap(logs: Logs) -> AsyncGenerator[Line]:
@@ -277,7 +277,7 @@ async def test_wrong_items_of_the_peers_are_a_protocol_error() -> None:
 
 
 class Blocks(Implementation):
-    """Streams by a block."""
+    """Streams that are blocks."""
 
     @asynccontextmanager
     async def follow(self, name: str, start: int = 0) -> AsyncGenerator[Any]:  # type: ignore[override]

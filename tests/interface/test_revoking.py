@@ -1,4 +1,4 @@
-"""What is lent for a call is revoked at its end, and can be called by its borrower only."""
+"""References are revoked at the end of their call, and only the borrower can call them."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ async def code_of(connection: Connection, *fields: bytes) -> str:
 
 async def test_only_what_is_lent_just_now_can_be_called_and_only_over_its_connection() -> None:
     class Prober(Worker):
-        """It calls back by hand."""
+        """A method that calls back by hand."""
 
         async def run(self, progress: Any) -> int:
             connection = current_request().connection
@@ -309,7 +309,7 @@ async def test_a_closed_connection_lends_nothing() -> None:
 
 
 async def test_a_reconnecting_client_lends_and_borrows_by_one_table() -> None:
-    """What it lends, and what its own interfaces lend in turn, are called over the same connection."""
+    """References in both directions are called over the same connection."""
 
     class Both(Worker):
         async def run(self, progress: Note) -> int:

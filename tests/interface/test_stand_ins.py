@@ -1,4 +1,4 @@
-"""Stand-ins: what they show, and what they can be made of."""
+"""Stand-ins: their appearance, and the interfaces that they can be made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one connection may make a side hold: who waits, who is refused, and that nobody waits for ever."""
+"""The budget: which requests wait or are refused, and that none waits for ever."""
 
 from __future__ import annotations
 
@@ -415,7 +415,7 @@ async def test_a_channel_that_is_closed_gives_up_what_it_held() -> None:
 
 @asynccontextmanager
 async def reading_slowly(rate: float, least_rate: float) -> AsyncGenerator[Connection]:
-    """A connection whose peer has asked for 2.7 MB, and takes so many bytes a second."""
+    """A connection whose peer has asked for 2.7 MB, and reads so many bytes a second."""
 
     async def handler(connection: Connection, request: list[bytes]) -> list[bytes]:
         return [bytes(900_000)]

@@ -17,7 +17,7 @@ from bokbok_trio._protocol.coalescing import (
 
 
 class CoalescingMachine(RuleBasedStateMachine):
-    """A connection, as far as it decides when packets are sent, beside the rule in plain words."""
+    """A connection that decides when packets are sent, compared with the rule in plain words."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class CoalescingMachine(RuleBasedStateMachine):
         self.write()
 
     def write(self) -> None:
-        """Write everything, unless the task is at it."""
+        """Write everything, unless the sender task is writing."""
         self.since_sent = 0
         if self.task == "sending":
             return

@@ -1,4 +1,4 @@
-"""Draining: what is in flight finishes, and nothing new is taken."""
+"""Draining: requests in flight finish, and no new one is taken."""
 
 from __future__ import annotations
 

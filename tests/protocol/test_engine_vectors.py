@@ -1,4 +1,4 @@
-"""The engine, and the vectors."""
+"""The engine of an open connection, compared with the vectors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_engine_takes_packets_of_a_connection(vector: dict[str, Any]) -> Non
 
 
 def test_the_engine_sends_packets_as_in_the_vectors() -> None:
-    """Each kind of packet, made by the calls that have it sent."""
+    """Make each kind of packet by the calls that send it."""
     due = {vector["name"]: bytes.fromhex(vector["packet"]) for vector in CONNECTION["good"]}
     asker, answerer = package_session("client"), package_session("client")
 

@@ -25,7 +25,7 @@ def make_flow(send_credit: int = 0, receive_credit: int = 0) -> ChannelCredit:
 
 
 class Ends:
-    """FlowControl, and what leaves of them."""
+    """Two ends of flow control, and the items that leave."""
 
     def __init__(self) -> None:
         self.outbox = Outbox()

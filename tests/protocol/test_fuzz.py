@@ -1,4 +1,4 @@
-"""What is fuzzed: its first inputs, those that found a fault once, and the bugs that are planted for it."""
+"""The targets of the fuzzer: their seeds, inputs that found a fault once, and planted bugs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The messages and keys of a handshake as specified, and who gets in."""
+"""The messages and keys of a handshake as specified, and the clients that it authenticates."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ BAD_NAMES = [b"", b"x" * 256, b"\xff", b"e\xcc\x81", b"a\0b", b"a\nb"]
 
 
 def send_open_as(name: bytes, client: ClientHandshake, server: ServerHandshake) -> None:
-    """Have the client claim a name that it would refuse to claim by itself."""
+    """Make the client claim a name that it would refuse to send."""
     exchange_hello(client, server)
     server.receive_open(open_as(name, client, server.hello))
 
@@ -248,7 +248,7 @@ def test_an_unusable_name_is_no_user(name: bytes) -> None:
 def test_whoever_does_not_get_in_takes_the_same_path(
     name: bytes, keys: list[Key], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which has as many tries, whoever it is: else the time would tell who has how many keys."""
+    """Each takes as many tries. Otherwise the time would tell how many keys a user has."""
     dice = Dice(b"server")
     client, server = make_client(), make_server(randomness=dice)
     send_open_as(name, client, server)

@@ -1,4 +1,4 @@
-"""Attacks on handshakes, and what shows of their secrets."""
+"""Attacks on handshakes, and the secrecy of their keys."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_recording_stays_unreadable_to_who_has_the_key_later() -> None:
     ]
 
     def reads(spec: Schedule) -> list[bool]:
-        """Which records open, for one who has all the messages and derives all four keys."""
+        """Return the records that open for an attacker with all messages, who derives all four keys."""
         derived = spec.hs() + spec.fk()
         opened = []
         for number, box in enumerate(recording):

@@ -1,4 +1,4 @@
-"""What each message of a handshake must be, and which are refused."""
+"""Good and bad messages of a handshake."""
 
 from __future__ import annotations
 
@@ -362,7 +362,7 @@ def test_nothing_is_believed_before_the_proof() -> None:
 def test_each_side_has_the_options_of_the_other(
     ours: dict[str, bytes], theirs: dict[str, bytes], dice: bytes, sealed: bool
 ) -> None:
-    """Whatever they are, and with grease of every size."""
+    """Any options, with grease of every size."""
     rolls = {"client": Dice(dice), "server": Dice(dice + b".")}
     client = make_client(*(() if sealed else (None, None)), options=ours, randomness=rolls["client"])
     server = make_server(sealed=sealed, options=theirs, randomness=rolls["server"])

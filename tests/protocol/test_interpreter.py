@@ -1,4 +1,4 @@
-"""What a peer may send, and which of it breaks the protocol."""
+"""Packets that a peer may send, and packets that break the protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests of ours that are cancelled, and the timeouts they leave with."""
+"""Requests of this side: cancelling, and the timeouts that are sent."""
 
 from __future__ import annotations
 

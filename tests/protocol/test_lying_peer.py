@@ -86,14 +86,14 @@ class LyingPeer(RuleBasedStateMachine):
         return act(self.engine)
 
     def copy(self) -> tuple[Session, Model]:
-        """Another engine in the same state, and its model."""
+        """Return another engine in the same state, and its model."""
         engine = self.make()
         for act in self.log:
             act(engine)
         return engine, self.model.copy()
 
     def fields(self, size: int) -> list[bytes]:
-        """Some that are like no others, so that what is mixed up shows."""
+        """Return fields that are like no others, so that a mix-up shows."""
         self.texts += 1
         each = b"%d." % self.texts
         return [(each * (size // len(each) + 1))[:size]]
@@ -101,7 +101,7 @@ class LyingPeer(RuleBasedStateMachine):
     # Each rule does some of what goes on, and then to a copy what ends an engine.
 
     def act(self, acts: Acts) -> None:
-        """Many in one step, as a step costs more than they do."""
+        """Take many actions in one step, as a step costs more than they do."""
         for act, which, size in acts:
             if isinstance(act, bytes):
                 self.say(act, which, size)
@@ -206,7 +206,7 @@ class LyingPeer(RuleBasedStateMachine):
         return batch
 
     def check_writable(self, before: dict[int, bool]) -> None:
-        """Who waits to send an item must be told."""
+        """Check that a task that waits to send an item is woken."""
         told = self.do(lambda engine: set(engine.flow_control.take_writable()))
         for id, talk in self.model.channels.items():
             if before.get(id) is False and talk.may_send and not talk.is_cancelled:
@@ -267,7 +267,7 @@ class LyingPeer(RuleBasedStateMachine):
             self.next_id = int(fields[1]) + 2
 
     def honest(self, kind: bytes, which: int, size: int) -> list[bytes] | None:  # noqa: PLR0912  (the same)
-        """A packet of that kind that the peer may send now, if there is one."""
+        """Return a packet of that kind that the peer may send now, if there is one."""
         model = self.model
         busy = {id for _, id, _ in self.sending.values()}  # what comes next of them waits
         free = {id: talk for id, talk in model.in_flight.items() if id not in busy}
@@ -449,13 +449,13 @@ class LyingPeer(RuleBasedStateMachine):
         self.abort(which, chunk)
 
     def abort(self, which: int, chunk: int) -> None:
-        """Tell a copy of the engine that it was in the wrong; nothing that comes after it counts."""
+        """Send `abort` to a copy of the engine. Nothing after it counts."""
         engine, model = self.copy()
         last = packet([b"abort", (b"protocol", b"other")[which % 2], b"\xc3\xa4" * (which % 129)])
         assert not is_refused(engine, model, last + (b"", packet([b"ping"]), packet([]))[which % 3], chunk)
 
     def tell(self, fields: list[bytes], chunk: int, which: int) -> None:
-        """A lie, to a copy of the engine: whole, or in pieces, or after what is none."""
+        """Send a lie to a copy of the engine: whole, or in pieces, or after a good packet."""
         engine, model = self.copy()
         data = packet(fields)
         if which % 3 == 0 and fields and fields[0] in PIECED and len(model.pieces) < MAX_OPEN:
@@ -525,7 +525,7 @@ class LyingPeer(RuleBasedStateMachine):
                 assert engine.flow_control.may_send(id) == talk.may_send
 
     def teardown(self) -> None:
-        """When all are answered, all that waits leaves, and nothing stays."""
+        """When all requests are answered, all queued packets leave, and nothing stays."""
         if not hasattr(self, "engine"):
             return
         while self.sending:

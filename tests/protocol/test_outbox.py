@@ -14,12 +14,12 @@ LIMIT = 2**20
 
 
 def message(id: int, size: int) -> QueuedPacket:
-    """A packet whose body is of so many bytes, each of them the id."""
+    """Make a packet whose body has so many bytes, each of them the id."""
     return QueuedPacket(b"ok", id, body=[bytes((id,)) * size], body_size=size)
 
 
 class Receiver:
-    """What the other side makes of the batches."""
+    """The other side, which decodes the batches."""
 
     def __init__(self) -> None:
         self._decoder = PacketDecoder(MAX_WHOLE_SIZE)
@@ -48,7 +48,7 @@ class Receiver:
 
 
 def take(outbox: Outbox, now: float, room: int = MAX_BATCH_SIZE) -> tuple[bytes, list[int]]:
-    """The next batch, and the ids of what has wholly left with it."""
+    """Take the next batch. Return it, and the ids of the packets that have departed with it."""
     batch = outbox.take(now, room)
     assert batch.items == []
     return b"".join(batch.chunks), batch.departed

@@ -1,4 +1,4 @@
-"""Big packets travel in pieces that let others through."""
+"""Big packets are sent in pieces that let others through."""
 
 from __future__ import annotations
 

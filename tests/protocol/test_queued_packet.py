@@ -1,4 +1,4 @@
-"""Packets that wait to leave: what fits into them, and that nothing is copied."""
+"""Packets that wait to be sent: their limits, and that nothing is copied."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests of the peer: how failures of their handlers are told."""
+"""Requests of the peer: the answers for handlers that failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine, and the second implementation of the protocol."""
+"""The engine connected with the second implementation of the protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..support.helpers import decode
 
 
 def pump(package: Session, other: second.Open) -> list[list[bytes]]:
-    """Take all that the package's side sends; what the second implementation is to answer."""
+    """Take all packets of the package, and return those that the second implementation must answer."""
     decoder = PacketDecoder(second.MAX_WHOLE)
     taken: list[list[bytes] | None] = []
     while batch := package.take(0.0):
@@ -41,7 +41,7 @@ def test_packets_about_as_long_as_may_be_whole(size: int) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 8192 - 10])
 def test_a_context_and_a_body_share_the_room(size: int) -> None:
-    """Of the limit 128 bytes are kept, and the rest is for both."""
+    """128 bytes of the limit are kept free. The context and the body share the rest."""
     package = Session("client", max_message_size=2**14, max_requests=1, slots=1)
     other = second.Open(1, 2**14, 1)
     context = {"a": bytes(size)}

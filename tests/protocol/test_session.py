@@ -1,4 +1,4 @@
-"""A whole engine: requests and answers, what is counted, pings, and the last words."""
+"""A whole engine: requests and answers, counts, pings, and the last packets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests wait for slots, of which each depth and each kind has its own."""
+"""Requests wait for slots. Each depth and each kind has slots of its own."""
 
 from __future__ import annotations
 

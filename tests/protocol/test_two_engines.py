@@ -89,7 +89,7 @@ class TwoEngines(RuleBasedStateMachine):
             self.held[side].pop(id, None)
 
     def channel_of(self, side: int, which: int) -> int | None:
-        """A channel of which that side's user still has its end."""
+        """Return a channel whose end on that side is still in use."""
         ids = [id for id in self.held[side] if id in self.waiting[side] or id in self.handling[side]]
         return ids[which % len(ids)] if ids else None
 
@@ -232,7 +232,7 @@ class TwoEngines(RuleBasedStateMachine):
             assert engine.is_drained == self.has_drained[side]
 
     def step(self) -> bool:
-        """Answer, send and deliver all there is. Returns whether there was anything."""
+        """Answer, send and deliver everything. Return whether there was anything."""
         busy = False
         for side in (0, 1):
             while self.handling[side]:

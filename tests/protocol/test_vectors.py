@@ -106,7 +106,7 @@ def test_numbers(decode: Callable[[bytes], int], error: type[Exception]) -> None
 
 
 def server_sees(user: bytes) -> str | None:
-    """The user name that a server takes from an `open` with these bytes."""
+    """Return the user name that a server takes from an `open` with these bytes."""
     client = second.Client(user, bytes(32), b"", (4096, 1), bytes.fromhex(SEALED["client_secret"]))
     server = package_server("sealed", service="")
     server.receive_hello(client.own_hello)
@@ -454,7 +454,7 @@ KEY = Key(bytes(range(200, 232)))
 
 
 async def close_after(stream: trio.abc.Stream, data: bytes) -> bytes:
-    """Send bytes; what comes back until the other side closes."""
+    """Send bytes. Return everything that arrives until the other side closes."""
     await stream.send_all(data)
     answer = b""
     with trio.fail_after(5):
