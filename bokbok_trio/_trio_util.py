@@ -116,6 +116,16 @@ def forget_traceback(exc: BaseException) -> None:
         forget_traceback(member)
 
 
+def forget_tracebacks(exc: BaseException) -> None:
+    """Drop the frames that an error refers to, and those of the errors that led to it."""
+    found = [exc]
+    for error in found:
+        error.__traceback__ = None
+        for behind in (error.__cause__, error.__context__, *_members(error)):
+            if behind is not None and all(behind is not each for each in found):  # causes can be a circle
+                found.append(behind)
+
+
 @contextmanager
 def isolate_failures(log: Callable[[BaseException], object]) -> Generator[None]:
     """Pass the error of a block to `log`, and raise only what `split_exception` says must be raised on."""

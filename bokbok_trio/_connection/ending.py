@@ -12,7 +12,7 @@ import trio
 
 from .._errors import BokbokError, ConnectionClosed, ConnectionLost, ProtocolError, escape
 from .._protocol.events import Abort
-from .._trio_util import LazyEvent, describe_error
+from .._trio_util import LazyEvent, describe_error, forget_tracebacks
 
 if TYPE_CHECKING:
     from .._types import Connection
@@ -135,6 +135,8 @@ class Ending:
         self.is_local = is_local
         self.reason = reason
         self._cause = cause
+        if cause is not None:
+            forget_tracebacks(cause)  # their frames refer to this object: a cycle
         self.until = trio.current_time() + CLOSE_TIMEOUT if graceful else -math.inf
         self.draining.set()
         self.over.set()

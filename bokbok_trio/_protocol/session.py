@@ -238,7 +238,7 @@ class Session:
             # The loop runs in C. If it raises, the events before that are in the list.
             events.extend(filter(None, map(self._interpret, self._decoder.decode(data))))
         except ProtocolError as exc:
-            self.error = exc
+            self.error = exc.with_traceback(None)  # its frames refer to this session
         self.has_undecoded = self._decoder.has_rest and self.error is None
         if events and not self.has_spoken:
             self.has_spoken = not all(map(_is_farewell, events))

@@ -1,17 +1,21 @@
-"""Received bytes are freed while handlers wait."""
+"""Received bytes are freed while handlers wait, and all of a connection when it is lost."""
 
 from __future__ import annotations
 
+import gc
+import logging
 import weakref
 
+import pytest
 import trio
+from trio.testing import MockClock
 
-from bokbok_trio import Connection, Settings
+from bokbok_trio import Connection, ConnectionLost, Settings
 from bokbok_trio._protocol.packets import LARGE, LARGE_BATCH
 from bokbok_trio._stream.socket import RECEIVE_SIZE
 from bokbok_trio.testing import open_connection_pair
 from tests.support.handlers import wait_and_do
-from tests.support.helpers import open_peer, outcomes, req, settle
+from tests.support.helpers import open_peer, outcomes, packet, req, settle
 from tests.support.inside import check_idle, receive_something_else
 from tests.support.streams import Deaf
 
@@ -95,3 +99,53 @@ async def test_a_handler_that_waits_again_does_not_keep_what_it_waited_for() -> 
             await settle()
             assert there() is None
             nursery.cancel_scope.cancel()
+
+
+class Breaking(Deaf):
+    """A stream that receives something else, or raises, when it is told so."""
+
+    received: bytes | Exception | None = None
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        data = await super().receive_some(max_bytes)
+        if isinstance(self.received, Exception):
+            try:
+                raise OSError("reset")
+            except OSError as exc:
+                raise self.received from exc
+        return data if self.received is None else self.received
+
+
+@pytest.mark.parametrize("fault", ["receiving", "a bad packet", "sending"])
+async def test_a_lost_connection_frees_at_once_all_that_it_held(
+    fault: str, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    streams: list[weakref.ref[Breaking]] = []
+
+    def wrap(stream: trio.abc.HalfCloseableStream) -> trio.abc.Stream:
+        breaking = Breaking(stream)
+        streams.append(weakref.ref(breaking))
+        return breaking
+
+    async def handler(connection: Connection, request: list[bytes]) -> None:
+        stream = streams[0]()
+        assert stream is not None
+        if fault == "sending":
+            stream.broken = True
+        else:
+            stream.received = packet(b"bad") if fault == "a bad packet" else trio.BrokenResourceError()
+
+    caplog.set_level(logging.CRITICAL, logger="bokbok_trio")  # records would hold the connection
+    gc.collect()
+    gc.disable()
+    try:
+        async with open_connection_pair(server_handler=handler, sealed=False, wrap=wrap) as (client, _):
+            with pytest.raises(ConnectionLost):
+                while True:
+                    await client.request([])
+            await client.wait_closed()
+        del client
+        await settle()
+        assert streams[0]() is None
+    finally:
+        gc.enable()
