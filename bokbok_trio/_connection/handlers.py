@@ -214,7 +214,7 @@ class Handlers:
         """Allow handlers to begin, now or when the open handler has returned."""
         if open_handler is None:
             self.ready.set()
-        else:
+        elif not self._ending.is_over:  # it may be, before this task has begun
             self._opening = trio.CancelScope()  # now, as the connection may be over before that task runs
             nursery.start_soon(self._open, open_handler, self._opening)
 

@@ -155,12 +155,17 @@ async def test_a_connection_that_is_opened_too_late_is_closed(
             await close_in_one_step(client)
         return opened[-1]
 
+    async def open_handler(connection: Connection) -> None:
+        if len(opened) == 2:
+            await trio.sleep_forever()
+
     monkeypatch.setattr("bokbok_trio._reconnecting.connect", connect_and_close)
-    async with network.server() as server, open_reconnecting(A) as client:
-        await drop(server)
-        with pytest.raises(ConnectionClosed):
-            await client.request(["ping", "x"])
-        await opened[1].wait_closed()
+    with trio.fail_after(5):
+        async with network.server() as server, open_reconnecting(A, open_handler=open_handler) as client:
+            await drop(server)
+            with pytest.raises(ConnectionClosed):
+                await client.request(["ping", "x"])
+            await opened[1].wait_closed()
     assert len(network.dialled) == 2
 
 
