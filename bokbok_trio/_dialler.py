@@ -175,22 +175,25 @@ class Dialler:
         """Open a connection. If that fails, log it and return the outcome."""
         try:
             return await self._connect(address)
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001  (what is not logged is raised on)
             error, rest = split_exception(exc)
-            if error is not None:
-                is_expected = isinstance(error, OSError | HandshakeError | AddressError)
-                is_usual = isinstance(error, OSError | HandshakeError)
-                if not self._was_open and (isinstance(error, AuthenticationError) or not is_usual):
-                    raise
-                logger.log(
-                    logging.INFO if is_stopping(error) else logging.WARNING,
-                    "%r: no connection with %s: %r",
-                    *(self, address, error),
-                    exc_info=None if is_expected else error,
-                )
-            if rest is not None:
-                raise rest from rest.__cause__
-            return classify(error)
+            try:
+                if error is not None:
+                    is_expected = isinstance(error, OSError | HandshakeError | AddressError)
+                    is_usual = isinstance(error, OSError | HandshakeError)
+                    if not self._was_open and (isinstance(error, AuthenticationError) or not is_usual):
+                        raise
+                    logger.log(
+                        logging.INFO if is_stopping(error) else logging.WARNING,
+                        "%r: no connection with %s: %r",
+                        *(self, address, error),
+                        exc_info=None if is_expected else error,
+                    )
+                if rest is not None:
+                    raise rest from rest.__cause__
+                return classify(error)
+            finally:
+                del error, rest  # the traceback refers to this frame, and both would keep each other alive
 
     # ---- the task of each connection ----
 

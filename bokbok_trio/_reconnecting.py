@@ -8,7 +8,6 @@ it may have run. A request that may have run is not sent again, unless the calle
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from typing import Final, cast, final
 
@@ -151,21 +150,19 @@ class ReconnectingConnection:
         check_run(self._home, self)
         frozen = encode_fields(fields)
         await check_cancelled()
-        async with AsyncExitStack() as stack:
-            yield await self._enter_channel(stack, frozen, context)
-
-    async def _enter_channel(
-        self, stack: AsyncExitStack, fields: Sequence[bytes], context: Context | None
-    ) -> Channel:
-        """Open a channel over the first connection that takes it. Opening does not wait for the peer."""
-        while True:
+        has_entered = False
+        while not has_entered:
             connection = await self._dialler.wait_askable()
-            try:
-                return await stack.enter_async_context(connection.open_channel(fields, context=context))
-            except (ConnectionLost, ConnectionClosed):  # it was drained or closed since `wait_askable`
+            try:  # entering does not wait for the peer
+                async with connection.open_channel(frozen, context=context) as channel:
+                    has_entered = True
+                    yield channel
+            except (ConnectionLost, ConnectionClosed):
+                if has_entered:
+                    raise
                 if self.closed:
                     raise ConnectionClosed(CLOSED) from None
-                self._dialler.retire(connection)
+                self._dialler.retire(connection)  # it was drained or closed since `wait_askable`
 
     @trio.lowlevel.enable_ki_protection
     async def aclose(self) -> None:

@@ -8,14 +8,14 @@ which users exist.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast, final
+from typing import Protocol, final
 
 from .._arguments import list_keys
 from .._errors import AuthenticationError
 from .._keys import MAX_KEYS, Key, encode_user
 from .._places import Place
 from .._sockets import PeerCredentials
-from .._trio_util import call_user, call_user_sync, split_exception
+from .._trio_util import call_user, call_user_sync, forget_traceback, split_exception
 from .._types import PeerUser, UserKey
 from .fast import FastStream
 from .handshake_io import PeerLeft
@@ -42,7 +42,10 @@ class Failures:
         if error is not None:
             self._found.append((what, whom, error, exc))  # a group is split, so the two may differ
         if rest is not None:
-            raise rest from rest.__cause__
+            try:
+                raise rest from rest.__cause__
+            finally:
+                del exc, error, rest  # the traceback refers to this frame, and would keep the handshake alive
 
     def note_too_many(self, keys: int) -> None:
         """Note that a user has so many keys that some are not tried."""
@@ -56,18 +59,11 @@ class Failures:
         """
         for what, whom, error, raised in self._found:
             self._log(f"{what}: {type(error).__name__}", "%s %r failed", what, whom, error=error)
-            _drop_tracebacks(raised)
+            forget_traceback(raised)
         self._found.clear()
         if self._too_many:
             text = "user_key found %d keys, and only the first %d are tried"
             self._log("too many keys", text, self._too_many, MAX_KEYS, error=None)
-
-
-def _drop_tracebacks(error: BaseException) -> None:
-    error.__traceback__ = None
-    if isinstance(error, BaseExceptionGroup):
-        for member in cast("BaseExceptionGroup[BaseException]", error).exceptions:
-            _drop_tracebacks(member)
 
 
 async def look_up_in_turn(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import gc
+import weakref
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,13 +24,28 @@ from bokbok_trio._addresses import Address
 from bokbok_trio._client import connect
 
 from ..support.helpers import close_in_one_step, settle
-from ..support.network import A, Network, drop
+from ..support.network import A, Network, count_items, drop
 
 KEY = Key(bytes(range(32)))
 
 
 class Oops(Exception):
     pass
+
+
+class Held:
+    """Something."""
+
+
+@contextmanager
+def counting_references_only() -> Generator[None]:
+    """Let the garbage collector free nothing."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 async def closed_by_aclose(client: ReconnectingConnection, leave: Callable[[], object]) -> None:
@@ -167,6 +185,36 @@ async def test_a_connection_that_is_opened_too_late_is_closed(
                 await client.request(["ping", "x"])
             await opened[1].wait_closed()
     assert len(network.dialled) == 2
+
+
+async def test_dialling_that_is_cancelled_is_no_cyclic_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Held]] = []
+
+    async def hang(*args: Any, **options: Any) -> Connection:
+        something = Held()
+        held.append(weakref.ref(something))
+        await trio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr("bokbok_trio._reconnecting.connect", hang)
+    with counting_references_only():
+        with trio.move_on_after(0.01):
+            async with open_reconnecting(A):
+                raise AssertionError
+        assert [each() for each in held] == [None]
+
+
+async def test_a_channel_that_is_cancelled_while_it_is_left_is_no_cyclic_garbage(network: Network) -> None:
+    async with network.server(None, channel_handler=count_items), open_reconnecting(A) as client:
+        with counting_references_only():
+            with trio.CancelScope() as scope:
+                async with client.open_channel([]) as channel:
+                    scope.cancel()
+            assert scope.cancelled_caught
+            held = weakref.ref(channel)
+            del channel
+            await settle()
+            assert held() is None
 
 
 @pytest.mark.parametrize("idempotent", [False, True])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -208,6 +210,27 @@ async def test_a_look_up_that_fails_while_it_is_cancelled_is_logged(
     _client, server = await meet(make_wires(), server=options)
     assert "not done within 7 seconds" in str(server.error)
     assert caplog.text.count("looking up the key of user 'myuser' failed") == 1
+
+
+async def test_a_look_up_that_takes_too_long_is_no_cyclic_garbage(autojump_clock: MockClock) -> None:
+    class Held:
+        """Something."""
+
+    held: list[weakref.ref[Held]] = []
+
+    async def hang(user: str) -> Key:
+        something = Held()
+        held.append(weakref.ref(something))
+        await trio.sleep_forever()
+        raise AssertionError
+
+    gc.collect()
+    gc.disable()
+    try:
+        await meet(make_wires(), server={"user_key": hang, "settings": Settings(handshake_timeout=TIMEOUT)})
+        assert [each() for each in held] == [None]
+    finally:
+        gc.enable()
 
 
 async def test_no_look_up_is_asked_for_an_unusable_name(
