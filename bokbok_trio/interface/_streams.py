@@ -162,7 +162,8 @@ async def _send_generated(generator: AsyncGenerator[Any], channel: Channel, code
                 item = await step()
             except StopAsyncIteration:
                 return
-            step = generator.__anext__
+            finally:
+                step = generator.__anext__  # an error that it threw refers to this frame
             try:
                 await channel.send([coder.encode(item)])
             except BaseException as exc:  # noqa: BLE001  (the generator raises it on)

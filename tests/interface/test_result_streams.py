@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -49,6 +50,36 @@ async def test_leaving_the_block_cancels_the_method() -> None:
         await check_usable(logs, client)
         with pytest.raises(trio.ClosedResourceError):
             await lines.receive()
+
+
+async def test_a_method_that_is_cancelled_is_no_cyclic_garbage() -> None:
+    class Held:
+        """Something."""
+
+    held: list[weakref.ref[Held]] = []
+
+    class Holding(Implementation):
+        async def follow(self, name: str, start: int = 0) -> AsyncGenerator[Line]:
+            something = Held()
+            held.append(weakref.ref(something))
+            try:
+                while True:
+                    yield Line(0)
+            finally:
+                self.ended.set()
+
+    holding = Holding()
+    async with consume_local(Logs, holding) as logs:
+        gc.collect()
+        gc.disable()
+        try:
+            async with logs.follow("") as lines:
+                await lines.receive()
+            await holding.ended.wait()
+            await settle()
+            assert [each() for each in held] == [None]
+        finally:
+            gc.enable()
 
 
 async def test_so_does_closing_the_stream() -> None:
