@@ -245,10 +245,8 @@ class Reader:
             return
         try:
             data = await self._receive()
-        except Exception as exc:  # noqa: BLE001  (after any exception, a stream is broken)
-            self.ended.set()
-            self._ending.check_stream_error(exc)
-            self._ending.fail(f"receiving failed: {describe_error(exc)}", exc)
+        except BaseException as exc:  # noqa: BLE001  (after any exception of its own, a stream is broken)
+            log_or_reraise(exc, self._on_broken)
             return
         if not data:
             self.ended.set()
@@ -261,6 +259,11 @@ class Reader:
         else:
             self._watchdog.heard()
             self._decode(data)
+
+    def _on_broken(self, error: BaseException) -> None:
+        self.ended.set()
+        self._ending.check_stream_error(error)
+        self._ending.fail(f"receiving failed: {describe_error(error)}", error)
 
     def _decode(self, data: Buffer | bytearray) -> None:
         if not self._ending.is_over:

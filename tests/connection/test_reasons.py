@@ -57,6 +57,10 @@ def test_causes_in_a_circle_and_contexts_are_described_too() -> None:
     assert describe_error(caught.value) == "BrokenResourceError: reset"
 
 
+class NoException(BaseException):
+    """Not even an ``Exception``."""
+
+
 class Textless(trio.abc.Stream):
     """A stream that fails on demand, by an exception that may have no text."""
 
@@ -95,6 +99,7 @@ class Textless(trio.abc.Stream):
         (OSError(32, "a pipe"), False),
         (AssertionError(), True),
         (ZeroDivisionError("division by zero"), True),
+        (NoException("the stream's own"), True),
     ],
 )
 @pytest.mark.parametrize("sending", [False, True])
@@ -143,6 +148,7 @@ async def test_a_reason_is_never_empty_and_names_its_cause(  # noqa: PLR0917
                     await server.request([])
     logged = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert bool(logged) is is_ours
+    assert all("a stream raised an error" in record.getMessage() for record in logged)
     assert all(record.exc_info is not None and record.exc_info[2] is not None for record in logged)
 
 
