@@ -187,6 +187,27 @@ async def test_a_connection_that_is_opened_too_late_is_closed(
     assert len(network.dialled) == 2
 
 
+async def test_a_connection_that_is_over_before_its_task_begins_runs_no_open_handler(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Connection] = []
+    handled: list[Connection] = []
+
+    async def connect_and_close(*args: Any, **options: Any) -> Connection:
+        opened.append(await connect(*args, **options))
+        if len(opened) == 1:
+            await close_in_one_step(opened[0])
+        return opened[-1]
+
+    async def open_handler(connection: Connection) -> None:
+        handled.append(connection)
+
+    monkeypatch.setattr("bokbok_trio._reconnecting.connect", connect_and_close)
+    async with network.server(), open_reconnecting(A, open_handler=open_handler) as client:
+        assert await client.request(["ping", "x"]) == [b"pong", b"x"]
+    assert handled == opened[1:]
+
+
 async def test_dialling_that_is_cancelled_is_no_cyclic_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[weakref.ref[Held]] = []
 

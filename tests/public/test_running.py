@@ -134,11 +134,15 @@ def test_a_third_signal_does_what_it_did_before(start: Start, tmp_path: Path) ->
     process = start("stubborn.py", cwd=tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "handling\n"
-    for _ in range(3):
+    sent = 0
+    while process.poll() is None:  # two signals that come at once may be one, so more than three may be needed
+        assert sent < 50
+        sent += 1
         process.send_signal(signal.SIGTERM)
-        process.stdout.readline()
-        process.stdout.readline()
-    process.communicate(timeout=5)
+        for _ in range(2):
+            process.stdout.readline()
+    process.communicate()
+    assert sent >= 3
     assert process.returncode == -signal.SIGTERM
 
 
