@@ -135,7 +135,9 @@ def test_a_third_signal_does_what_it_did_before(start: Start, tmp_path: Path) ->
     assert process.stdout is not None
     assert process.stdout.readline() == "handling\n"
     sent = 0
-    while process.poll() is None:  # two signals that come at once may be one, so more than three may be needed
+    while (
+        process.poll() is None
+    ):  # two signals that come at once may be one, so more than three may be needed
         assert sent < 50
         sent += 1
         process.send_signal(signal.SIGTERM)
