@@ -43,11 +43,11 @@ class Call(Waiter[list[bytes]]):
 
     __slots__ = ("_asked_at", "_deadline", "embargo", "id", "on_settled")
 
-    def __init__(self, id: int, deadline: float, asked_at: float) -> None:
+    def __init__(self, id: int, deadline: float) -> None:
         self.outcome = self._sleeper = None  # without `super().__init__`: one is made for each request
         self.id = id
         self._deadline = deadline
-        self._asked_at = asked_at
+        self._asked_at = trio.current_time() if deadline < math.inf else 0.0
         self.embargo: float | None = None
         self.on_settled: Callable[[], object] | None = None
 
@@ -89,29 +89,26 @@ class Calls:
         self._slot_watch: trio.CancelScope | None = None  # of the task that warns, while it runs
         self._has_warned = False
 
-    def ask(
-        self,
-        fields: Fields,
-        deadline: float,
-        *,
-        depth: int,
-        context: Context | None,
-        has_channel: bool = False,
-    ) -> Call:
+    def ask(self, fields: Fields, deadline: float, depth: int, context: Context | None) -> Call:
         """Queue a request.
 
         Raises:
             TypeError, ValueError, MessageTooLarge: as `Session.request` does.
         """
-        queue = self._session.open_channel if has_channel else self._session.request
         if self._observer is None:
-            id = queue(fields, deadline, depth=depth, context=context)
+            id = self._session.request(fields, deadline, depth, context)
         else:
-            id = self._observer.ask(
-                queue, fields, deadline, depth=depth, context=context, has_channel=has_channel
-            )
-        asked_at = trio.current_time() if deadline < math.inf else 0.0
-        call = self._calls[id] = Call(id, deadline, asked_at)
+            id = self._observer.ask(fields, deadline, depth, context)
+        call = self._calls[id] = Call(id, deadline)
+        return call
+
+    def open_channel(self, fields: Fields, deadline: float, depth: int, context: Context | None) -> Call:
+        """Queue a request with a channel. Exceptions are those of `ask`."""
+        if self._observer is None:
+            id = self._session.open_channel(fields, deadline, depth, context)
+        else:
+            id = self._observer.ask(fields, deadline, depth, context, has_channel=True)
+        call = self._calls[id] = Call(id, deadline)
         return call
 
     def on_answer(self, answer: Answer) -> None:

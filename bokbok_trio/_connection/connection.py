@@ -339,7 +339,7 @@ class Connection:
         depth = next_depth()
         if self._ending.is_over or (self._draining.peer_drains and not depth):
             await self._refuse()
-        call = self._calls.ask(fields, deadline, depth=depth, context=context)
+        call = self._calls.ask(fields, deadline, depth, context)
         try:
             self._sender.packet_queued(interactive=True)
             if self._session.local.has_waiting:
@@ -392,7 +392,7 @@ class Connection:
         if not self._may_ask(depth):
             await self._refuse()
         deadline = trio.current_effective_deadline()
-        call = self._calls.ask(fields, deadline, depth=depth, context=context, has_channel=True)
+        call = self._calls.open_channel(fields, deadline, depth, context)
         channel = self._channels.open(call, partial(self._calls.cancel, call))
         try:
             self._sender.packet_queued()

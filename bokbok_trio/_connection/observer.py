@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextvars import Context as ContextVariables
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Protocol, final
+from typing import TYPE_CHECKING, Final, final
 
 import trio
 
@@ -42,12 +42,6 @@ CALL: Final = b"%call"
 
 BACK: Final = b"%back"
 """The first field of a call of an object that was lent; a number and its method follow."""
-
-
-class Ask(Protocol):
-    """Queues a request: `Session.request` or `Session.open_channel`."""
-
-    def __call__(self, fields: Fields, deadline: float, /, *, depth: int, context: Context | None) -> int: ...
 
 
 @final
@@ -113,18 +107,17 @@ class Observer:
 
     def ask(
         self,
-        ask: Ask,
         fields: Fields,
         deadline: float,
-        *,
         depth: int,
         context: Context | None,
+        *,
         has_channel: bool = False,
     ) -> int:
         """Queue a request of this side, and return its id. The instruments may add to its context.
 
         Raises:
-            TypeError, ValueError, MessageTooLarge: as `ask` does. Then nothing was reported.
+            TypeError, ValueError, MessageTooLarge: as `Session.request` does. Then nothing was reported.
         """
         session = self._session
         frozen = encode_fields(fields)
@@ -143,7 +136,8 @@ class Observer:
         )
         self._start(request)
         added = self._instruments.add_context(request, lambda longer: session.local.has_room(size, longer))
-        asked = ask(frozen, deadline, depth=depth, context=added)
+        queue = session.open_channel if has_channel else session.request
+        asked = queue(frozen, deadline, depth, added)
         assert asked == id
         if session.local.is_waiting(id):
             self.note_waiting(id)

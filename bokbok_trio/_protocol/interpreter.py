@@ -142,7 +142,7 @@ class Interpreter:
         request = Request(number, seconds, decode_body(body), has_channel, nested, pairs)
         if self._draining.peer_is_done and not nested:
             raise ProtocolError("a new request of depth 0 after `bye-ok`")
-        self._remote.add(number, nested, has_channel=has_channel)
+        self._remote.add(number, 2 * nested + has_channel)  # `slot_class_of`, without its call
         if credit is not None:
             self._flow_control.add_remote(number, credit)
         if len(body) >= COUNTED and not self._remote.hold(number, len(body)):

@@ -117,7 +117,6 @@ class LocalRequests:
         self,
         fields: Fields,
         deadline: float = math.inf,
-        *,
         depth: int = 0,
         context: Context | None = None,
     ) -> int:
@@ -159,7 +158,6 @@ class LocalRequests:
         self,
         fields: Fields,
         deadline: float = math.inf,
-        *,
         depth: int = 0,
         context: Context | None = None,
     ) -> int:

@@ -84,18 +84,17 @@ class RemoteRequests:
 
     # ---- a request comes ----
 
-    def add(self, id: int, depth: int, *, has_channel: bool) -> None:
-        """Give a request a slot.
+    def add(self, id: int, slot_class: int) -> None:
+        """Give a request a slot of its class (see `slot_class_of`).
 
         Raises:
             ProtocolError: its id is in flight, or no slot is free.
         """
         if id in self.answer_sizes:
             raise ProtocolError(f"request {id} is in flight already")
-        slot_class = 2 * depth + has_channel  # `slot_class_of`, without its call
         if self._used[slot_class] >= self._max_requests:
-            kind = "channels" if has_channel else "requests"
-            raise ProtocolError(f"more than {self._max_requests} {kind} of depth {depth} in flight")
+            kind = "channels" if slot_class % 2 else "requests"
+            raise ProtocolError(f"more than {self._max_requests} {kind} of depth {slot_class // 2} in flight")
         self.total += 1
         self.answer_sizes[id] = UNANSWERED
         self._used[slot_class] += 1

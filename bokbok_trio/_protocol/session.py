@@ -204,13 +204,14 @@ class Session:
         """
         self.is_ping_queued = self._interpreter.is_pong_queued = False
         chunks, departed, items = self._outbox.take(now, room)
+        peer_parity, states, credits = self._peer_parity, self.local.states, self.flow_control.credits
         for id in departed:
-            if id % 2 == self._peer_parity:  # an answer: its slot is free from now on, see `remote_requests`
+            if id % 2 == peer_parity:  # an answer: its slot is free from now on, see `remote_requests`
                 self.remote.end(id)
-                if id in self.flow_control.credits:
+                if id in credits:
                     self.flow_control.remove(id)
             else:
-                self.local.states[id] = State.SENT
+                states[id] = State.SENT
         for id, size in items:
             self.flow_control.item_departed(id, size)
         if self.draining.owes_bye_ok and not self.local.has_queued_at_depth_0():
