@@ -190,6 +190,7 @@ class Connection:
             channel_handler=channel_handler,
             describe_error=self._settings.describe_error,
             packet_queued=self._sender.packet_queued,
+            answer_queued=self._sender.interactive_queued,
             observer=self._observer,
             ending=self._ending,
         )
@@ -341,7 +342,7 @@ class Connection:
             await self._refuse()
         call = self._calls.ask(fields, deadline, depth, context)
         try:
-            self._sender.packet_queued(interactive=True)
+            self._sender.interactive_queued()
             if self._session.local.has_waiting:
                 self._watch_slots()
             await call.settled()

@@ -113,6 +113,7 @@ class Handlers:
         request_handler, channel_handler: the user's.
         describe_error: as in `Settings`.
         packet_queued: `Sender.packet_queued`.
+        answer_queued: `Sender.interactive_queued`.
         observer: reports them; None if there are no instruments.
         ending: the connection's.
 
@@ -122,6 +123,7 @@ class Handlers:
     """
 
     __slots__ = (
+        "_answer_queued",
         "_channel_handler",
         "_channels",
         "_connection",
@@ -148,7 +150,8 @@ class Handlers:
         request_handler: RequestHandler | None,
         channel_handler: ChannelHandler | None,
         describe_error: Callable[[BaseException], str] | None,
-        packet_queued: Callable[..., object],
+        packet_queued: Callable[[], object],
+        answer_queued: Callable[[], object],
         observer: Observer | None,
         ending: Ending,
     ) -> None:
@@ -159,6 +162,7 @@ class Handlers:
         self._channel_handler = channel_handler
         self._describe_error = describe_error
         self._packet_queued = packet_queued
+        self._answer_queued = answer_queued
         self._observer = observer
         self._ending = ending
         self._opening: trio.CancelScope | None = None  # of the open handler
@@ -282,7 +286,7 @@ class Handlers:
                 self._fail(scope.id, RequestError("the handler was cancelled", "cancelled"), "cancelled")
         else:  # cancelled from outside, with the connection: send no answer
             self._note_end(scope.id, "lost")
-        self._packet_queued(interactive=True)
+        self._answer_queued()
 
     def on_cancel(self, event: Cancel) -> None:
         """Cancel a handler whose answer the peer no longer wants. If the handler has ended, do nothing."""
@@ -320,7 +324,7 @@ class Handlers:
             log_or_reraise(exc, partial(self._fail, request.id))
         finally:
             current._has_ended = True
-            self._packet_queued(interactive=True)
+            self._answer_queued()
 
     async def _wait_to_begin(self, id: int) -> None:
         """Wait for the open handler, and until the peer has read enough of earlier answers."""

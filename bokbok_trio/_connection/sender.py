@@ -124,9 +124,14 @@ class Sender:
 
     # ---- for other tasks ----
 
-    def packet_queued(self, *, interactive: bool = False) -> None:
-        """Have a queued packet sent, now or later. `interactive`: see `Coalescing.queued`."""
-        when = self.coalescing.queued(interactive=interactive)
+    def packet_queued(self) -> None:
+        """Have a queued packet sent, later or with the others of a receive."""
+        if self.coalescing.queued() is LATER:
+            self.wake_task()
+
+    def interactive_queued(self) -> None:
+        """Have a queued request or answer sent, now or later."""
+        when = self.coalescing.interactive_queued()
         if when is NOW:
             self._write_now()
         elif when is LATER:

@@ -67,22 +67,23 @@ class Coalescing:
         self._may_leave_at_once = True  # the next request or answer, if it is not held back
         self._queued = 0  # requests and answers since the last early flush, or since the sender was idle
 
-    def queued(self, *, interactive: bool) -> When:
-        """Note that a packet was queued. Return when it must be sent.
-
-        Arguments:
-            interactive: whether it is a request or an answer: a task waits for it, and may say nothing more.
-        """
-        if interactive:
-            self._queued += 1
-            if self._queued >= EARLY_FLUSH_PACKETS:
-                self._queued = 0
-                return NOW
-            if self._may_leave_at_once and not self.is_corked:
-                self._may_leave_at_once = False
-                self._queued = 0
-                return NOW
+    def queued(self) -> When:
+        """Note that a packet was queued. Return when it must be sent."""
         return HOLD if self.is_corked else LATER
+
+    def interactive_queued(self) -> When:
+        """Do the same for a request or an answer: a task waits for it, and may say nothing more."""
+        self._queued += 1
+        if self._queued >= EARLY_FLUSH_PACKETS:
+            self._queued = 0
+            return NOW
+        if self.is_corked:
+            return HOLD
+        if self._may_leave_at_once:
+            self._may_leave_at_once = False
+            self._queued = 0
+            return NOW
+        return LATER
 
     def cork(self, received: int) -> None:
         """Hold packets back from now on: the events of a receive are being dispatched.

@@ -37,7 +37,7 @@ class CoalescingMachine(RuleBasedStateMachine):
         for _ in range(times):
             self.unsent += 1
             expected = self.expect(interactive)
-            when = self.coalescing.queued(interactive=interactive)
+            when = self.coalescing.interactive_queued() if interactive else self.coalescing.queued()
             assert when is expected
             if when is NOW:
                 self.write()
@@ -123,7 +123,7 @@ TestCoalescing = CoalescingMachine.TestCase
 
 
 def queue(coalescing: Coalescing, count: int) -> list[When]:
-    return [coalescing.queued(interactive=True) for _ in range(count)]
+    return [coalescing.interactive_queued() for _ in range(count)]
 
 
 def receive(coalescing: Coalescing, *counts: int) -> None:
@@ -184,6 +184,6 @@ def test_packets_that_the_sender_has_sent_do_not_count_towards_those_that_leave_
 
 def test_a_packet_that_nobody_waits_for_never_leaves_at_once() -> None:
     coalescing = Coalescing()
-    assert {coalescing.queued(interactive=False) for _ in range(2 * EARLY_FLUSH_PACKETS)} == {LATER}
+    assert {coalescing.queued() for _ in range(2 * EARLY_FLUSH_PACKETS)} == {LATER}
     coalescing.cork(1)
-    assert {coalescing.queued(interactive=False) for _ in range(2 * EARLY_FLUSH_PACKETS)} == {HOLD}
+    assert {coalescing.queued() for _ in range(2 * EARLY_FLUSH_PACKETS)} == {HOLD}
