@@ -30,6 +30,7 @@ from bokbok_trio import (
     open_connection,
     open_server,
 )
+from tests.support.threads import stop_tracing
 
 INTERRUPT_SECONDS: Final = float(os.environ.get("INTERRUPT_SECONDS", "1.5"))
 """How long the test with random times goes on."""
@@ -42,6 +43,7 @@ def in_child(work: Callable[[], object], patience: float = 15) -> str:
     if pid == 0:
         text = "nothing"
         try:
+            stop_tracing()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             text = str(work())
         except BaseException:

@@ -37,6 +37,15 @@ def no_thread_but(known: set[threading.Thread]) -> None:
         time.sleep(0.001)
 
 
+def stop_tracing() -> None:
+    """Stop measuring coverage, in a forked child that ends by `os._exit` and so saves nothing.
+
+    An interrupt in the tracer may leave its lock taken, and then the child hangs.
+    """
+    sys.settrace(None)
+    threading.settrace(None)
+
+
 def in_child(act: Callable[[], object], patience: float = 60) -> str:
     """Call a function in the main thread of a forked child, and return its result as a text."""
     read, write = os.pipe()
@@ -44,6 +53,7 @@ def in_child(act: Callable[[], object], patience: float = 60) -> str:
     if child == 0:
         told = "nothing"
         try:
+            stop_tracing()
             signal.alarm(int(patience))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             told = str(act())
