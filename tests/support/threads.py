@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import random
@@ -105,6 +106,7 @@ def sweep(use: Callable[[], object], count: int) -> str:
             return f"at {at}: {traceback.format_exc()}"
         finally:
             sys.settrace(None)
+        gc.collect()  # an interrupt inside a finalizer or a callback may leave its frames in a cycle
         try:
             no_thread_but(known)
         except AssertionError:
