@@ -7,7 +7,6 @@ end comes.
 
 from __future__ import annotations
 
-import logging
 import math
 from contextlib import suppress
 from types import TracebackType
@@ -21,8 +20,6 @@ from .._trio_util import describe_error, log_or_reraise, split_exception
 from .ending import CLOSE_TIMEOUT, STREAM_ERRORS, Ending
 from .reader import Reader
 from .sender import Sender
-
-logger = logging.getLogger("bokbok_trio")
 
 
 @final
